@@ -1,0 +1,46 @@
+"""Run a generator: load it, encode prompts, predict, sample, invert, save.
+
+``pipelines`` knows nothing of rewards or training; see ``mmalign`` for those. Names are imported when first used, so
+importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.conditioning import Conditioning
+    from pipelines.errors import PipelineError
+    from pipelines.generator import Generator
+    from pipelines.load import load_generator
+    from pipelines.noise import NoiseProcess
+    from pipelines.sampling import Trajectory, gaussian_log_prob, guided_predictor, invert, sample, seeded_noise
+
+__all__ = [
+    "Conditioning",
+    "Generator",
+    "NoiseProcess",
+    "PipelineError",
+    "Trajectory",
+    "gaussian_log_prob",
+    "guided_predictor",
+    "invert",
+    "load_generator",
+    "sample",
+    "seeded_noise",
+]
+
+_HOMES = {
+    "Conditioning": "conditioning",
+    "Generator": "generator",
+    "NoiseProcess": "noise",
+    "PipelineError": "errors",
+    "load_generator": "load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'pipelines' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"pipelines.{_HOMES.get(name, 'sampling')}"), name)

@@ -1,0 +1,169 @@
+"""The parts of a diffusers directory: read its index, load one part, identify its content.
+
+Parts are loaded one by one, so that training can hold the denoiser without the encoders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.errors import MissingModelError, PipelineError, choose
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the torch dtype for a name such as ``"bf16"``; a dtype passes through."""
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES[choose("dtype", dtype, DTYPES)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, naming the file when it is missing or broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingModelError(f"{path} is missing; the model directory is incomplete, fetch it again.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{path} is not valid JSON ({error}); fetch the model again.") from None
+    if not isinstance(content, dict):
+        raise PipelineError(f"{path} should hold a JSON object but holds a {type(content).__name__}.")
+    return content
+
+
+def component_config(root: Path, name: str) -> dict[str, Any]:
+    """Return the configuration of one component without loading its weights."""
+    return read_json(root / name / "config.json")
+
+
+def has_component(index: dict[str, Any], name: str) -> bool:
+    """Say whether a ``model_index.json`` lists a component (absent ones are written as ``[null, null]``)."""
+    entry = index.get(name)
+    return isinstance(entry, list) and len(entry) == 2 and all(entry)
+
+
+def load_component(root: Path, index: dict[str, Any], name: str, dtype: torch.dtype | None = None) -> Any:
+    """Load one component of a diffusers directory by the class that ``model_index.json`` names.
+
+    Weights come from safetensors only (the plain files, or the fp16 variant where that is all there is). Pass `dtype`
+    for networks; schedulers and tokenizers take none.
+    """
+    if not has_component(index, name):
+        raise PipelineError(f"{root / 'model_index.json'} lists no '{name}', which this kind of model needs.")
+    library, class_name = index[name]
+    try:
+        component_class = getattr(
+            importlib.import_module(choose("library", library, ("diffusers", "transformers"))), class_name
+        )
+    except AttributeError:
+        raise PipelineError(
+            f"{library} has no class '{class_name}' for the component '{name}' of {root}; upgrade {library}."
+        ) from None
+    options: dict[str, Any] = {}
+    if dtype is not None:
+        variant = _variant(root / name)
+        key = "dtype" if library == "transformers" else "torch_dtype"
+        options = {key: dtype, "use_safetensors": True, **({"variant": variant} if variant else {})}
+    elif not (root / name).is_dir():
+        raise MissingModelError(f"{root / name} is missing; the model directory is incomplete, fetch it again.")
+    with quiet_loading():
+        try:
+            component = component_class.from_pretrained(str(root / name), **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise PipelineError(f"cannot load '{name}' of {root}: {reason}") from error
+    return component.eval() if isinstance(component, torch.nn.Module) else component
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a component: without variant if there are any, else all."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if not _is_variant(file)] or files
+
+
+def fingerprint(root: Path, names: Iterable[str]) -> str:
+    """Return 32 hex digits that identify the content of some components: configurations, vocabularies and weights.
+
+    Bookkeeping keys (paths and library versions) do not count, so a copy of a model has the id of the original.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        for file in sorted(path for path in (root / name).iterdir() if path.suffix in (".json", ".txt", ".model")):
+            content = file.read_bytes()
+            if file.name == "config.json":
+                kept = {key: value for key, value in json.loads(content).items() if not _is_bookkeeping(key)}
+                content = json.dumps(kept, sort_keys=True).encode()
+            digest.update(f"{name}/{file.name}:{hashlib.sha256(content).hexdigest()};".encode())
+        for file in weight_files(root / name):
+            status = file.stat()
+            digest.update(
+                f"{status.st_size}:{_sha256(str(file.resolve()), status.st_size, status.st_mtime_ns)};".encode()
+            )
+    return digest.hexdigest()[:32]
+
+
+@cache
+def _sha256(path: str, size: int, modified: int) -> str:
+    """Hash a file once per process; size and time of change are part of the cache's key."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_bookkeeping(key: str) -> bool:
+    return (key.startswith("_") and key != "_class_name") or key in ("transformers_version", "dtype", "torch_dtype")
+
+
+def _is_variant(file: Path) -> bool:
+    return any(part in ("fp16", "bf16", "non_ema") for part in file.name.split("."))
+
+
+def _variant(folder: Path) -> str | None:
+    """Return the weight variant to ask for, checking that there are safetensors at all."""
+    if not folder.is_dir():
+        raise MissingModelError(f"{folder} is missing; the model directory is incomplete, fetch it again.")
+    files = weight_files(folder)
+    if not files:
+        raise PipelineError(
+            f"{folder} holds no safetensors; only safetensors are read, so convert it:"
+            " DiffusionPipeline.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)."
+        )
+    return "fp16" if all(".fp16." in file.name for file in files) else None
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hide the libraries' progress bars, and diffusers' false alarm about a key that AutoencoderTiny itself writes."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("diffusers.configuration_utils")
+    bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "block_out_channels" not in record.getMessage()
+
+    for library in bars:
+        library.disable_progress_bar()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+        for library in bars:
+            library.enable_progress_bar()

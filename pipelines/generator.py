@@ -1,0 +1,214 @@
+"""What every media generator offers: encode prompts and media, predict, decode, adapt, save.
+
+A family (a file such as ``unet_image.py``) fills in the abstract methods; samplers, methods and data caches are
+written against this class and never ask for the family.
+"""
+
+from __future__ import annotations
+
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from pipelines import adapters
+from pipelines.attention import AttentionReport, set_attention
+from pipelines.components import fingerprint, load_component
+from pipelines.conditioning import Conditioning
+from pipelines.errors import PipelineError
+from pipelines.export import save_pipeline
+from pipelines.noise import NoiseProcess
+
+
+class Generator(ABC):
+    """A text-to-media model from a diffusers directory.
+
+    The denoiser (`network`) and the scheduler are loaded at once; the autoencoder and the text encoders when they are
+    first used, and `free_encoders` drops them again. Latents are float32 everywhere outside the network.
+
+    Attributes: `name_or_path` as the user gave it (the base model, when an adapter was named); `root` the local
+    directory; `process` the noise process; `attention` what attention kernel runs.
+    """
+
+    family: ClassVar[str]
+    network_name: ClassVar[str]
+    vae_names: ClassVar[tuple[str, ...]] = ("vae",)
+    text_names: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        root: Path,
+        index: dict[str, Any],
+        *,
+        name_or_path: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: str = "sdpa",
+    ) -> None:
+        """Load scheduler and denoiser from `root`, whose parsed ``model_index.json`` is `index`."""
+        self.root = root
+        self.index = index
+        self.name_or_path = name_or_path
+        self.scheduler = load_component(root, index, "scheduler")
+        self.process = NoiseProcess.from_scheduler(self.scheduler)
+        self.network = load_component(root, index, self.network_name, dtype).to(device)
+        self.attention: AttentionReport = set_attention(self.network, attention)
+        self._load_dtype = dtype
+        self._encoders: dict[str, Any] = {}
+        self._unconditional: Conditioning | None = None
+        self._lora_layers: list[Any] = []
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of one image at the model's own size."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """The model's own image side in pixels."""
+
+    @abstractmethod
+    def predict(
+        self, x_t: Float[Tensor, "batch channels height width"], t: Shaped[Tensor, " batch"], cond: Conditioning
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Run the denoiser once, without guidance; differentiable; the output is float32."""
+
+    @abstractmethod
+    def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
+        """Return the (mean) latents of media in [0, 1], scaled for the denoiser."""
+
+    @abstractmethod
+    def encode_posterior(
+        self, media: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
+        """Return mean and standard deviation of the latents' posterior, scaled (std 0 where there is none)."""
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 height width"]:
+        """Return the media in [0, 1]; differentiable."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts, each distinct one once."""
+
+    @abstractmethod
+    def _make_unconditional(self) -> Conditioning:
+        """Return the conditioning, batch of one, that the family's own pipeline uses without a negative prompt."""
+
+    def unconditional(self) -> Conditioning:
+        """Return the default negative conditioning for guidance, a batch of one; made once and kept."""
+        if self._unconditional is None:
+            self._unconditional = self._make_unconditional()
+        return self._unconditional
+
+    @property
+    def bare_network(self) -> Any:
+        """The diffusers model inside `network`, which training may have wrapped (DDP, ``torch.compile``)."""
+        network = self.network
+        while hasattr(network, "module") or hasattr(network, "_orig_mod"):
+            network = network.module if hasattr(network, "module") else network._orig_mod
+        return network
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the network's own (not the adapter's) weights, to which `predict` casts its inputs."""
+        return next(self.network.parameters()).dtype
+
+    @property
+    def vae_id(self) -> str:
+        """Identifies the content of the autoencoder, for caches of latents."""
+        return fingerprint(self.root, self.vae_names)
+
+    @property
+    def text_id(self) -> str:
+        """Identifies the content of the tokenizers and text encoders, for caches of conditionings."""
+        return fingerprint(self.root, self.text_names)
+
+    def load_encoders(self) -> None:
+        """Read the autoencoder and the text encoders, where they are not in memory already."""
+        for name in (*self.vae_names, *self.text_names):
+            self.encoder(name)
+
+    def free_encoders(self) -> None:
+        """Drop the autoencoder and the text encoders from memory; they come back when used."""
+        self._encoders.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def encoder(self, name: str) -> Any:
+        """Return one of the encoders or tokenizers by its name in ``model_index.json``, loading it if need be."""
+        if name not in self._encoders:
+            if name.startswith("tokenizer"):
+                self._encoders[name] = load_component(self.root, self.index, name)
+            else:
+                module = load_component(self.root, self.index, name, self._encoder_dtype(name))
+                self._encoders[name] = module.requires_grad_(False).to(self.device)
+        return self._encoders[name]
+
+    def _encoder_dtype(self, name: str) -> torch.dtype:
+        return self._load_dtype
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the network carries a LoRA."""
+        return adapters.has_adapter(self.bare_network)
+
+    def add_adapter(
+        self, rank: int, alpha: float | None = None, target_modules: Sequence[str] | None = None, seed: int = 0
+    ) -> None:
+        """Add a trainable LoRA (A seeded, B zero) to the attention projections and freeze everything else."""
+        adapters.add_adapter(self.bare_network, rank, alpha, target_modules, seed)
+        self._lora_layers = adapters.lora_layers(self.bare_network)
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Load a LoRA file or directory and freeze everything else."""
+        adapters.load_adapter(self.bare_network, path, self.pipeline_class)
+        self._lora_layers = adapters.lora_layers(self.bare_network)
+
+    def adapter_disabled(self) -> AbstractContextManager[None]:
+        """Context in which `predict` is, to the bit, that of the base model."""
+        if not self.has_adapter:
+            raise PipelineError("the model carries no adapter to switch off; use a frozen copy as the reference.")
+        return adapters.adapter_disabled(self._lora_layers)
+
+    def set_adapter_scale(self, scale: float) -> None:
+        """Multiply the adapter's effect by `scale`."""
+        adapters.set_adapter_scale(self.bare_network, scale)
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """Return what training may change: the adapter's weights if there is one, else the whole network's."""
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade compute for memory in the network's backward pass."""
+        self.bare_network.enable_gradient_checkpointing()
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The diffusers pipeline class of this model."""
+        import diffusers
+
+        return getattr(diffusers, self.index["_class_name"])
+
+    def save(self, path: str | Path) -> None:
+        """Write a diffusers directory (safetensors); an adapter is merged into a copy of the weights first."""
+        network = adapters.merged_copy(self.bare_network) if self.has_adapter else self.bare_network
+        save_pipeline(path, self.root, self.index, self.network_name, network)
+
+    def save_lora(self, path: str | Path, *, base_model: str | None = None) -> None:
+        """Write the adapter for ``pipe.load_lora_weights(path)``, and ``mmalign.json`` naming the base model."""
+        record = {"base_model": base_model or self.name_or_path, "family": self.family}
+        adapters.save_adapter(self.bare_network, path, self.pipeline_class, record)

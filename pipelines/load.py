@@ -1,0 +1,155 @@
+"""Open a model: a diffusers directory, a LoRA directory of ours, or a Hub id.
+
+The family is read from ``model_index.json`` before any weight is touched or downloaded, so that a model of the wrong
+kind is refused at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.adapters import RECORD_NAME, WEIGHTS_NAME
+from pipelines.attention import PROCESSORS
+from pipelines.components import parse_dtype, read_json
+from pipelines.errors import MissingModelError, PipelineError, choose, nearest
+from pipelines.generator import Generator
+
+FAMILIES = {
+    "StableDiffusionPipeline": "pipelines.unet_image:StableDiffusion",
+    "StableDiffusionXLPipeline": "pipelines.unet_image:StableDiffusionXL",
+}
+INDEX = "model_index.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def load_generator(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    adapter: str | Path | None = None,
+    attention: str = "sdpa",
+    resolve: Callable[[str], str] = str,
+) -> Generator:
+    """Load a generator; its family is detected from ``model_index.json``.
+
+    `name_or_path` is a diffusers directory, a Hub id ``org/name``, or a directory written by `Generator.save_lora`,
+    which names its own base model (found by way of `resolve`). `adapter` is a LoRA file or directory to load on top.
+    `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``.
+    """
+    name = str(name_or_path)
+    torch_dtype = parse_dtype(dtype)
+    choose("attention kernel", attention, PROCESSORS)
+    if is_adapter_directory(name):
+        if adapter is not None:
+            raise PipelineError(f"{name} is itself an adapter, so adapter={adapter} cannot be loaded too; give one.")
+        name, adapter = _base_of(Path(name), resolve), name
+    root, index = _locate(name)
+    generator_class = _family(index, name)
+    generator = generator_class(
+        root,
+        index,
+        name_or_path=name,
+        dtype=torch_dtype,
+        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        attention=attention,
+    )
+    if adapter is not None:
+        generator.load_adapter(adapter)
+    return generator
+
+
+def is_adapter_directory(path: str | Path) -> bool:
+    """Say whether a directory holds a LoRA and no whole model."""
+    return (Path(path) / WEIGHTS_NAME).is_file() and not (Path(path) / INDEX).is_file()
+
+
+def _base_of(folder: Path, resolve: Callable[[str], str]) -> str:
+    """Return the base model that an adapter directory names: relative to here, or to the directory itself."""
+    record = folder / RECORD_NAME
+    if not record.is_file():
+        raise PipelineError(
+            f"{folder} is an adapter without {RECORD_NAME}, so its base model is unknown;"
+            f" load the base model and pass adapter={folder}."
+        )
+    base = read_json(record).get("base_model")
+    if not isinstance(base, str):
+        raise PipelineError(f"{record} names no base_model; add it, or load the base and pass adapter={folder}.")
+    if not Path(base).exists() and (folder / base).is_dir():
+        return str(folder / base)
+    return resolve(base)
+
+
+def _locate(name: str) -> tuple[Path, dict[str, Any]]:
+    """Return the local directory and the index of a model, fetching it from the Hub if it is an id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / INDEX).is_file():
+            raise _not_a_pipeline(path)
+        return path, read_json(path / INDEX)
+    if path.is_file():
+        raise PipelineError(
+            f"{path} is a single file, not a diffusers directory; convert it:"
+            " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)."
+        )
+    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
+        return _fetch(name)
+    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    raise MissingModelError(
+        f"no model at {path}; give a diffusers directory (with {INDEX}) or a Hub id org/name."
+        f"{nearest(path.name, siblings)}"
+    )
+
+
+def _fetch(name: str) -> tuple[Path, dict[str, Any]]:
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+
+    try:
+        index = read_json(Path(hf_hub_download(name, INDEX)))
+        _family(index, name)
+        return Path(DiffusionPipeline.download(name, use_safetensors=True)), index
+    except PipelineError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MissingModelError(
+            f"'{name}' is neither a directory nor a diffusers model that the Hub gives out ({reason});"
+            " check the spelling, the network, and `hf auth login` for gated models."
+        ) from error
+
+
+def _family(index: dict[str, Any], name: str) -> type[Generator]:
+    """Return the generator class for a pipeline index, or say what kind of model it is instead."""
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in FAMILIES:
+        raise PipelineError(
+            f"{name} is a model of the wrong kind: a {pipeline}; supported: {', '.join(FAMILIES)}."
+            f"{nearest(pipeline, FAMILIES)}"
+        )
+    module, _, attribute = FAMILIES[pipeline].partition(":")
+    generator_class: type[Generator] = getattr(importlib.import_module(module), attribute)
+    return generator_class
+
+
+def _not_a_pipeline(path: Path) -> PipelineError:
+    """Explain a directory that is no diffusers pipeline by what it holds."""
+    inside = sorted(entry.name for entry in path.iterdir() if (entry / INDEX).is_file())
+    if inside:
+        return PipelineError(f"{path} is not a model but holds {', '.join(inside)}; did you mean {path / inside[0]}?")
+    if (path / "open_clip_config.json").is_file():
+        return PipelineError(f"{path} is a model of the wrong kind: an open_clip model, not a diffusers pipeline.")
+    if (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        kind = config.get("_class_name") or next(iter(config.get("architectures") or []), None) or "single model"
+        hint = f"; did you mean {path.parent}?" if (path.parent / INDEX).is_file() else ""
+        return PipelineError(
+            f"{path} is a model of the wrong kind: a {kind}, not a diffusers pipeline with {INDEX}{hint or '.'}"
+        )
+    return PipelineError(f"{path} is not a diffusers directory: it has no {INDEX}; give the directory that has one.")

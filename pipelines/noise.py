@@ -1,0 +1,263 @@
+"""One object for how media turn into noise and back: epsilon, v and sample diffusion, and rectified flow.
+
+Every process here is ``x_t = alpha(t) * x0 + sigma(t) * noise``; they differ in the two coefficients and in what the
+network is asked to predict. Methods and samplers use `NoiseProcess` alone and never ask which family they run on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from pipelines.errors import PipelineError, choose
+
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+Timestep = int | float | Shaped[Tensor, " batch"] | Shaped[Tensor, ""]
+PREDICTIONS: tuple[str, ...] = ("epsilon", "v_prediction", "sample", "flow")
+
+
+class NoiseProcess(ABC):
+    """How clean media become noise and come back; `from_scheduler` picks the kind.
+
+    Sources: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), eta-DDIM (arXiv 2010.02502, eqs. 12 and 16),
+    rectified flow (arXiv 2209.03003). A timestep is a number, or a tensor ``[batch]`` with one level a sample; ``-1``
+    means the level at which sampling ends. Coefficients have the dtype of the latents, float32 at least.
+    """
+
+    def __init__(self, prediction: str, scheduler: Any, *, clip_range: float | None = None) -> None:
+        """Keep what all processes share; `clip_range` bounds the predicted x0 in `reverse_step`."""
+        self.prediction = cast(Prediction, choose("prediction type", prediction, PREDICTIONS))
+        self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
+        self.clip_range = clip_range
+        self._scheduler = scheduler
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> NoiseProcess:
+        """Build from any diffusers scheduler of the DDPM or flow-matching kind, by its configuration.
+
+        Raises `PipelineError` for settings no sampler of ours reproduces (dynamic thresholding, resolution-dependent
+        shifting, epsilon prediction with zero terminal signal).
+        """
+        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+        config = scheduler.config
+        if "FlowMatch" in type(scheduler).__name__:
+            if config.get("use_dynamic_shifting"):
+                raise PipelineError(
+                    "the scheduler shifts its noise levels by image size (use_dynamic_shifting), which is not"
+                    " supported; set use_dynamic_shifting to false and shift to a fixed value."
+                )
+            return FlowProcess(FlowMatchEulerDiscreteScheduler.from_config(config))
+        if config.get("thresholding"):
+            raise PipelineError("the scheduler thresholds its predictions, which is for pixel models; turn it off.")
+        # Schedulers that never clip (PNDM, Euler) have no clip_sample in their config, and DDIM would turn it on.
+        clip = bool(config.get("clip_sample", False))
+        ddim = DDIMScheduler.from_config(config, clip_sample=clip)
+        if ddim.config.prediction_type == "epsilon" and float(ddim.alphas_cumprod[-1]) == 0.0:
+            raise PipelineError(
+                "the scheduler ends in pure noise (rescale_betas_zero_snr), where an epsilon prediction says nothing"
+                " about the image; use prediction_type v_prediction or turn rescale_betas_zero_snr off."
+            )
+        return DiffusionProcess(ddim, clip_range=float(ddim.config.clip_sample_range) if clip else None)
+
+    def alpha(self, t: Timestep, *, ndim: int = 4) -> Float[Tensor, " ..."]:
+        """Return the factor of the clean media at `t`, shaped ``[batch, 1, 1, 1]`` (float32, on the device of `t`)."""
+        return self._coefficients(t, _blank(t, ndim))[0]
+
+    def sigma(self, t: Timestep, *, ndim: int = 4) -> Float[Tensor, " ..."]:
+        """Return the standard deviation of the noise at `t`, shaped ``[batch, 1, 1, 1]``."""
+        return self._coefficients(t, _blank(t, ndim))[1]
+
+    def add_noise(
+        self, x0: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], t: Timestep
+    ) -> Float[Tensor, "batch *dims"]:
+        """Return ``x_t = alpha(t) * x0 + sigma(t) * noise``."""
+        alpha, sigma = self._coefficients(t, x0)
+        return alpha * x0 + sigma * noise
+
+    def target(
+        self, x0: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], t: Timestep
+    ) -> Float[Tensor, "batch *dims"]:
+        """Return what the network should output for ``add_noise(x0, noise, t)``."""
+        match self.prediction:
+            case "epsilon":
+                return noise
+            case "sample":
+                return x0
+            case "flow":
+                return noise - x0
+            case "v_prediction":
+                alpha, sigma = self._coefficients(t, x0)
+                return alpha * noise - sigma * x0
+
+    def to_x0(
+        self, x_t: Float[Tensor, "batch *dims"], output: Float[Tensor, "batch *dims"], t: Timestep
+    ) -> Float[Tensor, "batch *dims"]:
+        """Return the clean media that the network's output implies."""
+        alpha, sigma = self._coefficients(t, x_t)
+        match self.prediction:
+            case "epsilon":
+                return (x_t - sigma * output) / alpha
+            case "sample":
+                return output
+            case "flow":
+                return x_t - sigma * output
+            case "v_prediction":
+                return alpha * x_t - sigma * output
+
+    def to_noise(
+        self, x_t: Float[Tensor, "batch *dims"], output: Float[Tensor, "batch *dims"], t: Timestep
+    ) -> Float[Tensor, "batch *dims"]:
+        """Return the noise that the network's output implies."""
+        alpha, sigma = self._coefficients(t, x_t)
+        match self.prediction:
+            case "epsilon":
+                return output
+            case "sample":
+                return (x_t - alpha * output) / sigma
+            case "flow":
+                return x_t + alpha * output
+            case "v_prediction":
+                return sigma * x_t + alpha * output
+
+    def reverse_step(
+        self,
+        x_t: Float[Tensor, "batch *dims"],
+        output: Float[Tensor, "batch *dims"],
+        t: Timestep,
+        t_next: Timestep,
+        eta: float = 0.0,
+    ) -> tuple[Float[Tensor, "batch *dims"], Float[Tensor, " ..."]]:
+        """Return mean and std of ``p(x_next | x_t)`` for eta-DDIM from `t` to the less noisy `t_next`.
+
+        arXiv 2010.02502 eqs. 12 and 16, written so that it holds for every ``(alpha, sigma)``:
+        ``std = eta * sigma'/sigma * sqrt(sigma^2 - (alpha/alpha')^2 sigma'^2)`` and
+        ``mean = alpha' * x0 + sqrt(sigma'^2 - std^2) * noise``. ``eta=0`` is deterministic (std 0), ``eta=1``
+        ancestral sampling. Shapes: mean as `x_t`; std ``[batch or 1, 1, 1, 1]``. `t_next=-1` is the final step.
+        """
+        alpha, sigma = self._coefficients(t, x_t)
+        alpha_next, sigma_next = self._coefficients(t_next, x_t)
+        x0 = self.to_x0(x_t, output, t)
+        if self.clip_range is not None:
+            x0 = x0.clamp(-self.clip_range, self.clip_range)
+        removed = (sigma.square() - (alpha / alpha_next * sigma_next).square()).clamp_min(0.0)
+        std = eta * sigma_next / sigma * removed.sqrt()
+        direction = (sigma_next.square() - std.square()).clamp_min(0.0).sqrt()
+        return alpha_next * x0 + direction * self.to_noise(x_t, output, t), std
+
+    def forward_step(
+        self, x_s: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], s: Timestep, t: Timestep
+    ) -> Float[Tensor, "batch *dims"]:
+        """Move from `s` up to the noisier `t` along the given noise: the inverse of `reverse_step` at ``eta=0``."""
+        alpha_s, sigma_s = self._coefficients(s, x_s)
+        alpha, sigma = self._coefficients(t, x_s)
+        return alpha / alpha_s * (x_s - sigma_s * noise) + sigma * noise
+
+    def timesteps(self, steps: int) -> Shaped[Tensor, " steps"]:
+        """Return the sampling grid, descending, as diffusers' ``set_timesteps`` places it (on the CPU)."""
+        return self.schedule(steps)[0]
+
+    @abstractmethod
+    def schedule(self, steps: int) -> tuple[Shaped[Tensor, " steps"], Shaped[Tensor, " steps"]]:
+        """Return the sampling grid and the level each step leads to, ``-1`` for the end (both on the CPU)."""
+
+    def sample_timesteps(
+        self, n: int, *, generator: torch.Generator | None = None, low: int = 0, high: int | None = None
+    ) -> Shaped[Tensor, " n"]:
+        """Draw `n` training timesteps uniformly from ``low <= level < high`` (on the generator's device)."""
+        high = self.num_train_timesteps if high is None else high
+        if not 0 <= low < high <= self.num_train_timesteps:
+            raise PipelineError(
+                f"timesteps must satisfy 0 <= low < high <= {self.num_train_timesteps}, got low={low}, high={high}."
+            )
+        device = generator.device if generator is not None else None
+        return torch.randint(low, high, (n,), generator=generator, device=device)
+
+    def _check_steps(self, steps: int) -> None:
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise PipelineError(f"steps must lie in 1..{self.num_train_timesteps}, got {steps}.")
+
+    @abstractmethod
+    def _coefficients(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at `t`, shaped to broadcast against `like`."""
+
+
+class DiffusionProcess(NoiseProcess):
+    """Variance-preserving diffusion over ``num_train_timesteps`` integer levels: ``alpha^2 + sigma^2 = 1``.
+
+    Level ``-1`` is the scheduler's ``final_alpha_cumprod``. The coefficients are computed in float64 from its table.
+    """
+
+    def __init__(self, scheduler: Any, *, clip_range: float | None = None) -> None:
+        """Take the coefficients from a ``DDIMScheduler``."""
+        super().__init__(scheduler.config.prediction_type, scheduler, clip_range=clip_range)
+        # The final level sits at the end of the table, so that -1 finds it, on a device too, without a branch.
+        squared = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.reshape(1)]).double().cpu()
+        self._table = torch.stack([squared.sqrt(), (1.0 - squared).sqrt()])
+        self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def schedule(self, steps: int) -> tuple[Shaped[Tensor, " steps"], Shaped[Tensor, " steps"]]:
+        """Return the sampling grid and the level each step leads to, ``-1`` for anything below 0.
+
+        As in diffusers' DDIM a step leads ``T // steps`` levels down, whatever the spacing: to the next point of the
+        grid for "leading" and (where `steps` divides T) "trailing", to a level near it otherwise.
+        """
+        self._check_steps(steps)
+        self._scheduler.set_timesteps(steps)
+        grid = self._scheduler.timesteps.clone()
+        return grid, (grid - self.num_train_timesteps // steps).clamp_min(-1)
+
+    def _coefficients(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        key = (like.device, dtype)
+        if key not in self._placed:
+            self._placed[key] = self._table.to(dtype).to(like.device)
+        # A Python integer makes a view; a zero-dimensional tensor would cost a device synchronisation.
+        chosen = self._placed[key][:, t if isinstance(t, Tensor) else int(t)]
+        return _shaped(chosen[0], like), _shaped(chosen[1], like)
+
+
+class FlowProcess(NoiseProcess):
+    """Rectified flow: ``x_t = (1 - s) x0 + s noise`` with ``s = t / T``; the network predicts ``noise - x0``.
+
+    arXiv 2209.03003; time shift as in SD3 (arXiv 2403.03206, eq. 23). Timesteps are floats in ``(0, T]``.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        """Take the (shifted) noise levels from a ``FlowMatchEulerDiscreteScheduler``."""
+        super().__init__("flow", scheduler)
+        self._levels = scheduler.timesteps.flip(0).clone()
+
+    def schedule(self, steps: int) -> tuple[Shaped[Tensor, " steps"], Shaped[Tensor, " steps"]]:
+        """Return the scheduler's grid and the level each step leads to: the next point, ``-1`` for the last."""
+        self._check_steps(steps)
+        self._scheduler.set_timesteps(steps)
+        grid = self._scheduler.timesteps.clone()
+        return grid, torch.cat([grid[1:], grid.new_tensor([-1.0])])
+
+    def sample_timesteps(
+        self, n: int, *, generator: torch.Generator | None = None, low: int = 0, high: int | None = None
+    ) -> Shaped[Tensor, " n"]:
+        """Draw `n` of the scheduler's (shifted) levels uniformly; `low` and `high` count levels from clean."""
+        index = super().sample_timesteps(n, generator=generator, low=low, high=high)
+        return self._levels.to(index.device)[index]
+
+    def _coefficients(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        level = (
+            t.to(like.device, dtype) if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=like.device)
+        )
+        sigma = _shaped(level.clamp_min(0.0) / self.num_train_timesteps, like)
+        return 1.0 - sigma, sigma
+
+
+def _shaped(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _blank(t: Timestep, ndim: int) -> Tensor:
+    return torch.empty((1,) * ndim, device=t.device if isinstance(t, Tensor) else None)

@@ -1,0 +1,317 @@
+"""Samplers as pure functions: eta-DDIM with recording and gradients, DPM-Solver++, DDIM inversion.
+
+eta-DDIM: arXiv 2010.02502; classifier-free guidance: arXiv 2207.12598; DPM-Solver++: arXiv 2211.01095 (diffusers'
+scheduler, inference only); ReNoise inversion: arXiv 2403.14602.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from pipelines.conditioning import Conditioning
+from pipelines.errors import PipelineError, choose
+from pipelines.generator import Generator
+
+SOLVERS = ("ddim", "dpm++")
+Predictor = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Trajectory:
+    """What sampling returned; all tensors are float32.
+
+    latents
+        The clean latents, ``[batch, channels, height, width]``.
+    timesteps, next_timesteps
+        The level each step started from and led to (-1 at the end), ``[steps]``, on the CPU.
+    states, means, stds, log_probs
+        With ``record``: ``states[i]`` is x before step i and ``states[steps]`` the latents; ``means[i]`` and
+        ``stds[i]`` are the Gaussian that ``states[i + 1]`` was drawn from; ``log_probs[i]`` is its log-density there,
+        the MEAN over latent dimensions (nats). Shapes ``[steps + 1, batch, ...]``, ``[steps, batch, ...]`` and
+        ``[steps, batch]`` twice. Means and log-probs of the steps in ``grad_steps`` carry gradients, states never do.
+    """
+
+    latents: Float[Tensor, "batch channels height width"]
+    timesteps: Shaped[Tensor, " steps"]
+    next_timesteps: Shaped[Tensor, " steps"]
+    states: Float[Tensor, "states batch channels height width"] | None = None
+    means: Float[Tensor, "steps batch channels height width"] | None = None
+    stds: Float[Tensor, "steps batch"] | None = None
+    log_probs: Float[Tensor, "steps batch"] | None = None
+
+    @staticmethod
+    def cat(parts: Sequence[Trajectory]) -> Trajectory:
+        """Join trajectories over the same timesteps along the batch."""
+        first = parts[0]
+        joined: dict[str, Tensor] = {}
+        for name in ("states", "means", "stds", "log_probs"):
+            if getattr(first, name) is not None:
+                joined[name] = torch.cat([getattr(part, name) for part in parts], dim=1)
+        return Trajectory(torch.cat([part.latents for part in parts]), first.timesteps, first.next_timesteps, **joined)
+
+
+def gaussian_log_prob(
+    sample: Float[Tensor, "batch *dims"], mean: Float[Tensor, "batch *dims"], std: Float[Tensor, " ..."]
+) -> Float[Tensor, " batch"]:
+    """Return the Gaussian log-density of `sample`, the MEAN over latent dimensions, in nats.
+
+    ``mean_D[-(x - mu)^2 / (2 std^2) - log std - log(2 pi) / 2]`` as in DDPO (arXiv 2305.13301) and its successors; the
+    true log-probability is D times this. `std` is ``[batch]`` or broadcasts. Where ``std = 0`` the step is
+    deterministic and has no density: the result is 0 there, so that a ratio of two policies is 1.
+    """
+    if std.ndim == 1:
+        std = std.reshape(-1, *[1] * (mean.ndim - 1))
+    random = std > 0
+    safe = torch.where(random, std, torch.ones_like(std))
+    density = -(sample - mean).square() / (2.0 * safe.square()) - safe.log() - 0.5 * math.log(2.0 * math.pi)
+    return torch.where(random, density, torch.zeros_like(density)).flatten(1).mean(1)
+
+
+def seeded_noise(
+    seeds: Sequence[int], shape: Sequence[int], *, device: torch.device | str | None = None
+) -> Float[Tensor, "batch ..."]:
+    """Return standard normal noise ``[len(seeds), *shape]``, each row drawn from its own seed.
+
+    Drawn on the CPU, one generator a sample, so a row depends on its seed alone: not on batch size, neighbours or
+    device. The same numbers as diffusers' pipelines get from ``generator=[torch.Generator().manual_seed(s), ...]``.
+    """
+    return next(_noise_stream(seeds, shape, device))
+
+
+def _noise_stream(
+    seeds: Sequence[int], shape: Sequence[int], device: torch.device | str | None = None
+) -> Iterator[Tensor]:
+    """Yield the initial noise and then one draw a step, each row from its own generator."""
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    target = torch.device(device or "cpu")
+    buffer = torch.empty(len(seeds), *shape)
+    while True:
+        for row, generator in zip(buffer, generators, strict=True):
+            torch.randn(*shape, generator=generator, out=row)
+        # A fresh pinned copy lets the transfer overlap with the device's work; the buffer itself is refilled.
+        yield buffer.pin_memory().to(target, non_blocking=True) if target.type == "cuda" else buffer.clone().to(target)
+
+
+def guided_predictor(
+    generator: Generator, cond: Conditioning, guidance: float = 1.0, negative: Conditioning | None = None
+) -> Predictor:
+    """Return ``predict(x_t, t)`` with classifier-free guidance in ONE network call on a doubled batch.
+
+    ``uncond + guidance * (cond - uncond)``, as in diffusers; ``guidance <= 1`` means the conditional prediction alone,
+    at the cost of a single batch. `negative` (a batch of one, or as long as `cond`) defaults to the family's
+    unconditional conditioning. Everything that does not change between steps is prepared here, once.
+    """
+    cond = cond.to(generator.device, generator.dtype)
+    if guidance <= 1.0:
+        return lambda x_t, t: generator.predict(x_t, t, cond)
+    default = negative is None
+    negative = (generator.unconditional() if negative is None else negative).to(generator.device, generator.dtype)
+    if len(negative) not in (1, len(cond)):
+        raise PipelineError(
+            f"negative must hold 1 or {len(cond)} prompts to go with {len(cond)}, got {len(negative)}."
+        )
+    if len(negative) != len(cond):
+        negative = negative.repeat_interleave(len(cond))
+    if default:
+        negative.time_ids = cond.time_ids
+    both = Conditioning.cat([negative, cond])
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        without, with_prompt = generator.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return without + guidance * (with_prompt - without)
+
+    return predict
+
+
+def sample(
+    generator: Generator,
+    cond: Conditioning,
+    *,
+    steps: int = 50,
+    guidance: float = 7.5,
+    eta: float = 0.0,
+    seeds: Sequence[int] | None = None,
+    solver: str = "ddim",
+    negative: Conditioning | None = None,
+    latents: Float[Tensor, "batch channels height width"] | None = None,
+    record: bool = False,
+    grad_steps: Collection[int] = (),
+    batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Trajectory:
+    """Sample latents for a batch of prompts; decode them with ``generator.decode(trajectory.latents)``.
+
+    With ``eta=0`` the result is that of diffusers' own pipeline with `DDIMScheduler`. Each sample depends on its seed
+    and prompt alone. `latents` replaces the initial noise; seeds are then needed for ``eta > 0`` only. `record` keeps
+    states and per-step log-probabilities. `grad_steps` are the step indices whose network call keeps its graph; the
+    predictions of other steps are constants, while the linear path from step to step always carries the gradient
+    (no gradient at all without `grad_steps`). ``solver="dpm++"`` is for inference only. `batch_size` splits the work;
+    `progress` is called with the number of samples finished after each part.
+    """
+    choose("solver", solver, SOLVERS)
+    chosen = _check_sample(generator, cond, steps, eta, seeds, latents, grad_steps, batch_size)
+    if solver == "dpm++" and (eta or record or chosen):
+        raise PipelineError("solver 'dpm++' is for inference only; eta, record and grad_steps need solver 'ddim'.")
+    parts = []
+    for start in range(0, len(cond), batch_size or len(cond)):
+        part = slice(start, start + (batch_size or len(cond)))
+        shape = generator.latent_shape if latents is None else latents.shape[1:]
+        # The initial draw is taken even when latents are given, so that the noise of later steps is the same.
+        noise = None if seeds is None else _noise_stream(seeds[part], shape, generator.device)
+        drawn = None if noise is None else next(noise)
+        x = drawn if latents is None else latents[part].to(generator.device, torch.float32)
+        assert x is not None
+        against = negative if negative is None or len(negative) == 1 else negative[part]
+        predict = guided_predictor(generator, cond[part], guidance, against)
+        if solver == "dpm++":
+            parts.append(_dpm_solver(generator, predict, x, steps))
+        else:
+            parts.append(_ddim(generator, predict, x, steps, eta, noise if eta else None, record, chosen))
+        if progress is not None:
+            progress(len(x))
+    return parts[0] if len(parts) == 1 else Trajectory.cat(parts)
+
+
+def _ddim(
+    generator: Generator,
+    predict: Predictor,
+    x: Tensor,
+    steps: int,
+    eta: float,
+    noise: Iterator[Tensor] | None,
+    record: bool,
+    grad_steps: Collection[int],
+) -> Trajectory:
+    process = generator.process
+    grid, next_grid = process.schedule(steps)
+    on_device = grid.to(x.device)
+    states, means, stds, log_probs = [x.detach()], [], [], []
+    with torch.set_grad_enabled(bool(grad_steps)):
+        for index, (t, t_next) in enumerate(zip(grid.tolist(), next_grid.tolist(), strict=True)):
+            with torch.set_grad_enabled(index in grad_steps):
+                output = predict(x, on_device[index].expand(len(x)))
+            mean, std = process.reverse_step(x, output, t, t_next, eta)
+            x = mean if noise is None else mean + std * next(noise)
+            if record:
+                states.append(x.detach())
+                means.append(mean)
+                stds.append(std.reshape(-1).expand(len(x)))
+                log_probs.append(gaussian_log_prob(x.detach(), mean, std))
+    if not record:
+        return Trajectory(x, grid, next_grid)
+    return Trajectory(
+        x, grid, next_grid, torch.stack(states), torch.stack(means), torch.stack(stds), torch.stack(log_probs)
+    )
+
+
+def _dpm_solver(generator: Generator, predict: Predictor, x: Tensor, steps: int) -> Trajectory:
+    from diffusers import DPMSolverMultistepScheduler
+
+    process = generator.process
+    if process.prediction == "flow":
+        raise PipelineError("solver 'dpm++' is for diffusion models; use solver 'ddim' for a flow model.")
+    scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config, algorithm_type="dpmsolver++")
+    scheduler.set_timesteps(steps)
+    grid = scheduler.timesteps
+    on_device = grid.to(x.device)
+    with torch.no_grad():
+        for index, t in enumerate(grid.tolist()):
+            output = predict(x, on_device[index].expand(len(x)))
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+    return Trajectory(x, grid, torch.cat([grid[1:], grid.new_tensor([-1])]))
+
+
+def inversion_grid(process: Any, steps: int, t: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the ascending levels that `invert` leaves from and goes to, each ``[steps]`` or ``[steps, batch]``.
+
+    Without `t` this is the sampler's own grid turned round. With `t` the levels are spread evenly from clean (-1) and
+    end exactly at `t`; with a tensor of timesteps each sample has its own grid.
+    """
+    if t is None:
+        grid, next_grid = process.schedule(steps)
+        return next_grid.flip(0), grid.flip(0)
+    if steps < 1:
+        raise PipelineError(f"steps must be at least 1, got {steps}.")
+    end = torch.as_tensor(t).double().cpu()
+    if bool((end < 0).any()) or bool((end >= process.num_train_timesteps + (process.prediction == "flow")).any()):
+        raise PipelineError(f"t must lie in 0..{process.num_train_timesteps - 1}, got {t}.")
+    fraction = (torch.arange(steps + 1, dtype=torch.float64) / steps).reshape(-1, *[1] * end.ndim)
+    if process.prediction == "flow":
+        levels = end * fraction
+    else:
+        levels = ((end + 1.0) * fraction - 1.0).round().long()
+    return levels[:-1], levels[1:]
+
+
+def invert(
+    generator: Generator,
+    cond: Conditioning,
+    latents: Float[Tensor, "batch channels height width"],
+    *,
+    t: int | Shaped[Tensor, " batch"] | None = None,
+    steps: int = 50,
+    renoise: int = 0,
+    guidance: float = 1.0,
+    negative: Conditioning | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """Return the noisy latents at `t` from which deterministic DDIM leads back to `latents` (no gradients).
+
+    DDIM inversion (arXiv 2010.02502): each step assumes that the noise predicted at its end point is the one predicted
+    at its start, so the error falls as `steps` grow. `renoise` repeats a step that often with the mean of the
+    predictions at its start and at its successive end points, all at the target timestep (ReNoise, arXiv 2403.14602;
+    ``renoise=1`` is what SmPO does). The last level is exactly `t` (default: the top of the sampler's grid).
+    """
+    if renoise < 0:
+        raise PipelineError(f"renoise must be 0 or more, got {renoise}.")
+    if len(latents) != len(cond):
+        raise PipelineError(f"invert got {len(latents)} latents but {len(cond)} prompts.")
+    process = generator.process
+    sources, targets = inversion_grid(process, steps, t)
+    predict = guided_predictor(generator, cond, guidance, negative)
+    x = latents.to(generator.device, torch.float32)
+    sources, targets = (levels.to(x.device).reshape(steps, -1).expand(-1, len(x)) for levels in (sources, targets))
+    with torch.no_grad():
+        for source, target in zip(sources, targets, strict=True):
+            guess, total = x, torch.zeros_like(x)
+            for repeat in range(renoise + 1):
+                total = total + process.to_noise(guess, predict(guess, target), target)
+                guess = process.forward_step(x, total / (repeat + 1), source, target)
+            x = guess
+    return x
+
+
+def _check_sample(
+    generator: Generator,
+    cond: Conditioning,
+    steps: int,
+    eta: float,
+    seeds: Sequence[int] | None,
+    latents: Tensor | None,
+    grad_steps: Collection[int],
+    batch_size: int | None,
+) -> frozenset[int]:
+    """Check the arguments of `sample` before any work; return the steps that keep a graph."""
+    if seeds is None and (latents is None or eta > 0):
+        raise PipelineError("sample needs seeds, one integer a prompt, unless latents are given and eta is 0.")
+    for name, given in (("seeds", seeds), ("latents", latents)):
+        if given is not None and len(given) != len(cond):
+            raise PipelineError(f"sample needs one of {name} for each of {len(cond)} prompts, got {len(given)}.")
+    if not 0.0 <= eta <= 1.0:
+        raise PipelineError(f"eta must lie in 0..1 (0 deterministic DDIM, 1 ancestral), got {eta}.")
+    if batch_size is not None and batch_size < 1:
+        raise PipelineError(f"batch_size must be at least 1, got {batch_size}.")
+    if latents is not None and latents.shape[1] != generator.latent_shape[0]:
+        raise PipelineError(
+            f"latents must have {generator.latent_shape[0]} channels for this model, got {list(latents.shape)}."
+        )
+    outside = sorted(index for index in grad_steps if not 0 <= index < steps)
+    if outside:
+        raise PipelineError(f"grad_steps must lie in 0..{steps - 1} for {steps} steps, got {outside}.")
+    return frozenset(grad_steps)

@@ -1,0 +1,208 @@
+"""Stable Diffusion 1.x, 2.x and XL: a UNet over autoencoder latents, conditioned by CLIP text encoders.
+
+Latent diffusion: arXiv 2112.10752; SDXL: arXiv 2307.01952. Any diffusers directory of these pipelines works, with
+epsilon, v or sample prediction, with `AutoencoderKL` or `AutoencoderTiny`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from pipelines.components import component_config, has_component
+from pipelines.conditioning import Conditioning
+from pipelines.errors import PipelineError
+from pipelines.generator import Generator
+
+ENCODE_BATCH = 64
+
+
+class StableDiffusion(Generator):
+    """Stable Diffusion 1.x and 2.x (one text encoder)."""
+
+    family = "sd"
+    network_name = "unet"
+    text_names: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    added_conditioning: str | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Load as `Generator` does, and refuse UNets that want more than text (inpainting, refiner, editing)."""
+        super().__init__(*args, **options)
+        config = self.network.config
+        missing = [name for name in (*self.vae_names, *self.text_names) if not has_component(self.index, name)]
+        if missing:
+            raise PipelineError(f"{self.name_or_path} lacks {', '.join(missing)}, which '{self.family}' models need.")
+        if config.addition_embed_type != self.added_conditioning:
+            raise PipelineError(
+                f"the UNet of {self.name_or_path} takes extra conditioning '{config.addition_embed_type}', not"
+                f" '{self.added_conditioning}' as '{self.family}' models do; use a base text-to-image model."
+            )
+        channels = self._vae_config["latent_channels"]
+        if config.in_channels != channels:
+            raise PipelineError(
+                f"the UNet of {self.name_or_path} takes {config.in_channels} channels, its autoencoder"
+                f" gives {channels}; inpainting, editing and depth models are not supported, use the base model."
+            )
+
+    @cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        return component_config(self.root, "vae")
+
+    @property
+    def vae_factor(self) -> int:
+        """How many pixels a side one latent covers."""
+        channels = self._vae_config.get("block_out_channels") or self._vae_config["encoder_block_out_channels"]
+        return int(2 ** (len(channels) - 1))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of one image at the model's own size."""
+        config = self.bare_network.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
+    @property
+    def image_size(self) -> int:
+        """The model's own image side in pixels."""
+        return self.latent_shape[1] * self.vae_factor
+
+    def predict(
+        self, x_t: Float[Tensor, "batch channels height width"], t: Shaped[Tensor, " batch"], cond: Conditioning
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Run the UNet once, without guidance; inputs are cast to its dtype, the output is float32 (or float64)."""
+        dtype = self.dtype
+        output = self.network(
+            x_t.to(dtype),
+            t,
+            encoder_hidden_states=cond.prompt_embeds.to(dtype),
+            added_cond_kwargs=self._added(cond, dtype),
+            return_dict=False,
+        )[0]
+        return output if output.dtype == torch.float64 else output.float()
+
+    def _added(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        return None
+
+    def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
+        """Return the posterior mean of media in [0, 1], scaled for the UNet."""
+        return self.encode_posterior(media)[0]
+
+    def encode_posterior(
+        self, media: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
+        """Return mean and standard deviation of the latents' posterior, scaled; std is 0 for `AutoencoderTiny`."""
+        factor = self.vae_factor
+        if media.ndim != 4 or media.shape[1] != 3 or media.shape[2] % factor or media.shape[3] % factor:
+            raise PipelineError(
+                f"media must be [batch, 3, height, width] with sides that are multiples of {factor},"
+                f" got {list(media.shape)}."
+            )
+        vae = self.encoder("vae")
+        encoded = vae.encode(media.to(self.device, vae.dtype) * 2.0 - 1.0)
+        if hasattr(encoded, "latent_dist"):
+            mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        else:
+            mean = encoded.latents.float()
+            std = torch.zeros_like(mean)
+        shift, scale = self._latent_scaling(mean)
+        return (mean - shift) * scale, std * scale
+
+    def decode(self, latents: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 height width"]:
+        """Return float32 images in [0, 1]; differentiable in the latents where the clamp is not active."""
+        vae = self.encoder("vae")
+        shift, scale = self._latent_scaling(latents)
+        images = vae.decode((latents / scale + shift).to(self.device, vae.dtype), return_dict=False)[0]
+        return (images.float() / 2.0 + 0.5).clamp(0.0, 1.0)
+
+    def _latent_scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Return shift and scale of the latents; some SDXL autoencoders (Playground 2.5) give them per channel."""
+        config = self._vae_config
+        scale = float(config.get("scaling_factor") or 1.0)
+        if config.get("latents_mean") and config.get("latents_std"):
+            mean, std = (like.new_tensor(config[key]).reshape(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+            return mean, scale / std
+        return float(config.get("shift_factor") or 0.0), scale
+
+    def _encoder_dtype(self, name: str) -> torch.dtype:
+        # SDXL's autoencoder overflows in fp16; its configuration says so.
+        overflows = name == "vae" and self._load_dtype == torch.float16 and self._vae_config.get("force_upcast", True)
+        return torch.float32 if overflows else self._load_dtype
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts, each distinct one once, as diffusers' pipeline does; warns, with a count, if any are cut."""
+        if isinstance(prompts, str):
+            raise PipelineError("encode_prompts takes a list of prompts, got one string; write [prompt].")
+        if not prompts:
+            raise PipelineError("encode_prompts needs at least one prompt, got none.")
+        position = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        distinct = list(position)
+        with torch.no_grad():
+            parts = [
+                self._encode_batch(distinct[start : start + ENCODE_BATCH])
+                for start in range(0, len(distinct), ENCODE_BATCH)
+            ]
+        encoded = Conditioning.cat(parts)
+        return encoded if len(distinct) == len(prompts) else encoded[[position[prompt] for prompt in prompts]]
+
+    def _encode_batch(self, prompts: list[str]) -> Conditioning:
+        encoder = self.encoder("text_encoder")
+        tokens = self._tokenize("tokenizer", prompts)
+        mask = tokens["attention_mask"] if getattr(encoder.config, "use_attention_mask", False) else None
+        return Conditioning(encoder(tokens["input_ids"], attention_mask=mask)[0])
+
+    def _tokenize(self, name: str, prompts: list[str]) -> dict[str, Tensor]:
+        """Return token ids and mask, padded and cut to the tokenizer's length; what is cut is counted and said."""
+        tokenizer = self.encoder(name)
+        length = tokenizer.model_max_length
+        untruncated = tokenizer(prompts, verbose=False)["input_ids"]
+        cut = [prompt for prompt, ids in zip(prompts, untruncated, strict=True) if len(ids) > length]
+        if cut:
+            warnings.warn(
+                f"{len(cut)} of {len(prompts)} prompts exceed {length} tokens and were cut, such as '{cut[0]}'.",
+                stacklevel=4,
+            )
+        padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return {key: padded[key].to(self.device) for key in ("input_ids", "attention_mask")}
+
+    def _make_unconditional(self) -> Conditioning:
+        return self.encode_prompts([""])
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL base (two text encoders, pooled embedding, size conditioning)."""
+
+    family = "sdxl"
+    text_names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    added_conditioning = "text_time"
+
+    def _added(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        if cond.pooled is None or cond.time_ids is None:
+            raise PipelineError(
+                "SDXL needs pooled embeddings and time_ids; encode the prompts with an SDXL generator."
+            )
+        return {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids}
+
+    def _encode_batch(self, prompts: list[str]) -> Conditioning:
+        hidden = []
+        for suffix in ("", "_2"):
+            encoder = self.encoder(f"text_encoder{suffix}")
+            tokens = self._tokenize(f"tokenizer{suffix}", prompts)
+            output = encoder(tokens["input_ids"], output_hidden_states=True)
+            # SDXL was trained on the last hidden layer but one of both encoders and the projection of the second.
+            hidden.append(output.hidden_states[-2])
+        height, width = (side * self.vae_factor for side in self.latent_shape[1:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
+        return Conditioning(torch.cat(hidden, dim=-1), output.text_embeds, sizes.repeat(len(prompts), 1))
+
+    def _make_unconditional(self) -> Conditioning:
+        empty = self.encode_prompts([""])
+        if not self.index.get("force_zeros_for_empty_prompt", True) or empty.pooled is None:
+            return empty
+        return Conditioning(torch.zeros_like(empty.prompt_embeds), torch.zeros_like(empty.pooled), empty.time_ids)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from pipelines import PipelineError, load_generator
+from pipelines.attention import inspect_attention, set_attention
+
+
+@pytest.fixture
+def model(tiny_paths: dict[str, str], tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_paths["sd15"], tmp_path / "tiny-model")
+
+
+def refused(pattern: str, name: object, **options: object) -> Exception:
+    with pytest.raises(PipelineError, match=pattern) as caught:
+        load_generator(name, **options)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_family_and_dtype(tiny_path: str) -> None:
+    generator = load_generator(tiny_path, dtype=torch.float16, device="cpu")
+    assert generator.family == ("sdxl" if "sdxl" in tiny_path else "sd")
+    assert {parameter.dtype for parameter in generator.network.parameters()} == {torch.float16}
+    # AutoencoderKL overflows in fp16 (force_upcast); AutoencoderTiny does not.
+    assert generator.encoder("vae").dtype == (torch.float16 if tiny_path.endswith("sd2") else torch.float32)
+    assert generator.encoder("text_encoder").dtype == torch.float16
+
+
+def test_missing_model_names_the_nearest(model: Path) -> None:
+    error = refused("Did you mean 'tiny-model'", model.parent / "tiny-mdoel")
+    assert isinstance(error, FileNotFoundError)
+
+
+def test_directories_that_are_no_pipeline_are_explained(model: Path, tmp_path: Path) -> None:
+    refused(r"wrong kind: a UNet2DConditionModel.*did you mean .*tiny-model\?", model / "unet")
+    refused(r"wrong kind: a CLIPTextModel", model / "text_encoder")
+    refused(r"did you mean .*tiny-model\?", tmp_path)
+    (tmp_path / "empty").mkdir()
+    refused("no model_index.json", tmp_path / "empty")
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "open_clip_config.json").write_text("{}")
+    refused("an open_clip model", tmp_path / "clip")
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    refused("from_single_file", tmp_path / "model.ckpt")
+
+
+def test_pipelines_of_other_kinds_are_refused_before_weights_are_read(model: Path) -> None:
+    shutil.rmtree(model / "unet")
+    edit(model / "model_index.json", _class_name="FluxPipeline")
+    refused("wrong kind: a FluxPipeline; supported: StableDiffusionPipeline", model)
+    (model / "model_index.json").write_text("{")
+    refused("not valid JSON", model)
+
+
+def test_incomplete_models_are_refused(model: Path) -> None:
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    refused("holds no safetensors", model)
+    shutil.rmtree(model / "unet")
+    refused("unet is missing", model)
+    edit(model / "model_index.json", unet=[None, None])
+    refused("lists no 'unet'", model)
+
+
+def test_a_broken_weight_file_is_named(model: Path) -> None:
+    (model / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nonsense")
+    refused("cannot load 'unet'", model)
+
+
+def test_unets_that_want_more_than_text_are_refused(model: Path, tiny_paths: dict[str, str]) -> None:
+    edit(model / "vae" / "config.json", latent_channels=9)
+    refused("takes 4 channels, its autoencoder gives 9", model)
+    shutil.rmtree(model / "unet")
+    shutil.copytree(Path(tiny_paths["sdxl"]) / "unet", model / "unet")
+    refused("extra conditioning 'text_time'", model)
+
+
+def test_fp16_variant_is_read_where_it_is_all_there_is(model: Path) -> None:
+    for file in model.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    generator = load_generator(model)
+    assert torch.equal(generator.network.conv_in.bias, load_generator(model).network.conv_in.bias)
+    generator.load_encoders()
+
+
+def test_unknown_options_name_the_nearest(model: Path) -> None:
+    refused("dtype 'float23' is unknown.*Did you mean 'float32'", model, dtype="float23")
+    refused("attention kernel 'xformer' is unknown.*Did you mean 'xformers'", model, attention="xformer")
+
+
+def test_absent_xformers_is_an_error_that_names_the_fix(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error = refused("pip install xformers", model, attention="xformers")
+    assert isinstance(error, ImportError)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused("CUDA devices only", model, attention="xformers")
+
+
+def test_the_kernel_is_set_and_verified(tiny_paths: dict[str, str]) -> None:
+    network = load_generator(tiny_paths["sd15"]).network
+    network.set_default_attn_processor()
+    assert inspect_attention(network).kernel == "AttnProcessor"
+    report = set_attention(network, "sdpa")
+    assert report.kernel == "sdpa" and report.processors == {"AttnProcessor2_0": 8}
+
+
+def test_a_kernel_that_does_not_take_is_an_error(tiny_paths: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    network = load_generator(tiny_paths["sd15"]).network
+    network.set_default_attn_processor()
+    monkeypatch.setattr(type(network), "set_attn_processor", lambda self, processor: None)
+    with pytest.raises(PipelineError, match="layers still run AttnProcessor"):
+        set_attention(network, "sdpa")
+
+
+def test_hub_ids(tiny_paths: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(tiny_paths["sd2"])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(root / file))
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda name, use_safetensors: str(root))
+    generator = load_generator("org/tiny-sd")
+    assert generator.root == root and generator.name_or_path == "org/tiny-sd"
+
+
+def test_hub_ids_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, file: str) -> str:
+        raise OSError("401 Client Error.\n\nRepository Not Found")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    refused(r"neither a directory nor a diffusers model that the Hub gives out \(401 Client Error\.\)", "org/tiny-sd")

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from pipelines import Generator, PipelineError, gaussian_log_prob, guided_predictor, sample, seeded_noise
+
+PROMPTS = ["a red circle", "two blue stars above the green square"]
+
+
+def generators(seeds: list[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture
+def pipe(tiny_path: str) -> DiffusionPipeline:
+    loaded = DiffusionPipeline.from_pretrained(tiny_path)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.mark.parametrize(("guidance", "eta"), [(7.5, 0.0), (1.0, 0.0), (3.0, 1.0)])
+def test_ddim_equals_diffusers(generator: Generator, pipe: DiffusionPipeline, guidance: float, eta: float) -> None:
+    options = {"num_inference_steps": 8, "guidance_scale": guidance, "eta": eta, "generator": generators([3, 4])}
+    expected = pipe(PROMPTS, output_type="latent", **options).images
+    ours = sample(generator, generator.encode_prompts(PROMPTS), steps=8, guidance=guidance, eta=eta, seeds=[3, 4])
+    assert (ours.latents - expected).abs().max() < 1e-4
+    options["generator"] = generators([3, 4])
+    images = pipe(PROMPTS, output_type="pt", **options).images
+    assert (generator.decode(ours.latents) - images).abs().max() < 1e-4
+
+
+def test_negative_prompt_and_given_latents_equal_diffusers(generator: Generator, pipe: DiffusionPipeline) -> None:
+    latents = seeded_noise([5, 6], generator.latent_shape)
+    expected = pipe(
+        PROMPTS, negative_prompt=["blue", "star"], latents=latents, num_inference_steps=5, output_type="latent",
+        guidance_scale=4.0,
+    ).images  # fmt: skip
+    negative = generator.encode_prompts(["blue", "star"])
+    cond = generator.encode_prompts(PROMPTS)
+    ours = sample(generator, cond, steps=5, guidance=4.0, latents=latents, negative=negative, batch_size=1)
+    assert (ours.latents - expected).abs().max() < 1e-4
+
+
+def test_dpm_solver_equals_diffusers(generator: Generator, pipe: DiffusionPipeline) -> None:
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    options = {"num_inference_steps": 6, "generator": generators([1, 2]), "guidance_scale": 5.0}
+    expected = pipe(PROMPTS, output_type="latent", **options).images
+    ours = sample(
+        generator, generator.encode_prompts(PROMPTS), steps=6, guidance=5.0, seeds=[1, 2], solver="dpm++", batch_size=1
+    )
+    assert (ours.latents - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_an_image_depends_on_seed_and_prompt_alone(generator: Generator, eta: float) -> None:
+    prompts = [*PROMPTS, "a green square", "three stars", "a blue circle"]
+    seeds = [11, 12, 2**40 + 5, 14, 15]
+    cond = generator.encode_prompts(prompts)
+    together = generator.decode(sample(generator, cond, steps=6, eta=eta, seeds=seeds).latents)
+    finished: list[int] = []
+    parts = sample(generator, cond, steps=6, eta=eta, seeds=seeds, batch_size=2, progress=finished.append)
+    assert finished == [2, 2, 1]
+    assert (generator.decode(parts.latents) - together).abs().max() < 1e-5
+    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        alone = sample(generator, generator.encode_prompts([prompt]), steps=6, eta=eta, seeds=[seed])
+        assert (generator.decode(alone.latents)[0] - together[row]).abs().max() < 1e-5
+
+
+def test_guidance_is_one_call_and_one_half_of_it_without(sd15: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    predict = sd15.predict
+
+    def counted(x_t: Tensor, t: Tensor, cond: object) -> Tensor:
+        batches.append(len(x_t))
+        return predict(x_t, t, cond)
+
+    monkeypatch.setattr(sd15, "predict", counted)
+    cond = sd15.encode_prompts(PROMPTS)
+    sample(sd15, cond, steps=3, guidance=2.0, seeds=[1, 2])
+    assert batches == [4, 4, 4]
+    batches.clear()
+    sample(sd15, cond, steps=3, guidance=1.0, seeds=[1, 2])
+    assert batches == [2, 2, 2]
+
+
+def test_record_keeps_a_consistent_trajectory(generator: Generator) -> None:
+    cond = generator.encode_prompts(PROMPTS)
+    whole = sample(generator, cond, steps=5, guidance=3.0, eta=1.0, seeds=[1, 2], record=True, batch_size=1)
+    plain = sample(generator, cond, steps=5, guidance=3.0, eta=1.0, seeds=[1, 2])
+    assert torch.allclose(whole.latents, plain.latents, atol=1e-5) and plain.states is None
+    assert torch.equal(whole.states[-1], whole.latents) and whole.states.shape == (6, 2, *generator.latent_shape)
+    assert torch.equal(whole.states[0], seeded_noise([1, 2], generator.latent_shape))
+    predict = guided_predictor(generator, cond, 3.0)
+    with torch.no_grad():
+        for step, (t, t_next) in enumerate(zip(whole.timesteps, whole.next_timesteps, strict=True)):
+            state = whole.states[step]
+            output = predict(state, t.expand(2))
+            mean, std = generator.process.reverse_step(state, output, t.expand(2), t_next.expand(2), 1.0)
+            assert torch.allclose(mean, whole.means[step], atol=1e-4)
+            log_prob = gaussian_log_prob(whole.states[step + 1], whole.means[step], whole.stds[step])
+            assert torch.allclose(log_prob, whole.log_probs[step], atol=1e-5)
+    assert whole.log_probs.shape == (5, 2) and (whole.stds > 0).all()
+
+
+def test_log_prob_is_the_mean_over_dimensions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, mean = (torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    std = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    expected = torch.distributions.Normal(mean, std.reshape(2, 1, 1, 1)).log_prob(x).mean((1, 2, 3))
+    assert torch.allclose(gaussian_log_prob(x, mean, std), expected)
+    assert gaussian_log_prob(mean, mean, std)[0].item() == pytest.approx(-math.log(0.5) - 0.5 * math.log(2 * math.pi))
+
+
+def test_a_deterministic_step_has_log_prob_zero_and_no_gradient() -> None:
+    mean = torch.ones(2, 3, requires_grad=True)
+    log_prob = gaussian_log_prob(torch.zeros(2, 3), mean, torch.tensor([0.0, 1.0]))
+    log_prob.sum().backward()
+    assert log_prob[0] == 0 and torch.equal(mean.grad[0], torch.zeros(3)) and (mean.grad[1] != 0).all()
+
+
+def test_nothing_carries_a_gradient_by_default(sd15: Generator) -> None:
+    assert not sample(sd15, sd15.encode_prompts(PROMPTS), steps=2, seeds=[1, 2], record=True).means.requires_grad
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_gradient_through_chosen_steps_equals_finite_differences(sd15: Generator, guidance: float) -> None:
+    """The last step alone keeps its graph; the earlier prediction is a constant and the path to the end is linear."""
+    cond = sd15.encode_prompts(PROMPTS[:1])
+    bias = sd15.network.conv_out.bias
+    weight = torch.randn(1, *sd15.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def value(steps: tuple[int, ...]) -> Tensor:
+        return (sample(sd15, cond, steps=3, guidance=guidance, seeds=[7], grad_steps=steps).latents * weight).sum()
+
+    gradients = {steps: torch.autograd.grad(value(steps), bias)[0] for steps in [(0,), (1,), (2,), (0, 1, 2)]}
+    step = 1e-2
+    with torch.no_grad():
+        bias[1] += step
+        above = value(())
+        bias[1] -= 2 * step
+        below = value(())
+        bias[1] += step
+    assert gradients[(0, 1, 2)][1] == pytest.approx(((above - below) / (2 * step)).item(), rel=2e-2)
+    for one in [(0,), (1,), (2,)]:
+        assert gradients[one].abs().max() > 0 and not torch.allclose(gradients[one], gradients[(0, 1, 2)])
+    # epsilon prediction: d x_next / d eps at the first step, then scaled by alpha'/alpha to the end, in closed form.
+    process = sd15.process
+    grid, following = process.schedule(3)
+    scale = process.sigma(following[0].item()) - process.sigma(grid[0].item()) * process.alpha(
+        following[0].item()
+    ) / process.alpha(grid[0].item())
+    path = process.alpha(-1) / process.alpha(following[0].item())
+    assert torch.allclose(gradients[(0,)], (scale * path * weight).sum((0, 2, 3)).flatten(), rtol=1e-3)
+
+
+def test_log_probs_of_chosen_steps_carry_gradients(sd15: Generator) -> None:
+    trajectory = sample(
+        sd15, sd15.encode_prompts(PROMPTS), steps=3, eta=1.0, seeds=[1, 2], record=True, grad_steps=[2]
+    )
+    assert not trajectory.states.requires_grad
+    (gradient,) = torch.autograd.grad(trajectory.log_probs[2].sum(), sd15.network.conv_out.bias)
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": None}, "needs seeds"),
+        ({"seeds": [1]}, "one of seeds for each of 2"),
+        ({"solver": "dpm+"}, "Did you mean 'dpm\\+\\+'"),
+        ({"solver": "dpm++", "eta": 1.0}, "inference only"),
+        ({"grad_steps": [4]}, r"grad_steps must lie in 0\.\.3"),
+        ({"eta": -1.0}, "eta must lie"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"steps": 1001}, "steps must lie"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, "4 channels"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(sd15: Generator, options: dict[str, object], message: str) -> None:
+    cond = sd15.encode_prompts(PROMPTS)
+    with pytest.raises(PipelineError, match=message) as caught:
+        sample(sd15, cond, **{"steps": 4, "seeds": [1, 2], **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_low_precision_keeps_float32_latents(tiny_paths: dict[str, str]) -> None:
+    from pipelines import load_generator
+
+    exact, low = (load_generator(tiny_paths["sdxl"], dtype=dtype) for dtype in ("fp32", "bf16"))
+    results = [sample(model, model.encode_prompts(PROMPTS), steps=4, seeds=[1, 2]).latents for model in (exact, low)]
+    assert low.network.dtype == torch.bfloat16 and results[1].dtype == torch.float32
+    assert 0 < (results[0] - results[1]).norm() / results[0].norm() < 0.05
+    assert low.decode(results[1]).dtype == torch.float32
+
+
+def test_prompts_that_are_cut_are_counted(sd15: Generator) -> None:
+    with pytest.warns(UserWarning, match="1 of 2 prompts exceed 16 tokens"):
+        sd15.encode_prompts(["red " * 30, "red"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd15.encode_prompts(["red " * 14])

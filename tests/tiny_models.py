@@ -1,0 +1,182 @@
+"""Tiny, randomly initialised pipelines made of real diffusers and transformers classes, for tests in every room.
+
+Each builder writes a complete diffusers directory (safetensors, schedulers, tokenizers) of well under a megabyte, so a
+test exercises the same loading and sampling code as Stable Diffusion does. Weights depend on ``seed`` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+IMAGE_SIZE = 16
+CONTEXT_LENGTH = 16
+WORDS = ("red", "blue", "green", "circle", "square", "star", "above", "two", "three", "on", "the")
+
+
+def tiny_tokenizer(folder: Path, context_length: int = CONTEXT_LENGTH) -> Any:
+    """Write ``vocab.json`` and ``merges.txt`` in CLIP's format and return a real ``CLIPTokenizer`` of them."""
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    tokens = [*characters, *(f"{character}</w>" for character in characters)]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        symbols = [*word[:-1], f"{word[-1]}</w>"]
+        while len(symbols) > 1:
+            pair = (symbols[0], symbols[1])
+            if pair not in merges:
+                merges.append(pair)
+            symbols[:2] = ["".join(pair)]
+            if symbols[0] not in tokens:
+                tokens.append(symbols[0])
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=context_length)
+
+
+def tiny_text_encoder(tokenizer: Any, width: int = 16, *, projection: bool = False, act: str = "quick_gelu") -> Any:
+    """Return a two-layer CLIP text encoder for ``tokenizer``, with SDXL's pooled projection if asked for."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        hidden_act=act,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+    # The default initialisation (std 0.02) makes all prompts look alike; a test must see them apart.
+    with torch.no_grad():
+        for embedding in (module for module in model.modules() if isinstance(module, torch.nn.Embedding)):
+            embedding.weight.mul_(20.0)
+    return model
+
+
+def tiny_vae(kind: Literal["kl", "tiny"]) -> Any:
+    """Return an autoencoder that halves the sides: ``AutoencoderKL`` or ``AutoencoderTiny``."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if kind == "kl":
+        return AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            sample_size=IMAGE_SIZE,
+        ).eval()
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).eval()
+
+
+def tiny_scheduler(prediction_type: str) -> Any:
+    """Return Stable Diffusion's own ``DDIMScheduler`` configuration with the given prediction type."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+def _tiny_unet(**options: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        **options,
+    ).eval()
+
+
+def build_tiny_sd(
+    path: str | Path,
+    prediction_type: str = "epsilon",
+    vae: Literal["kl", "tiny"] = "kl",
+    *,
+    seed: int = 0,
+) -> str:
+    """Write a ``StableDiffusionPipeline`` for 16x16 images (latents ``[4, 8, 8]``) and return its path.
+
+    ``prediction_type="epsilon"`` is shaped like SD1.5, ``"v_prediction"`` like SD2.1 (linear projections, heads by
+    level, gelu text encoder).
+    """
+    from diffusers import StableDiffusionPipeline
+
+    path = Path(path)
+    second = prediction_type == "v_prediction"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer(path / "tokenizer")
+        pipe = StableDiffusionPipeline(
+            vae=tiny_vae(vae),
+            text_encoder=tiny_text_encoder(tokenizer, act="gelu" if second else "quick_gelu"),
+            tokenizer=tokenizer,
+            unet=_tiny_unet(
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                cross_attention_dim=16,
+                attention_head_dim=(2, 4) if second else 2,
+                use_linear_projection=second,
+            ),
+            scheduler=tiny_scheduler(prediction_type),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.save_pretrained(path, safe_serialization=True)
+    return str(path)
+
+
+def build_tiny_sdxl(path: str | Path, *, seed: int = 0) -> str:
+    """Write a ``StableDiffusionXLPipeline`` (two text encoders, size conditioning) and return its path."""
+    from diffusers import StableDiffusionXLPipeline
+
+    path = Path(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizers = [tiny_tokenizer(path / name) for name in ("tokenizer", "tokenizer_2")]
+        pipe = StableDiffusionXLPipeline(
+            vae=tiny_vae("kl"),
+            text_encoder=tiny_text_encoder(tokenizers[0]),
+            text_encoder_2=tiny_text_encoder(tokenizers[1], width=24, projection=True, act="gelu"),
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            unet=_tiny_unet(
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                cross_attention_dim=16 + 24,
+                attention_head_dim=(2, 4),
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=24 + 6 * 8,
+            ),
+            scheduler=tiny_scheduler("epsilon"),
+        )
+        pipe.save_pretrained(path, safe_serialization=True)
+    return str(path)
