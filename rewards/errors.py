@@ -1,0 +1,22 @@
+"""The one error that this package raises for wrong input, and the nearest-match hint that its messages carry."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RewardError(ValueError):
+    """Wrong input to a reward: one line that says what was given, what is allowed and how to put it right."""
+
+
+def choices(given: str, allowed: Iterable[str]) -> str:
+    """End a message about an unknown word: the nearest allowed word, if one is near, and all allowed ones.
+
+    >>> choices("clop", ["clip", "aesthetic"])
+    "did you mean 'clip'? allowed: aesthetic, clip"
+    """
+    words = sorted(set(allowed))
+    near = difflib.get_close_matches(given, words, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}allowed: {', '.join(words) or '(none)'}"

@@ -1,0 +1,97 @@
+"""Read media into tensors in [0, 1], and group them by size.
+
+Accepted, and checked: one float tensor `[B, 3, H, W]` (images) or `[B, F, 3, H, W]` (videos), or a sequence that mixes
+such tensors without the batch dimension, PIL images of any 8-bit mode (EXIF orientation applied, alpha dropped as the
+original CLIP preprocessing does) and paths of image files. Anything else raises `RewardError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from rewards.errors import RewardError
+
+MediaItem = Tensor | Image.Image | str | PathLike[str]
+Media = Tensor | Sequence[MediaItem]
+
+SHAPES = {"image": "[B, 3, H, W]", "video": "[B, F, 3, H, W]"}
+TOLERANCE = 1e-4  # what resampling in float32 may leave outside [0, 1]
+
+
+def load_image(source: Image.Image | str | PathLike[str]) -> Float[Tensor, "3 height width"]:
+    """Return a PIL image or an image file as float32 in [0, 1], upright; 8 bits a channel survive exactly."""
+    if isinstance(source, Image.Image):
+        return _pixels(source)
+    path = Path(source)
+    if not path.is_file():
+        raise RewardError(f"no such image file: {path}")
+    try:
+        with Image.open(path) as image:
+            return _pixels(image)
+    except (UnidentifiedImageError, OSError) as error:
+        raise RewardError(f"cannot read {path} as an image: {error}") from error
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise RewardError(f"PIL image of mode {image.mode!r}: only 8-bit modes are read; scale it to 8 bits first")
+    pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float().div(255)
+
+
+def check_tensor(media: Tensor, modality: str, name: str = "media") -> None:
+    """Raise `RewardError` unless the tensor has the modality's shape, a float dtype and values in [0, 1]."""
+    shape, expected = list(media.shape), SHAPES[modality]
+    rank = expected.count(",") + 1
+    if media.dim() != rank:
+        fix = "; add the batch dimension with unsqueeze(0)" if media.dim() == rank - 1 else ""
+        raise RewardError(f"{name} has shape {shape}, but this reward scores {modality}s {expected}{fix}")
+    if media.shape[-3] != 3:
+        fix = "; channels come before height and width: movedim(-1, -3)" if media.shape[-1] == 3 else ""
+        raise RewardError(f"{name} has shape {shape}: {expected} with 3 channels is expected{fix}")
+    if media.numel() == 0:
+        raise RewardError(f"{name} is empty: shape {shape}")
+    if not media.is_floating_point():
+        raise RewardError(f"{name} has dtype {media.dtype}; floats in [0, 1] are expected: media.float() / 255")
+    low, high = (value.item() for value in media.detach().aminmax())
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also true of NaN
+        fix = " (in [-1, 1]? then media / 2 + 0.5)" if -1 - TOLERANCE <= low < 0 and high <= 1 + TOLERANCE else ""
+        raise RewardError(f"{name} has values from {low:.4g} to {high:.4g}; [0, 1] is expected{fix}")
+
+
+def read_media(media: Any, modality: str, name: str = "media") -> list[tuple[list[int], Tensor]]:
+    """Return `(positions, tensor)` groups of equal size; together the positions are 0 .. B-1, each once."""
+    if isinstance(media, Tensor):
+        check_tensor(media, modality, name)
+        return [(list(range(len(media))), media)]
+    if isinstance(media, (str, PathLike, Image.Image)) or not isinstance(media, Sequence):
+        raise RewardError(f"{name} is a {type(media).__name__}; give a tensor {SHAPES[modality]} or a list of items")
+    if not media:
+        raise RewardError(f"{name} is empty")
+    groups: dict[tuple, tuple[list[int], list[Tensor]]] = {}
+    for position, item in enumerate(media):
+        tensor = _read_item(item, modality, f"{name}[{position}]")
+        positions, tensors = groups.setdefault((tensor.shape, tensor.dtype, tensor.device), ([], []))
+        positions.append(position)
+        tensors.append(tensor)
+    return [(positions, torch.stack(tensors)) for positions, tensors in groups.values()]
+
+
+def _read_item(item: Any, modality: str, name: str) -> Tensor:
+    if isinstance(item, Tensor):
+        check_tensor(item.unsqueeze(0), modality, name)
+        return item
+    if modality != "image":
+        raise RewardError(f"{name} is a {type(item).__name__}; {modality}s are given as tensors [F, 3, H, W]")
+    if isinstance(item, (Image.Image, str, PathLike)):
+        return load_image(item)
+    raise RewardError(f"{name} is a {type(item).__name__}; allowed: tensor, PIL image, path")

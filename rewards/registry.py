@@ -1,0 +1,147 @@
+"""Find a reward by name: built in, registered by `register`, an entry point of a third party, or a dotted path.
+
+Third parties declare theirs in their pyproject.toml; the key equals the `name` of the class:
+
+    [project.entry-points."mmalign.rewards"]
+    sharpness = "their_package.rewards:Sharpness"
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from importlib import import_module, metadata
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from rewards.errors import RewardError, choices
+
+if TYPE_CHECKING:
+    import rewards.base
+
+ENTRY_POINT_GROUP = "mmalign.rewards"
+
+BUILTIN = {
+    "clip": "rewards.clip:ClipReward",
+}
+
+_registered: dict[str, type[rewards.base.Reward]] = {}
+
+
+def register(reward: type[rewards.base.Reward]) -> type[rewards.base.Reward]:
+    """Make a reward class known under its `name` in this process; usable as a decorator."""
+    name = _checked(reward, reward.__qualname__).name
+    holder = _registered.get(name) or BUILTIN.get(name)
+    if holder is not None and holder is not reward:
+        raise RewardError(f"reward name {name!r} is taken by {holder}; give {reward.__qualname__} a name of its own")
+    _registered[name] = reward
+    return reward
+
+
+def load_reward(
+    name: str,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    weights: str | PathLike[str] | None = None,
+    **options: Any,
+) -> rewards.base.Reward:
+    """Make a reward by registered name or `"module.path:Class"`.
+
+    device: None is CUDA where there is one; dtype: of the weights, float32 by default; weights: where they come from,
+    in the words of the reward; options: keyword arguments of the reward's class. Raises `RewardError` for an unknown
+    name or option, with the nearest match.
+    """
+    found = reward_class(name)
+    given = {"device": device, "dtype": dtype, "weights": weights}
+    options |= {option: value for option, value in given.items() if value is not None}
+    allowed = _options(found)
+    if allowed is not None:
+        for option in options:
+            if option == "weights" and "weights" not in allowed:
+                raise RewardError(f"reward {name!r} has no weights to choose; leave out weights={str(weights)!r}")
+            if option not in allowed:
+                raise RewardError(f"reward {name!r} has no option {option!r}; {choices(option, allowed)}")
+    return found(**options)
+
+
+def list_rewards() -> list[rewards.base.Facts]:
+    """Return the facts of every reward that can be loaded by name, sorted by name, without reading weights.
+
+    A third party's reward that cannot be imported is left out with a warning.
+    """
+    from rewards.base import Facts
+
+    facts = []
+    for name in sorted({*BUILTIN, *_registered, *_entry_points()}):
+        try:
+            facts.append(Facts.of(reward_class(name)))
+        except RewardError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return facts
+
+
+def reward_class(name: str) -> type[rewards.base.Reward]:
+    """Return the class behind a name or a dotted path, without making a reward."""
+    if ":" in name:
+        return _checked(_import(name, name), name)
+    external = _entry_points()
+    if name not in {*BUILTIN, *_registered, *external}:
+        hint = choices(name, {*BUILTIN, *_registered, *external})
+        raise RewardError(f"unknown reward {name!r}; {hint}, or 'module.path:Class'")
+    targets = {BUILTIN[name]} if name in BUILTIN else set()
+    targets |= external.get(name, set())
+    if len(targets) + (name in _registered) > 1:
+        raise RewardError(f"reward name {name!r} is claimed by {', '.join(sorted(targets))}; uninstall one of them")
+    if name in _registered:
+        return _registered[name]
+    found = _checked(_import(target := targets.pop(), name), name)
+    if found.name != name:
+        raise RewardError(f"{target} is declared as reward {name!r} but its name is {found.name!r}; make them equal")
+    return found
+
+
+def _entry_points() -> dict[str, set[str]]:
+    # A set: an editable install and a wheel of the same package may declare the same target twice.
+    found: dict[str, set[str]] = {}
+    for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        found.setdefault(point.name, set()).add(point.value)
+    return found
+
+
+def _import(target: str, name: str) -> Any:
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError as error:
+        where = "" if name != target else "; a module of yours must be on PYTHONPATH"
+        raise RewardError(f"reward {name!r}: cannot import {module!r}: {error}{where}") from error
+    except AttributeError as error:
+        raise RewardError(f"reward {name!r}: {error}; write 'module.path:Class'") from error
+
+
+def _checked(found: Any, label: str) -> type[rewards.base.Reward]:
+    from rewards.base import Reward
+
+    if not (isinstance(found, type) and issubclass(found, Reward)):
+        raise RewardError(f"{label!r} is not a subclass of rewards.Reward")
+    if inspect.isabstract(found):
+        raise RewardError(f"{label!r} lacks {', '.join(sorted(found.__abstractmethods__))}")
+    if not found.name or ":" in found.name:
+        raise RewardError(f"{label!r} has the name {found.name!r}; set a class attribute `name`, without ':'")
+    return found
+
+
+def _options(found: type[rewards.base.Reward]) -> set[str] | None:
+    """Collect the keyword arguments of a class and, where it passes `**rest` on, of its bases; None: anything goes."""
+    from rewards.base import Reward
+
+    names: set[str] = set()
+    for cls in found.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)} - {"self"}
+        if cls is Reward or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names
+    return None
