@@ -1,0 +1,148 @@
+"""List what there is: methods, rewards, model families, shipped configs and prompt sets, with their facts."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmalign.progress import note
+from mmalign.registry import Registry
+
+
+class Listing(NamedTuple):
+    """A table: its columns, its rows, and what to do with a row."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    hint: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("what", choices=sorted(LISTINGS), help="what to list")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table on standard output."""
+    listing = LISTINGS[args.what]()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(listing.columns):
+        table.add_column(column, no_wrap=index == 0, overflow="fold")
+    for row in listing.rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: square brackets in a cell are no markup
+    # In a pipe there is no width to fit: one line a row, for grep.
+    Console(width=None if sys.stdout.isatty() else 400, highlight=False).print(table)
+    note(f"\n{listing.hint}")
+    return 0
+
+
+def _methods() -> Listing:
+    from mmalign.errors import UserError
+    from mmalign.methods import methods
+
+    rows = []
+    for name in methods.names():
+        try:
+            method = methods.get(name)
+        except UserError as error:  # somebody else's broken plug-in must not hide the rest
+            note(f"warning: {error}")
+            continue
+        needs = method.needs
+        paper = re.search(r"arXiv[: ](\d{4}\.\d{4,5})", inspect.getdoc(inspect.getmodule(method)) or "")
+        rows.append(
+            [
+                name,
+                needs.source,
+                "yes" if needs.reference else "no",
+                needs.reward,
+                needs.modality,
+                f"arXiv {paper[1]}" if paper else "",
+                _first_line(method),
+            ]
+        )
+    columns = ["method", "learns from", "reference", "reward", "makes", "paper", "what it does"]
+    hint = "Use one as `method: {name: NAME, ...}` in a config; `mmalign list configs` has examples."
+    return Listing(columns, rows, hint)
+
+
+def _rewards() -> Listing:
+    from rewards import list_rewards
+
+    rows = []
+    for facts in list_rewards():
+        bounds = " .. ".join(_bound(bound) for bound in facts.range)
+        rows.append(
+            [
+                facts.name,
+                facts.modality,
+                ", ".join(facts.needs) or "nothing",
+                "yes" if facts.differentiable else "no",
+                bounds if facts.higher_is_better else f"{bounds} (less is more)",
+                facts.licence,
+                facts.summary,
+            ]
+        )
+    columns = ["reward", "scores", "needs", "gradient", "range", "licence", "what it measures"]
+    hint = "Use several in `mmalign compare ... --rewards NAME,NAME`, or one in a config's `rewards:`."
+    return Listing(columns, rows, hint)
+
+
+def _families() -> Listing:
+    from pipelines.load import FAMILIES
+
+    families = Registry("model family", FAMILIES)
+    rows = []
+    for pipeline in FAMILIES:
+        family = families.get(pipeline)
+        rows.append([family.family, pipeline, _first_line(family)])
+    hint = "The family is read from a model's model_index.json; you never name it."
+    return Listing(["family", "diffusers class", "models"], rows, hint)
+
+
+def _configs() -> Listing:
+    from mmalign.config_files import find_config, list_configs
+
+    rows = []
+    for name in list_configs():
+        first = find_config(name).read_text(encoding="utf-8").partition("\n")[0]
+        rows.append([name, first.lstrip("# ") if first.startswith("#") else ""])
+    hint = "Run one with `mmalign train NAME`; see it with `mmalign show-config NAME`."
+    return Listing(["config", "header"], rows, hint)
+
+
+def _prompts() -> Listing:
+    from mmalign.data.prompts import builtin_prompt_sets, load_prompts
+
+    rows = []
+    for name in builtin_prompt_sets():
+        prompts = load_prompts(name)
+        categories = dict.fromkeys(prompt.category for prompt in prompts if prompt.category)
+        rows.append([name, str(len(prompts)), ", ".join(categories)])
+    hint = "Use one as `--prompts NAME`; any CSV, TSV, JSONL or TXT file of prompts is taken as well."
+    return Listing(["prompts", "count", "categories"], rows, hint)
+
+
+LISTINGS: dict[str, Callable[[], Listing]] = {
+    "methods": _methods,
+    "rewards": _rewards,
+    "families": _families,
+    "configs": _configs,
+    "prompts": _prompts,
+}
+
+
+def _first_line(thing: object) -> str:
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+def _bound(value: float) -> str:
+    return f"{value:g}" if math.isfinite(value) else ("-inf" if value < 0 else "inf")

@@ -1,0 +1,271 @@
+"""The configuration of a training run: a strict schema, and the one way to read it.
+
+`load_config("shapes/diffusion_dpo", ["method.beta=2000"])` reads YAML with `extends:`, applies the overrides, fills in
+the method's own defaults and reports every fault at once. `dump_config` writes the resolved result, which reads back
+to the same run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+
+from mmalign.config_checks import Fault, check_recipe, describe_errors, method_class
+from mmalign.config_files import Faults, Tree, dotted, read_tree
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration: unknown keys are faults, `1` is no text and `"1"` no number; frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+SchemaT = TypeVar("SchemaT", bound=BaseModel)
+
+
+class DataConfig(StrictModel):
+    """What is learned from: exactly one of `pairs`, `labels` and `prompts`."""
+
+    pairs: str | None = None
+    """preference pairs: a parquet, JSON or JSONL file, a folder, or a `datasets` hub id"""
+    prompts: str | None = None
+    """prompts of an online method: a built-in name or a CSV, TSV, JSONL or TXT file"""
+    labels: str | None = None
+    """single images with a label good or bad"""
+    caption_column: str = "caption"
+    """the column that holds the prompt"""
+    ties: Literal["drop", "keep"] = "drop"
+    """pairs without a winner: left out and counted, or kept"""
+    min_margin: float | None = Field(None, ge=0)
+    """drop pairs whose scores differ by less than this"""
+    limit: int | None = Field(None, ge=1)
+    """read no more than this many"""
+    resolution: int | None = Field(None, ge=8, multiple_of=8)
+    """edge in pixels that images are resized and cropped to; null: what the model was made for"""
+    crop: Literal["center", "random"] = "center"
+    """which part of an image that is not square is kept, the same for both sides of a pair"""
+    flip: bool = False
+    """mirror half of the pairs, both sides alike; not for prompts that say left and right"""
+    caption_dropout: float = Field(0.0, ge=0, lt=1)
+    """share of samples trained on the empty prompt, for classifier-free guidance"""
+    cache: str | None = None
+    """folder of the encoded images and prompts; null: ~/.cache/mmalign"""
+
+
+class AdapterConfig(StrictModel):
+    """What is trained: a low-rank adapter, or every weight."""
+
+    kind: Literal["lora", "full"] = "lora"
+    """lora: small matrices beside frozen weights; full: all weights of the denoiser"""
+    rank: int = Field(16, ge=1)
+    """rank of the LoRA matrices"""
+    alpha: float | None = Field(None, gt=0)
+    """LoRA scale times rank; null: equal to the rank"""
+    targets: list[str] | None = Field(None, min_length=1)
+    """names of the layers that get LoRA matrices; null: the attention projections"""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # `kind: full` beside a rank is a fault when read, so the resolved config must not hold the unused default.
+        return {"kind": "full"} if self.kind == "full" else write(self)
+
+
+class RewardConfig(StrictModel):
+    """One reward and its weight in the sum."""
+
+    name: str
+    """a name of `mmalign list rewards`, or your own as 'package.module:Class'"""
+    weight: float = 1.0
+    """factor of this reward in the weighted sum"""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """what the reward itself takes"""
+
+
+class TrainerConfig(StrictModel):
+    """The training loop."""
+
+    steps: int = Field(1000, ge=1)
+    """optimiser steps"""
+    batch_size: int = Field(8, ge=1)
+    """samples of one forward pass on one device (a pair is one sample)"""
+    gradient_accumulation: int = Field(1, ge=1)
+    """forward passes per optimiser step"""
+    learning_rate: float = Field(1e-4, gt=0)
+    """peak of the schedule"""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW of torch"""
+    weight_decay: float = Field(0.01, ge=0)
+    """decoupled weight decay"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """decay of AdamW's two running means"""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """gradients are scaled down to this norm"""
+    warmup: float = Field(0.1, ge=0)
+    """rising part of the schedule: a fraction of `steps` if below 1, else a number of steps"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """course of the learning rate after the warm-up"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """autocast of the forward pass; trained weights stay fp32"""
+    seed: int = Field(0, ge=0)
+    """the one seed that every random draw derives from"""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """decay of a running mean of the trained weights, which is then what is evaluated and saved"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third slower"""
+    checkpoint_every: int = Field(500, ge=1)
+    """steps between two checkpoints; the end is always saved"""
+    keep_checkpoints: int = Field(2, ge=1)
+    """older checkpoints are deleted"""
+    log_every: int = Field(10, ge=1)
+    """steps between two lines of metrics"""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """where metrics go besides metrics.jsonl"""
+
+
+class EvaluateConfig(StrictModel):
+    """A look at a few fixed prompts and seeds while training."""
+
+    prompts: str
+    """a built-in name of `mmalign list prompts`, or a file"""
+    every: int = Field(ge=1)
+    """steps between two looks; step 0 is always looked at"""
+    rewards: list[str] = Field(min_length=1)
+    """rewards to report"""
+    limit: int = Field(8, ge=1)
+    """how many of the prompts"""
+    steps: int = Field(20, ge=1)
+    """sampling steps"""
+    guidance: float = Field(7.5, ge=0)
+    """classifier-free guidance scale; 1: none"""
+
+
+class RunConfig(StrictModel):
+    """One training run, as `mmalign train` takes it."""
+
+    model: str
+    """a model directory, or a hub id 'organisation/name'"""
+    method: dict[str, Any]
+    """`name`, a name of `mmalign list methods`, and what that method's own configuration declares"""
+    data: DataConfig
+    """what is learned from"""
+    output: str
+    """folder that the run writes to"""
+    adapter: AdapterConfig = AdapterConfig()
+    """what is trained"""
+    rewards: list[RewardConfig] = []
+    """rewards that the method learns from; only for methods that take them"""
+    trainer: TrainerConfig = TrainerConfig()
+    """the training loop"""
+    evaluate: EvaluateConfig | None = None
+    """a look at a few prompts while training; null: none"""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """attention kernel"""
+
+    @property
+    def method_name(self) -> str:
+        """The method's name in the registry."""
+        return str(self.method["name"])
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The method's own configuration, complete with defaults, without the name."""
+        return {key: value for key, value in self.method.items() if key != "name"}
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read, merge and check the configuration of a run.
+
+    Args:
+        path: a YAML file, or the name of a shipped config such as "shapes/diffusion_dpo".
+        overrides: `key.path=value`, values in YAML: `method.beta=2000`, `rewards.0.weight=2`, `evaluate=null`.
+
+    Raises:
+        UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.
+    """
+    return load_with_tree(path, overrides)[0]
+
+
+def load_with_tree(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Tree]:
+    """Like `load_config`, with the merged values and their origins as `mmalign show-config` prints them."""
+    tree = read_tree(path, overrides or [], _expand_short_forms)
+    config, faults = _validate(RunConfig, tree.values)
+    method, method_faults = _validate_method(tree.values.get("method"))
+    faults += method_faults
+    faults += check_recipe(tree.values)
+    if faults or config is None:
+        raise _report(faults, tree, path)
+    return config.model_copy(update={"method": method}), tree
+
+
+def load_schema(
+    schema: type[SchemaT],
+    path: str | Path,
+    overrides: list[str] | None = None,
+    normalise: Callable[[dict[str, Any]], None] = lambda values: None,
+) -> SchemaT:
+    """Read any other configuration (such as that of `mmalign compare`) by the same rules, with the same messages.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    tree = read_tree(path, overrides or [], normalise)
+    config, faults = _validate(schema, tree.values)
+    if faults or config is None:
+        raise _report(faults, tree, path)
+    return config
+
+
+def dump_config(config: BaseModel) -> str:
+    """Write a configuration as YAML with every default filled in; `load_config` reads it back to an equal one."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that writes a list of plain values in one line."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        flat = not any(isinstance(item, dict | list) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=flat)
+
+
+def _expand_short_forms(values: dict[str, Any]) -> None:
+    """Write `method: sft` and `rewards: [clip]` in full, in place."""
+    if isinstance(values.get("method"), str):
+        values["method"] = {"name": values["method"]}
+    if isinstance(values.get("rewards"), list):
+        values["rewards"] = [{"name": one} if isinstance(one, str) else one for one in values["rewards"]]
+
+
+def _validate(schema: type[SchemaT], values: Any) -> tuple[SchemaT | None, list[Fault]]:
+    # By way of JSON, since only there does pydantic's strict mode take a list for a tuple and text for a path.
+    try:
+        return schema.model_validate_json(json.dumps(values), strict=True), []
+    except ValidationError as error:
+        return None, describe_errors(error, schema, values)
+
+
+def _validate_method(values: Any) -> tuple[dict[str, Any], list[Fault]]:
+    """Check `method` by the method's own Config and return it with the defaults filled in."""
+    method, faults = method_class(values)
+    if method is None:
+        return {}, faults
+    options = {key: value for key, value in values.items() if key != "name"}
+    # A third party's Config may have forgotten to forbid unknown keys; a misspelt option must not pass in silence.
+    strict = type(method.Config.__name__, (method.Config,), {"model_config": ConfigDict(extra="forbid")})
+    config, faults = _validate(strict, options)
+    if config is None:
+        return {}, [Fault(("method", *fault.path), fault.message) for fault in faults]
+    return {"name": values["name"], **config.model_dump(mode="json")}, []
+
+
+def _report(faults: list[Fault], tree: Tree, path: str | Path) -> Faults:
+    lines = []
+    for fault in faults:
+        key = f"{dotted(fault.path)}: " if fault.path else ""
+        lines.append(f"{tree.origin(fault.path) or path}: {key}{fault.message}")
+    return Faults(lines)

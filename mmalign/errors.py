@@ -1,0 +1,31 @@
+"""The error that means "your input is wrong", and the helper that finds what was probably meant.
+
+Style of every message: what was given, what is allowed, the nearest match, the fix; one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The user's input is wrong; the command line prints the message as one line and exits with code 2."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str | None:
+    """Return the entry of `allowed` that `given` was most probably meant to be, or None if nothing is close.
+
+    Close is a similar spelling in any case, or else a word that contains what was given ("dpo": "diffusion_dpo").
+    """
+    by_lower = {word.lower(): word for word in allowed}
+    matches = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.6)
+    if not matches and len(given) > 2:
+        matches = sorted(word for word in by_lower if given.lower() in word)
+    return by_lower[matches[0]] if matches else None
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the nearest match, or an empty string: made to be appended to a message."""
+    match = nearest(given, allowed)
+    return f"; did you mean '{match}'?" if match else ""

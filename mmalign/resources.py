@@ -1,0 +1,69 @@
+"""Find what ships with mmalign (configs, models, prompt sets), from a checkout and from an installed wheel alike."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mmalign.errors import UserError, nearest
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+def resource_root() -> Path:
+    """Return the directory that holds `configs/` and `assets/`: `mmalign/_data` in a wheel, else the checkout."""
+    package = Path(__file__).resolve().parent
+    packaged = package / "_data"
+    return packaged if packaged.is_dir() else package.parent
+
+
+def find(path: str | Path) -> Path:
+    """Return `path` as given if it exists, else the shipped file or directory of that relative name.
+
+    Raises:
+        UserError: neither exists; the message names the nearest existing path.
+    """
+    given = Path(path).expanduser()
+    if given.exists():
+        return given
+    if not given.is_absolute():
+        shipped = resource_root() / given
+        if shipped.exists():
+            return shipped
+    raise UserError(f"{path}: no such file or directory{_path_hint(given)}")
+
+
+def resolve_model(name: str) -> str:
+    """Return what a model loader should be given for `name`: a directory found by `find`, or a hub id unchanged.
+
+    `org/name` counts as a hub id when no such path exists and its first part is no directory here either
+    (`runs/demo/dpp` is a mistyped path, not somebody's hub account).
+
+    Raises:
+        UserError: `name` is neither an existing path nor shaped like a hub id.
+    """
+    given = Path(name).expanduser()
+    looks_like_hub_id = _HUB_ID.fullmatch(name) is not None
+    if looks_like_hub_id and not given.exists():
+        shipped = resource_root() / given
+        first_part_is_local = Path(given.parts[0]).is_dir() or (resource_root() / given.parts[0]).is_dir()
+        if not shipped.exists() and not first_part_is_local:
+            return name
+    try:
+        return str(find(given))
+    except UserError as error:
+        raise UserError(f"model {error} (give a model directory or a hub id 'organisation/name')") from None
+
+
+def _path_hint(missing: Path) -> str:
+    """Describe the nearest existing neighbour of a missing path, or where it was looked for."""
+    folders = [missing.parent] if missing.is_absolute() else [missing.parent, resource_root() / missing.parent]
+    for folder in folders:
+        if folder.is_dir():
+            match = nearest(missing.name, (entry.name for entry in folder.iterdir()))
+            if match:
+                return f"; did you mean '{missing.parent / match}'?"
+    existing = next((parent for parent in missing.parents if parent.is_dir() and str(parent) != "."), None)
+    if existing is None and not missing.is_absolute():
+        return f" in {Path.cwd()} or among the files that mmalign ships"
+    return f" ('{existing}' exists, '{missing.relative_to(existing).parts[0]}' is not in it)" if existing else ""
