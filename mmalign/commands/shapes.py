@@ -1,0 +1,151 @@
+"""The Shapes world: look at it, read pictures with its oracle, make its models again.
+
+mmalign shapes draw --count 48 --out world.png
+mmalign shapes read picture.png --prompt "a red circle above a blue square"
+mmalign shapes check-oracle --count 5000
+mmalign shapes train-base --out runs/shapes-sd
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmalign.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the actions and their options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    draw = actions.add_parser("draw", help="draw random scenes with their captions as one picture")
+    draw.add_argument("--count", type=int, default=48)
+    draw.add_argument("--seed", type=int, default=0)
+    draw.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    read = actions.add_parser(
+        "read", help="say what the oracle sees in a 64x64 picture, and grade it against a prompt"
+    )
+    read.add_argument("image", type=Path)
+    read.add_argument("--prompt")
+    check = actions.add_parser("check-oracle", help="measure how often the oracle reads freshly drawn scenes right")
+    check.add_argument("--count", type=int, default=4000)
+    check.add_argument("--seed", type=int, default=7)
+    actions.add_parser("words", help="print every word that prompts may use")
+    prompts = actions.add_parser("prompts", help="write the test, validation and training prompt sets again")
+    prompts.add_argument("--out", type=Path, required=True, metavar="DIR")
+    base = actions.add_parser(
+        "train-base", help="train the text-to-image pipeline from scratch (about 50 min on 2 cores)"
+    )
+    base.add_argument("--out", type=Path, required=True, metavar="DIR")
+    base.add_argument("--scenes", type=int, default=60_000, help="training pictures drawn (default %(default)s)")
+    base.add_argument("--vae-steps", type=int, default=3600, help="autoencoder steps (default %(default)s)")
+    base.add_argument("--images", type=int, default=200_000, help="pictures the denoiser sees (default %(default)s)")
+    clip = actions.add_parser("train-clip", help="train the CLIP from scratch (about 15 min on 2 cores)")
+    clip.add_argument("--out", type=Path, required=True, metavar="DIR")
+    clip.add_argument("--scenes", type=int, default=40_000, help="training pictures drawn (default %(default)s)")
+    clip.add_argument("--steps", type=int, default=2000, help="training steps (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the action that was asked for."""
+    return {
+        "draw": _draw, "read": _read, "check-oracle": _check_oracle, "words": _words,
+        "prompts": _prompts, "train-base": _train_base, "train-clip": _train_clip,
+    }[args.action](args)  # fmt: skip
+
+
+def _draw(args: argparse.Namespace) -> int:
+    import numpy as np
+    from PIL import Image
+
+    from mmalign.grid import labelled_grid
+    from mmalign.shapes.language import caption
+    from mmalign.shapes.world import render, sample_scene
+
+    rng = np.random.default_rng(args.seed)
+    scenes = [sample_scene(rng) for _ in range(args.count)]
+    pictures = [Image.fromarray(render(scene)) for scene in scenes]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid(pictures, [caption(rng, scene) for scene in scenes]).save(args.out)
+    print(f"{args.count} scenes: {args.out}")
+    return 0
+
+
+def _read(args: argparse.Namespace) -> int:
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    from mmalign.shapes import oracle
+    from mmalign.shapes.language import parse
+
+    try:
+        pixels = np.asarray(Image.open(args.image).convert("RGB"))
+        reading = oracle.read(pixels)
+    except FileNotFoundError:
+        raise UserError(f"{args.image}: no such file") from None
+    except (UnidentifiedImageError, ValueError) as error:
+        raise UserError(f"{args.image}: {error}") from None
+    print(
+        f"background {reading.background}; quality {reading.quality:.2f} = sharpness {reading.sharpness:.2f}", end=""
+    )
+    print(f" x cleanness {reading.cleanness:.2f} x contrast {reading.contrast:.2f}")
+    for thing in reading.objects:
+        place = f"at ({thing.x:.0f}, {thing.y:.0f}), radius {thing.radius:.1f} px, fit {thing.fit:.2f}"
+        print(f"  {thing.size} {thing.colour} {thing.shape} {place}")
+    if args.prompt:
+        score = oracle.judge(parse(args.prompt), reading)
+        strict = "strictly correct" if score > 1 - 1e-6 else "not strictly correct"
+        print(f"correctness {score:.3f} ({strict}): {args.prompt}")
+    return 0
+
+
+def _check_oracle(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmalign.shapes.check import check_oracle
+
+    table = Table(title=f"oracle on {args.count} freshly drawn scenes, seed {args.seed}")
+    for name in ("render quality", "scene", "scenes", "read strictly right"):
+        table.add_column(name, justify="left" if name in ("render quality", "scene") else "right")
+    for row in check_oracle(args.count, args.seed):
+        table.add_row(row.quality, row.scene, str(row.count), f"{100 * row.right / row.count:.1f} %")
+    Console().print(table)
+    return 0
+
+
+def _words(args: argparse.Namespace) -> int:
+    from mmalign.shapes import language
+
+    for title, table in (
+        ("shapes", language.SHAPE_WORDS), ("colours", language.COLOUR_WORDS), ("sizes", language.SIZE_WORDS),
+        ("backgrounds", language.BACKGROUND_WORDS), ("relations", language.RELATION_WORDS),
+    ):  # fmt: skip
+        print(title)
+        for meaning, words in table.items():
+            print(f"  {meaning:10} {', '.join(words)}")
+    print(f"numbers\n  {', '.join(language.NUMBERS)}")
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> int:
+    from mmalign.shapes.prompts import write_prompt_sets
+
+    write_prompt_sets(args.out)
+    print(f"shapes-drawbench.csv, shapes-validation.csv, shapes-train.csv: {args.out}")
+    return 0
+
+
+def _train_base(args: argparse.Namespace) -> int:
+    from mmalign.shapes.train_base import train_base
+
+    train_base(args.out, scenes=args.scenes, vae_steps=args.vae_steps, images=args.images)
+    print(f"a diffusers pipeline: {args.out}")
+    return 0
+
+
+def _train_clip(args: argparse.Namespace) -> int:
+    from mmalign.shapes.train_clip import train_clip
+
+    train_clip(args.out, scenes=args.scenes, steps=args.steps)
+    print(f"an open_clip model: {args.out}")
+    return 0

@@ -1,0 +1,94 @@
+"""The oracle as rewards, and the Shapes CLIP; registered by entry points, like any third party's rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.resources import find
+from mmalign.shapes import oracle
+from mmalign.shapes.language import parse
+from mmalign.shapes.world import SIZE
+from rewards import Reward
+from rewards.clip import ClipReward
+from rewards.errors import RewardError
+
+
+class OracleReward(Reward):
+    """Base of the rewards that read pictures of the Shapes world."""
+
+    range = (0.0, 1.0)
+    licence = "Apache-2.0"
+    source = "none: computed by mmalign.shapes.oracle"
+
+    def readings(self, media: Float[Tensor, "batch 3 height width"]) -> list[oracle.Reading]:
+        """Read each picture once."""
+        if media.shape[-2:] != (SIZE, SIZE):
+            raise RewardError(
+                f"{self.name} reads {SIZE}x{SIZE} pictures of the Shapes world, got {tuple(media.shape[-2:])}"
+            )
+        pixels = (media.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        return [_read_cached(picture.tobytes()) for picture in pixels]
+
+
+_CACHE: dict[bytes, oracle.Reading] = {}
+_CACHE_LIMIT = 20_000
+
+
+def _read_cached(pixels: bytes) -> oracle.Reading:
+    """Several oracle rewards over the same pictures share one reading of each."""
+    if pixels not in _CACHE:
+        if len(_CACHE) >= _CACHE_LIMIT:
+            _CACHE.clear()
+        _CACHE[pixels] = oracle.read(np.frombuffer(pixels, np.uint8).reshape(SIZE, SIZE, 3))
+    return _CACHE[pixels]
+
+
+class ShapesCorrectness(OracleReward):
+    """Does the picture show what the prompt asks for? Graded by the oracle: objects, attributes, count, relation."""
+
+    name: ClassVar[str] = "shapes-correctness"
+    needs = frozenset({"prompts"})
+
+    def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
+        """Grade each picture against its prompt, in [0, 1]."""
+        readings = self.readings(media)
+        return torch.tensor([oracle.judge(parse(p), r) for p, r in zip(prompts or (), readings, strict=True)])
+
+
+class ShapesStrict(ShapesCorrectness):
+    """1 when the picture shows exactly what the prompt asks for and nothing else, else 0."""
+
+    name: ClassVar[str] = "shapes-strict"
+
+    def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
+        """Pass or fail each picture."""
+        return (super().score(media, prompts, references) > 1.0 - 1e-6).float()
+
+
+class ShapesQuality(OracleReward):
+    """Render quality whatever is shown: sharp edges, clean areas, full contrast; 0 to 1."""
+
+    name: ClassVar[str] = "shapes-quality"
+
+    def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
+        """Rate each picture; the prompt is not looked at."""
+        return torch.tensor([reading.quality for reading in self.readings(media)])
+
+
+class ShapesClip(ClipReward):
+    """Cosine of the small CLIP trained on Shapes (`assets/shapes-clip`): differentiable, learned, imperfect."""
+
+    name: ClassVar[str] = "shapes-clip"
+    licence = "Apache-2.0"
+    citation = "trained by `mmalign shapes train-clip`"
+
+    @classmethod
+    def default_weights(cls) -> str | None:
+        """Find the shipped directory, in a checkout or in an installed wheel."""
+        return str(find("assets/shapes-clip"))
