@@ -1,0 +1,1 @@
+"""Preference data: prompt files, pair readers, pair-safe transforms, the encoded cache, and building new pairs."""

@@ -1,0 +1,96 @@
+"""Images in and out: bytes or a file to an upright RGB image, to a tensor in [0, 1], and back to PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from mmalign.errors import UserError
+
+Media = bytes | Path
+"""An image as data sets hold it: the bytes of a PNG, JPEG or WebP file, or the path of one."""
+
+
+def read_bytes(media: Media, name: str) -> bytes:
+    """Return the encoded bytes of an image; `name` says in an error which record it belongs to.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if isinstance(media, bytes):
+        return media
+    try:
+        return media.read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: image '{media}' cannot be read ({error.strerror or error})") from None
+
+
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Return (width, height) of the upright image, from the file's header alone.
+
+    Raises:
+        UserError: the bytes are no image.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(name, data, error) from None
+    return (height, width) if turned else (width, height)
+
+
+def open_image(data: bytes, name: str) -> Image.Image:
+    """Decode an image to upright 8-bit RGB: EXIF rotation applied, transparency laid over white, 16 bits scaled to 8.
+
+    Raises:
+        UserError: the bytes are no image, or a damaged one.
+    """
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise UserError(f"{name}: image has 32 bits a channel (mode {image.mode}); save it with 8 or 16")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(name, data, error) from None
+
+
+def _unreadable(name: str, data: bytes, error: Exception) -> UserError:
+    # PIL prints the address of the buffer, which tells the reader nothing and changes from run to run.
+    reason = " ".join(str(error).split("<_io")[0].split()) or type(error).__name__
+    return UserError(f"{name}: unreadable image ({len(data)} bytes: {reason})")
+
+
+def image_to_tensor(image: Image.Image) -> Float[Tensor, "channels height width"]:
+    """Return an RGB image as float32 in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+
+
+def tensor_to_image(media: Float[Tensor, "channels height width"]) -> Image.Image:
+    """Return a tensor in [0, 1] as an 8-bit image, rounded to the nearest level and clipped."""
+    levels = media.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def encode_png(media: Float[Tensor, "channels height width"] | Image.Image) -> bytes:
+    """Return PNG bytes; lossless, so that `image_to_tensor(open_image(...))` returns the same 8-bit levels."""
+    image = media if isinstance(media, Image.Image) else tensor_to_image(media)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def decode_image(media: Media, name: str = "image") -> Float[Tensor, "3 height width"]:
+    """Return an encoded image (bytes or path) as a float32 tensor in [0, 1]; see `open_image` for the conversions."""
+    return image_to_tensor(open_image(read_bytes(media, name), name))

@@ -1,0 +1,301 @@
+"""Turn sampled images into preference pairs by a reward: best against worst, or Bradley-Terry draws.
+
+Bradley-Terry (1952): P(i is preferred to j) = sigmoid((score_i - score_j) / temperature).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations, groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+
+from mmalign.data.images import decode_image
+from mmalign.data.parquet import ForwardReader, RowWriter, atomic_parquet, open_parquet, read_metadata
+from mmalign.data.source import missing_columns
+from mmalign.data.store import content_key
+from mmalign.data.transforms import uniform
+from mmalign.errors import UserError
+from mmalign.seeds import derive_seed
+
+SOURCE_COLUMNS = ("prompt", "prompt_id", "seed", "image", "model")
+PAIR_SCHEMA = pa.schema(
+    [
+        ("caption", pa.string()),
+        ("jpg_0", pa.binary()),
+        ("jpg_1", pa.binary()),
+        ("label_0", pa.float64()),
+        ("label_1", pa.float64()),
+        ("score_0", pa.float64()),
+        ("score_1", pa.float64()),
+        ("has_label", pa.bool_()),
+        ("image_0_uid", pa.string()),
+        ("image_1_uid", pa.string()),
+        ("best_image_uid", pa.string()),
+        ("model_0", pa.string()),
+        ("model_1", pa.string()),
+        ("ranking_id", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """A loaded reward and its weight in the sum that decides."""
+
+    name: str
+    weight: float
+    reward: Any
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """How pairs are chosen and labelled.
+
+    `best-worst` pairs the best image of a prompt with its worst, the second best with the second worst and so on;
+    `bradley-terry` draws pairs at random and lets a coin weighted by the scores decide, as people do. Then every label
+    is flipped with probability `label_noise`. Pairs of equal score are left out, and those closer than `min_margin`.
+    """
+
+    mode: Literal["best-worst", "bradley-terry"] = "best-worst"
+    temperature: float = 1.0
+    label_noise: float = 0.0
+    min_margin: float = 0.0
+    pairs_per_prompt: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: a value is outside its range.
+        """
+        allowed = {
+            "temperature": (self.temperature > 0, "above 0"),
+            "label_noise": (0 <= self.label_noise <= 0.5, "from 0 to 0.5 (every label a coin toss)"),
+            "min_margin": (self.min_margin >= 0, "at least 0"),
+            "pairs_per_prompt": (self.pairs_per_prompt >= 1, "at least 1"),
+        }
+        for name, (fits, text) in allowed.items():
+            if not fits:
+                raise UserError(f"{name} {getattr(self, name)}: must be {text}")
+
+
+@dataclass
+class LabelCounts:
+    """What became of the prompts and pairs; `margin_sum` adds score(chosen) - score(rejected) over the pairs kept."""
+
+    prompts: int = 0
+    images: int = 0
+    too_few_images: int = 0
+    ties: int = 0
+    below_margin: int = 0
+    kept: int = 0
+    against_score: int = 0
+    margin_sum: float = 0.0
+
+    def __str__(self) -> str:
+        """Return the counts as one line."""
+        mean = self.margin_sum / self.kept if self.kept else math.nan
+        optional = {
+            "below min_margin": self.below_margin,
+            "prompts with a single image": self.too_few_images,
+            "labels against the score": self.against_score,
+        }
+        extra = "".join(f", {count} {what}" for what, count in optional.items() if count)
+        return f"{self.prompts} prompts, {self.kept} pairs kept, {self.ties} ties{extra}, mean margin {mean:.4g}"
+
+
+def parse_rewards(text: str) -> dict[str, float]:
+    """Read "clip,shapes-quality:0.5" as reward name -> weight (1 where none is given); "package.module:Class" works.
+
+    Raises:
+        UserError: an empty or repeated name, or a weight that is no finite number or is 0.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, weight = part.strip(), 1.0
+        head, colon, tail = name.rpartition(":")
+        if colon and not tail.strip().isidentifier():
+            try:
+                name, weight = head.strip(), float(tail)
+            except ValueError:
+                raise UserError(f"reward '{part.strip()}': '{tail}' is no weight; write NAME or NAME:0.5") from None
+        if not name or name in weights:
+            raise UserError(f"rewards '{text}': {'repeats ' + repr(name) if name else 'has an empty name'}")
+        if not math.isfinite(weight) or weight == 0:
+            raise UserError(f"reward '{part.strip()}': the weight must be a finite number other than 0")
+        weights[name] = weight
+    return weights
+
+
+def load_weighted_rewards(weights: Mapping[str, float], device: str | None = None) -> list[WeightedReward]:
+    """Load the rewards that decide.
+
+    Raises:
+        UserError: one does not score single images against prompts.
+    """
+    from rewards import load_reward
+
+    loaded = [WeightedReward(name, weight, load_reward(name, device=device)) for name, weight in weights.items()]
+    for entry in loaded:
+        if entry.reward.modality != "image" or "references" in entry.reward.needs:
+            raise UserError(
+                f"reward '{entry.name}' scores {entry.reward.modality}s and needs "
+                f"{', '.join(sorted(entry.reward.needs)) or 'nothing else'}; labelling has single images and prompts"
+            )
+    return loaded
+
+
+def find_images(source: str | Path) -> Path:
+    """Return the parquet of sampled images for a folder that `pairs sample` wrote, or for the file itself.
+
+    Raises:
+        UserError: there is none, or sampling was interrupted.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if (path / "images.parquet").is_file():
+        return path / "images.parquet"
+    if (path / "parts").is_dir():
+        raise UserError(f"{path}: sampling is not finished; run the same `mmalign pairs sample` again to complete it")
+    raise UserError(f"{path}: holds no images.parquet; make it with `mmalign pairs sample MODEL --out {path}`")
+
+
+def label_pairs(
+    images: Path,
+    rewards: Sequence[WeightedReward],
+    out: Path,
+    settings: LabelSettings,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> LabelCounts:
+    """Score sampled images and write preference pairs to `out` with the columns of Pick-a-Pic, plus score_0, score_1.
+
+    The score is the sum of weight x reward (a reward for which lower is better counts negatively). Which image stands
+    on side 0 is random. Everything random depends on (settings.seed, prompt, images) alone. The metadata records
+    rewards, settings and the sampling. `progress` is called with the number of images newly scored.
+
+    Raises:
+        UserError: `images` lacks a column or holds nothing, a score is not finite, or no pair is left.
+    """
+    if not rewards:
+        raise UserError("labelling needs at least one reward")
+    found = open_parquet(images).schema_arrow.names
+    lacking = [name for name in SOURCE_COLUMNS if name not in found]
+    if lacking:
+        raise missing_columns(str(images), lacking, found, "; give what `mmalign pairs sample` wrote")
+    counts = LabelCounts()
+    metadata = {
+        "rewards": [{"name": entry.name, "weight": entry.weight} for entry in rewards],
+        "labelling": asdict(settings),
+        "sampling": read_metadata(images).get("settings", {}),
+    }
+    with atomic_parquet(out, PAIR_SCHEMA, metadata) as writer:
+        for groups in _batches(images, batch_size):
+            rows = [row for group in groups for row in group]
+            scores = iter(_score(rows, rewards))
+            for group in groups:
+                _label_prompt(group, [next(scores) for _ in group], settings, counts, writer)
+            if progress is not None:
+                progress(len(rows))
+        if not counts.kept:
+            raise UserError(f"{images}: no pair is left to write ({counts})")
+    return counts
+
+
+def _batches(images: Path, batch_size: int) -> Iterator[list[list[dict[str, Any]]]]:
+    """Yield the images of whole prompts, about `batch_size` images at a time."""
+    reader = ForwardReader(images, SOURCE_COLUMNS)
+    rows = (reader.row(index) for index in range(len(reader)))
+    groups: list[list[dict[str, Any]]] = []
+    for _, group in groupby(rows, key=lambda row: row["prompt_id"]):
+        groups.append(list(group))
+        if sum(map(len, groups)) >= batch_size:
+            yield groups
+            groups = []
+    if groups:
+        yield groups
+
+
+def _score(rows: Sequence[Mapping[str, Any]], rewards: Sequence[WeightedReward]) -> list[float]:
+    media = torch.stack([decode_image(row["image"], f"image of '{row['prompt']}'") for row in rows])
+    prompts = [row["prompt"] for row in rows]
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    for entry in rewards:
+        given = prompts if "prompts" in entry.reward.needs else None
+        scores = entry.reward(media, prompts=given).double().cpu()
+        if not bool(scores.isfinite().all()):
+            broken = int((~scores.isfinite()).nonzero()[0])
+            raise UserError(f"reward '{entry.name}' gave {scores[broken]} for an image of '{prompts[broken]}'")
+        total += entry.weight * (1.0 if entry.reward.higher_is_better else -1.0) * scores
+    return total.tolist()
+
+
+def _label_prompt(
+    group: Sequence[Mapping[str, Any]],
+    scores: Sequence[float],
+    settings: LabelSettings,
+    counts: LabelCounts,
+    writer: RowWriter,
+) -> None:
+    counts.prompts += 1
+    counts.images += len(group)
+    counts.too_few_images += len(group) < 2
+    uids = [f"{row['prompt_id']}-{row['seed']:016x}" for row in group]
+    for better, worse in _choose(scores, group[0]["prompt_id"], settings):
+        margin = scores[better] - scores[worse]
+        if margin == 0 or margin < settings.min_margin:
+            counts.ties += margin == 0
+            counts.below_margin += margin != 0
+            continue
+        name = content_key(uids[better], uids[worse])[:16]
+        chosen, rejected = (worse, better) if _is_upset(margin, name, settings) else (better, worse)
+        sides = (chosen, rejected) if uniform(settings.seed, "side", name) < 0.5 else (rejected, chosen)
+        writer.add(_pair_row([(group[i], uids[i], scores[i], float(i == chosen)) for i in sides], name))
+        counts.kept += 1
+        counts.against_score += chosen == worse
+        counts.margin_sum += scores[chosen] - scores[rejected]
+
+
+def _choose(scores: Sequence[float], name: str, settings: LabelSettings) -> list[tuple[int, int]]:
+    """Return index pairs (higher score, lower score) of one prompt's images."""
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    if settings.mode == "best-worst":
+        pairs = [(order[rank], order[-1 - rank]) for rank in range(len(order) // 2)]
+    else:
+        pairs = list(combinations(order, 2))
+        random.Random(derive_seed(settings.seed, "draw", name)).shuffle(pairs)
+    return pairs[: settings.pairs_per_prompt]
+
+
+def _is_upset(margin: float, name: str, settings: LabelSettings) -> bool:
+    """Tell whether the image of lower score is labelled as preferred."""
+    flipped = uniform(settings.seed, "noise", name) < settings.label_noise
+    if settings.mode == "best-worst":
+        return flipped
+    upset_probability = 1.0 / (1.0 + math.exp(min(margin / settings.temperature, 700.0)))
+    return flipped != (uniform(settings.seed, "preference", name) < upset_probability)
+
+
+def _pair_row(sides: Sequence[tuple[Mapping[str, Any], str, float, float]], name: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"caption": sides[0][0]["prompt"], "has_label": True, "ranking_id": name}
+    for number, (image, uid, score, label) in enumerate(sides):
+        row |= {
+            f"jpg_{number}": image["image"],
+            f"label_{number}": label,
+            f"score_{number}": score,
+            f"image_{number}_uid": uid,
+            f"model_{number}": image["model"],
+        }
+        if label:
+            row["best_image_uid"] = uid
+    return row

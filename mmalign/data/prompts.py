@@ -1,0 +1,197 @@
+"""Prompt sets: the built-in ones by name, or any CSV, TSV, JSONL, JSON or TXT file in the layout its authors publish.
+
+Understood as they are: DrawBench (`Prompts,Category`), PartiPrompts (`Prompt<TAB>Category<TAB>Challenge<TAB>Note`),
+GenEval (JSONL with `prompt` and `tag`), and plain text with one prompt a line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmalign.errors import UserError, nearest
+from mmalign.progress import note
+from mmalign.resources import resource_root
+
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
+CATEGORY_COLUMNS = ("category", "categories", "tag")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".txt")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and the category its set files it under ("" where the set has none)."""
+
+    text: str
+    category: str = ""
+
+
+def builtin_prompt_sets() -> dict[str, Path]:
+    """Return the prompt sets that ship with mmalign: name -> CSV file."""
+    return {path.stem: path for path in sorted((resource_root() / "assets" / "prompts").glob("*.csv"))}
+
+
+def load_prompts(name_or_path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """Return the prompts of a built-in set or a file, in its order, the first `limit` of them if given.
+
+    Duplicates are kept, since published sets contain some, and reported in one line on standard error.
+
+    Raises:
+        UserError: no such set or file, an unknown suffix, no prompt column (the columns found are listed), text that
+            is not UTF-8, a malformed line (with its number), or no prompt at all.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit}: must be at least 1")
+    path = _locate(name_or_path)
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    prompts = _parse(path, content)
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt")
+    prompts = prompts[:limit]
+    _report_duplicates(path, prompts)
+    return prompts
+
+
+def _locate(name_or_path: str | Path) -> Path:
+    builtin = builtin_prompt_sets()
+    given = Path(name_or_path).expanduser()
+    for path in (given, resource_root() / given):
+        if path.is_file():
+            return path
+    if str(name_or_path) in builtin:
+        return builtin[str(name_or_path)]
+    if given.is_dir():
+        raise UserError(f"prompts '{name_or_path}' is a directory; give a file ({', '.join(SUFFIXES)})")
+    neighbours = {str(given.parent / entry.name) for entry in _files_in(given.parent)}
+    match = nearest(str(name_or_path), [*builtin, *neighbours])
+    hint = f"; did you mean '{match}'?" if match else ""
+    known = ", ".join(builtin) or "none here"
+    raise UserError(f"prompts '{name_or_path}': no such file, and no such built-in set (built in: {known}){hint}")
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.suffix in SUFFIXES] if folder.is_dir() else []
+
+
+def _parse(path: Path, content: str) -> list[Prompt]:
+    match path.suffix.lower():
+        case ".csv":
+            return _from_rows(path, _csv_rows(content))
+        case ".tsv":
+            return _from_rows(path, _tsv_rows(content))
+        case ".jsonl":
+            return _from_objects(path, _json_lines(path, content))
+        case ".json":
+            return _from_objects(path, _json_list(path, content))
+        case ".txt":
+            return [Prompt(line.strip()) for line in content.split("\n") if line.strip()]
+        case other:
+            raise UserError(f"{path}: cannot tell the format from '{other}'; use one of {', '.join(SUFFIXES)}")
+
+
+def _csv_rows(content: str) -> list[list[str]]:
+    return [row for row in csv.reader(io.StringIO(content)) if any(cell.strip() for cell in row)]
+
+
+def _tsv_rows(content: str) -> list[list[str]]:
+    # PartiPrompts writes quotation marks inside and at the start of a field without escaping them, so the csv
+    # module's quoting would eat them; only a field that is quoted as a whole is unwrapped.
+    return [[_unquote(cell) for cell in line.split("\t")] for line in content.split("\n") if line.strip()]
+
+
+def _unquote(cell: str) -> str:
+    inner = cell[1:-1]
+    quoted = len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else cell
+
+
+def _from_rows(path: Path, rows: list[list[str]]) -> list[Prompt]:
+    if not rows:
+        return []
+    header = [cell.strip() for cell in rows[0]]
+    text_at = _column(header, PROMPT_COLUMNS)
+    if text_at is None:
+        raise UserError(
+            f"{path}: no prompt column; found {_listed(header)}, expected one of {', '.join(PROMPT_COLUMNS)} "
+            "(any case) in the first line"
+        )
+    category_at = _column(header, CATEGORY_COLUMNS)
+    prompts = []
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) <= text_at or not row[text_at].strip():
+            raise UserError(f"{path}: record {number} has no prompt in column '{header[text_at]}'")
+        if any(cell.strip() for cell in row[len(header) :]):
+            raise UserError(
+                f"{path}: record {number} has {len(row)} fields for {len(header)} columns; "
+                "put a prompt that contains the separator in quotation marks"
+            )
+        category = row[category_at].strip() if category_at is not None and len(row) > category_at else ""
+        prompts.append(Prompt(row[text_at].strip(), category))
+    return prompts
+
+
+def _column(header: list[str], names: Iterable[str]) -> int | None:
+    lowered = [name.lower() for name in header]
+    return next((lowered.index(name) for name in names if name in lowered), None)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "no columns"
+
+
+def _json_lines(path: Path, content: str) -> list[object]:
+    objects = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            try:
+                objects.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: line {number} is not JSON ({error.msg})") from None
+    return objects
+
+
+def _json_list(path: Path, content: str) -> list[object]:
+    try:
+        loaded = json.loads(content) if content.strip() else []
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error.msg} in line {error.lineno})") from None
+    if not isinstance(loaded, list):
+        raise UserError(f"{path}: holds a JSON {type(loaded).__name__}; expected a list of prompts or of objects")
+    return loaded
+
+
+def _from_objects(path: Path, objects: list[object]) -> list[Prompt]:
+    prompts = []
+    for number, entry in enumerate(objects, start=1):
+        if isinstance(entry, str):
+            entry = {"prompt": entry}
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}: record {number} is a {type(entry).__name__}; expected an object with 'prompt'")
+        keys = list(entry)
+        text_at, category_at = _column(keys, PROMPT_COLUMNS), _column(keys, CATEGORY_COLUMNS)
+        text = entry[keys[text_at]] if text_at is not None else None
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(
+                f"{path}: record {number} has no prompt text; found {_listed(keys)}, "
+                f"expected one of {', '.join(PROMPT_COLUMNS)}"
+            )
+        category = entry[keys[category_at]] if category_at is not None else ""
+        prompts.append(Prompt(text.strip(), str(category)))
+    return prompts
+
+
+def _report_duplicates(path: Path, prompts: list[Prompt]) -> None:
+    repeated = {text: n for text, n in Counter(prompt.text for prompt in prompts).items() if n > 1}
+    if repeated:
+        extra = sum(repeated.values()) - len(repeated)
+        note(f"{path}: {extra} of {len(prompts)} prompts repeat an earlier one (kept), e.g. '{next(iter(repeated))}'")
