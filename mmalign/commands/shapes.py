@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--out", type=Path, required=True, metavar="DIR")
     base.add_argument("--scenes", type=int, default=60_000, help="training pictures drawn (default %(default)s)")
     base.add_argument("--vae-steps", type=int, default=3600, help="autoencoder steps (default %(default)s)")
-    base.add_argument("--images", type=int, default=200_000, help="pictures the denoiser sees (default %(default)s)")
+    base.add_argument("--images", type=int, default=270_000, help="pictures the denoiser sees (default %(default)s)")
+    base.add_argument("--start", type=Path, metavar="DIR", help="go on from the weights of this pipeline")
     clip = actions.add_parser("train-clip", help="train the CLIP from scratch (about 15 min on 2 cores)")
     clip.add_argument("--out", type=Path, required=True, metavar="DIR")
     clip.add_argument("--scenes", type=int, default=40_000, help="training pictures drawn (default %(default)s)")
@@ -138,7 +139,7 @@ def _prompts(args: argparse.Namespace) -> int:
 def _train_base(args: argparse.Namespace) -> int:
     from mmalign.shapes.train_base import train_base
 
-    train_base(args.out, scenes=args.scenes, vae_steps=args.vae_steps, images=args.images)
+    train_base(args.out, scenes=args.scenes, vae_steps=args.vae_steps, images=args.images, start=args.start)
     print(f"a diffusers pipeline: {args.out}")
     return 0
 

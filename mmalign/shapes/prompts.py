@@ -23,7 +23,8 @@ from mmalign.shapes.world import (
 )
 
 TEST_COUNTS = {
-    "Colors": 40, "Counting": 44, "Positional": 40, "Conflicting": 24, "Descriptions": 24, "Misspellings": 14, "Rare Words": 14,
+    "Colors": 40, "Counting": 44, "Positional": 40, "Conflicting": 24, "Descriptions": 24,
+    "Misspellings": 14, "Rare Words": 14,
 }  # fmt: skip
 """Prompts of each category in `shapes-drawbench` (200 in all), named as in DrawBench where DrawBench has the like."""
 

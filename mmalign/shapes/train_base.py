@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,12 @@ def build_vae() -> Any:
 
 
 def train_vae(
-    corpus: Corpus, steps: int, *, batch_size: int = 32, learning_rate: float = 2e-3, log: Any = print
+    corpus: Corpus,
+    steps: int,
+    *,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+    log: Callable[[str], None] = print,
 ) -> Any:
     """Fit the autoencoder: squared error, four times heavier on shapes than on the background.
 
@@ -127,7 +134,7 @@ def encode_corpus(vae: Any, corpus: Corpus, batch_size: int = 32) -> Tensor:
 def train_denoiser(
     corpus: Corpus, latents: Tensor, vae: Any, out: Path, images: int, *,
     start: Path | None = None, batch_size: int = 64, learning_rate: float = 1e-3, dropout: float = 0.1,
-    log: Any = print,
+    log: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
     """Train UNet and text encoder jointly on v-prediction; writes the averaged pipeline to `out` every few minutes.
 
@@ -207,13 +214,25 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(out, safe_serialization=True)
+    config = out / "vae" / "config.json"  # diffusers writes a key there that it warns about when it reads it
+    values = {k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def train_base(
-    out: Path, *, scenes: int = 60_000, vae_steps: int = 4000, images: int = 240_000, seed: int = 0, log: Any = print
+    out: Path,
+    *,
+    scenes: int = 60_000,
+    vae_steps: int = 3600,
+    images: int = 270_000,
+    seed: int = 0,
+    start: Path | None = None,
+    log: Callable[[str], None] = print,
 ) -> None:
-    """The whole recipe: corpus, autoencoder, denoiser. About 45 minutes on two CPU cores."""
+    """The whole recipe: corpus, autoencoder, denoiser; with `start`, only the denoiser, from a pipeline's weights."""
+    from diffusers import AutoencoderTiny
+
     corpus = build_corpus(scenes, seed=seed)
     log(f"corpus of {scenes} scenes drawn")
-    vae = train_vae(corpus, vae_steps, log=log)
-    train_denoiser(corpus, encode_corpus(vae, corpus), vae, out, images, log=log)
+    vae = AutoencoderTiny.from_pretrained(start / "vae") if start else train_vae(corpus, vae_steps, log=log)
+    train_denoiser(corpus, encode_corpus(vae, corpus), vae, out, images, start=start, log=log)
