@@ -1,0 +1,37 @@
+"""What a method learns from in one forward pass, encoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipelines.conditioning import Conditioning
+
+
+@dataclass
+class PairBatch:
+    """A batch of preference pairs, encoded: both sides of a pair share the prompt, the id and so every random draw."""
+
+    chosen: Float[Tensor, "batch *latent"]
+    rejected: Float[Tensor, "batch *latent"]
+    cond: Conditioning
+    ids: list[str]
+    epoch: int = 0
+    margins: Float[Tensor, " batch"] | None = None  # score of chosen minus score of rejected, where the data has it
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """Return the batch on another device."""
+        return replace(
+            self,
+            chosen=self.chosen.to(device),
+            rejected=self.rejected.to(device),
+            cond=self.cond.to(device=device),
+            margins=None if self.margins is None else self.margins.to(device),
+        )

@@ -1,0 +1,46 @@
+"""Fine-tune a model as a YAML config says.
+
+Goes on from the last checkpoint in the output if there is one; Ctrl-C saves a checkpoint and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mmalign.config import load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped config")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="change a value, such as method.beta=2000")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: from the last checkpoint in the output, if any; never: from the start; PATH: from this checkpoint",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print what would be done")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; returns 0, 1 for a run that broke off, 130 after Ctrl-C."""
+    config = load_config(args.config, args.overrides)
+    # After the config has been checked, so that a mistake in it is told before the seconds that these imports take.
+    from mmalign.checkpoint import DiskFull
+    from mmalign.engine import TrainingDiverged, TrainingInterrupted, plan, train
+    from mmalign.hub import ExportError
+
+    try:
+        if args.dry_run:
+            print(f"would train, nothing was written:\n{plan(config)}\n  output     {config.output}")
+            return 0
+        train(config, resume=args.resume)
+    except (TrainingDiverged, DiskFull, ExportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except TrainingInterrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,380 @@
+"""The one training loop: accumulation, precision, clipping, schedule, average, checkpoints, exact resume, logging.
+
+Whatever is drawn at random is a function of (seed, sample, epoch) or of (seed, step), so a run that was killed and
+resumed logs the same losses, to the bit, as one that was not, and batch size, accumulation and ranks can trade places.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mmalign import hub
+from mmalign.checkpoint import (
+    Checkpoint,
+    as_disk_full,
+    check_same_recipe,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from mmalign.ema import EMA
+from mmalign.errors import UserError
+from mmalign.interrupt import StopRequest, graceful_stop
+from mmalign.optim import (
+    average_gradients,
+    build_optimizer,
+    learning_rate_factor,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from mmalign.precision import ACCELERATE_NAMES, round_frozen
+from mmalign.prepare import (
+    Plan,
+    Prepared,
+    base_model_name,
+    build_method,
+    check,
+    check_enough,
+    complete,
+    load_model,
+    load_table,
+    make_plan,
+    make_trainable,
+    prepare,
+    recipe,
+    set_aside,
+)
+from mmalign.progress import Track, note, track
+from mmalign.resources import resolve_model
+from mmalign.seeds import derive_seed
+from mmalign.tracking import MetricBuffer, Metrics, check_trackers, memory_gigabytes
+from mmalign.validation import save_grid
+
+if TYPE_CHECKING:
+    from mmalign.config import RunConfig
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient is not finite; nothing was saved after it."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The user stopped the run; a checkpoint was saved."""
+
+
+def train(config: RunConfig, *, resume: str = "auto") -> Path:
+    """Train as the configuration says and return the directory of the exported model (`config.output`).
+
+    Args:
+        config: see `mmalign.config`.
+        resume: "auto" goes on from the last checkpoint in the output if there is one, "never" starts again (keeping
+            the earlier checkpoints aside), a path names the checkpoint to go on from.
+
+    Raises:
+        UserError: the configuration cannot work, or differs from that of the checkpoint.
+        TrainingDiverged: the loss is not finite. DiskFull: no room to save. ExportError: the export does not load.
+        TrainingInterrupted: Ctrl-C; the run goes on from the checkpoint it saved.
+    """
+    config = complete(config)
+    accelerator = make_accelerator(config)
+    parts = prepare(config, accelerator)
+    trainer = Trainer(config, parts, accelerator)
+    trainer.fit(resume)
+    return finish(config, parts, trainer, accelerator)
+
+
+def plan(config: RunConfig) -> Plan:
+    """Check everything, read the data's index and the model, and return what `train` would do; nothing is written."""
+    accelerator = make_accelerator(config, watched=False)
+    method = build_method(config)
+    check(config, method, accelerator.device)
+    table = load_table(config)
+    note(f"{config.data.pairs}: {table.counts}")
+    check_enough(len(table), config, accelerator.num_processes)
+    generator = load_model(config, accelerator.device)
+    method.check(generator.process)
+    make_trainable(generator, config)
+    return make_plan(config, method, len(table), generator, accelerator.num_processes)
+
+
+def make_accelerator(config: RunConfig, *, watched: bool = True) -> Any:
+    """Return the accelerator of this run; several runs may follow each other in one process (the demo's do).
+
+    Raises:
+        UserError: accelerate is configured for a way of sharding that this loop does not do.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    check_trackers(config.trainer.trackers)
+    # Accelerate keeps the first run's precision for the life of the process unless told to forget it.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=ACCELERATE_NAMES[config.trainer.precision] if watched else "no",
+        log_with=list(config.trainer.trackers) or None if watched else None,
+        project_dir=config.output,
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; this trainer keeps a whole copy on "
+            "every GPU: run `accelerate launch --multi_gpu` instead, with adapter.kind lora to save memory"
+        )
+    return accelerator
+
+
+class Trainer:
+    """The loop over one run's steps."""
+
+    def __init__(self, config: RunConfig, parts: Prepared, accelerator: Any) -> None:
+        """Make the optimiser and the average over what is trainable."""
+        self.config, self.settings, self.accelerator = config, config.trainer, accelerator
+        self.method, self.run, self.feed, self.validation = parts.method, parts.run, parts.feed, parts.validation
+        network = self.run.generator.network
+        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        s = self.settings
+        self.optimizer = accelerator.prepare(
+            build_optimizer(
+                self.parameters.values(), learning_rate=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay
+            )
+        )
+        self.ema = EMA(self.parameters, s.ema) if s.ema else None
+        self.output = Path(config.output)
+        self.checkpoints = self.output / "checkpoints"
+        self.recipe = recipe(config, parts.data_id, accelerator.num_processes)
+        self.images_per_step = self.feed.per_step * self.method.images_per_sample
+        self.started = time.monotonic()
+        self.buffer = MetricBuffer()
+        self._clock = (0, 0.0)  # step and time of the last line of metrics
+
+    def fit(self, resume: str = "auto") -> None:
+        """Run the remaining steps; on return the network holds the last step's weights."""
+        settings, run = self.settings, self.run
+        run.step = self._restore(resume)
+        self.output.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            hub.write_config(self.config, self.output)
+        self.metrics = Metrics(self.output, self.config, self.accelerator, run.step)
+        note(str(make_plan(self.config, self.method, len(self.feed.pairs), run.generator, self.feed.world_size)))
+        total, done = settings.steps * self.images_per_step, run.step * self.images_per_step
+        with graceful_stop() as stop, track(total, "train", initial=done) as job:
+            if run.step == 0:
+                self._look()
+            self._clock = (run.step, time.monotonic())
+            while run.step < settings.steps:
+                self._update(run.step)
+                run.step += 1
+                job.advance(self.images_per_step)
+                self._after_step(stop, job)
+        self.accelerator.end_training()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return the context in which the network holds what is evaluated and exported."""
+        return self.ema.applied() if self.ema else nullcontext()
+
+    def _update(self, step: int) -> None:
+        """One optimiser step."""
+        settings, accelerator = self.settings, self.accelerator
+        # For what has no sample to be seeded by, such as dropout; rank by rank, since each sees other samples.
+        torch.manual_seed(derive_seed(settings.seed, "step", step, accelerator.process_index))
+        factor = learning_rate_factor(step, settings.steps, settings.warmup, settings.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor
+        for batch in self.feed.micro_batches(step):
+            output = self.method.loss(self.run, batch)
+            accelerator.backward(output.loss / settings.gradient_accumulation)
+            self.buffer.add(step + 1, {"loss": output.loss, **output.metrics})
+        parameters = list(self.parameters.values())
+        average_gradients(parameters, accelerator.num_processes)
+        norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+        self.buffer.add(step + 1, {"grad_norm": norm})
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update()
+
+    def _after_step(self, stop: StopRequest, job: Track) -> None:
+        """Log, look and save as far as it is time to."""
+        step, last = self.run.step, self.run.step == self.settings.steps
+        stopping = self._agree_to_stop(stop)
+        saving = last or stopping or step % self.settings.checkpoint_every == 0
+        looking = self.validation is not None and (last or step % self.validation.config.every == 0)
+        # Reading the metrics finds what is not finite: always before anything is looked at or saved.
+        if saving or looking or step % self.settings.log_every == 0:
+            job.advance(0, **self._log())
+        if looking:
+            self._look()
+        if saving:
+            self._save()
+        if looking or saving:
+            self._clock = (step, time.monotonic())
+        if stopping and not last:
+            raise TrainingInterrupted(f"stopped after step {step}; run the same command again to go on from there")
+
+    def _agree_to_stop(self, stop: StopRequest) -> bool:
+        if self.accelerator.num_processes == 1:
+            return stop.requested
+        if self.run.step % self.settings.log_every:  # asking all ranks costs a message
+            return False
+        wish = torch.tensor(float(stop.requested), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(wish, "sum") > 0)
+
+    def _log(self) -> dict[str, float]:
+        """Write one line of metrics, the means since the last line, and return what the progress bar shows.
+
+        Raises:
+            TrainingDiverged: a loss or a gradient norm was not finite.
+        """
+        step = self.run.step
+        rows = self.buffer.read(self.accelerator.device)
+        self._check_finite(rows)
+        columns: dict[str, list[float]] = {}
+        for _, name, value in rows:
+            columns.setdefault(name, []).append(value)
+        values = self._mean_over_ranks({name: math.fsum(column) / len(column) for name, column in columns.items()})
+        since, then = self._clock
+        now = time.monotonic()
+        values |= {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "epoch": step / self.feed.steps_per_epoch,
+            "images_per_second": (step - since) * self.images_per_step / max(now - then, 1e-9),
+            "memory_gb": memory_gigabytes(),
+            "seconds": now - self.started,
+        }
+        self.metrics.log(step, values)
+        self._clock = (step, now)
+        return {name: values[name] for name in ("loss", "accuracy") if name in values}
+
+    def _check_finite(self, rows: list[tuple[int, str, float]]) -> None:
+        # With fp16 an infinite gradient is how the scaler finds its scale; it leaves out such a step by itself.
+        watched = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
+        for step, name, value in rows:
+            if name in watched and not math.isfinite(value):
+                saved = list_checkpoints(self.checkpoints)
+                last = f"the last sound checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved"
+                raise TrainingDiverged(
+                    f"the {name.replace('_', ' ')} became {value} at step {step}; nothing was saved after it, {last}. "
+                    "Lower trainer.learning_rate, or use trainer.precision bf16 or fp32"
+                )
+
+    def _mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        if self.accelerator.num_processes == 1:
+            return values
+        local = torch.tensor(list(values.values()), device=self.accelerator.device)
+        return dict(zip(values, self.accelerator.reduce(local, "mean").tolist(), strict=True))
+
+    def _look(self) -> None:
+        """Evaluate on the fixed prompts; on the first rank, while the others wait."""
+        if self.validation is None:
+            return
+        step = self.run.step
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                scores, picture = self.validation.look(self.run)
+            save_grid(picture, self.output, step)
+            self.metrics.log(step, scores)
+            self.metrics.log_image(step, "evaluation", picture)
+            note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            tensors = {
+                "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
+                "optimizer": optimizer_tensors(self.optimizer, list(self.parameters)),
+            }
+            values: dict[str, Any] = {}
+            if self.ema:
+                tensors["ema"] = self.ema.shadow
+                values["ema_updates"] = self.ema.updates
+            if self.accelerator.scaler is not None:
+                values["scaler"] = self.accelerator.scaler.state_dict()
+            checkpoint = Checkpoint(self.run.step, tensors, self.recipe, values)
+            save_checkpoint(self.checkpoints, checkpoint, self.settings.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, resume: str) -> int:
+        """Load the checkpoint to go on from, if there is one, and return its step.
+
+        Raises:
+            UserError: it is damaged, of another recipe, or beyond the last step asked for.
+        """
+        path = self._choose_checkpoint(resume)
+        if path is None:
+            return 0
+        saved = load_checkpoint(path)
+        check_same_recipe(saved.recipe, self.recipe, path)
+        if saved.step > self.settings.steps:
+            raise UserError(f"{path} is beyond trainer.steps {self.settings.steps}; raise it, or use --resume never")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(saved.tensors["weights"][name])
+        load_optimizer_tensors(self.optimizer, list(self.parameters), saved.tensors["optimizer"])
+        if self.ema:
+            self.ema.load(saved.tensors["ema"], saved.values["ema_updates"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved.values["scaler"])
+        note(f"going on from {path}")
+        return saved.step
+
+    def _choose_checkpoint(self, resume: str) -> Path | None:
+        if resume == "never":
+            if self.accelerator.is_main_process:
+                set_aside(self.checkpoints)
+            self.accelerator.wait_for_everyone()
+            return None
+        if resume == "auto":
+            found = list_checkpoints(self.checkpoints)
+            return found[-1] if found else None
+        return Path(resume)
+
+
+def finish(config: RunConfig, parts: Prepared, trainer: Trainer, accelerator: Any) -> Path:
+    """Export the trained model with its config and card, then read it back and check that it is the same model."""
+    run, output = parts.run, Path(config.output)
+    cast = run.autocast
+    if accelerator.is_main_process:
+        with trainer.averaged():
+            probe = make_probe(parts)
+            with cast():
+                expected = probe.predict(run.generator)
+            try:
+                hub.export(run.generator, config, output, base_model_name(config))
+            except Exception as error:
+                raise as_disk_full(error, f"writing the model to {output}") from error
+        hub.write_card(config, output, {"pairs": len(parts.feed.pairs), "steps": config.trainer.steps})
+        # Two whole models need not fit: the trained one goes before the exported one is read.
+        del run, trainer
+        parts.run = None  # type: ignore[assignment]
+        gc.collect()
+
+        def load(path: str) -> Any:
+            from pipelines import load_generator
+
+            generator = load_generator(
+                path, device=accelerator.device, attention=config.attention, resolve=resolve_model
+            )
+            round_frozen(generator.network, config.trainer.precision)
+            return generator
+
+        with cast():
+            hub.check_load_back(output, load, probe, expected)
+        note(f"the model is in {output}")
+    accelerator.wait_for_everyone()
+    return output
+
+
+def make_probe(parts: Prepared) -> hub.Probe:
+    """Return the first sample of the data at the middle of the noise schedule."""
+    batch = next(parts.feed.micro_batches(0))
+    middle = parts.run.process.num_train_timesteps // 2
+    t = parts.run.process.sample_timesteps(1, low=middle, high=middle + 1).to(batch.chosen.device)
+    return hub.Probe(batch.chosen[:1], t, batch.cond[:1])

@@ -1,0 +1,122 @@
+"""What a method is: its configuration, its declared needs, and how a batch becomes a loss.
+
+A method is one file: a `Config`, the `needs`, and `loss(run, batch)`. Everything around it (data order, precision,
+accumulation, the reference, checkpoints, logging) belongs to `mmalign.engine`; everything numeric that a paper would
+print as a formula belongs to `mmalign.losses`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, StrictInt, model_validator
+from torch import Tensor
+
+from mmalign.batches import PairBatch
+from mmalign.errors import UserError
+from mmalign.run import Run
+from pipelines.noise import NoiseProcess
+
+__all__ = ["LossOutput", "Method", "MethodConfig", "Needs", "PairBatch", "TimestepRange"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method must be given; checked against the recipe before a weight is loaded.
+
+    `source`: preference pairs, single images with labels, or prompts alone (the method samples for itself);
+    `reference`: whether the frozen starting point is evaluated; `reward`: whether samples are scored, and whether
+    the score must have a gradient.
+    """
+
+    source: Literal["pairs", "labels", "prompts"]
+    reference: bool = False
+    reward: Literal["none", "blackbox", "differentiable"] = "none"
+    modality: Literal["image", "video", "vlm"] = "image"
+
+
+@dataclass
+class LossOutput:
+    """The scalar to minimise, and scalars to log beside it (tensors are read only when a line is due)."""
+
+    loss: Float[Tensor, ""]
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's configuration: unknown keys are errors, values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TimestepRange(MethodConfig):
+    """Base of configurations that train on a part of the noise schedule, `timesteps: [low, high]`; 0 is clean."""
+
+    timesteps: tuple[StrictInt, StrictInt] | tuple[float, float] = (0.0, 1.0)
+    """noise levels to train on, [low, high): fractions of the schedule as [0.5, 1.0], or integers as [500, 1000]"""
+
+    @model_validator(mode="after")
+    def _check_timesteps(self) -> TimestepRange:
+        low, high = self.timesteps
+        if isinstance(low, float) and not (0 <= low < high <= 1):
+            raise ValueError(f"timesteps [{low}, {high}]: fractions must satisfy 0 <= low < high <= 1")
+        if isinstance(low, int) and not 0 <= low < high:
+            raise ValueError(f"timesteps [{low}, {high}]: integers must satisfy 0 <= low < high")
+        if isinstance(high, int) and high == 1:
+            raise ValueError("timesteps [0, 1] could mean all or step 0 alone; write [0.0, 1.0] for all")
+        return self
+
+    def timestep_bounds(self, num_train_timesteps: int) -> tuple[int, int]:
+        """Return (low, high), high excluded, as integers on a schedule of that many steps.
+
+        Raises:
+            UserError: the range holds no timestep, or ends after the schedule does.
+        """
+        low, high = self.timesteps
+        if isinstance(low, float):
+            low, high = round(low * num_train_timesteps), round(high * num_train_timesteps)
+        if not low < high <= num_train_timesteps:
+            raise UserError(
+                f"method.timesteps {list(self.timesteps)} means [{low}, {high}) on a schedule of "
+                f"{num_train_timesteps} steps; it must hold at least one step and not pass the end"
+            )
+        return int(low), int(high)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+class Method(ABC, Generic[ConfigT]):
+    """One fine-tuning method. Subclasses set the class attributes and write `loss`; online ones `collect` too."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type[BaseModel]] = MethodConfig
+    needs: ClassVar[Needs]
+    images_per_sample: ClassVar[int] = 1
+    """Images the policy denoises per sample of the data (2 for a pair): the unit of the reported speed."""
+
+    def __init__(self, config: ConfigT) -> None:
+        """Keep the validated configuration."""
+        self.config = config
+
+    def check(self, process: NoiseProcess) -> None:
+        """Raise a UserError for a configuration that does not fit the model's noise process; by default there is none.
+
+        Called before the data is encoded.
+        """
+
+    def describe(self) -> str:
+        """Return the conventions in one line, printed before training: what a number such as beta means here."""
+        return self.name
+
+    def collect(self, run: Run, prompts: list[str]) -> Any:
+        """Sample and score what `loss` will learn from; only for methods whose source is "prompts"."""
+        raise NotImplementedError(f"method '{self.name}' learns from {self.needs.source}: it collects nothing")
+
+    @abstractmethod
+    def loss(self, run: Run, batch: Any) -> LossOutput:
+        """Return the mean loss of a batch, with its graph, and the metrics to log."""

@@ -1,0 +1,41 @@
+"""Supervised fine-tuning on the chosen images: the plain denoising objective, no reference, no rejected side.
+
+Source: the baseline `--train_method sft` of Diffusion-DPO (arXiv 2311.12908).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from mmalign.losses import denoising_error
+from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, TimestepRange
+from mmalign.run import Run
+from pipelines.noise import NoiseProcess
+
+
+class SFTConfig(TimestepRange):
+    """Configuration of `sft`."""
+
+
+class SFT(Method[SFTConfig]):
+    """Denoise the chosen image of each pair."""
+
+    name: ClassVar[str] = "sft"
+    Config = SFTConfig
+    needs: ClassVar[Needs] = Needs(source="pairs")
+
+    def check(self, process: NoiseProcess) -> None:
+        """Refuse a range of timesteps that the schedule has not."""
+        self.config.timestep_bounds(process.num_train_timesteps)
+
+    def describe(self) -> str:
+        """Return the convention of the loss."""
+        return "sft: mean squared denoising error of the chosen images, every noise level weighted alike"
+
+    def loss(self, run: Run, batch: PairBatch) -> LossOutput:
+        """Return the mean denoising error of the chosen images at a random noise level each."""
+        noise = run.noise_like(batch.chosen, batch.ids, batch.epoch)
+        t = run.timesteps(batch, *self.config.timestep_bounds(run.process.num_train_timesteps))
+        x_t = run.process.add_noise(batch.chosen, noise, t)
+        target = run.process.target(batch.chosen, noise, t)
+        return LossOutput(denoising_error(run.predict(x_t, t, batch.cond), target).mean())

@@ -1,0 +1,80 @@
+"""The look at a few fixed prompts and seeds while training: a grid of images and the mean of some rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.data.prompts import load_prompts
+from mmalign.errors import UserError
+from mmalign.grid import image_grid
+from mmalign.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mmalign.config import EvaluateConfig
+    from mmalign.run import Run
+
+COLUMNS = 4
+
+
+class Validation:
+    """Samples the same prompts with the same seeds at every look, so that two looks differ by the weights alone."""
+
+    def __init__(self, config: EvaluateConfig, generator: Any, seed: int) -> None:
+        """Load the rewards and encode the prompts, which must happen before the encoders are freed.
+
+        Raises:
+            UserError: a reward cannot be loaded, or needs reference images, which a prompt set has not.
+        """
+        from rewards import load_reward
+
+        self.config = config
+        self.prompts = [prompt.text for prompt in load_prompts(config.prompts, limit=config.limit)]
+        self.rewards = {name: load_reward(name, device=generator.device) for name in config.rewards}
+        for name, reward in self.rewards.items():
+            if "references" in reward.needs:
+                raise UserError(f"evaluate.rewards: '{name}' needs reference images, and prompts have none; remove it")
+        self.seeds = [derive_seed(seed, "evaluate", index) for index in range(len(self.prompts))]
+        self.cond = generator.encode_prompts(self.prompts)
+        self.negative = generator.unconditional()
+
+    @torch.no_grad()
+    def look(self, run: Run) -> tuple[dict[str, float], Image]:
+        """Return the mean of each reward, as "evaluation/NAME", and the images as one picture.
+
+        The encoders are read for decoding and freed again.
+        """
+        from pipelines import sample
+
+        run.generator.network.eval()
+        with run.autocast():
+            trajectory = sample(
+                run.generator,
+                self.cond,
+                steps=self.config.steps,
+                guidance=self.config.guidance,
+                seeds=self.seeds,
+                negative=self.negative,
+                batch_size=8,
+            )
+        run.generator.network.train()
+        images = torch.cat([run.generator.decode(part).float() for part in trajectory.latents.split(8)])
+        run.generator.free_encoders()
+        scores = {}
+        for name, reward in self.rewards.items():
+            prompts = self.prompts if "prompts" in reward.needs else None
+            scores[f"evaluation/{name}"] = float(reward(images, prompts=prompts).mean())
+        tiles = list(images.cpu())
+        return scores, image_grid([tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)])
+
+
+def save_grid(picture: Image, output: Path, step: int) -> Path:
+    """Write the picture as <output>/evaluation/step_N.png and return the path."""
+    path = output / "evaluation" / f"step_{step}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return path

@@ -1,0 +1,82 @@
+"""Tiny training runs for tests: a few random pairs on disk, a configuration, and pairs that need no disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mmalign.batches import PairBatch
+from mmalign.config import RunConfig
+from mmalign.methods.sft import SFT
+from pipelines.conditioning import Conditioning
+
+
+def write_pairs(folder: Path, count: int = 12, seed: int = 0) -> Path:
+    """Write `count` pairs (chosen light, rejected dark, both noisy) as JSONL with images beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    lines = []
+    for index in range(count):
+        names = {"chosen": f"{index}-chosen.png", "rejected": f"{index}-rejected.png"}
+        for side, name in names.items():
+            low = 128 if side == "chosen" else 0
+            Image.fromarray(rng.integers(low, low + 127, (16, 16, 3), dtype=np.uint8)).save(folder / name)
+        lines.append(json.dumps({"prompt": f"a {'red' if index % 2 else 'blue'} circle", **names}))
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def run_config(model: str, pairs: Path, output: Path, method: Any = "diffusion_dpo", **changes: Any) -> RunConfig:
+    """Return the configuration of a run of four steps; `changes` replace keys of `trainer`, or whole sections."""
+    trainer = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "log_every": 1, "checkpoint_every": 2, "warmup": 0}
+    sections = {key: changes.pop(key) for key in ("adapter", "evaluate", "data") if key in changes}
+    return RunConfig(
+        model=model,
+        method={"name": method} if isinstance(method, str) else method,
+        data={"pairs": str(pairs), "cache": str(pairs.parent / "cache"), **sections.pop("data", {})},
+        output=str(output),
+        adapter=sections.pop("adapter", {"kind": "lora", "rank": 4}),
+        trainer={**trainer, **changes},
+        **sections,
+    )
+
+
+def losses(output: Path, key: str = "loss") -> dict[int, float]:
+    """Return one metric of a run by step."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+class InMemoryPairs:
+    """Random latents and embeddings with the two methods that training needs of cached pairs."""
+
+    def __init__(self, count: int, shape: tuple[int, ...] = (4, 8, 8), length: int = 5, width: int = 16) -> None:
+        source = torch.Generator().manual_seed(0)
+        self.ids = [f"pair-{index}" for index in range(count)]
+        self.chosen = torch.randn(count, *shape, generator=source)
+        self.rejected = torch.randn(count, *shape, generator=source)
+        self.embeds = torch.randn(count, length, width, generator=source)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, indices: Any, epoch: int, seed: int) -> PairBatch:
+        rows = list(indices)
+        ids = [self.ids[row] for row in rows]
+        return PairBatch(self.chosen[rows], self.rejected[rows], Conditioning(self.embeds[rows]), ids, epoch)
+
+
+class BreaksAtStepThree(SFT):
+    """SFT whose loss is not a number in the third step."""
+
+    def loss(self, run: Any, batch: Any) -> Any:
+        output = super().loss(run, batch)
+        if run.step == 2:
+            output.loss = output.loss * float("nan")
+        return output
