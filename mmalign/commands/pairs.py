@@ -1,6 +1,6 @@
 """Build preference data: `sample` draws several images for each prompt, `label` turns them into pairs by a reward.
 
-Both continue where an interrupted run stopped; the pairs are a parquet file with the columns of Pick-a-Pic.
+An interrupted `sample` goes on where it stopped; the pairs are a parquet file with the columns of Pick-a-Pic.
 """
 
 from __future__ import annotations

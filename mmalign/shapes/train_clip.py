@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmalign.shapes.language import NUMBERS, Query, groups_of, write
 from mmalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
@@ -150,7 +151,7 @@ def train_clip(
         twin = index[: batch_size // 4]
         media = to_batch(np.concatenate([corpus.images[index], corpus.twins[twin]]))
         words = torch.cat([tokens[text], wrongs[text]]).long()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # as in train_base
             images, texts = model.encode_image(media), model.encode_text(words)
         images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
         loss = contrastive_loss(images, texts, model.logit_scale.exp(), batch_size)

@@ -1,0 +1,147 @@
+"""Compare models fairly: same prompts, same seeds, several rewards, paired intervals, one self-contained report.
+
+Give a YAML config (options override it, `key.path=value` too), or the models themselves; the first is the baseline.
+The same command again draws and scores only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign.errors import UserError
+
+if TYPE_CHECKING:
+    from mmalign.compare.config import CompareConfig
+
+_CONFIG_KEYS = {
+    "prompts": "prompts",
+    "rewards": "rewards",
+    "out": "output",
+    "baseline": "baseline",
+    "seeds": "seeds",
+    "steps": "steps",
+    "guidance": "guidance",
+    "solver": "solver",
+    "precision": "precision",
+    "limit": "limit",
+    "batch_size": "batch_size",
+}
+_CONTROL_KEYS = {
+    "guidance_control": "guidances",
+    "control_prompts": "prompts",
+    "control_reward": "rewards",
+    "control_limit": "limit",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `mmalign compare`; what is not given is left to the config or its defaults."""
+    parser.add_argument("inputs", nargs="+", metavar="CONFIG | MODEL", help="one YAML config, or two or more models")
+    parser.add_argument("--prompts", metavar="NAME|FILE", help="test prompts: a built-in set or a file")
+    parser.add_argument("--rewards", type=_words, metavar="A,B", help="rewards that score the images")
+    parser.add_argument("--out", metavar="DIR", help="folder for report.html, results.json and the images")
+    parser.add_argument("--names", type=_words, metavar="A,B", help="what to call the models (default: folder names)")
+    parser.add_argument("--baseline", metavar="NAME", help="the system to compare with (default: the first)")
+    parser.add_argument("--seeds", type=_integers, metavar="0,1", help="seeds drawn for every prompt (default: 0,1)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: 50)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 7.5)")
+    parser.add_argument("--solver", choices=("ddim", "dpm++"), help="sampler (default: ddim)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: fp32)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N prompts")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images drawn at once (default: 8)")
+    control = parser.add_argument_group("guidance control", "the baseline at its best guidance, as one more system")
+    control.add_argument("--guidance-control", type=_numbers, metavar="3,4,6,8", help="guidance scales to try")
+    control.add_argument("--control-prompts", metavar="NAME|FILE", help="validation prompts that choose among them")
+    control.add_argument("--control-reward", type=_words, metavar="R", help="reward that chooses (default: the first)")
+    control.add_argument("--control-limit", type=int, metavar="N", help="use only the first N validation prompts")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print the table and say where the report lies."""
+    config = read_arguments(args)
+
+    from mmalign.compare.console import print_summary
+    from mmalign.compare.run import compare
+
+    outcome = compare(config)
+    print_summary(outcome.results, outcome.report)
+    return 0
+
+
+def read_arguments(args: argparse.Namespace) -> CompareConfig:
+    """Turn the command line into a checked config.
+
+    Raises:
+        UserError: options are missing, or do not go together.
+    """
+    from mmalign.compare.config import load_compare_config, make_compare_config
+
+    options = _given(args, _CONFIG_KEYS)
+    control = _given(args, _CONTROL_KEYS)
+    if _is_config(args.inputs[0]):
+        if args.names:
+            raise UserError("--names is for models given one by one; a config names its systems itself")
+        options |= {f"guidance_control.{key}": value for key, value in control.items()}
+        overrides = [f"{key}={json.dumps(value)}" for key, value in options.items()]
+        return load_compare_config(args.inputs[0], [*args.inputs[1:], *overrides])
+    for key in ("prompts", "rewards", "out"):
+        if getattr(args, key) is None:
+            raise UserError(f"--{key} is missing: needed where models are given instead of a config")
+    if control:
+        if args.guidance_control is None or args.control_prompts is None:
+            raise UserError(
+                "a guidance control needs --guidance-control with the scales to try and --control-prompts with "
+                "validation prompts to choose by"
+            )
+        options["guidance_control"] = {"rewards": options["rewards"][:1], **control}
+    names = args.names or _folder_names(args.inputs)
+    if len(names) != len(args.inputs):
+        raise UserError(f"--names gives {len(names)} names for {len(args.inputs)} models; give one each")
+    systems = [{"name": name, "model": model} for name, model in zip(names, args.inputs, strict=True)]
+    return make_compare_config(systems=systems, **options)
+
+
+def _given(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
+    values = {key: getattr(args, argument) for argument, key in keys.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _is_config(text: str) -> bool:
+    from mmalign.config_files import list_configs
+
+    return Path(text).suffix in (".yaml", ".yml") or (not Path(text).exists() and text in list_configs())
+
+
+def _folder_names(models: list[str]) -> list[str]:
+    """Name models by their last path component; where that is not unique, by the last two."""
+    short = [Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2] for model in models]
+    count = Counter(short)
+    return [
+        f"{Path(model).resolve().parent.name}-{name}" if count[name] > 1 else name
+        for model, name in zip(models, short, strict=True)
+    ]
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise argparse.ArgumentTypeError(f"'{text}': give names separated by commas")
+    return words
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': give whole numbers separated by commas, such as 0,1") from None
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': give numbers separated by commas, such as 3,4,6,8") from None

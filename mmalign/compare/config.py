@@ -1,0 +1,185 @@
+"""What `mmalign compare` is asked to do: a strict schema, read from YAML or made from the command line.
+
+    systems:
+      - {name: base, model: assets/shapes-sd}
+      - {name: dpo, model: runs/demo/dpo}
+    prompts: shapes-drawbench
+    rewards: [shapes-correctness, shapes-quality]
+    guidance: 4
+    guidance_control: {guidances: [3, 4, 6, 8], prompts: shapes-validation, rewards: [shapes-correctness]}
+    output: runs/demo/compare
+
+The first system is the baseline unless `baseline` names another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from mmalign.compare.stats import RESAMPLES
+from mmalign.config import StrictModel, load_schema
+from mmalign.errors import UserError, did_you_mean
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class SystemConfig(StrictModel):
+    """One model that takes part."""
+
+    name: str
+    """what tables and folders call the system: letters, digits and . _ + -"""
+    model: str
+    """a model directory (full or LoRA), or a hub id 'organisation/name'"""
+    guidance: float | None = Field(None, ge=0)
+    """guidance scale of this system alone; null: that of the comparison"""
+    trained_on: list[str] | None = None
+    """rewards that it was trained on; null: read from the model's directory"""
+
+    @field_validator("name")
+    @classmethod
+    def _usable_as_folder(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"'{name}' cannot name a folder; use letters, digits and . _ + -, a letter or digit first"
+            )
+        return name
+
+
+class RewardEntry(StrictModel):
+    """One reward that every image is scored by."""
+
+    name: str
+    """a name of `mmalign list rewards`, or your own as 'package.module:Class'"""
+    label: str = ""
+    """what the report calls it; empty: its name (needed where one reward is used twice with other options)"""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """what the reward itself takes, such as weights"""
+
+    @property
+    def title(self) -> str:
+        """The label, or else the name."""
+        return self.label or self.name
+
+
+class GuidanceControl(StrictModel):
+    """The control "untouched baseline at its best guidance", chosen on prompts that are not the test's."""
+
+    guidances: list[float] = Field(min_length=2)
+    """guidance scales to try"""
+    prompts: str
+    """validation prompts: a built-in name or a file"""
+    rewards: list[str] = Field(min_length=1)
+    """rewards of the comparison that choose; of several, the best mean rank"""
+    limit: int | None = Field(None, ge=1)
+    """use only the first so many validation prompts"""
+
+    @field_validator("guidances")
+    @classmethod
+    def _usable(cls, guidances: list[float]) -> list[float]:
+        if min(guidances) < 0 or len(set(guidances)) != len(guidances):
+            raise ValueError(f"given {guidances}; allowed: different numbers of at least 0")
+        return guidances
+
+
+class CompareConfig(StrictModel):
+    """One comparison, as `mmalign compare` takes it."""
+
+    systems: list[SystemConfig] = Field(min_length=1)
+    """the models that take part"""
+    prompts: str
+    """test prompts: a built-in name of `mmalign list prompts` or a file"""
+    rewards: list[RewardEntry] = Field(min_length=1)
+    """what the images are scored by"""
+    output: str
+    """folder for report.html, results.json and the images"""
+    baseline: str | None = None
+    """name of the system that the others are compared with; null: the first"""
+    seeds: list[int] = Field([0, 1], min_length=1)
+    """every prompt is drawn once from each seed, by every system"""
+    steps: int = Field(50, ge=1)
+    """sampling steps"""
+    guidance: float = Field(7.5, ge=0)
+    """classifier-free guidance scale; 1: none"""
+    solver: Literal["ddim", "dpm++"] = "ddim"
+    """sampler"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """type of the weights while sampling"""
+    batch_size: int = Field(8, ge=1)
+    """images drawn at once; does not change them"""
+    limit: int | None = Field(None, ge=1)
+    """use only the first so many prompts"""
+    resamples: int = Field(RESAMPLES, ge=100)
+    """bootstrap resamples behind every interval"""
+    guidance_control: GuidanceControl | None = None
+    """adds the baseline at its best guidance as a system; null: no such control"""
+
+    @field_validator("seeds")
+    @classmethod
+    def _different_seeds(cls, seeds: list[int]) -> list[int]:
+        if min(seeds) < 0 or len(set(seeds)) != len(seeds):
+            raise ValueError(f"given {seeds}; allowed: different whole numbers of at least 0")
+        return seeds
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CompareConfig:
+        names = [system.name for system in self.systems]
+        titles = [reward.title for reward in self.rewards]
+        _no_duplicates("systems", "name", names)
+        _no_duplicates("rewards", "label", titles)
+        if len(names) == 1 and self.guidance_control is None:
+            raise ValueError(f"systems: only '{names[0]}'; give a second one, or guidance_control to compare it with")
+        if self.baseline is not None and self.baseline not in names:
+            hint = did_you_mean(self.baseline, names)
+            raise ValueError(f"baseline: no system is called '{self.baseline}' (systems: {', '.join(names)}){hint}")
+        for reward in self.guidance_control.rewards if self.guidance_control else []:
+            if reward not in titles:
+                hint = did_you_mean(reward, titles)
+                raise ValueError(f"guidance_control.rewards: '{reward}' is not among the rewards compared{hint}")
+        return self
+
+    @property
+    def baseline_name(self) -> str:
+        """The name of the baseline system."""
+        return self.baseline or self.systems[0].name
+
+
+def load_compare_config(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:
+    """Read a comparison from YAML (`extends:` and overrides `key.path=value` as for training).
+
+    Raises:
+        UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.
+    """
+    return load_schema(CompareConfig, path, list(overrides), _expand_short_forms)
+
+
+def make_compare_config(**values: Any) -> CompareConfig:
+    """Check a comparison put together in code or from command line options; None means the default.
+
+    Raises:
+        UserError: something in it is wrong.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    _expand_short_forms(given)
+    try:
+        return CompareConfig.model_validate(given)
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False))
+        raise UserError("; ".join(fault.removeprefix(": ").replace("Value error, ", "") for fault in faults)) from None
+
+
+def _expand_short_forms(values: dict[str, Any]) -> None:
+    """Write `rewards: [clip]` in full, in place."""
+    if isinstance(values.get("rewards"), list):
+        values["rewards"] = [{"name": one} if isinstance(one, str) else one for one in values["rewards"]]
+
+
+def _no_duplicates(what: str, key: str, values: list[str]) -> None:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(f"{what}: {', '.join(twice)} occurs more than once; give each its own {key}")

@@ -1,0 +1,84 @@
+"""The guidance control: the untouched baseline at the guidance that suits it best, chosen on validation prompts.
+
+A fine-tuned model often wins only what a turn of the guidance knob would have won for nothing. The control makes that
+visible: its guidance is chosen by the stated rewards on prompts that are not the test's, and the test prompts are then
+drawn once, like everybody's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmalign.compare.config import CompareConfig, GuidanceControl
+from mmalign.compare.draw import ModelHolder, draw_system
+from mmalign.compare.images import ImageStore
+from mmalign.compare.scoring import RewardFacts, Scores, score_all
+from mmalign.compare.stats import summarise
+from mmalign.compare.systems import SystemFacts
+from mmalign.data.prompts import Prompt, load_prompts
+from mmalign.progress import note
+
+
+def run_control(
+    config: CompareConfig, control: GuidanceControl, baseline: SystemFacts, test: list[Prompt], models: ModelHolder
+) -> tuple[SystemFacts, dict[str, Any]]:
+    """Sweep the baseline's guidance over the validation prompts.
+
+    Returns the control as a system, and the record of the sweep as results.json and the report show it.
+    """
+    prompts = load_prompts(control.prompts, control.limit)
+    overlap = len({prompt.text for prompt in prompts} & {prompt.text for prompt in test})
+    if overlap:
+        note(f"guidance control: {overlap} of the validation prompts are test prompts too, which favours the control")
+    folder = Path(config.output) / "control"
+    stores: dict[str, ImageStore] = {}
+    for guidance in control.guidances:
+        candidate = _at_guidance(baseline, guidance)
+        stores[candidate.name] = draw_system(config, candidate, prompts, folder, models)
+    entries = [entry for entry in config.rewards if entry.title in control.rewards]
+    scores, facts = score_all(entries, stores, Path(config.output) / "cache")
+    ranks = mean_ranks(scores, facts)
+    best = control.guidances[int(np.argmin(ranks))]
+    system = _at_guidance(baseline, best)
+    points = [
+        {
+            "guidance": guidance,
+            "mean_rank": float(rank),
+            "rewards": {label: _point(scores[label][name], config.resamples) for label in scores},
+        }
+        for guidance, name, rank in zip(control.guidances, stores, ranks, strict=True)
+    ]
+    record = {
+        "system": system.name,
+        "chosen": best,
+        "rewards": control.rewards,
+        "prompts_from": control.prompts,
+        "prompts": len(prompts),
+        "seeds": config.seeds,
+        "test_prompts_among_them": overlap,
+        "points": points,
+    }
+    return system, record
+
+
+def mean_ranks(scores: dict[str, Scores], facts: dict[str, RewardFacts]) -> np.ndarray:
+    """Rank the stores under each reward (0: best mean; equal means share a rank) and average over the rewards."""
+    ranks = []
+    for label, by_store in scores.items():
+        sign = -1 if facts[label].higher_is_better else 1
+        means = sign * np.array([values.mean() for values in by_store.values()])
+        ranks.append([(means < mean).sum() + 0.5 * ((means == mean).sum() - 1) for mean in means])
+    return np.mean(ranks, axis=0)
+
+
+def _at_guidance(baseline: SystemFacts, guidance: float) -> SystemFacts:
+    return replace(baseline, name=f"{baseline.name}@guidance={guidance:g}", guidance=guidance, control=True)
+
+
+def _point(scores: np.ndarray, resamples: int) -> dict[str, Any]:
+    summary = summarise(scores, resamples=resamples)
+    return {"mean": summary.mean, "ci95": summary.ci95}

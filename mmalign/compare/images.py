@@ -1,0 +1,141 @@
+"""The images of one system: stored as PNG with a manifest, drawn only where the manifest does not vouch for them.
+
+    <folder>/0007-1.png         prompt 7 (counted from 0), seed 1
+    <folder>/manifest.json      how each was made
+
+An image is used again if and only if its key is unchanged: a hash of the model's fingerprint, the sampling settings,
+the prompt and the seed. An interrupted comparison therefore continues, and a changed one draws what changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmalign.data.images import encode_png
+from mmalign.progress import track
+
+FORMAT = 1
+_SAVE_EVERY = 32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn: the settings that change them, apart from model, prompt and seed."""
+
+    steps: int
+    guidance: float
+    solver: str = "ddim"
+    precision: str = "fp32"
+
+
+class ImageStore:
+    """The images of one system over prompts and seeds."""
+
+    def __init__(
+        self, folder: Path, fingerprint: str, sampling: Sampling, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> None:
+        """Open the store; nothing is written before the first image."""
+        self.folder, self.fingerprint, self.sampling = folder, fingerprint, sampling
+        self.prompts, self.seeds = list(prompts), list(seeds)
+        self._known: dict[str, str] = _read_manifest(folder / "manifest.json")
+        self._unsaved = 0
+
+    def path(self, index: int, seed: int) -> Path:
+        """Return where the image of a prompt and a seed lies, or will lie."""
+        return self.folder / f"{index:04d}-{seed}.png"
+
+    def key(self, index: int, seed: int) -> str:
+        """Return the hash of everything that the image depends on."""
+        made_from = [FORMAT, self.fingerprint, asdict(self.sampling), self.prompts[index], seed]
+        return hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+
+    def missing(self) -> dict[int, list[int]]:
+        """Return for each incomplete prompt the seeds whose image is not there or was made otherwise."""
+        rows = {i: [seed for seed in self.seeds if not self._has(i, seed)] for i in range(len(self.prompts))}
+        return {index: seeds for index, seeds in rows.items() if seeds}
+
+    def put(self, index: int, seed: int, png: bytes) -> None:
+        """Write one image; the manifest follows every few images and with `save`."""
+        write_atomically(self.path(index, seed), png)
+        self._known[self.path(index, seed).name] = self.key(index, seed)
+        self._unsaved += 1
+        if self._unsaved >= _SAVE_EVERY:
+            self.save()
+
+    def adopt(self, other: ImageStore) -> None:
+        """Copy from another store the missing images that were made in exactly the same way."""
+        for index, seeds in self.missing().items():
+            for seed in seeds:
+                if other.prompts[index] == self.prompts[index] and other.key(index, seed) == self.key(index, seed):
+                    if other._has(index, seed):
+                        self.put(index, seed, other.path(index, seed).read_bytes())
+        self.save()
+
+    def save(self) -> None:
+        """Write the manifest."""
+        if not self._unsaved:
+            return
+        document: dict[str, Any] = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self.sampling)}
+        document["images"] = dict(sorted(self._known.items()))
+        write_atomically(self.folder / "manifest.json", json.dumps(document, indent=1))
+        self._unsaved = 0
+
+    def _has(self, index: int, seed: int) -> bool:
+        path = self.path(index, seed)
+        return self._known.get(path.name) == self.key(index, seed) and path.is_file()
+
+
+def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_size: int, label: str) -> int:
+    """Draw what a store lacks and return how many images that were; the model is not even loaded if it lacks none."""
+    missing = store.missing()
+    wanted = sum(map(len, missing.values()))
+    if not wanted:
+        return 0
+    from mmalign.evaluation import generate_images
+
+    indices = list(missing)
+    total = len(store.prompts) * len(store.seeds)
+    with track(total, label, initial=total - wanted) as job:
+        images = generate_images(
+            open_generator(),
+            [store.prompts[index] for index in indices],
+            seeds=list(missing.values()),
+            steps=store.sampling.steps,
+            guidance=store.sampling.guidance,
+            solver=store.sampling.solver,
+            batch_size=batch_size,
+            progress=job.advance,
+        )
+        try:
+            for row, seed, image in images:
+                store.put(indices[row], seed, encode_png(image))
+        finally:
+            store.save()
+    return wanted
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file beside its final place and rename it: a reader sees the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    """Return image name -> key; a manifest of another format, or a damaged one, vouches for nothing."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    images = document.get("images") if isinstance(document, dict) and document.get("format") == FORMAT else None
+    return images if isinstance(images, dict) else {}

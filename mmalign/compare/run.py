@@ -1,0 +1,156 @@
+"""Compare systems fairly: same prompts, same seeds, every reward, paired intervals, one report.
+
+    <output>/report.html, results.json, scores.csv, images/<system>/<prompt>-<seed>.png
+    <output>/config.yaml    this comparison, to run it again
+    <output>/control/       the guidance sweep on the validation prompts, if a guidance control was asked for
+    <output>/cache/         scores by image content
+
+Run again, it draws and scores only what is new.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mmalign
+from mmalign.compare.config import (
+    CompareConfig,
+    GuidanceControl,
+    RewardEntry,
+    SystemConfig,
+    load_compare_config,
+    make_compare_config,
+)
+from mmalign.compare.control import run_control
+from mmalign.compare.draw import ModelHolder, draw_system
+from mmalign.compare.images import ImageStore, write_atomically
+from mmalign.compare.results import Comparison, build_results, write_results, write_scores
+from mmalign.compare.scoring import check_rewards, score_all
+from mmalign.compare.systems import SystemFacts, read_system
+from mmalign.config import dump_config
+from mmalign.data.prompts import load_prompts
+from mmalign.progress import note
+
+__all__ = [
+    "CompareConfig",
+    "GuidanceControl",
+    "Outcome",
+    "RewardEntry",
+    "SystemConfig",
+    "compare",
+    "load_compare_config",
+    "make_compare_config",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison found (`results` is the content of results.json) and where its report lies."""
+
+    results: dict[str, Any]
+    report: Path
+
+
+def compare(config: CompareConfig) -> Outcome:
+    """Draw, score and compare all systems of `config`, and write report, results and scores into its output.
+
+    Raises:
+        UserError, PipelineError, RewardError: a model, reward or prompt set is not what the config takes it for.
+    """
+    from mmalign.compare.report import write_report
+
+    prompts = load_prompts(config.prompts, config.limit)
+    check_rewards(config.rewards)
+    systems = _read_systems(config)
+    output = Path(config.output)
+    models = ModelHolder(config.precision)
+    sweep = None
+    if config.guidance_control is not None:
+        baseline = systems[config.baseline_name]
+        control, sweep = run_control(config, config.guidance_control, baseline, prompts, models)
+        systems = _insert_after(systems, baseline.name, control)
+    stores: dict[str, ImageStore] = {}
+    for name in sorted(systems, key=lambda name: name != config.baseline_name):  # the control copies from the baseline
+        source = stores.get(config.baseline_name) if systems[name].control else None
+        stores[name] = draw_system(config, systems[name], prompts, output / "images", models, source)
+    models.close()
+    scores, rewards = score_all(config.rewards, {name: stores[name] for name in systems}, output / "cache")
+    comparison = Comparison(
+        prompts=prompts,
+        seeds=config.seeds,
+        baseline=config.baseline_name,
+        systems=systems,
+        rewards=rewards,
+        scores=scores,
+        image_paths={
+            name: [[stores[name].path(i, seed) for seed in config.seeds] for i in range(len(prompts))]
+            for name in systems
+        },
+        settings=describe_settings(config),
+        sweep=sweep,
+        command=f"mmalign compare {shlex.quote(str(output / 'config.yaml'))}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        resamples=config.resamples,
+    )
+    results = build_results(comparison)
+    write_scores(comparison, output / "scores.csv")
+    write_atomically(output / "config.yaml", dump_config(config))
+    write_report(comparison, results, dump_config(config), output / "report.html")
+    write_results(results, output / "results.json")
+    return Outcome(results, output / "report.html")
+
+
+def describe_settings(config: CompareConfig) -> dict[str, Any]:
+    """Return what besides the models decides the numbers, as the report's header and results.json show it."""
+    import torch
+
+    return {
+        "prompts": config.prompts,
+        "limit": config.limit,
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "solver": config.solver,
+        "precision": config.precision,
+        "resamples": config.resamples,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {
+            "mmalign": mmalign.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "diffusers", "transformers")},
+        },
+    }
+
+
+def _read_systems(config: CompareConfig) -> dict[str, SystemFacts]:
+    """Read the facts of all systems, the baseline first."""
+    systems = {}
+    for system in sorted(config.systems, key=lambda one: one.name != config.baseline_name):
+        guidance = config.guidance if system.guidance is None else system.guidance
+        facts = read_system(system.name, system.model, guidance, system.trained_on)
+        if facts.remark:
+            note(f"{facts.name}: {facts.remark}; state it as trained_on if it was one of the rewards compared")
+        systems[facts.name] = facts
+    return systems
+
+
+def _insert_after(systems: dict[str, SystemFacts], name: str, new: SystemFacts) -> dict[str, SystemFacts]:
+    """Return the systems with `new` right after `name`, which is where tables show it."""
+    ordered = {}
+    for key, facts in systems.items():
+        ordered[key] = facts
+        if key == name:
+            ordered[new.name] = new
+    return ordered
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,189 @@
+"""Score every image of a comparison once per reward, from the stored PNG, and remember the score by its content."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmalign.compare.config import RewardEntry
+from mmalign.compare.images import ImageStore, write_atomically
+from mmalign.errors import UserError
+from mmalign.progress import track
+
+SCORE_CHUNK = 64
+"""Images decoded and handed to a reward at once; the reward splits them further as its memory asks."""
+
+Scores = dict[str, np.ndarray]
+"""Store name -> scores `[prompts, seeds]`."""
+
+
+@dataclass(frozen=True)
+class RewardFacts:
+    """What the report says about a reward; `requested` is the name or dotted path that it was asked for by."""
+
+    label: str
+    name: str
+    requested: str
+    version: str
+    summary: str
+    higher_is_better: bool
+    differentiable: bool
+    licence: str
+    source: str
+    citation: str
+
+
+class RewardScorer:
+    """One loaded reward with its cache on disk (`<cache>/<reward>-<hash>.json`, image content and prompt -> score)."""
+
+    def __init__(self, entry: RewardEntry, cache: Path) -> None:
+        """Load the reward.
+
+        Raises:
+            UserError, RewardError: see `check_rewards`; or it cannot be loaded.
+        """
+        from rewards import Facts, load_reward
+
+        self._reward = load_reward(entry.name, **entry.options)
+        facts = Facts.of(self._reward)
+        _check_usable(facts, entry.name)
+        self.facts = RewardFacts(
+            label=entry.title,
+            name=facts.name,
+            requested=entry.name,
+            version=facts.version,
+            summary=facts.summary,
+            higher_is_better=facts.higher_is_better,
+            differentiable=facts.differentiable,
+            licence=facts.licence,
+            source=facts.source,
+            citation=facts.citation,
+        )
+        identity = [entry.name, entry.options, facts.version, facts.source, *self._state()]
+        digest = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=8).hexdigest()
+        safe = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in entry.title)
+        self._path = cache / f"{safe}-{digest}.json"
+        self._cache: dict[str, float] = _read_cache(self._path)
+
+    def score(self, stores: dict[str, ImageStore]) -> Scores:
+        """Return the score of every image of every store; only images never seen before are looked at.
+
+        Raises:
+            UserError: a score is not a finite number.
+        """
+        keyed = {name: [(path, text, _content_key(path, text)) for path, text in _items(store)]
+                 for name, store in stores.items()}  # fmt: skip
+        todo = {key: (path, text) for items in keyed.values() for path, text, key in items if key not in self._cache}
+        if todo:
+            self._score_new(list(todo.items()))
+        return {
+            name: np.array([self._cache[key] for *_, key in items], dtype=np.float64).reshape(
+                len(stores[name].prompts), len(stores[name].seeds)
+            )
+            for name, items in keyed.items()
+        }
+
+    def close(self) -> None:
+        """Drop the reward's weights: several rewards need not fit into memory together."""
+        del self._reward
+        gc.collect()
+
+    def _score_new(self, todo: list[tuple[str, tuple[Path, str]]]) -> None:
+        try:
+            with track(len(todo), f"score {self.facts.label}") as job:
+                for start in range(0, len(todo), SCORE_CHUNK):
+                    chunk = todo[start : start + SCORE_CHUNK]
+                    self._score_chunk(chunk)
+                    job.advance(len(chunk))
+        finally:
+            write_atomically(self._path, json.dumps(self._cache))
+
+    def _score_chunk(self, chunk: list[tuple[str, tuple[Path, str]]]) -> None:
+        media = [path for _, (path, _) in chunk]
+        values = self._reward(media, prompts=[text for _, (_, text) in chunk]).tolist()
+        for (key, (path, text)), value in zip(chunk, values, strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"reward '{self.facts.label}' gave {value} for {path} ({text!r}), which no mean can hold; "
+                    "leave this reward or this prompt out"
+                )
+            self._cache[key] = value
+
+    def _state(self) -> list[str]:
+        """Describe the weights, so that scores of a reward that was trained again are not taken for the new one's.
+
+        A plug-in may consist of code alone and change from day to day; its source file counts as well.
+        """
+        import inspect
+
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self._reward.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy()).tobytes())
+        source = inspect.getsourcefile(type(self._reward))
+        code = Path(source).read_bytes() if source and Path(source).is_file() else b""
+        return [digest.hexdigest(), hashlib.blake2b(code, digest_size=16).hexdigest()]
+
+
+def score_all(
+    entries: Sequence[RewardEntry], stores: dict[str, ImageStore], cache: Path
+) -> tuple[dict[str, Scores], dict[str, RewardFacts]]:
+    """Score all stores by all rewards, one reward in memory at a time; returns label -> scores and label -> facts."""
+    scores: dict[str, Scores] = {}
+    facts: dict[str, RewardFacts] = {}
+    for entry in entries:
+        scorer = RewardScorer(entry, cache)
+        try:
+            scores[entry.title] = scorer.score(stores)
+            facts[entry.title] = scorer.facts
+        finally:
+            scorer.close()
+    return scores, facts
+
+
+def check_rewards(entries: Sequence[RewardEntry]) -> None:
+    """Refuse rewards that compare cannot use before an image is drawn or a weight is read.
+
+    Raises:
+        UserError: one needs more than images and prompts, judges another kind of media, or depends on the batch.
+        RewardError: one does not exist, or cannot be imported.
+    """
+    from rewards import Facts, reward_class
+
+    for entry in entries:
+        _check_usable(Facts.of(reward_class(entry.name)), entry.name)
+
+
+def _check_usable(facts: Any, name: str) -> None:
+    if facts.modality != "image":
+        raise UserError(f"reward '{name}' judges {facts.modality}s; compare scores images")
+    if "references" in facts.needs:
+        raise UserError(f"reward '{name}' needs references; compare has only images and their prompts")
+    if not facts.batch_invariant:
+        raise UserError(f"reward '{name}' depends on the rest of its batch; give one that scores each image alone")
+
+
+def _items(store: ImageStore) -> list[tuple[Path, str]]:
+    return [(store.path(index, seed), text) for index, text in enumerate(store.prompts) for seed in store.seeds]
+
+
+def _content_key(path: Path, prompt: str) -> str:
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=16)
+    digest.update(b"\0" + prompt.encode())
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path) -> dict[str, float]:
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

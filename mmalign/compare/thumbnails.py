@@ -1,0 +1,59 @@
+"""Images inside the page: small ones as they are, large ones as thumbnails, and never more than a browser bears."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, features
+
+MAX_SIDE = 256
+"""Images up to this many pixels are embedded unchanged; larger ones are shrunk to it."""
+MAX_IMAGES = 2400
+"""More images than this and only some of the prompts are shown, evenly spaced and never picked by score."""
+PIXEL_ART_SIDE = 128
+"""Images up to this size are magnified without smoothing."""
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """An image as a data URI; `shrunk` if it is not the original, `pixelated` if it should be magnified unsmoothed."""
+
+    uri: str
+    width: int
+    height: int
+    shrunk: bool
+    pixelated: bool
+
+
+def embed(path: Path) -> Thumbnail:
+    """Return an image file as something a page can hold."""
+    data = path.read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        mime = f"image/{(image.format or 'png').lower()}"
+        if max(width, height) > MAX_SIDE:
+            data, mime = _shrink(image)
+    uri = f"data:{mime};base64,{base64.b64encode(data).decode()}"
+    large = max(width, height)
+    return Thumbnail(uri, width, height, shrunk=large > MAX_SIDE, pixelated=large <= PIXEL_ART_SIDE)
+
+
+def choose_prompts(prompts: int, images_per_prompt: int, most: int = MAX_IMAGES) -> list[int]:
+    """Return the prompts whose images are embedded: all, or as many evenly spaced ones as the limit allows."""
+    room = max(1, most // images_per_prompt)
+    if prompts <= room:
+        return list(range(prompts))
+    return np.linspace(0, prompts - 1, room).round().astype(int).tolist()
+
+
+def _shrink(image: Image.Image) -> tuple[bytes, str]:
+    small = image.convert("RGB")
+    small.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    kind = "webp" if features.check("webp") else "jpeg"
+    buffer = io.BytesIO()
+    small.save(buffer, format=kind, quality=82)
+    return buffer.getvalue(), f"image/{kind}"
