@@ -92,7 +92,8 @@ def sweep(comparison: Comparison) -> dict[str, Any] | None:
         chart = line_chart({record["system"]: points}, {record["system"]: intervals})
         chosen = [entry["guidance"] for entry in entries].index(record["chosen"])
         charts.append({"label": label, "chart": chart, "chosen": chart["lines"][0]["points"][chosen]})
-    return {**record, "charts": charts}
+    tried = ", ".join(f"{entry['guidance']:g}" for entry in record["points"])
+    return {**record, "charts": charts, "tried": tried}
 
 
 def curves(comparison: Comparison) -> list[dict[str, Any]]:
