@@ -13,7 +13,7 @@ from pathlib import Path
 
 BASE = "assets/shapes-sd"
 CONFIG = "shapes/diffusion_dpo"
-DRAW = ["--steps", "16", "--guidance", "4", "--solver", "dpm++", "--precision", "bf16", "--batch-size", "64"]
+DRAW = ["--steps", "12", "--guidance", "4", "--solver", "dpm++", "--precision", "bf16", "--batch-size", "64"]
 """How images are drawn from the Shapes model: for pairs and for the comparison alike."""
 
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 def steps(out: Path, quick: bool) -> list[tuple[str, list[str]]]:
     """(title, arguments) of every step."""
-    prompts, images, test = ("24", "2", "14") if quick else ("900", "4", "200")
+    prompts, images, test, control = ("16", "2", "10", "4") if quick else ("900", "4", "200", "50")
     overrides = ["trainer.steps=4", "trainer.batch_size=4", "evaluate.every=4", "evaluate.limit=4"] if quick else []
     return [
         (
@@ -67,6 +67,6 @@ def steps(out: Path, quick: bool) -> list[tuple[str, list[str]]]:
             ["compare", BASE, str(out / "dpo"), "--names", "base,dpo", "--prompts", "shapes-drawbench",
              "--limit", test, "--rewards", "shapes-correctness,shapes-strict,shapes-quality,shapes-clip",
              *DRAW, "--guidance-control", "2,4,6,8", "--control-prompts", "shapes-validation",
-             "--out", str(out / "compare")],
+             "--control-limit", control, "--out", str(out / "compare")],
         ),
     ]  # fmt: skip
