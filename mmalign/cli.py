@@ -45,6 +45,8 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 """verb -> (what it does, an example to copy), in the order of the help."""
 
+_BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code; `argv` without the program's name, by default the process's own."""
@@ -126,6 +128,9 @@ def _report(error: Exception, debug: bool) -> int:
         where = f" while writing {error.filename}" if error.filename else ""
         print(f"error: the disk is full{where}; free some space and run the same command again", file=sys.stderr)
         return 1
+    if isinstance(error, _BAD_PATH) and error.filename and not debug:
+        print(f"error: {error.filename}: {error.strerror}; name another file or folder", file=sys.stderr)
+        return 2
     if type(error).__name__ == "OutOfMemoryError" and not debug:
         print(f"error: {str(error).splitlines()[0]} Use a smaller batch, a lower precision or LoRA.", file=sys.stderr)
         return 1

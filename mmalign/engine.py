@@ -6,7 +6,6 @@ resumed logs the same losses, to the bit, as one that was not, and batch size, a
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -35,7 +34,7 @@ from mmalign.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from mmalign.precision import ACCELERATE_NAMES, round_frozen
+from mmalign.precision import ACCELERATE_NAMES, autocast, round_frozen
 from mmalign.prepare import (
     Plan,
     Prepared,
@@ -85,10 +84,21 @@ def train(config: RunConfig, *, resume: str = "auto") -> Path:
     """
     config = complete(config)
     accelerator = make_accelerator(config)
-    parts = prepare(config, accelerator)
-    trainer = Trainer(config, parts, accelerator)
-    trainer.fit(resume)
-    return finish(config, parts, trainer, accelerator)
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    try:
+        parts = prepare(config, accelerator)
+        trainer = Trainer(config, parts, accelerator)
+        trainer.fit(resume)
+        proof = export(config, parts, trainer, accelerator)
+        # Two whole models need not fit: the trained one, with its optimiser, goes before the exported one is read.
+        del parts, trainer
+        accelerator.free_memory()
+        if proof is not None:
+            verify(config, *proof, accelerator.device)
+        accelerator.wait_for_everyone()
+        return Path(config.output)
+    finally:
+        torch.backends.cuda.enable_flash_sdp(flash)  # what the same process draws later has the kernels it always has
 
 
 def plan(config: RunConfig) -> Plan:
@@ -337,39 +347,38 @@ class Trainer:
         return Path(resume)
 
 
-def finish(config: RunConfig, parts: Prepared, trainer: Trainer, accelerator: Any) -> Path:
-    """Export the trained model with its config and card, then read it back and check that it is the same model."""
+def export(
+    config: RunConfig, parts: Prepared, trainer: Trainer, accelerator: Any
+) -> tuple[hub.Probe, torch.Tensor] | None:
+    """Write the trained model and its card on the first rank; return an input and what the model makes of it."""
+    if not accelerator.is_main_process:
+        return None
     run, output = parts.run, Path(config.output)
-    cast = run.autocast
-    if accelerator.is_main_process:
-        with trainer.averaged():
-            probe = make_probe(parts)
-            with cast():
-                expected = probe.predict(run.generator)
-            try:
-                hub.export(run.generator, config, output, base_model_name(config))
-            except Exception as error:
-                raise as_disk_full(error, f"writing the model to {output}") from error
-        hub.write_card(config, output, {"pairs": len(parts.feed.pairs), "steps": config.trainer.steps})
-        # Two whole models need not fit: the trained one goes before the exported one is read.
-        del run, trainer
-        parts.run = None  # type: ignore[assignment]
-        gc.collect()
+    with trainer.averaged():
+        probe = make_probe(parts)
+        with run.autocast():
+            expected = probe.predict(run.generator)
+        try:
+            hub.export(run.generator, config, output, base_model_name(config))
+        except Exception as error:
+            raise as_disk_full(error, f"writing the model to {output}") from error
+    hub.write_card(config, output, {"pairs": len(parts.feed.pairs), "steps": config.trainer.steps})
+    return probe, expected
 
-        def load(path: str) -> Any:
-            from pipelines import load_generator
 
-            generator = load_generator(
-                path, device=accelerator.device, attention=config.attention, resolve=resolve_model
-            )
-            round_frozen(generator.network, config.trainer.precision)
-            return generator
+def verify(config: RunConfig, probe: hub.Probe, expected: torch.Tensor, device: torch.device) -> None:
+    """Read the export back as any user would and check that it is the model that was trained."""
 
-        with cast():
-            hub.check_load_back(output, load, probe, expected)
-        note(f"the model is in {output}")
-    accelerator.wait_for_everyone()
-    return output
+    def load(path: str) -> Any:
+        from pipelines import load_generator
+
+        generator = load_generator(path, device=device, attention=config.attention, resolve=resolve_model)
+        round_frozen(generator.network, config.trainer.precision)
+        return generator
+
+    with autocast(config.trainer.precision, device):
+        hub.check_load_back(Path(config.output), load, probe, expected)
+    note(f"the model is in {config.output}")
 
 
 def make_probe(parts: Prepared) -> hub.Probe:

@@ -120,8 +120,7 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
             "",
             f"# {output.name}",
             "",
-            f"Fine-tuned from `{config.model}` with [mmalign](https://pypi.org/project/mmalign) {__version__}, "
-            f"method `{method}`.",
+            f"Fine-tuned from `{config.model}` with mmalign {__version__}, method `{method}`.",
             "",
             "| | |\n|---|---|\n" + table,
             "",

@@ -104,10 +104,12 @@ def fingerprint(root: Path, names: Iterable[str]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(names):
+        if not (root / name).is_dir():
+            raise MissingModelError(f"{root / name} is missing; the model directory is incomplete, fetch it again.")
         for file in sorted(path for path in (root / name).iterdir() if path.suffix in (".json", ".txt", ".model")):
             content = file.read_bytes()
             if file.name == "config.json":
-                kept = {key: value for key, value in json.loads(content).items() if not _is_bookkeeping(key)}
+                kept = {key: value for key, value in read_json(file).items() if not _is_bookkeeping(key)}
                 content = json.dumps(kept, sort_keys=True).encode()
             digest.update(f"{name}/{file.name}:{hashlib.sha256(content).hexdigest()};".encode())
         for file in weight_files(root / name):

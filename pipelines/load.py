@@ -25,7 +25,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": "pipelines.unet_image:StableDiffusionXL",
 }
 INDEX = "model_index.json"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def load_generator(
@@ -39,7 +39,7 @@ def load_generator(
 ) -> Generator:
     """Load a generator; its family is detected from ``model_index.json``.
 
-    `name_or_path` is a diffusers directory, a Hub id ``org/name``, or a directory written by `Generator.save_lora`,
+    `name_or_path` is a diffusers directory, a Hub id ``org/name[@revision]``, or what `Generator.save_lora` wrote,
     which names its own base model (found by way of `resolve`). `adapter` is a LoRA file or directory to load on top.
     `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``.
     """
@@ -112,9 +112,11 @@ def _fetch(name: str) -> tuple[Path, dict[str, Any]]:
     from huggingface_hub import hf_hub_download
 
     try:
-        index = read_json(Path(hf_hub_download(name, INDEX)))
+        repository, _, revision = name.partition("@")
+        pinned = {"revision": revision} if revision else {}
+        index = read_json(Path(hf_hub_download(repository, INDEX, **pinned)))
         _family(index, name)
-        return Path(DiffusionPipeline.download(name, use_safetensors=True)), index
+        return Path(DiffusionPipeline.download(repository, use_safetensors=True, **pinned)), index
     except PipelineError:
         raise
     except Exception as error:

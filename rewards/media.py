@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from rewards.errors import RewardError
@@ -37,7 +37,9 @@ def load_image(source: Image.Image | str | PathLike[str]) -> Float[Tensor, "3 he
     try:
         with Image.open(path) as image:
             return _pixels(image)
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, RewardError):
+            raise
         raise RewardError(f"cannot read {path} as an image: {error}") from error
 
 

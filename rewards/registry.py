@@ -9,6 +9,8 @@ Third parties declare theirs in their pyproject.toml; the key equals the `name` 
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 import warnings
 from importlib import import_module, metadata
 from os import PathLike
@@ -111,6 +113,9 @@ def _entry_points() -> dict[str, set[str]]:
 
 def _import(target: str, name: str) -> Any:
     module, _, attribute = target.partition(":")
+    if name == target and os.getcwd() not in sys.path:
+        # A console script does not search the working directory; last, so that nothing there shadows a package.
+        sys.path.append(os.getcwd())
     try:
         return getattr(import_module(module), attribute)
     except ImportError as error:

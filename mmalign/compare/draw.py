@@ -12,15 +12,13 @@ from mmalign.compare.systems import SystemFacts
 from mmalign.data.prompts import Prompt
 from mmalign.resources import resolve_model
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
 
 class ModelHolder:
     """Holds the model that was asked for last, and drops it before another is loaded."""
 
     def __init__(self, precision: str) -> None:
         """Remember the precision; nothing is loaded."""
-        self._dtype = _DTYPES[precision]
+        self._dtype = precision
         self._model: str | None = None
         self._generator: Any = None
 

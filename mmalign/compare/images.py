@@ -68,9 +68,17 @@ class ImageStore:
         if self._unsaved >= _SAVE_EVERY:
             self.save()
 
+    def disown(self, missing: dict[int, list[int]]) -> None:
+        """Stop vouching for images about to be replaced: a run killed between image and manifest must not mix them."""
+        for name in (self.path(index, seed).name for index, seeds in missing.items() for seed in seeds):
+            self._unsaved += self._known.pop(name, None) is not None
+        self.save()
+
     def adopt(self, other: ImageStore) -> None:
         """Copy from another store the missing images that were made in exactly the same way."""
-        for index, seeds in self.missing().items():
+        missing = self.missing()
+        self.disown(missing)
+        for index, seeds in missing.items():
             for seed in seeds:
                 if other.prompts[index] == self.prompts[index] and other.key(index, seed) == self.key(index, seed):
                     if other._has(index, seed):
@@ -99,6 +107,7 @@ def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_
         return 0
     from mmalign.evaluation import generate_images
 
+    store.disown(missing)
     indices = list(missing)
     total = len(store.prompts) * len(store.seeds)
     with track(total, label, initial=total - wanted) as job:

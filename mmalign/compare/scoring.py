@@ -120,7 +120,7 @@ class RewardScorer:
     def _state(self) -> list[str]:
         """Describe the weights, so that scores of a reward that was trained again are not taken for the new one's.
 
-        A plug-in may consist of code alone and change from day to day; its source file counts as well.
+        A plug-in may consist of code alone and change from day to day; its source and its neighbours' count as well.
         """
         import inspect
 
@@ -129,8 +129,10 @@ class RewardScorer:
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy()).tobytes())
         source = inspect.getsourcefile(type(self._reward))
-        code = Path(source).read_bytes() if source and Path(source).is_file() else b""
-        return [digest.hexdigest(), hashlib.blake2b(code, digest_size=16).hexdigest()]
+        code = hashlib.blake2b(digest_size=16)
+        for path in sorted(Path(source).parent.glob("*.py")) if source else ():
+            code.update(path.read_bytes())
+        return [digest.hexdigest(), code.hexdigest()]
 
 
 def score_all(

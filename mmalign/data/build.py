@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 
 from mmalign.data.images import encode_png
-from mmalign.data.labelling import label_pairs as label_pairs
 from mmalign.data.parquet import ForwardReader, atomic_parquet, iterate_columns, read_metadata
 from mmalign.data.prompts import Prompt
 from mmalign.data.store import content_key

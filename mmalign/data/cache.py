@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmalign.batches import PairBatch
 from mmalign.config import DataConfig
 from mmalign.data.images import Media, image_size, open_image, read_bytes
 from mmalign.data.pairs import PairTable
 from mmalign.data.store import MEMORY_LIMIT, Rows, TensorStore, content_key
 from mmalign.data.transforms import Decision, PairTransform, uniform
-from mmalign.methods.base import PairBatch
 from mmalign.seeds import derive_seed
 from pipelines.conditioning import Conditioning
 

@@ -162,10 +162,10 @@ def find_images(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
+    if (path / "parts").is_dir():  # also where more were being added to a finished file
+        raise UserError(f"{path}: sampling is not finished; run the same `mmalign pairs sample` again to complete it")
     if (path / "images.parquet").is_file():
         return path / "images.parquet"
-    if (path / "parts").is_dir():
-        raise UserError(f"{path}: sampling is not finished; run the same `mmalign pairs sample` again to complete it")
     raise UserError(f"{path}: holds no images.parquet; make it with `mmalign pairs sample MODEL --out {path}`")
 
 

@@ -79,9 +79,13 @@ def _add_ranked(
     preferred, rank = record.get("human_preference"), record.get("rank")
     if preferred is None and rank is None:
         raise missing_columns(where, ["human_preference"], record, " (or 'rank')")
-    merits = list(preferred) if preferred is not None else [-place for place in rank or []]
+    given = preferred if preferred is not None else rank
+    merits = given if isinstance(given, list) else []
     if not isinstance(images, list) or len(images) != len(merits) or len(images) < 2:
-        raise UserError(f"{where}: needs at least 2 images and a preference for each; found {images} and {merits}")
+        raise UserError(f"{where}: needs at least 2 images and a preference for each; found {images} and {given}")
+    if not all(isinstance(merit, int | float) for merit in merits):
+        raise UserError(f"{where}: preferences and ranks are numbers; found {merits}")
+    merits = merits if preferred is not None else [-place for place in merits]
     files = [_path(path, image, where) for image in images]
     for first, second in combinations(range(len(files)), 2):
         name = identifier if len(files) == 2 else f"{identifier}-{first}-{second}"

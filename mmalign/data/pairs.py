@@ -21,10 +21,12 @@ from mmalign.data.source import Candidate, PairSource
 from mmalign.data.tabular import ParquetPairs, load_hub_pairs, load_saved_pairs
 from mmalign.data.transforms import uniform
 from mmalign.errors import UserError
+from mmalign.progress import note
 from mmalign.resources import find
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.]+)?")
 _FILE_SUFFIXES = (".parquet", ".json", ".jsonl")
+_SHARD = re.compile(r"(\w+?)-\d+-of-\d+")  # as the hub names parquet files: train-00000-of-00645-HASH.parquet
 
 
 @dataclass(frozen=True)
@@ -187,13 +189,26 @@ def _open_directory(path: Path, caption_column: str) -> PairSource:
         return read_folder_pairs(*folders)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return load_saved_pairs(path, caption_column)
-    files = sorted(path.rglob("*.parquet"))
+    files = _training_split(path, sorted(path.rglob("*.parquet")))
     if files:
         return ParquetPairs(str(path), files, caption_column)
     raise UserError(
         f"{path}: holds no pairs; expected *.parquet with Pick-a-Pic columns, folders chosen/ and rejected/, "
         "or a data set saved by `datasets`"
     )
+
+
+def _training_split(folder: Path, files: list[Path]) -> list[Path]:
+    """Return the files of the split "train" where a folder holds several, as copies of hub data sets do."""
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        shard = _SHARD.match(file.name)
+        splits.setdefault(shard[1] if shard else "", []).append(file)
+    if "train" not in splits or len(splits) == 1:
+        return files
+    others = ", ".join(f"{name or 'other files'} ({len(held)})" for name, held in splits.items() if name != "train")
+    note(f"{folder}: reading the split train ({len(splits['train'])} files) and leaving out {others}")
+    return splits["train"]
 
 
 def read_pairs(source: str, config: DataConfig) -> PairTable:

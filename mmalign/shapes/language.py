@@ -212,12 +212,15 @@ def misspell(rng: np.random.Generator, text: str, words: int = 1) -> str:
             token[:at] + token[at] + token[at:],
             token[:at] + token[at + 1] + token[at] + token[at + 2 :],
         )[kind]
-        if _lookup(wrong) == _lookup(token):
+        if _spelling(wrong) == token:
             tokens[i] = wrong
     return " ".join(tokens)
 
 
 # -------------------------------------------------------------------------------------------------- reading
+
+
+_WORD = re.compile(r"[a-z0-9'-]+")
 
 
 @lru_cache(maxsize=1)
@@ -251,8 +254,9 @@ def _content_words() -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def _pattern() -> re.Pattern[str]:
+    """Phrases of several words first, the longest first, then single words."""
     phrases = sorted((w for w in _vocabulary() if " " in w), key=len, reverse=True)
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b|[a-z0-9'-]+")
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b|{_WORD.pattern}")
 
 
 def _edits(a: str, b: str) -> float:
@@ -269,20 +273,24 @@ def _edits(a: str, b: str) -> float:
     return rows[-1][-1] + 0.5 * (a[0] != b[0])
 
 
+@lru_cache(maxsize=1)
+def _known_words() -> frozenset[str]:
+    return frozenset(word for phrase in _vocabulary() for word in phrase.split())
+
+
 @lru_cache(maxsize=4096)
-def _lookup(token: str) -> tuple[str, str] | None:
-    vocabulary = _vocabulary()
-    if token in vocabulary:
-        return vocabulary[token]
-    if len(token) < 3:
+def _spelling(word: str) -> str | None:
+    """The known word that was meant, or None when there is no near one or the near ones mean different things."""
+    if word in _known_words():
+        return word
+    if len(word) < 3:
         return None
-    near = sorted(
-        (_edits(token, w), w) for w in vocabulary if " " not in w and len(w) > 2 and abs(len(w) - len(token)) <= 2
-    )
-    if near and near[0][0] <= (1.5 if len(token) <= 5 else 2.5):
-        meanings = {vocabulary[w] for distance, w in near if distance == near[0][0]}
-        return meanings.pop() if len(meanings) == 1 else None
-    return None
+    near = sorted((_edits(word, w), w) for w in _known_words() if len(w) > 2 and abs(len(w) - len(word)) <= 2)
+    if not near or near[0][0] > (1.5 if len(word) <= 5 else 2.5):
+        return None
+    nearest = [w for distance, w in near if distance == near[0][0]]
+    meanings = {_vocabulary().get(w, ("part of a phrase", w)) for w in nearest}
+    return nearest[0] if len(meanings) == 1 else None
 
 
 class PromptError(UserError):
@@ -296,7 +304,9 @@ def parse(prompt: str) -> Query:
     Raises:
         PromptError: a word is unknown, no shape is named, or a relation lacks one of its two things.
     """
-    tokens = [(t, _lookup(t)) for t in _pattern().findall(prompt.lower())]
+    words = _WORD.findall(prompt.lower())
+    corrected = " ".join(_spelling(word) or word for word in words)
+    tokens = [(t, _vocabulary().get(t)) for t in _pattern().findall(corrected)]
     unknown = [t for t, meaning in tokens if meaning is None]
     if unknown:
         raise PromptError(

@@ -18,6 +18,7 @@ from mmalign.shapes.world import (
     COLOURS,
     HELD_OUT_OBJECTS,
     HELD_OUT_RELATIONS,
+    INVERSE,
     RELATIONS,
     SHAPES,
 )
@@ -27,6 +28,14 @@ TEST_COUNTS = {
     "Misspellings": 14, "Rare Words": 14,
 }  # fmt: skip
 """Prompts of each category in `shapes-drawbench` (200 in all), named as in DrawBench where DrawBench has the like."""
+
+
+def asks_for_held_out(query: Query) -> bool:
+    """Whether a query asks for a held-out combination, in either reading direction of its relations."""
+    if any((group.colour, group.shape) in HELD_OUT_OBJECTS for group in query.groups):
+        return True
+    named = [(query.groups[a].shape, relation, query.groups[b].shape) for a, relation, b in query.relations]
+    return any({(a, r, b), (b, INVERSE[r], a)} & HELD_OUT_RELATIONS for a, r, b in named)
 
 
 def _pick(rng: np.random.Generator, items: object) -> str:
@@ -63,11 +72,9 @@ def _counting(rng: np.random.Generator) -> tuple[Query, dict]:
 def _positional(rng: np.random.Generator) -> tuple[Query, dict]:
     while True:
         relation, groups = _pick(rng, RELATIONS), (_group(rng, sized=0.15), _group(rng, sized=0.15))
-        if (
-            groups[0].shape != groups[1].shape
-            and (groups[0].shape, relation, groups[1].shape) not in HELD_OUT_RELATIONS
-        ):
-            return Query(groups, ((0, relation, 1),), _background(rng, 0.3)), {}
+        query = Query(groups, ((0, relation, 1),), _background(rng, 0.3))
+        if groups[0].shape != groups[1].shape and not asks_for_held_out(query):
+            return query, {}
 
 
 def _conflicting(rng: np.random.Generator) -> tuple[Query, dict]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmalign.shapes.language import NUMBERS, Query, groups_of, write
+from mmalign.shapes.language import NUMBERS, Query, groups_of, split_of, write
 from mmalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
 from mmalign.shapes.train_base import to_batch
 from mmalign.shapes.world import (
@@ -91,9 +91,16 @@ def _chunk(arguments: tuple[int, int, int, int]) -> ClipCorpus:
             groups = groups_of(scene, rng)
             relations = (scene.relation,) if scene.relation is not None and len(groups) == 2 else ()
             query = Query(groups, relations, scene.background if rng.random() < 0.35 else None)
-            captions.append(write(rng, query))
-            negatives.append(write(rng, wrong(rng, query)))
+            captions.append(_training_wording(rng, query))
+            negatives.append(_training_wording(rng, wrong(rng, query)))
     return ClipCorpus(np.stack(images), np.stack(twins), captions, negatives)
+
+
+def _training_wording(rng: np.random.Generator, query: Query) -> str:
+    while True:
+        text = write(rng, query)
+        if split_of(text) == "train":
+            return text
 
 
 def build_clip_corpus(count: int, *, seed: int = SEED, wordings: int = 3, workers: int = 2) -> ClipCorpus:

@@ -106,6 +106,10 @@ def test_ctrl_c_full_disk_and_bugs(verb, capsys) -> None:
         error.startswith("error: the disk is full while writing runs/model.safetensors") and "Traceback" not in error
     )
 
+    verb(failing(NotADirectoryError(errno.ENOTDIR, "Not a directory", "file/run")))
+    assert cli.main(["list", "x"]) == 2
+    assert capsys.readouterr().err == "error: file/run: Not a directory; name another file or folder\n"
+
     verb(failing(ValueError("oops")))
     assert cli.main(["list", "x"]) == 1
     error = capsys.readouterr().err

@@ -220,6 +220,17 @@ def test_an_image_made_otherwise_is_not_vouched_for(tmp_path: Path) -> None:
     assert ImageStore(tmp_path, "print", sampling, ["a"], [0]).missing() == {0: [0]}
 
 
+def test_a_run_killed_between_image_and_manifest_mixes_nothing(tmp_path: Path) -> None:
+    old = ImageStore(tmp_path, "print", Sampling(4, 2.0), ["a", "b"], [0])
+    for index in (0, 1):
+        old.put(index, 0, b"old")
+    old.save()
+    new = ImageStore(tmp_path, "print", Sampling(4, 3.0), ["a", "b"], [0])
+    new.disown(new.missing())
+    new.put(0, 0, b"new")  # killed here: the manifest is not saved
+    assert ImageStore(tmp_path, "print", Sampling(4, 2.0), ["a", "b"], [0]).missing() == {0: [0], 1: [0]}
+
+
 def test_a_store_adopts_only_images_made_in_the_same_way(tmp_path: Path) -> None:
     source = ImageStore(tmp_path / "a", "print", Sampling(4, 2.0), ["a", "b"], [0])
     source.put(0, 0, b"png")

@@ -86,6 +86,13 @@ def test_directory_of_parquet_is_read_through_in_order_of_names(tmp_path):
     assert [record.prompt for record in read(tmp_path / "data", limit=2)] == ["first", "second"]
 
 
+def test_of_several_splits_in_a_folder_only_train_is_read(tmp_path, capsys):
+    for split in ("train", "validation_unique", "test"):
+        pickapic(tmp_path / f"{split}-00000-of-00001-b66ac7.parquet", [{"caption": split}])
+    assert [record.prompt for record in read(tmp_path)] == ["train"]
+    assert "leaving out test (1), validation_unique (1)" in capsys.readouterr().err
+
+
 def test_images_as_structs_and_paths_beside_the_file(tmp_path):
     (tmp_path / "left.png").write_bytes(png(0.25))
     row = {"jpg_0": {"bytes": None, "path": "left.png"}, "jpg_1": {"bytes": png(0.75), "path": None}}
@@ -200,6 +207,11 @@ def test_faulty_sources_say_what_is_wrong(tmp_path):
     (tmp_path / "pairs.zip").write_bytes(b"")
     with pytest.raises(UserError, match="not read from '.zip' files"):
         read(tmp_path / "pairs.zip")
+    for preference in (["first", "second"], 1):
+        record = {"prompt": "a", "image_path": ["0.png", "1.png"], "human_preference": preference}
+        (tmp_path / "ranked.json").write_text(json.dumps([record]))
+        with pytest.raises(UserError, match="record 1: .*prefer"):
+            read(tmp_path / "ranked.json")
     tie = pickapic(tmp_path / "tie.parquet", [{"label_1": 1.0}])
     with pytest.raises(UserError, match="0 pairs kept of 1 read, 1 ties dropped; try data.ties: keep"):
         read(tie)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from tiny_models import build_tiny_sd, build_tiny_sdxl
 from tiny_runs import losses, run_config, write_pairs
 
+from mmalign import engine
 from mmalign.config import load_config
 from mmalign.engine import TrainingDiverged, plan, train
 from mmalign.errors import UserError
+from mmalign.prepare import prepare
 from mmalign.resources import resolve_model
 from pipelines import load_generator, sample
 from rewards import Reward, register
@@ -65,7 +68,9 @@ def test_one_recipe_trains_any_model_and_plain_diffusers_loads_the_result(
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     config = run_config(world[family], world["pairs"], tmp_path / "out", **(FULL if kind == "full" else {}))
+    flash = torch.backends.cuda.flash_sdp_enabled()
     output = train(config)
+    assert torch.backends.cuda.flash_sdp_enabled() == flash
     assert losses(output)[1] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(output)[4] != losses(output)[1]
 
@@ -223,3 +228,19 @@ def test_an_adapter_is_no_base_and_an_output_keeps_its_kind(world: dict[str, Any
         train(run_config(str(output), world["pairs"], tmp_path / "second"))
     with pytest.raises(UserError, match="another adapter.kind"):
         train(run_config(world["sd"], world["pairs"], output, **FULL))
+
+
+def test_the_trained_model_is_gone_before_the_exported_one_is_read(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks, alive = [], []
+
+    def remember(*arguments: Any) -> Any:
+        parts = prepare(*arguments)
+        networks.append(weakref.ref(parts.run.generator.network))
+        return parts
+
+    monkeypatch.setattr(engine, "prepare", remember)
+    monkeypatch.setattr(engine.hub, "check_load_back", lambda *_: alive.append(networks[0]()))
+    train(run_config(world["sd"], world["pairs"], tmp_path / "out", steps=1, ema=0.9, **FULL))
+    assert alive == [None]

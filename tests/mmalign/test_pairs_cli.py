@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mmalign.config import DataConfig
 from mmalign.data import build
 from mmalign.data.build import SCHEMA, SampleSettings, prompt_id, sample_images
 from mmalign.data.images import decode_image, encode_png
-from mmalign.data.labelling import LabelSettings, WeightedReward, label_pairs, parse_rewards
+from mmalign.data.labelling import LabelSettings, WeightedReward, find_images, label_pairs, parse_rewards
 from mmalign.data.pairs import read_pairs
 from mmalign.data.parquet import read_metadata
 from mmalign.data.prompts import Prompt
@@ -115,6 +116,10 @@ def test_interrupted_sampling_goes_on_and_gives_the_same_file(model, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         run("parts")
     assert len(list((tmp_path / "parts" / "parts").glob("*.parquet"))) == 3
+    shutil.copy(tmp_path / "whole" / "images.parquet", tmp_path / "parts")  # finished once, now being added to
+    with pytest.raises(UserError, match="sampling is not finished"):
+        find_images(tmp_path / "parts")
+    (tmp_path / "parts" / "images.parquet").unlink()
     monkeypatch.setattr(build, "generate_images", real)
     assert run("parts").new == 5
     whole, parts = (pq.read_table(tmp_path / name / "images.parquet").to_pylist() for name in ("whole", "parts"))

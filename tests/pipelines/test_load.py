@@ -74,6 +74,13 @@ def test_incomplete_models_are_refused(model: Path) -> None:
     refused("lists no 'unet'", model)
 
 
+def test_an_incomplete_model_has_no_fingerprint(model: Path) -> None:
+    generator = load_generator(model)
+    shutil.rmtree(model / "tokenizer")
+    with pytest.raises(PipelineError, match="tokenizer is missing"):
+        _ = generator.text_id
+
+
 def test_a_broken_weight_file_is_named(model: Path) -> None:
     (model / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nonsense")
     refused("cannot load 'unet'", model)
@@ -131,6 +138,13 @@ def test_hub_ids(tiny_paths: dict[str, str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name, use_safetensors: str(root))
     generator = load_generator("org/tiny-sd")
     assert generator.root == root and generator.name_or_path == "org/tiny-sd"
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, revision: str(root / file))
+    monkeypatch.setattr(
+        DiffusionPipeline, "download", lambda name, use_safetensors, revision: asked.append((name, revision)) or root
+    )
+    load_generator("org/tiny-sd@v1.0")
+    assert asked == [("org/tiny-sd", "v1.0")]
 
 
 def test_hub_ids_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,8 @@ from collections import Counter
 
 from mmalign.data.prompts import load_prompts
 from mmalign.resources import find
-from mmalign.shapes.language import parse, split_of
-from mmalign.shapes.prompts import TEST_COUNTS, write_prompt_sets
-from mmalign.shapes.world import HELD_OUT_OBJECTS, HELD_OUT_RELATIONS
+from mmalign.shapes.language import Group, Query, parse, split_of
+from mmalign.shapes.prompts import TEST_COUNTS, asks_for_held_out, write_prompt_sets
 
 SETS = {"shapes-drawbench": "test", "shapes-validation": "validation", "shapes-train": "train"}
 
@@ -39,8 +38,12 @@ def test_only_the_conflicting_prompts_ask_for_held_out_combinations() -> None:
     for name in SETS:
         for prompt in load_prompts(name):
             query = parse(prompt.text)
-            held = any((g.colour, g.shape) in HELD_OUT_OBJECTS for g in query.groups)
-            held |= any(
-                (query.groups[a].shape, r, query.groups[b].shape) in HELD_OUT_RELATIONS for a, r, b in query.relations
-            )
+            held = asks_for_held_out(query)
             assert held == (prompt.category == "Conflicting"), prompt
+
+
+def test_a_held_out_relation_is_known_in_both_reading_directions() -> None:
+    star, ring = Group("star", 1, "cyan"), Group("ring", 1, "pink")
+    assert asks_for_held_out(Query((star, ring), ((0, "left of", 1),)))
+    assert asks_for_held_out(Query((ring, star), ((0, "right of", 1),)))
+    assert not asks_for_held_out(Query((ring, star), ((0, "left of", 1),)))
