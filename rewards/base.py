@@ -45,6 +45,7 @@ class Facts:
     needs: tuple[str, ...]
     range: tuple[float, float]
     higher_is_better: bool
+    derived_from: tuple[str, ...]
     batch_invariant: bool
     licence: str
     source: str
@@ -55,7 +56,7 @@ class Facts:
         """Collect the facts of a reward, or of its class before any option is chosen."""
         described = reward if isinstance(reward, type) else type(reward)
         own = {field: getattr(reward, field) for field in cls.__dataclass_fields__ if field != "summary"}
-        own["needs"] = tuple(sorted(own["needs"]))
+        own |= {field: tuple(sorted(own[field])) for field in ("needs", "derived_from")}
         return cls(summary=(described.__doc__ or "").strip().split("\n")[0], **own)
 
 
@@ -63,7 +64,8 @@ class Reward(nn.Module, ABC):
     """Score media; subclasses set the facts below and implement `score`.
 
     `range` holds the bounds of the score (infinite where there are none); `version` belongs to the metric's name
-    wherever versions do not compare; `batch_invariant=False` (a score depends on its neighbours) switches
+    wherever versions do not compare; `derived_from` names rewards of which this one is a mere function: who was
+    trained on those counts as trained on this; `batch_invariant=False` (a score depends on its neighbours) switches
     micro-batches off. `batch_size` is the micro-batch. `device` defaults to CUDA where there is one.
     """
 
@@ -74,6 +76,7 @@ class Reward(nn.Module, ABC):
     needs: frozenset[str] = frozenset()
     range: tuple[float, float] = (float("-inf"), float("inf"))
     higher_is_better: bool = True
+    derived_from: frozenset[str] = frozenset()
     batch_invariant: bool = True
     licence: str = ""
     source: str = "none: computed"

@@ -19,7 +19,7 @@ DRAW = ["--steps", "12", "--guidance", "4", "--solver", "dpm++", "--precision", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the demo."""
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default %(default)s")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/demo, or runs/demo-quick with --quick")
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test of every step in about a minute; shows no gain"
     )
@@ -30,14 +30,15 @@ def run(args: argparse.Namespace) -> int:
     from mmalign.cli import main
 
     start = time.time()
-    for title, command in steps(args.out, args.quick):
+    out = args.out or Path("runs/demo-quick" if args.quick else "runs/demo")
+    for title, command in steps(out, args.quick):
         print(f"\n── {title}\n$ mmalign {shlex.join(command)}", flush=True)
         code = main(command)
         if code:
             return code
     minutes = (time.time() - start) / 60
-    print(f"\nDone in {minutes:.1f} min. The tuned model: {args.out / 'dpo'} (a MODEL for every mmalign command)")
-    print(f"Open the report: {args.out / 'compare' / 'report.html'}")
+    print(f"\nDone in {minutes:.1f} min. The tuned model: {out / 'dpo'} (a MODEL for every mmalign command)")
+    print(f"Open the report: {out / 'compare' / 'report.html'}")
     if args.quick:
         print("This was --quick: far too little training to show anything; run `mmalign demo` for a result.")
     return 0
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def steps(out: Path, quick: bool) -> list[tuple[str, list[str]]]:
     """(title, arguments) of every step."""
-    prompts, images, test, control = ("16", "2", "10", "4") if quick else ("900", "4", "200", "50")
+    prompts, images, test, control = ("16", "2", "10", "4") if quick else ("1600", "4", "200", "50")
     overrides = ["trainer.steps=4", "trainer.batch_size=4", "evaluate.every=4", "evaluate.limit=4"] if quick else []
     return [
         (

@@ -19,8 +19,9 @@ from typing import Any
 
 from mmalign.data.images import encode_png
 from mmalign.progress import track
+from mmalign.seeds import derive_seed
 
-FORMAT = 1
+FORMAT = 2
 _SAVE_EVERY = 32
 
 
@@ -99,6 +100,15 @@ class ImageStore:
         return self._known.get(path.name) == self.key(index, seed) and path.is_file()
 
 
+def noise_seed(seed: int, prompt: str) -> int:
+    """Return the seed of the initial noise that every system draws a prompt from.
+
+    It differs from prompt to prompt: were the noise of a seed shared by all prompts, a comparison would be about one
+    or two noises, and intervals over prompts would not know.
+    """
+    return derive_seed("compare", seed, prompt) % 2**32
+
+
 def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_size: int, label: str) -> int:
     """Draw what a store lacks and return how many images that were; the model is not even loaded if it lacks none."""
     missing = store.missing()
@@ -108,13 +118,13 @@ def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_
     from mmalign.evaluation import generate_images
 
     store.disown(missing)
-    indices = list(missing)
+    cells = [(index, seed) for index, seeds in missing.items() for seed in seeds]
     total = len(store.prompts) * len(store.seeds)
     with track(total, label, initial=total - wanted) as job:
         images = generate_images(
             open_generator(),
-            [store.prompts[index] for index in indices],
-            seeds=list(missing.values()),
+            [store.prompts[index] for index in missing],
+            seeds=[[noise_seed(seed, store.prompts[index]) for seed in seeds] for index, seeds in missing.items()],
             steps=store.sampling.steps,
             guidance=store.sampling.guidance,
             solver=store.sampling.solver,
@@ -122,8 +132,8 @@ def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_
             progress=job.advance,
         )
         try:
-            for row, seed, image in images:
-                store.put(indices[row], seed, encode_png(image))
+            for (index, seed), drawn in zip(cells, images, strict=True):
+                store.put(index, seed, encode_png(drawn.image))
         finally:
             store.save()
     return wanted

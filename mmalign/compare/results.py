@@ -66,9 +66,10 @@ class Comparison:
         return [name for name, facts in self.systems.items() if name != self.baseline and not facts.control]
 
     def is_trained_on(self, system: str, reward: str) -> bool:
-        """Tell whether a system was trained on a reward (matched by label, registered name or dotted path)."""
+        """Tell whether a system was trained on a reward (by label, name or path), or on one it derives from."""
         facts = self.rewards[reward]
-        return bool({facts.label, facts.name, facts.requested} & set(self.systems[system].trained_on))
+        same = {facts.label, facts.name, facts.requested, *facts.derived_from}
+        return bool(same & set(self.systems[system].trained_on))
 
 
 def build_results(comparison: Comparison) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class RewardFacts:
     licence: str
     source: str
     citation: str
+    derived_from: tuple[str, ...] = ()
 
 
 class RewardScorer:
@@ -66,6 +67,7 @@ class RewardScorer:
             licence=facts.licence,
             source=facts.source,
             citation=facts.citation,
+            derived_from=facts.derived_from,
         )
         identity = [entry.name, entry.options, facts.version, facts.source, *self._state()]
         digest = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=8).hexdigest()

@@ -65,6 +65,7 @@ class ShapesStrict(ShapesCorrectness):
     """1 when the picture shows exactly what the prompt asks for and nothing else, else 0."""
 
     name: ClassVar[str] = "shapes-strict"
+    derived_from = frozenset({"shapes-correctness"})
 
     def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
         """Pass or fail each picture."""

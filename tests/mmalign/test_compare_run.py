@@ -275,3 +275,10 @@ def test_several_control_rewards_choose_by_mean_rank() -> None:
     }
     ranks = mean_ranks(scores, {"up": facts("up", True), "down": facts("down", False)})
     np.testing.assert_allclose(ranks, [(2 + 0) / 2, (0.5 + 1) / 2, (0.5 + 2) / 2])
+
+
+def test_noise_differs_by_prompt_and_seed_and_is_stable() -> None:
+    from mmalign.compare.images import noise_seed
+
+    assert len({noise_seed(seed, prompt) for seed in (0, 1) for prompt in ("a", "b")}) == 4
+    assert noise_seed(0, "a") == noise_seed(0, "a") < 2**32

@@ -28,3 +28,8 @@ def test_rewards_by_name_agree_with_the_oracle() -> None:
 def test_other_sizes_are_refused() -> None:
     with pytest.raises(RewardError, match="64x64"):
         load_reward("shapes-quality")(torch.zeros(1, 3, 32, 32))
+
+
+def test_strict_counts_as_trained_on_when_correctness_was() -> None:
+    assert load_reward("shapes-strict").facts.derived_from == ("shapes-correctness",)
+    assert load_reward("shapes-quality").facts.derived_from == ()
