@@ -18,7 +18,7 @@ from mmalign import evaluation
 from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
 from mmalign.compare.control import mean_ranks
-from mmalign.compare.images import ImageStore, Sampling
+from mmalign.compare.images import ImageStore, Sampling, noise_seed
 from mmalign.compare.run import compare
 from mmalign.errors import UserError
 
@@ -192,16 +192,19 @@ def test_only_what_changed_is_drawn(room: Path, tmp_path: Path, monkeypatch: pyt
         drawn.extend(zip(prompts, seeds, strict=True))
         return generate(generator, prompts, seeds=seeds, **settings)
 
+    def noise(index: int, *seeds: int) -> tuple[str, list[int]]:
+        return PROMPTS[index][0], [noise_seed(seed, PROMPTS[index][0]) for seed in seeds]
+
     monkeypatch.setattr(evaluation, "generate_images", counting)
     compare(config_of(room, tmp_path))
-    assert len(drawn) == 6 and all(seeds == [0, 5] for _, seeds in drawn)
+    assert drawn == [noise(index, 0, 5) for index in (0, 1, 2)] * 2
     drawn.clear()
     (tmp_path / "images" / "base" / "0001-5.png").unlink()
     compare(config_of(room, tmp_path, seeds=[0, 5, 9], limit=2))
-    assert drawn[:2] == [(PROMPTS[0][0], [9]), (PROMPTS[1][0], [5, 9])]
+    assert drawn[:2] == [noise(0, 9), noise(1, 5, 9)]
     drawn.clear()
     compare(config_of(room, tmp_path, limit=1, guidance=3.0))
-    assert drawn == [(PROMPTS[0][0], [0, 5])] * 2
+    assert drawn == [noise(0, 0, 5)] * 2
 
 
 def test_an_image_made_otherwise_is_not_vouched_for(tmp_path: Path) -> None:
@@ -278,7 +281,5 @@ def test_several_control_rewards_choose_by_mean_rank() -> None:
 
 
 def test_noise_differs_by_prompt_and_seed_and_is_stable() -> None:
-    from mmalign.compare.images import noise_seed
-
     assert len({noise_seed(seed, prompt) for seed in (0, 1) for prompt in ("a", "b")}) == 4
     assert noise_seed(0, "a") == noise_seed(0, "a") < 2**32

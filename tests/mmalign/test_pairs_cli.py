@@ -47,7 +47,7 @@ class Brightness:
 class LoadedBrightness(Reward):
     """The same as a reward that `load_reward` loads."""
 
-    name = "test-brightness"
+    name = "test-loaded-brightness"
 
     def score(self, media: torch.Tensor, prompts: object, references: object) -> torch.Tensor:
         return media.mean((1, 2, 3))
@@ -256,7 +256,7 @@ def test_sample_and_label_on_the_command_line(model, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a red circle\ntwo blue stars\n")
     assert sample(model, tmp_path / "s", "--images-per-prompt", "2", prompts=str(tmp_path / "p.txt")) == 0
     register(LoadedBrightness)
-    command = ["pairs", "label", str(tmp_path / "s"), "--reward", "test-brightness:2"]
+    command = ["pairs", "label", str(tmp_path / "s"), "--reward", "test-loaded-brightness:2"]
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "pairs.parquet")]) == 0
     rows = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
