@@ -214,8 +214,10 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(out, safe_serialization=True)
-    config = out / "vae" / "config.json"  # diffusers writes a key there that it warns about when it reads it
-    values = {k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}
+    config = out / "vae" / "config.json"
+    # diffusers writes a key there that it warns about when it reads it, and the folder that the weights came from.
+    unwanted = ("block_out_channels", "_name_or_path")
+    values = {k: v for k, v in json.loads(config.read_text()).items() if k not in unwanted}
     config.write_text(json.dumps(values, indent=2) + "\n")
 
 
