@@ -113,7 +113,7 @@ def _fetch(name: str) -> tuple[Path, dict[str, Any]]:
 
     try:
         repository, _, revision = name.partition("@")
-        pinned = {"revision": revision} if revision else {}
+        pinned: dict[str, Any] = {"revision": revision} if revision else {}
         index = read_json(Path(hf_hub_download(repository, INDEX, **pinned)))
         _family(index, name)
         return Path(DiffusionPipeline.download(repository, use_safetensors=True, **pinned)), index

@@ -20,9 +20,7 @@ DRAW = ["--steps", "12", "--guidance", "4", "--solver", "dpm++", "--precision", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the demo."""
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/demo, or runs/demo-quick with --quick")
-    parser.add_argument(
-        "--quick", action="store_true", help="a smoke test of every step in about a minute; shows no gain"
-    )
+    parser.add_argument("--quick", action="store_true", help="a smoke test of every step; shows no gain")
 
 
 def run(args: argparse.Namespace) -> int:

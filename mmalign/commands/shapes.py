@@ -109,7 +109,7 @@ def _check_oracle(args: argparse.Namespace) -> int:
     for name in ("render quality", "scene", "scenes", "read strictly right"):
         table.add_column(name, justify="left" if name in ("render quality", "scene") else "right")
     for row in check_oracle(args.count, args.seed):
-        table.add_row(row.quality, row.scene, str(row.count), f"{100 * row.right / row.count:.1f} %")
+        table.add_row(row.quality, row.scene, str(row.scenes), f"{100 * row.right / row.scenes:.1f} %")
     Console().print(table)
     return 0
 

@@ -13,11 +13,11 @@ from mmalign.shapes.world import QUALITIES, Scene, render, sample_scene
 
 
 class Row(NamedTuple):
-    """`right` of `count` scenes of one kind, rendered in one quality, were read strictly right."""
+    """`right` of `scenes` of one kind, rendered in one quality, were read strictly right."""
 
     quality: str
     scene: str
-    count: int
+    scenes: int
     right: int
 
 

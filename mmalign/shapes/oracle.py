@@ -243,9 +243,9 @@ def judge(query: Query, reading: Reading) -> float:
     """
     wanted = [(index, group) for index, group in enumerate(query.groups) for _ in range(group.count)]
     seen = reading.objects
-    if not seen:
-        match, chosen = 0.0, {}
-    else:
+    chosen: dict[int, int] = {}
+    match = 0.0
+    if seen:
         scores = np.array([[_match(group, thing) for thing in seen] for _, group in wanted])
         chosen, match = _assign(query, wanted, seen, scores)
     parts = [(5.0, match / max(len(wanted), len(seen), 1))]

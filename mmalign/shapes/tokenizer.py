@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from mmalign.shapes.language import _vocabulary
 
@@ -41,7 +42,7 @@ def _merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     return tuple(out)
 
 
-def build_tokenizer(folder: Path):
+def build_tokenizer(folder: Path) -> Any:
     """Write `vocab.json`, `merges.txt` and the tokenizer's own files into `folder`; returns the `CLIPTokenizer`."""
     from transformers import CLIPTokenizer
 

@@ -206,14 +206,15 @@ def save_pipeline(
         name: copy.deepcopy(module).to(dtype)
         for name, module in (("vae", vae), ("text_encoder", text_encoder), ("unet", unet))
     }
-    StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         **parts,
         tokenizer=tokenizer,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(out, safe_serialization=True)
+    )
+    pipeline.save_pretrained(out, safe_serialization=True)
     config = out / "vae" / "config.json"
     # diffusers writes a key there that it warns about when it reads it, and the folder that the weights came from.
     unwanted = ("block_out_channels", "_name_or_path")

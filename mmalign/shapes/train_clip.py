@@ -55,9 +55,10 @@ def wrong(rng: np.random.Generator, query: Query) -> Query:
     if kind == "background":
         return replace(query, background=str(rng.choice([b for b in BACKGROUNDS if b != query.background])))
     if kind == "swap":
-        a, b = groups
-        if a.colour != b.colour and a.shape != b.shape:
-            return replace(query, groups=(replace(a, colour=b.colour), replace(b, colour=a.colour)))
+        first, second = groups
+        if first.colour != second.colour and first.shape != second.shape:
+            swapped = replace(first, colour=second.colour), replace(second, colour=first.colour)
+            return replace(query, groups=swapped)
         kind = "shape"
     if kind == "colour":
         groups[at] = replace(group, colour=str(rng.choice([c for c in COLOURS if c != group.colour])))

@@ -7,6 +7,7 @@ quality (crisp, blurred, noisy, washed out) is part of the scene but never of it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import permutations
 
@@ -117,7 +118,7 @@ def _cross(px: np.ndarray, py: np.ndarray, r: np.float32) -> np.ndarray:
     return np.minimum(_box(px, py, r, 0.33 * r), _box(px, py, 0.33 * r, r))
 
 
-def _polygon(corners: np.ndarray):
+def _polygon(corners: np.ndarray) -> Callable[[np.ndarray, np.ndarray, np.float32], np.ndarray]:
     """Exact signed distance to a closed polygon with unit-radius `corners` `[N, 2]` (x right, y down)."""
 
     def distance(px: np.ndarray, py: np.ndarray, r: np.float32) -> np.ndarray:

@@ -17,7 +17,7 @@ def scene(*objects: tuple[str, str, float, float], background: str = "white", qu
 
 
 def test_reads_fresh_scenes_right() -> None:
-    rows = {(row.quality, row.scene): row.right / row.count for row in check_oracle(500, seed=11)}
+    rows = {(row.quality, row.scene): row.right / row.scenes for row in check_oracle(500, seed=11)}
     assert rows["crisp", "all"] >= 0.97
     assert rows["degraded (all kinds)", "all"] >= 0.90
 
