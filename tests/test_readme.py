@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,14 @@ def example(name: str) -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    for name in ("my_methods", "my_rewards"):  # another test may have made a module of that name
+        sys.modules.pop(name, None)
+    yield tmp_path
+    for name in ("my_methods", "my_rewards"):
+        sys.modules.pop(name, None)
 
 
 def test_the_method_trains(folder: Path) -> None:

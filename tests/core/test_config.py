@@ -202,16 +202,16 @@ class Mine(Method):
 
     @pytest.fixture
     def mine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-        (tmp_path / "my_methods.py").write_text(self.SOURCE)
+        (tmp_path / "config_test_methods.py").write_text(self.SOURCE)
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
-        return "method=my_methods:Mine"
+        return "method=config_test_methods:Mine"
 
     def test_is_found_and_its_needs_are_checked(self, recipe: Path, mine: str) -> None:
         assert "learns from prompts, not from pairs" in "\n".join(faults(recipe, mine, "rewards=[clip]"))
         assert "needs at least one; see `mmalign list rewards`" in "\n".join(faults(recipe, mine, "data={prompts: x}"))
         config = load_config(recipe, [mine, "data={prompts: x}", "rewards=[clip]"])
-        assert config.method == {"name": "my_methods:Mine", "strength": 1.0}
+        assert config.method == {"name": "config_test_methods:Mine", "strength": 1.0}
 
     def test_an_unknown_option_is_a_fault_even_if_its_config_forgot_to_forbid_it(
         self, recipe: Path, mine: str
