@@ -39,22 +39,18 @@ from mmalign.prepare import (
     Plan,
     Prepared,
     base_model_name,
-    build_method,
-    check,
-    check_enough,
     complete,
-    load_model,
-    load_table,
     make_plan,
     make_trainable,
+    open_inputs,
     prepare,
     recipe,
     set_aside,
 )
-from mmalign.progress import Track, note, track
+from mmalign.progress import Track, memory_gigabytes, note, track
 from mmalign.resources import resolve_model
 from mmalign.seeds import derive_seed
-from mmalign.tracking import MetricBuffer, Metrics, check_trackers, memory_gigabytes
+from mmalign.tracking import MetricBuffer, Metrics, check_trackers
 from mmalign.validation import save_grid
 
 if TYPE_CHECKING:
@@ -104,13 +100,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> Path:
 def plan(config: RunConfig) -> Plan:
     """Check everything, read the data's index and the model, and return what `train` would do; nothing is written."""
     accelerator = make_accelerator(config, watched=False)
-    method = build_method(config)
-    check(config, method, accelerator.device)
-    table = load_table(config)
-    note(f"{config.data.pairs}: {table.counts}")
-    check_enough(len(table), config, accelerator.num_processes)
-    generator = load_model(config, accelerator.device)
-    method.check(generator.process)
+    method, table, generator = open_inputs(config, accelerator)
     make_trainable(generator, config)
     return make_plan(config, method, len(table), generator, accelerator.num_processes)
 
@@ -256,7 +246,7 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "epoch": step / self.feed.steps_per_epoch,
             "images_per_second": (step - since) * self.images_per_step / max(now - then, 1e-9),
-            "memory_gb": memory_gigabytes(),
+            "memory_gb": memory_gigabytes()[0],
             "seconds": now - self.started,
         }
         self.metrics.log(step, values)

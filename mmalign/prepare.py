@@ -154,8 +154,8 @@ def make_trainable(generator: Any, config: RunConfig) -> None:
     generator.network.train()
 
 
-def prepare(config: RunConfig, accelerator: Any) -> Prepared:
-    """Return the parts of the run; prints what was read and left out."""
+def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], PairTable, Any]:
+    """Check the recipe, cheapest things first, and return method, table of pairs and generator; prints the counts."""
     method = build_method(config)
     check(config, method, accelerator.device)
     table = load_table(config)
@@ -163,6 +163,12 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
     check_enough(len(table), config, accelerator.num_processes)
     generator = load_model(config, accelerator.device)
     method.check(generator.process)
+    return method, table, generator
+
+
+def prepare(config: RunConfig, accelerator: Any) -> Prepared:
+    """Return the parts of the run; prints what was read and left out."""
+    method, table, generator = open_inputs(config, accelerator)
     pairs = encode(table, generator, config, accelerator)
     validation = Validation(config.evaluate, generator, config.trainer.seed) if config.evaluate else None
     generator.free_encoders()

@@ -44,17 +44,26 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def memory_used() -> str:
-    """Return the memory in use as text such as "3.1 GB": the peak on the GPU if one is used, else of this process."""
+def memory_gigabytes() -> tuple[float, bool]:
+    """Return the peak memory so far in GB and whether it is the GPU's (if one is used), else this process's.
+
+    0 where it is unknown.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB GPU"
+        return torch.cuda.max_memory_allocated() / 1e9, True
     try:
         import resource
     except ImportError:  # not on Windows
-        return ""
+        return 0.0, False
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{peak * (1 if sys.platform == 'darwin' else 1024) / 1e9:.1f} GB"
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9, False
+
+
+def memory_used() -> str:
+    """Return the memory in use as text such as "3.1 GB", empty where it is unknown."""
+    gigabytes, on_gpu = memory_gigabytes()
+    return f"{gigabytes:.1f} GB{' GPU' * on_gpu}" if gigabytes else ""
 
 
 def track(total: int | None, label: str, unit: str = "images", *, initial: int = 0) -> Track:

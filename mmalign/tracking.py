@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,14 +107,3 @@ def _truncate(path: Path, last_step: int) -> None:
     aside = path.with_suffix(".partial")
     aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(aside, path)
-
-
-def memory_gigabytes() -> float:
-    """Return the peak memory so far in GB: of the GPU if one is used, else of this process (0 where unknown)."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

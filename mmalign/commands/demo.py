@@ -1,7 +1,7 @@
 """The whole story on Shapes, on a CPU: sample pairs, label them, fine-tune by Diffusion-DPO, compare, report.
 
-Every step is an ordinary mmalign command, printed before it runs; copy one to go on from there. A step that is
-already done is not done again.
+Every step is an ordinary mmalign command, printed before it runs; copy one to go on from there. Started again, it
+draws and trains only what is missing.
 """
 
 from __future__ import annotations
