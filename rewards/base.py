@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rewards.errors import RewardError, choices
 from rewards.media import SHAPES, Media, check_tensor, read_media
+from rewards.weights import Weights
 
 NEEDS = ("prompts", "references")
 _DTYPES = {
@@ -35,7 +36,10 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a reward says about itself, known without loading it. `source`: where the weights come from."""
+    """What a reward says about itself, known without loading it.
+
+    `source`: where the weights come from, in words; `files`: the published files themselves.
+    """
 
     name: str
     summary: str
@@ -50,6 +54,7 @@ class Facts:
     licence: str
     source: str
     citation: str
+    files: tuple[Weights, ...]
 
     @classmethod
     def of(cls, reward: Reward | type[Reward]) -> Facts:
@@ -81,6 +86,7 @@ class Reward(nn.Module, ABC):
     licence: str = ""
     source: str = "none: computed"
     citation: str = ""
+    files: tuple[Weights, ...] = ()
 
     def __init__(
         self,

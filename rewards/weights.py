@@ -1,0 +1,124 @@
+"""Published weights: where they lie, how a file is found, read without running code, and put into a module.
+
+A reward names its files as :class:`Weights`; the user may give a path instead. Nothing that is missing, left over or
+of another shape passes silently: half a checkpoint gives scores that look right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewards.errors import RewardError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One published file: hub repository, its name there, revision, and its SHA-256 where known."""
+
+    repo: str
+    file: str
+    revision: str = "main"
+    sha256: str | None = None
+
+    def __str__(self) -> str:
+        """Return `org/name:file`, with the revision where it is pinned."""
+        return f"{self.repo}:{self.file}" + ("" if self.revision == "main" else f"@{self.revision}")
+
+
+def locate(published: Weights, given: str | PathLike[str] | None = None) -> Path:
+    """Return a local file: `given` (the file, or a directory that holds one of its name), or fetched from the hub.
+
+    Raises:
+        RewardError: there is no such file, it cannot be fetched, or a fetched one has another SHA-256.
+    """
+    if given is not None:
+        path = Path(given).expanduser()
+        path = path / published.file if path.is_dir() else path
+        if not path.is_file():
+            raise RewardError(f"weights {str(given)!r}: no such file; give {published.file} or the directory it is in")
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(published.repo, published.file, revision=published.revision))
+    except Exception as error:  # the hub's own exceptions differ from version to version
+        reason = " ".join(str(error).split())[:200]
+        raise RewardError(f"cannot fetch {published}: {reason}; or give weights=PATH of a copy") from error
+    if published.sha256 and sha256(path) != published.sha256:
+        raise RewardError(f"{path}: its SHA-256 is not that of {published}; remove the file and fetch it again")
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_state(path: Path, unwrap: Iterable[str] = ("state_dict", "model", "module")) -> dict[str, Tensor]:
+    """Read a state dict on the CPU: safetensors, or a torch file from which only tensors are taken (no code runs).
+
+    A file that holds the state dict under one of the keys `unwrap` is unwrapped.
+
+    Raises:
+        RewardError: the file is damaged, or needs code to be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling and safetensors raise their own types
+        reason = " ".join(str(error).split())[:200]
+        raise RewardError(f"{path}: not readable as plain weights ({reason})") from error
+    for key in unwrap:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise RewardError(f"{path}: holds no state dict (names to tensors)")
+    return dict(content)
+
+
+def load_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    source: object,
+    *,
+    rename: Callable[[str], str | None] = lambda name: name,
+) -> None:
+    """Copy a state dict into a module, in the module's dtype; `rename` maps a published name, None drops it.
+
+    Raises:
+        RewardError: lists what is missing, what is left over, and what has another shape.
+    """
+    renamed = {new: tensor for name, tensor in state.items() if (new := rename(name)) is not None}
+    wanted: dict[str, Any] = module.state_dict()
+    problems = [
+        ("lacks", [name for name in wanted if name not in renamed]),
+        ("has unknown", [name for name in renamed if name not in wanted]),
+        (
+            "has other shapes for",
+            [
+                f"{name} {list(renamed[name].shape)} instead of {list(value.shape)}"
+                for name, value in wanted.items()
+                if name in renamed and renamed[name].shape != value.shape
+            ],
+        ),
+    ]
+    said = [f"{what} {_some(names)}" for what, names in problems if names]
+    if said:
+        raise RewardError(f"{source}: {'; '.join(said)}: these are the weights of another model")
+    module.load_state_dict(renamed)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
