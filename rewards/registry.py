@@ -25,6 +25,7 @@ ENTRY_POINT_GROUP = "mmalign.rewards"
 
 BUILTIN = {
     "clip": "rewards.clip:ClipReward",
+    "image-reward": "rewards.image_reward:ImageReward",
 }
 
 _registered: dict[str, type[rewards.base.Reward]] = {}

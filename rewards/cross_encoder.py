@@ -1,0 +1,52 @@
+"""Rewards that look at a medium and a prompt together (ImageReward, VQAScore, HPSv3, ...), unlike two towers.
+
+What depends on the medium alone is still computed once for however many prompts: a subclass encodes media, and then
+compares what came out with one prompt for each.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rewards.base import Reward
+from rewards.media import Media, read_media
+
+
+class CrossEncoderReward(Reward):
+    """Compare media with prompts in one model; subclasses implement `encode_media` and `compare`."""
+
+    needs = frozenset({"prompts"})
+
+    @abstractmethod
+    def encode_media(self, media: Float[Tensor, " batch *shape"]) -> Any:
+        """Compute what depends on media in [0, 1] alone."""
+
+    @abstractmethod
+    def compare(self, encoded: Any, prompts: list[str]) -> Float[Tensor, " batch"]:
+        """Score the B media behind `encoded` against B prompts."""
+
+    def score(
+        self,
+        media: Float[Tensor, " batch *shape"],
+        prompts: Sequence[str] | None,
+        references: Sequence[Tensor] | None,
+    ) -> Float[Tensor, " batch"]:
+        """Compare the i-th medium with the i-th prompt."""
+        assert prompts is not None, "declared in needs, and so checked before"
+        return self.compare(self.encode_media(media), list(prompts))
+
+    def matrix(self, media: Media, prompts: Sequence[str]) -> Float[Tensor, "batch prompts"]:
+        """Score every medium against every prompt: `[B, P]` float32, each medium encoded once."""
+        self._check_matrix(prompts)
+
+        def row(chunk: Tensor, positions: list[int]) -> Tensor:
+            encoded = self.encode_media(chunk)
+            return torch.stack([self.compare(encoded, [prompt] * len(chunk)) for prompt in prompts], dim=1)
+
+        return self._run(read_media(media, self.modality), row)
