@@ -124,8 +124,16 @@ class Reward(nn.Module, ABC):
         """Score one micro-batch, already validated and on the reward's device.
 
         media: `[B, 3, H, W]` (`[B, F, 3, H, W]` for videos) in [0, 1], float32 or float64; prompts: B strings or None;
-        references: B tensors `[R, 3, H, W]`, each the references of one sample, or None.
+        references: B tensors `[R, 3, H, W]`, each the references of one sample, or what `prepare_references` made of
+        them, or None.
         """
+
+    def prepare_references(self, references: list[Tensor]) -> list[Tensor]:
+        """Turn the references of a whole call, already validated, into what `score` is given; by default themselves.
+
+        A subclass embeds here what would otherwise be embedded anew in every micro-batch. No gradient is kept.
+        """
+        return references
 
     def forward(
         self,
@@ -145,6 +153,9 @@ class Reward(nn.Module, ABC):
         count = sum(len(positions) for positions, _ in groups)
         prompts = self._check_prompts(prompts, count)
         references = self._check_references(references, count)
+        if references is not None:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                references = self.prepare_references(references)
 
         def score(chunk: Tensor, positions: list[int]) -> Tensor:
             scores = self.score(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rewards.errors import RewardError
+from rewards.preprocess import Preprocess
 
 
 def features(output: Any) -> Tensor:
@@ -30,8 +31,8 @@ def load_pretrained(
 ) -> Any:
     """Load a model (give `dtype`), tokenizer, processor or config by the name of its transformers class.
 
-    Only safetensors are read. Weights that the checkpoint lacks, which transformers would draw at random with a
-    warning, are an error.
+    Safetensors are read where there are any, else a torch file, from which only tensors are taken. Weights that the
+    checkpoint lacks, which transformers would draw at random with a warning, are an error.
 
     Raises:
         RewardError: it cannot be loaded, or the checkpoint does not hold every weight.
@@ -48,8 +49,14 @@ def load_pretrained(
     try:
         if dtype is None:
             return found.from_pretrained(str(source), subfolder=subfolder, **options)
-        options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-        model, info = found.from_pretrained(str(source), subfolder=subfolder, **options)
+        options |= {"dtype": dtype, "weights_only": True, "output_loading_info": True, "subfolder": subfolder}
+        options["ignore_mismatched_sizes"] = True  # else it is said in a log that nobody sees; they are refused below
+        try:
+            model, info = found.from_pretrained(str(source), use_safetensors=True, **options)
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            model, info = found.from_pretrained(str(source), use_safetensors=False, **options)
     except Exception as error:  # OSError, ValueError, and the hub's own
         reason = " ".join(str(error).split())[:300]
         raise RewardError(f"cannot load {cls} from {source}: {reason}") from error
@@ -57,7 +64,24 @@ def load_pretrained(
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    lacking = sorted([*info["missing_keys"], *mismatched])
     if lacking:
         raise RewardError(f"{source} lacks weights of {cls}: {', '.join(lacking[:6])}: this is another model")
     return model.eval()
+
+
+def image_preprocessing(source: str | PathLike[str]) -> Preprocess:
+    """Read how a model's images are prepared, from the image processor's configuration beside its weights.
+
+    Raises:
+        RewardError: there is none, or it asks for what `Preprocess` does not do.
+    """
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        config, _ = ImageProcessingMixin.get_image_processor_dict(str(source))
+    except Exception as error:  # OSError, ValueError, and the hub's own
+        reason = " ".join(str(error).split())[:200]
+        raise RewardError(f"{source}: cannot read preprocessor_config.json: {reason}") from error
+    return Preprocess.from_transformers(config)

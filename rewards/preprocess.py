@@ -6,7 +6,8 @@
 They differ in how intermediate results are rounded: by 0.02-0.16 of one 8-bit step on average and by at most 10 steps
 at hard edges, on photographs and screenshots. Without the clamp it would be up to 24 steps, without antialiasing 80.
 Geometry: `shortest` resizes the shorter edge and crops the centre, the longer edge truncated as torchvision does;
-`longest` resizes the longer edge and pads the rest (HPSv2); `squash` ignores the aspect ratio.
+`longest` resizes the longer edge and pads the rest (HPSv2); `squash` ignores the aspect ratio. With `resize_to` the
+resize aims at a larger size, of which the centre is cropped (ALIGN, DINOv2).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 MODES = ("differentiable", "reference")
 RESIZES = ("longest", "shortest", "squash")
+_PIL_NUMBER = {2: "bilinear", 3: "bicubic"}
 _PIL_FILTER = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -43,7 +45,8 @@ class Preprocess:
     """Media `[B, 3, H, W]` in [0, 1] -> normalised `[B, 3, *size]`.
 
     `size` is (height, width) or one number; `fill` the padding of `longest`, in [0, 1]; `rounding=False` leaves out
-    the straight-through rounding of the differentiable mode, which makes the map continuous.
+    the straight-through rounding of the differentiable mode, which makes the map continuous; `resize_to` is what the
+    resize aims at, where that is not `size`.
     """
 
     size: int | tuple[int, int] = 224
@@ -53,6 +56,7 @@ class Preprocess:
     interpolation: str = "bicubic"
     fill: float = 0.0
     rounding: bool = True
+    resize_to: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what neither mode can do."""
@@ -75,10 +79,45 @@ class Preprocess:
             fill=config["fill_color"] / 255,
         )
 
+    @classmethod
+    def from_transformers(cls, config: Mapping[str, Any]) -> Preprocess:
+        """Read a `preprocessor_config.json` of transformers (CLIP, SigLIP, ALIGN, ViT, DINOv2), new or old.
+
+        Raises:
+            RewardError: it asks for what is not done here: another filter, no resizing, normalising twice.
+        """
+        if lacking := [key for key in ("size", "image_mean", "image_std") if key not in config]:
+            raise RewardError(f"the image processor's configuration lacks {', '.join(lacking)}")
+        kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+        size = config["size"]
+        shortest = "shortest_edge" in size if isinstance(size, Mapping) else kind.startswith("CLIP")
+        resized = _size_of(size)
+        # Old files leave out what their class then took for granted.
+        cropped = config.get("do_center_crop", kind.startswith("CLIP"))
+        resample = config.get("resample", 3 if kind.startswith("CLIP") else None)
+        if resample not in _PIL_NUMBER or not config.get("do_resize", True) or config.get("include_top", False):
+            raise RewardError(f"{kind} with resample={resample}: only resizing by {_PIL_NUMBER} is supported")
+        if shortest and not cropped:
+            raise RewardError(f"{kind} resizes the shorter edge without a crop, which gives no fixed size")
+        # The pixels of transformers run from 0 to 255: v = 255 * factor * x - offset, then (v - mean) / std.
+        factor = 255 * config.get("rescale_factor", 1 / 255)
+        offset = float(config.get("rescale_offset", False))
+        normalised = config.get("do_normalize", True)
+        mean = config["image_mean"] if normalised else (0.0, 0.0, 0.0)
+        std = config["image_std"] if normalised else (1.0, 1.0, 1.0)
+        return cls(
+            size=_size_of(config["crop_size"]) if cropped else resized,
+            mean=tuple((value + offset) / factor for value in mean),
+            std=tuple(value / factor for value in std),
+            resize="shortest" if shortest else "squash",
+            interpolation=_PIL_NUMBER[resample],
+            resize_to=resized,
+        )
+
     @property
     def target(self) -> tuple[int, int]:
         """Height and width that come out."""
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
+        return _pair(self.size)
 
     def __call__(
         self, media: Float[Tensor, "batch 3 height width"], mode: str = "differentiable"
@@ -111,7 +150,7 @@ class Preprocess:
         return self._fit(result.to(image.device))
 
     def _resized_size(self, height: int, width: int) -> tuple[int, int]:
-        target_height, target_width = self.target
+        target_height, target_width = _pair(self.resize_to or self.size)
         if self.resize == "squash":
             return target_height, target_width
         if self.resize == "shortest" and target_height == target_width:
@@ -132,3 +171,15 @@ class Preprocess:
             height, width = media.shape[-2:]
         top, left = round((height - target_height) / 2), round((width - target_width) / 2)
         return media[..., top : top + target_height, left : left + target_width]
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _size_of(size: int | Mapping[str, int]) -> int | tuple[int, int]:
+    if isinstance(size, int):
+        return size
+    if "shortest_edge" in size:
+        return size["shortest_edge"]
+    return size["height"] if size["height"] == size["width"] else (size["height"], size["width"])

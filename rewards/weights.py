@@ -1,12 +1,14 @@
 """Published weights: where they lie, how a file is found, read without running code, and put into a module.
 
-A reward names its files as :class:`Weights`; the user may give a path instead. Nothing that is missing, left over or
-of another shape passes silently: half a checkpoint gives scores that look right.
+A reward names its files as :class:`Weights`, on the Hugging Face hub or in a GitHub repository; the user may give a
+path instead. Nothing that is missing, left over or of another shape passes silently: half a checkpoint gives scores
+that look right.
 """
 
 from __future__ import annotations
 
 import hashlib
+import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -18,15 +20,21 @@ from torch import Tensor, nn
 
 from rewards.errors import RewardError
 
+GITHUB = "https://raw.githubusercontent.com"
+
 
 @dataclass(frozen=True)
 class Weights:
-    """One published file: hub repository, its name there, revision, and its SHA-256 where known."""
+    """One published file: hub repository, its name there, revision, and its SHA-256 where known.
+
+    `host`: the root below which `repo/revision/file` is found, for files that are not on the Hugging Face hub.
+    """
 
     repo: str
     file: str
     revision: str = "main"
     sha256: str | None = None
+    host: str = ""
 
     def __str__(self) -> str:
         """Return `org/name:file`, with the revision where it is pinned."""
@@ -45,15 +53,27 @@ def locate(published: Weights, given: str | PathLike[str] | None = None) -> Path
         if not path.is_file():
             raise RewardError(f"weights {str(given)!r}: no such file; give {published.file} or the directory it is in")
         return path
-    from huggingface_hub import hf_hub_download
-
     try:
-        path = Path(hf_hub_download(published.repo, published.file, revision=published.revision))
+        path = _fetch(published)
     except Exception as error:  # the hub's own exceptions differ from version to version
         reason = " ".join(str(error).split())[:200]
         raise RewardError(f"cannot fetch {published}: {reason}; or give weights=PATH of a copy") from error
     if published.sha256 and sha256(path) != published.sha256:
         raise RewardError(f"{path}: its SHA-256 is not that of {published}; remove the file and fetch it again")
+    return path
+
+
+def _fetch(published: Weights) -> Path:
+    if not published.host:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(published.repo, published.file, revision=published.revision))
+    below = f"{published.repo}/{published.revision}/{published.file}"
+    path = Path(torch.hub.get_dir()) / "mmalign" / below
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        url = f"{published.host}/{urllib.parse.quote(below)}"
+        torch.hub.download_url_to_file(url, str(path), published.sha256, progress=False)
     return path
 
 

@@ -160,7 +160,10 @@ def check_gradient(
 
     exact = copy.deepcopy(reward).double()
     without_rounding(exact)
-    sets = None if references is None else [reference.double() for reference in references]
+    sets = None
+    if references is not None:
+        with torch.no_grad():
+            sets = exact.prepare_references([reference.double() for reference in references])
     start = media.double()
     leaf = start.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(exact.score(leaf, prompts, sets).sum(), leaf)

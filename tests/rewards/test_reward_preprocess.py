@@ -64,6 +64,55 @@ def test_without_antialiasing_the_bound_would_not_hold(photo):
     assert (plain - reference).abs().mean() * 255 > 3 * 0.16
 
 
+PROCESSORS = {
+    "CLIPImageProcessor": {},
+    "SiglipImageProcessor": {"size": {"height": 96, "width": 96}},
+    "ViTImageProcessor": {"image_mean": IMAGENET[0], "image_std": IMAGENET[1]},
+    # ALIGN and DINOv2 resize to more than they crop
+    "EfficientNetImageProcessor": {
+        "do_center_crop": True, "rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False,
+        "include_top": False, "resample": 2,
+    },
+    "BitImageProcessor": {"size": {"shortest_edge": 256}, "image_mean": IMAGENET[0], "image_std": IMAGENET[1]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_settings_of_transformers_give_what_its_own_processor_gives(photo, name, tmp_path):
+    import transformers
+
+    from rewards.hf import image_preprocessing
+
+    # Since version 5 the processor that works through PIL has a name of its own.
+    processor = getattr(transformers, name + "Pil", None) or getattr(transformers, name)
+    processor = processor(**PROCESSORS[name])
+    processor.save_pretrained(tmp_path)
+    expected = torch.as_tensor(processor(photo, return_tensors="np")["pixel_values"])
+    ours = image_preprocessing(tmp_path)(load_image(photo)[None], "reference")
+    assert ours.shape == expected.shape and torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_old_settings_of_transformers():
+    clip = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224, "resample": 3}
+    assert Preprocess.from_transformers(clip | {"image_mean": OPENAI[0], "image_std": OPENAI[1]}) == Preprocess(
+        resize_to=224
+    )
+    dino = {"feature_extractor_type": "ViTFeatureExtractor", "size": 224, "resample": 2, "do_normalize": True}
+    dino |= {"image_mean": list(IMAGENET[0]), "image_std": list(IMAGENET[1])}
+    assert Preprocess.from_transformers(dino) == Preprocess(
+        224, *IMAGENET, "squash", interpolation="bilinear", resize_to=224
+    )
+    for change, message in [
+        ({"resample": 1}, "ViTFeatureExtractor with resample=1"),
+        ({"do_resize": False}, "only resizing by"),
+        ({"size": {"shortest_edge": 224}}, "without a crop"),
+    ]:
+        with pytest.raises(RewardError, match=message):
+            Preprocess.from_transformers(dino | change)
+    with pytest.raises(RewardError, match="lacks image_mean, image_std"):
+        Preprocess.from_transformers({"size": 224})
+
+
 def test_same_size_is_untouched_and_constants_are_the_published_ones():
     media = torch.randint(0, 256, (2, 3, 32, 32)).float() / 255
     assert torch.allclose(Preprocess(32, (0.0,) * 3, (1.0,) * 3)(media), media, atol=1e-6)
