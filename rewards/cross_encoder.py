@@ -7,7 +7,7 @@ compares what came out with one prompt for each.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rewards.base import Reward
+from rewards.errors import RewardError
 from rewards.media import Media, read_media
 
 
@@ -50,3 +51,11 @@ class CrossEncoderReward(Reward):
             return torch.stack([self.compare(encoded, [prompt] * len(chunk)) for prompt in prompts], dim=1)
 
         return self._run(read_media(media, self.modality), row)
+
+
+def refuse_tokens(name: str, prompts: Sequence[str], tokens: Iterable[str]) -> None:
+    """Raise `RewardError` for a prompt that contains a special token, which would change what the model reads."""
+    for token in tokens:
+        for prompt in prompts:
+            if token in prompt:
+                raise RewardError(f"{name}: prompt {prompt[:60]!r} contains the special token {token!r}; take it out")

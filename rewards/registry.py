@@ -25,7 +25,9 @@ ENTRY_POINT_GROUP = "mmalign.rewards"
 
 BUILTIN = {
     "clip": "rewards.clip:ClipReward",
+    "combine": "rewards.combine:Combine",
     "image-reward": "rewards.image_reward:ImageReward",
+    "vqa-score": "rewards.vqa_score:VqaScore",
 }
 
 _registered: dict[str, type[rewards.base.Reward]] = {}
