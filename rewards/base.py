@@ -76,7 +76,7 @@ class Reward(nn.Module, ABC):
 
     name: ClassVar[str] = ""
     version: str = "1"
-    modality: ClassVar[str] = "image"
+    modality: str = "image"
     differentiable: bool = False
     needs: frozenset[str] = frozenset()
     range: tuple[float, float] = (float("-inf"), float("inf"))

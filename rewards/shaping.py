@@ -58,7 +58,8 @@ def group_zscore(
     """Normalise within groups (the samples of one prompt): `(score - mean) / (std + eps)`.
 
     groups: one label a sample. The standard deviation is that of the population (Flow-GRPO's code), or with
-    `unbiased` that of a sample (TRL's code). A group of one becomes 0.
+    `unbiased` that of a sample (TRL's code). A group of one, or of equal scores, becomes 0, without
+    a gradient.
     """
     if len(groups) != len(scores):
         raise RewardError(f"{len(groups)} groups for {len(scores)} scores; give one label each")
@@ -71,11 +72,10 @@ def group_zscore(
         rows = torch.tensor([i for i in positions if known[i]], device=scores.device, dtype=torch.long)
         if len(rows) > 1:
             values = scores[rows]
-            # From the variance with a floor of zero gradient: std has none where all values are equal.
             centred = values - values.mean()
             variance = centred.square().sum() / (len(rows) - unbiased)
-            std = torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt() * (variance > 0)
-            shaped = shaped.index_put((rows,), centred / (std + eps))
+            if variance > 0:
+                shaped = shaped.index_put((rows,), centred / (variance.sqrt() + eps))
     return shaped
 
 

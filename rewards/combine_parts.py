@@ -1,0 +1,109 @@
+"""One part of a combination: a reward, and what is done to its scores before they are combined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from rewards.base import Reward
+from rewards.errors import RewardError
+from rewards.registry import load_reward
+from rewards.transforms import Transform, make_transform
+
+_OWN = ("name", "weight", "factor", "offset", "transform", "gate")
+
+
+class Part(nn.Module):
+    """One reward of a combination, with what is done to its scores."""
+
+    def __init__(self, label: str, spec: Any, common: Mapping[str, Any]) -> None:
+        """Load the reward that a specification names, or take one that is given."""
+        super().__init__()
+        spec = _as_mapping(label, spec)
+        own = {key: spec.pop(key) for key in _OWN if key in spec}
+        self.label = label
+        numbers = {key: _number(label, key, own.get(key)) for key in ("weight", "gate", "factor", "offset")}
+        self.weight, self.gate = numbers["weight"], numbers["gate"]
+        self.factor = 1.0 if numbers["factor"] is None else numbers["factor"]
+        self.offset = numbers["offset"] or 0.0
+        if self.factor == 0:
+            raise RewardError(f"part {label!r}: factor is 0; leave the part out")
+        if self.gate is not None and set(own) - {"name", "gate"}:
+            raise RewardError(f"part {label!r} is a gate, and a gate has no weight, transform, factor or offset")
+        self.transform: Transform | None = None
+        if own.get("transform") is not None:
+            self.transform = make_transform(own["transform"], label)
+        self.reward: Reward = _load(label, own.get("name", label), spec, common)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the reward and its transform need."""
+        return self.reward.needs | ({"prompts"} if self.transform and self.transform.needs_prompts else frozenset())
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether neither the reward nor its transform looks at the rest of the batch."""
+        return self.reward.batch_invariant and (self.transform is None or self.transform.batch_invariant)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Bounds of the shaped score."""
+        low, high = self.reward.range
+        if self.transform is not None:
+            low, high = self.transform.bounds(low, high)
+        ends = sorted((self.factor * low + self.offset, self.factor * high + self.offset))
+        return ends[0], ends[1]
+
+    def shape(self, scores: Tensor, prompts: Sequence[str] | None, learn: bool) -> Tensor:
+        """Transform scores, then `factor * score + offset`."""
+        if self.transform is not None:
+            scores = self.transform.shape(scores, prompts, learn)
+        return self.factor * scores + self.offset
+
+    def is_open(self, scores: Tensor) -> Tensor:
+        """Tell where the gate is open: scores at the threshold or on its better side; NaN closes it."""
+        assert self.gate is not None
+        return scores >= self.gate if self.reward.higher_is_better else scores <= self.gate
+
+    def __str__(self) -> str:
+        """Return everything that the shaped score depends on."""
+        shaped = f"{self.reward.name} ({self.reward.version})"
+        if self.gate is not None:
+            return f"gate {shaped} {self.gate:g}"
+        shaped = f"{self.transform.described}({shaped})" if self.transform is not None else shaped
+        weight = 1.0 if self.weight is None else self.weight
+        return f"{weight:g} * [{self.factor:g} * {shaped} + {self.offset:g}]"
+
+
+def _as_mapping(label: str, spec: Any) -> dict[str, Any]:
+    if isinstance(spec, Reward):
+        return {"name": spec}
+    if spec is None:
+        return {}
+    if isinstance(spec, (int, float)) and not isinstance(spec, bool):
+        return {"weight": spec}
+    if not isinstance(spec, Mapping):
+        raise RewardError(f"part {label!r} is {spec!r}; give its options as a mapping, or a weight")
+    return dict(spec)
+
+
+def _number(label: str, key: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RewardError(f"part {label!r}: {key} is {value!r}; a finite number is expected")
+    return float(value)
+
+
+def _load(label: str, named: Any, options: dict[str, Any], common: Mapping[str, Any]) -> Reward:
+    if isinstance(named, Reward):
+        if options:
+            raise RewardError(f"part {label!r} is a loaded reward; the options {sorted(options)} come too late")
+        return named
+    try:
+        return load_reward(named, **{**common, **options})
+    except RewardError as error:
+        raise RewardError(f"part {label!r}: {error}") from error
