@@ -26,6 +26,7 @@ ENTRY_POINT_GROUP = "mmalign.rewards"
 BUILTIN = {
     "clip": "rewards.clip:ClipReward",
     "combine": "rewards.combine:Combine",
+    "hps-v3": "rewards.hps3:HpsV3",
     "image-reward": "rewards.image_reward:ImageReward",
     "vqa-score": "rewards.vqa_score:VqaScore",
 }
