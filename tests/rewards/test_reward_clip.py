@@ -46,7 +46,7 @@ def test_kinds_differ_by_scale_clamp_and_prefix(clip, clip_directory, images, ca
     assert torch.allclose(hessel(images, prompts=captions), 2.5 * prefixed.clamp(min=0), atol=1e-5)
     own = load_reward("clip", weights=clip_directory, kind="cosine", scale=10.0, prefix="A photo depicts ")
     assert torch.allclose(own(images, prompts=captions), 10 * prefixed, atol=1e-5)
-    hundred.model.visual.proj.neg_()
+    hundred.encoder.model.visual.proj.neg_()
     assert hundred(images, prompts=captions).tolist() == [0.0] * 8, "opposite embeddings are cut at zero"
     assert hessel.compare(torch.tensor([-0.5, 0.4])).tolist() == pytest.approx([0.0, 1.0])
     assert clip.facts.range == (-1.0, 1.0) and clip.facts.source == f"local-dir:{clip_directory}"
@@ -88,7 +88,7 @@ def test_reference_preprocessing_is_close_and_refuses_gradients(clip, clip_direc
 
 
 def test_tokenizer_golden(clip):
-    assert clip.tokenizer(["a photo of a cat"])[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
+    assert clip.encoder.tokenizer(["a photo of a cat"])[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
 
 
 def test_long_prompts_are_cut_warned_of_once_and_counted(clip, images):
@@ -112,7 +112,7 @@ def test_a_tokenizer_of_its_own_beside_the_weights(write_clip, tmp_path, images)
     write_clip(tmp_path, vocab_size=8, context_length=5, hf_tokenizer_name=".")
     PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(tmp_path)
     clip = load_reward("clip", weights=tmp_path)
-    assert clip.tokenizer(["red circle"]).tolist() == [[1, 3, 5, 7, 0]]
+    assert clip.encoder.tokenizer(["red circle"]).tolist() == [[1, 3, 5, 7, 0]]
     first, second = clip(images[:1].repeat(2, 1, 1, 1), prompts=["red circle", "blue circle"])
     assert first != second
     with pytest.warns(UserWarning, match="1 of 1 prompts exceed 5 tokens"):
@@ -151,12 +151,12 @@ def test_wrong_names_and_files_are_refused_with_the_fix(clip_directory, tmp_path
         ({"model": "ViT-B-33"}, "open_clip has no model 'ViT-B-33'; did you mean 'ViT-B-32'"),
         ({"pretrained": "opneai"}, "no pretrained tag 'opneai'; did you mean 'openai'"),
         (
-            {"weights": "assets/no-such-clip"},
-            "no such directory or file; allowed: a directory with .*'hf-hub:org/name'",
+            {"weights": "runs/assets/no-such-clip"},
+            "no such directory or file; allowed: .*'hf-hub:org/name'",
         ),
         ({"weights": clip_directory, "kind": "hesel"}, "kind 'hesel' is unknown; did you mean 'hessel'"),
         ({"weights": clip_directory, "preprocessing": "pil"}, "preprocessing 'pil' is unknown"),
-        ({"weights": tmp_path}, "lacks open_clip_config.json"),
+        ({"weights": tmp_path}, "lacks open_clip_config.json, or transformers' config.json"),
     ]:
         with pytest.raises(RewardError, match=message) as caught:
             load_reward("clip", **options)
@@ -177,7 +177,7 @@ def test_missing_weights_and_towers_are_errors(write_clip, tmp_path):
     weights.rename(tmp_path / "model.pt")
     with pytest.raises(RewardError, match="has no weights: open_clip_model.safetensors is expected"):
         load_reward("clip", weights=tmp_path)
-    with pytest.raises(RewardError, match="only .safetensors files are read"):
+    with pytest.raises(RewardError, match="not readable as plain weights"):
         load_reward("clip", weights=tmp_path / "model.pt", model="ViT-B-32")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({}))
     save_file(state, weights)
