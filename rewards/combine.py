@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from rewards.base import Reward
 from rewards.combine_modes import MODES, POSITIVE, WEIGHTED, bounds
 from rewards.combine_parts import Part
+from rewards.derived import inherit_facts
 from rewards.errors import RewardError, choices
 from rewards.media import Media, check_tensor, read_media
 
@@ -276,19 +277,11 @@ class Combine(Reward):
 
     def _state_facts(self) -> None:
         rewards = [part.reward for part in self.parts]
-        modalities = sorted({reward.modality for reward in rewards})
-        if len(modalities) > 1:
-            kinds = " and ".join(f"{modality}s" for modality in modalities)
-            raise RewardError(f"combine: the parts score {kinds}; all must score one kind of media")
-        self.modality = modalities[0]
+        inherit_facts(self, rewards)
         self.needs = frozenset().union(*(part.needs for part in self.parts))
         self.differentiable = all(part.reward.differentiable for part in self.summed)
         self.batch_invariant = all(part.batch_invariant for part in self.parts)
-        self.derived_from = frozenset().union(*({reward.name} | reward.derived_from for reward in rewards))
-        self.licence = "; ".join(dict.fromkeys(f"{reward.name}: {reward.licence}" for reward in rewards))
-        self.source = "; ".join(dict.fromkeys(f"{reward.name}: {reward.source}" for reward in rewards))
         self.citation = "; ".join(dict.fromkeys(reward.citation for reward in rewards if reward.citation))
-        self.files = tuple(dict.fromkeys(file for reward in rewards for file in reward.files))
         self.version = f"{self.mode}: " + ", ".join(map(str, self.parts))
         self.range = bounds(
             self.mode, [part.range for part in self.summed], self.weight, self.lam, self.spread == "std"

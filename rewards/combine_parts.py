@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rewards.base import Reward
+from rewards.derived import load_inner
 from rewards.errors import RewardError
-from rewards.registry import load_reward
 from rewards.transforms import Transform, make_transform
 
 _OWN = ("name", "weight", "factor", "offset", "transform", "gate")
@@ -36,7 +36,10 @@ class Part(nn.Module):
         self.transform: Transform | None = None
         if own.get("transform") is not None:
             self.transform = make_transform(own["transform"], label)
-        self.reward: Reward = _load(label, own.get("name", label), spec, common)
+        try:
+            self.reward: Reward = load_inner({"name": own.get("name", label), **spec}, common)
+        except RewardError as error:
+            raise RewardError(f"part {label!r}: {error}") from error
 
     @property
     def needs(self) -> frozenset[str]:
@@ -96,14 +99,3 @@ def _number(label: str, key: str, value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise RewardError(f"part {label!r}: {key} is {value!r}; a finite number is expected")
     return float(value)
-
-
-def _load(label: str, named: Any, options: dict[str, Any], common: Mapping[str, Any]) -> Reward:
-    if isinstance(named, Reward):
-        if options:
-            raise RewardError(f"part {label!r} is a loaded reward; the options {sorted(options)} come too late")
-        return named
-    try:
-        return load_reward(named, **{**common, **options})
-    except RewardError as error:
-        raise RewardError(f"part {label!r}: {error}") from error

@@ -68,7 +68,7 @@ class Qwen2VLReader(nn.Module):
         self.tokenizer: Any = self.processor.tokenizer
         self.tokenizer.add_tokens(list(reward_tokens), special_tokens=True)
         self.reward_ids = self.tokenizer.convert_tokens_to_ids(list(reward_tokens))
-        renamed = {new: value for name, value in state.items() if (new := _backbone_name(name)) is not None}
+        renamed = {new: value for name, value in state.items() if (new := backbone_name(name)) is not None}
         rows = len(renamed.get("language_model.embed_tokens.weight", ()))
         if rows != len(self.tokenizer):
             raise RewardError(
@@ -175,8 +175,8 @@ def _pad(kind: str) -> str:
     return f"<|{kind}_pad|>"
 
 
-def _backbone_name(name: str) -> str | None:
-    """Map the names of transformers 4 (`visual`, `model`) and 5 (below `model`) to those of the bare model."""
+def backbone_name(name: str) -> str | None:
+    """Map names of transformers 4 (`visual`, `model`) and 5 (below `model`) to those of the bare model, None for the rest."""
     if name.startswith("lm_head."):
         return None
     for prefix, new in (("model.visual.", "visual."), ("model.language_model.", "language_model.")):

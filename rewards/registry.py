@@ -28,6 +28,8 @@ BUILTIN = {
     "combine": "rewards.combine:Combine",
     "hps-v3": "rewards.hps3:HpsV3",
     "image-reward": "rewards.image_reward:ImageReward",
+    "video-align": "rewards.video_align:VideoAlign",
+    "text-norm": "rewards.text_norm:TextNorm",
     "vqa-score": "rewards.vqa_score:VqaScore",
 }
 

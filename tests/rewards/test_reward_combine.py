@@ -216,7 +216,7 @@ def test_facts_follow_from_the_parts():
         name = "motion"
         modality = "video"
 
-    with pytest.raises(RewardError, match="the parts score images and videos"):
+    with pytest.raises(RewardError, match="its rewards score images and videos"):
         load_reward("combine", parts={"a": Channel(), "b": Motion()})
 
 
