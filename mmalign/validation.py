@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmalign.data.images import encode_png
 from mmalign.data.prompts import load_prompts
 from mmalign.errors import UserError
+from mmalign.files import write_atomically
 from mmalign.grid import image_grid
 from mmalign.seeds import derive_seed
 
@@ -75,6 +77,5 @@ class Validation:
 def save_grid(picture: Image, output: Path, step: int) -> Path:
     """Write the picture as <output>/evaluation/step_N.png and return the path."""
     path = output / "evaluation" / f"step_{step}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    write_atomically(path, encode_png(picture))
     return path

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import UserError
+from mmalign.files import write_atomically
 from mmalign.progress import track
 from mmalign.resources import find, resolve_model
 
@@ -193,8 +194,7 @@ class _Folder:
             raise UserError(
                 f"{self.path} holds images made otherwise ({', '.join(different)}); choose another --out or remove it"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(settings, indent=2).encode())
+        write_atomically(path, json.dumps(settings, indent=2))
 
     def name(self, index: int, seed: int) -> str:
         return f"{index:05d}-{seed}.png"
@@ -212,7 +212,7 @@ class _Folder:
         from mmalign.data.images import encode_png
 
         prompt, name = self.prompts[index], self.name(index, seed)
-        _write(self.path / name, encode_png(image))
+        write_atomically(self.path / name, encode_png(image))
         self._rows[name] = {"file": name, "prompt": prompt.text, "category": prompt.category, "seed": seed}
         with (self.path / METADATA_FILE).open("a", encoding="utf-8") as lines:
             lines.write(_line(self._rows[name]))
@@ -220,19 +220,20 @@ class _Folder:
     def write_metadata(self) -> None:
         """Write the notes anew in the order of the files."""
         text = "".join(_line(self._rows[name]) for name in sorted(self._rows, key=_index_and_seed))
-        _write(self.path / METADATA_FILE, text.encode())
+        write_atomically(self.path / METADATA_FILE, text)
 
     def write_grid(self) -> Path:
         """Draw the first prompts as a picture and return its path."""
         from PIL import Image
 
+        from mmalign.data.images import encode_png
         from mmalign.grid import image_grid
 
         shown = range(min(len(self.prompts), GRID_ROWS))
         rows = [[Image.open(self.path / self.name(index, seed)) for seed in self.seeds] for index in shown]
         labels = [self.prompts[index].text for index in shown]
         picture = image_grid(rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in self.seeds])
-        picture.save(self.path / "grid.png")
+        write_atomically(self.path / "grid.png", encode_png(picture))
         return self.path / "grid.png"
 
     def _has(self, name: str) -> bool:
@@ -264,12 +265,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
         raise UserError(f"{path}: damaged; remove the folder or choose another --out") from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(content)
-    os.replace(aside, path)
 
 
 def _integers(text: str) -> list[int]:

@@ -29,12 +29,13 @@ from mmalign.compare.config import (
 )
 from mmalign.compare.control import run_control
 from mmalign.compare.draw import ModelHolder, draw_system
-from mmalign.compare.images import ImageStore, write_atomically
+from mmalign.compare.images import ImageStore
 from mmalign.compare.results import Comparison, build_results, write_results, write_scores
 from mmalign.compare.scoring import check_rewards, score_all
 from mmalign.compare.systems import SystemFacts, read_system
 from mmalign.config import dump_config
 from mmalign.data.prompts import load_prompts
+from mmalign.files import write_atomically
 from mmalign.progress import note
 
 __all__ = [

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from mmalign.compare.config import RewardEntry
-from mmalign.compare.images import ImageStore, write_atomically
+from mmalign.compare.images import ImageStore
 from mmalign.errors import UserError
+from mmalign.files import write_atomically
 from mmalign.progress import track
 
 SCORE_CHUNK = 64
