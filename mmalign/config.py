@@ -8,7 +8,6 @@ to the same run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -192,7 +191,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 def load_with_tree(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Tree]:
     """Like `load_config`, with the merged values and their origins as `mmalign show-config` prints them."""
-    tree = read_tree(path, overrides or [], _expand_short_forms)
+    tree = read_tree(path, overrides or [], expand_short_forms)
     config, faults = _validate(RunConfig, tree.values)
     method, method_faults = _validate_method(tree.values.get("method"))
     faults += method_faults
@@ -202,18 +201,13 @@ def load_with_tree(path: str | Path, overrides: list[str] | None = None) -> tupl
     return config.model_copy(update={"method": method}), tree
 
 
-def load_schema(
-    schema: type[SchemaT],
-    path: str | Path,
-    overrides: list[str] | None = None,
-    normalise: Callable[[dict[str, Any]], None] = lambda values: None,
-) -> SchemaT:
+def load_schema(schema: type[SchemaT], path: str | Path, overrides: list[str] | None = None) -> SchemaT:
     """Read any other configuration (such as that of `mmalign compare`) by the same rules, with the same messages.
 
     Raises:
         UserError: see `load_config`.
     """
-    tree = read_tree(path, overrides or [], normalise)
+    tree = read_tree(path, overrides or [], expand_short_forms)
     config, faults = _validate(schema, tree.values)
     if faults or config is None:
         raise _report(faults, tree, path)
@@ -233,8 +227,8 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=flat)
 
 
-def _expand_short_forms(values: dict[str, Any]) -> None:
-    """Write `method: sft` and `rewards: [clip]` in full, in place."""
+def expand_short_forms(values: dict[str, Any]) -> None:
+    """Write `method: sft` and `rewards: [clip]` in full, in place, for whichever configuration has such keys."""
     if isinstance(values.get("method"), str):
         values["method"] = {"name": values["method"]}
     if isinstance(values.get("rewards"), list):

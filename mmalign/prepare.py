@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmalign.config_files import flatten
 from mmalign.errors import UserError
 from mmalign.feed import PairFeed
 from mmalign.methods.base import Method
@@ -253,17 +254,14 @@ def recipe(config: RunConfig, data: str, world_size: int) -> dict[str, Any]:
     micro-batches may change, their number may not. With a constant schedule `steps` may change too: the run goes on.
     """
     values = config.model_dump(mode="json", exclude={"output", "evaluate", "attention"})
-    flat = {"data.content": data}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "cache")}
     trainer = values["trainer"]
     for key in ("log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
         del trainer[key]
     per_step = trainer.pop("batch_size") * trainer.pop("gradient_accumulation") * world_size
-    flat["trainer: samples per step"] = per_step
     if trainer["schedule"] == "constant":
         trainer["warmup"] = warmup_steps(trainer["warmup"], trainer.pop("steps"))
-    _flatten(values, "", flat)
-    return flat
+    return {"data.content": data, "trainer: samples per step": per_step, **flatten(values)}
 
 
 def base_model_name(config: RunConfig) -> str:
@@ -282,11 +280,3 @@ def set_aside(folder: Path) -> None:
         shutil.rmtree(previous, ignore_errors=True)
         folder.replace(previous)
         note(f"the earlier run's checkpoints are kept in {previous}")
-
-
-def _flatten(values: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _flatten(value, f"{prefix}{key}.", into)
-        else:
-            into[f"{prefix}{key}"] = value

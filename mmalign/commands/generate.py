@@ -112,17 +112,13 @@ def model_identity(args: argparse.Namespace) -> tuple[str, str]:
     """Return the model's name for people and a fingerprint of its weights, an extra adapter's included.
 
     Raises:
-        UserError: there is no such model or adapter.
+        UserError, PipelineError: there is no such model or adapter.
     """
-    from mmalign.compare.systems import fingerprint
-    from mmalign.data.store import content_key
+    from pipelines import fingerprint_model
 
-    identity = fingerprint(resolve_model(args.model))
-    if not args.adapter:
-        return args.model, identity
-    adapter = find(args.adapter)
-    files = sorted(adapter.glob("*.safetensors")) if adapter.is_dir() else [adapter]
-    return f"{args.model} + {args.adapter}", content_key(identity, *(file.read_bytes() for file in files))
+    adapter = find(args.adapter) if args.adapter else None
+    identity = fingerprint_model(resolve_model(args.model), adapter=adapter, resolve=resolve_model)
+    return f"{args.model} + {args.adapter}" if adapter else args.model, identity
 
 
 def run(args: argparse.Namespace) -> int:

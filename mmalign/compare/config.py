@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmalign.compare.stats import RESAMPLES
-from mmalign.config import StrictModel, load_schema
+from mmalign.config import StrictModel, expand_short_forms, load_schema
 from mmalign.errors import UserError, did_you_mean
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -155,7 +155,7 @@ def load_compare_config(path: str | Path, overrides: Sequence[str] = ()) -> Comp
     Raises:
         UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.
     """
-    return load_schema(CompareConfig, path, list(overrides), _expand_short_forms)
+    return load_schema(CompareConfig, path, list(overrides))
 
 
 def make_compare_config(**values: Any) -> CompareConfig:
@@ -165,18 +165,12 @@ def make_compare_config(**values: Any) -> CompareConfig:
         UserError: something in it is wrong.
     """
     given = {key: value for key, value in values.items() if value is not None}
-    _expand_short_forms(given)
+    expand_short_forms(given)
     try:
         return CompareConfig.model_validate(given)
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False))
         raise UserError("; ".join(fault.removeprefix(": ").replace("Value error, ", "") for fault in faults)) from None
-
-
-def _expand_short_forms(values: dict[str, Any]) -> None:
-    """Write `rewards: [clip]` in full, in place."""
-    if isinstance(values.get("rewards"), list):
-        values["rewards"] = [{"name": one} if isinstance(one, str) else one for one in values["rewards"]]
 
 
 def _no_duplicates(what: str, key: str, values: list[str]) -> None:
