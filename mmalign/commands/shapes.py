@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=Path, metavar="DIR", help="then learn from these pictures (of `mmalign pairs sample`)"
     )
     clip.add_argument(
-        "--preference-steps", type=int, default=1500, metavar="N", help="steps on them (default %(default)s)"
+        "--preference-steps", type=int, default=1200, metavar="N", help="steps on them (default %(default)s)"
     )
     clip.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights; no contrastive steps")
     agreement = actions.add_parser(

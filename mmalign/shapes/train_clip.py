@@ -197,7 +197,7 @@ def train_clip(
     scenes: int = 50_000,
     steps: int = 5000,
     samples: Path | None = None,
-    preference_steps: int = 1500,
+    preference_steps: int = 1200,
     start: Path | None = None,
     batch_size: int = 48,
     log: Callable[[str], None] = print,
