@@ -23,7 +23,7 @@ from mmalign.reference import Reference
 from mmalign.resources import resolve_model, resource_root
 from mmalign.run import Run
 from mmalign.seeds import derive_seed
-from mmalign.validation import Validation
+from mmalign.validation import Validation, check_evaluation
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
@@ -103,6 +103,8 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
         )
     check_precision(config.trainer.precision, device)
     resolve_model(config.model)
+    if config.evaluate:
+        check_evaluation(config.evaluate)
     output = Path(config.output)
     other = "model_index.json" if config.adapter.kind == "lora" else "pytorch_lora_weights.safetensors"
     if (output / other).exists():
