@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
@@ -25,6 +25,8 @@ class StrictModel(BaseModel):
 
 
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
+Guidance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""A scale of classifier-free guidance; 1: none, 0: without the prompt."""
 
 
 class DataConfig(StrictModel):
@@ -139,7 +141,7 @@ class EvaluateConfig(StrictModel):
     """how many of the prompts"""
     steps: int = Field(20, ge=1)
     """sampling steps"""
-    guidance: float = Field(7.5, ge=0)
+    guidance: Guidance = 7.5
     """classifier-free guidance scale; 1: none"""
 
 

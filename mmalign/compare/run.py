@@ -36,6 +36,7 @@ from mmalign.compare.systems import SystemFacts, read_system
 from mmalign.config import dump_config
 from mmalign.data.prompts import load_prompts
 from mmalign.files import write_atomically
+from mmalign.precision import check_precision
 from mmalign.progress import note
 from mmalign.reward_checks import check_reward
 
@@ -67,6 +68,7 @@ def compare(config: CompareConfig) -> Outcome:
     """
     from mmalign.compare.report import write_report
 
+    check_precision(config.precision, key="precision")
     prompts = load_prompts(config.prompts, config.limit)
     for reward in config.rewards:
         check_reward(reward.name, reward.options, [prompt.text for prompt in prompts])

@@ -267,6 +267,14 @@ def test_unusable_rewards_are_refused_before_anything_is_drawn(room: Path, tmp_p
     assert not (tmp_path / "results.json").exists()
 
 
+def test_half_precision_on_a_cpu_is_refused_at_once(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="^precision: fp16 needs a GPU"):
+        compare(config_of(room, tmp_path, precision="fp16"))
+
+
 def test_the_command_line_prints_the_table(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", str(room / "base"), str(room / "tuned"), "--prompts", str(room / "prompts.csv"),
                  "--rewards", "tiny_compare_rewards:Brightness", "--out", str(tmp_path / "o"), "--steps", "1",
