@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import BENCHMARKS
 from mmalign.errors import UserError, did_you_mean
+from mmalign.files import write_atomically
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,9 +78,7 @@ def _run(options: argparse.Namespace) -> int:
             _print(console, name, report)
     if options.json:
         values = {"machine": machine, "settings": {**dataclasses.asdict(settings), "device": str(device)}}
-        scratch = options.json.with_name(f".{options.json.name}.part")
-        scratch.write_text(json.dumps({**values, "benchmarks": results}, indent=2) + "\n")
-        os.replace(scratch, options.json)
+        write_atomically(options.json, json.dumps({**values, "benchmarks": results}, indent=2) + "\n")
     return 0
 
 

@@ -8,9 +8,8 @@ to the same run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
@@ -26,6 +25,8 @@ class StrictModel(BaseModel):
 
 
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
+Guidance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""A scale of classifier-free guidance; 1: none, 0: without the prompt."""
 
 
 class DataConfig(StrictModel):
@@ -140,7 +141,7 @@ class EvaluateConfig(StrictModel):
     """how many of the prompts"""
     steps: int = Field(20, ge=1)
     """sampling steps"""
-    guidance: float = Field(7.5, ge=0)
+    guidance: Guidance = 7.5
     """classifier-free guidance scale; 1: none"""
 
 
@@ -192,7 +193,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 def load_with_tree(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Tree]:
     """Like `load_config`, with the merged values and their origins as `mmalign show-config` prints them."""
-    tree = read_tree(path, overrides or [], _expand_short_forms)
+    tree = read_tree(path, overrides or [], expand_short_forms)
     config, faults = _validate(RunConfig, tree.values)
     method, method_faults = _validate_method(tree.values.get("method"))
     faults += method_faults
@@ -202,18 +203,13 @@ def load_with_tree(path: str | Path, overrides: list[str] | None = None) -> tupl
     return config.model_copy(update={"method": method}), tree
 
 
-def load_schema(
-    schema: type[SchemaT],
-    path: str | Path,
-    overrides: list[str] | None = None,
-    normalise: Callable[[dict[str, Any]], None] = lambda values: None,
-) -> SchemaT:
+def load_schema(schema: type[SchemaT], path: str | Path, overrides: list[str] | None = None) -> SchemaT:
     """Read any other configuration (such as that of `mmalign compare`) by the same rules, with the same messages.
 
     Raises:
         UserError: see `load_config`.
     """
-    tree = read_tree(path, overrides or [], normalise)
+    tree = read_tree(path, overrides or [], expand_short_forms)
     config, faults = _validate(schema, tree.values)
     if faults or config is None:
         raise _report(faults, tree, path)
@@ -233,8 +229,8 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=flat)
 
 
-def _expand_short_forms(values: dict[str, Any]) -> None:
-    """Write `method: sft` and `rewards: [clip]` in full, in place."""
+def expand_short_forms(values: dict[str, Any]) -> None:
+    """Write `method: sft` and `rewards: [clip]` in full, in place, for whichever configuration has such keys."""
     if isinstance(values.get("method"), str):
         values["method"] = {"name": values["method"]}
     if isinstance(values.get("rewards"), list):

@@ -121,6 +121,20 @@ def dotted(path: KeyPath) -> str:
     return ".".join(str(part) for part in path)
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Write nested mappings as one level with dotted keys; lists of mappings get their index as a part."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+            value = {str(index): one for index, one in enumerate(value)}
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{path}.")
+        else:
+            flat[path] = value
+    return flat
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's scalars and no duplicate keys."""
 

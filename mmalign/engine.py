@@ -149,7 +149,7 @@ class Trainer:
         self.ema = EMA(self.parameters, s.ema) if s.ema else None
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
-        self.recipe = recipe(config, parts.data_id, accelerator.num_processes)
+        self.recipe = recipe(config, parts.data_id, parts.model_id, accelerator.num_processes)
         self.images_per_step = self.feed.per_step * self.method.images_per_sample
         self.started = time.monotonic()
         self.buffer = MetricBuffer()

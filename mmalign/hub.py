@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmalign import __version__
 from mmalign.config import dump_config
+from mmalign.files import write_atomically
 from mmalign.tracking import read_metrics
 from pipelines.conditioning import Conditioning
 
@@ -56,12 +57,12 @@ def export(generator: Any, config: RunConfig, output: Path, base_model: str) -> 
 
 def write_config(config: RunConfig, output: Path) -> None:
     """Write the resolved configuration, from which the run can be repeated."""
-    (output / CONFIG_FILE).write_text(dump_config(config))
+    write_atomically(output / CONFIG_FILE, dump_config(config))
 
 
 def write_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> None:
     """Write the model card README.md beside the weights."""
-    (output / "README.md").write_text(model_card(config, output, facts))
+    write_atomically(output / "README.md", model_card(config, output, facts))
 
 
 def check_load_back(

@@ -19,16 +19,17 @@ ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def check_precision(precision: Precision, device: torch.device) -> None:
-    """Refuse what the device cannot do.
+def check_precision(precision: Precision, device: torch.device | None = None, key: str = "trainer.precision") -> None:
+    """Refuse what the device (None: the one that models are loaded to) cannot do; `key` is what the user set.
 
     Raises:
         UserError: fp16 on a CPU, or bf16 on a GPU without it.
     """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "fp16" and device.type == "cpu":
-        raise UserError("trainer.precision: fp16 needs a GPU and this run is on the CPU; use bf16 or fp32")
+        raise UserError(f"{key}: fp16 needs a GPU and this run is on the CPU; use bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"trainer.precision: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
+        raise UserError(f"{key}: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:

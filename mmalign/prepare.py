@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmalign.config_files import flatten
 from mmalign.errors import UserError
 from mmalign.feed import PairFeed
 from mmalign.methods.base import Method
@@ -22,7 +23,7 @@ from mmalign.reference import Reference
 from mmalign.resources import resolve_model, resource_root
 from mmalign.run import Run
 from mmalign.seeds import derive_seed
-from mmalign.validation import Validation
+from mmalign.validation import Validation, check_evaluation
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
@@ -40,6 +41,8 @@ class Prepared:
     validation: Validation | None
     data_id: str
     """Identifies what is learned from: ids, prompts and images on either side, not the path."""
+    model_id: str
+    """Identifies the model that training starts from by its content."""
 
 
 @dataclass
@@ -100,6 +103,8 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
         )
     check_precision(config.trainer.precision, device)
     resolve_model(config.model)
+    if config.evaluate:
+        check_evaluation(config.evaluate)
     output = Path(config.output)
     other = "model_index.json" if config.adapter.kind == "lora" else "pytorch_lora_weights.safetensors"
     if (output / other).exists():
@@ -169,6 +174,7 @@ def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], PairT
 def prepare(config: RunConfig, accelerator: Any) -> Prepared:
     """Return the parts of the run; prints what was read and left out."""
     method, table, generator = open_inputs(config, accelerator)
+    model_id = generator.model_id  # now, since encoding may take hours in which the files can change
     pairs = encode(table, generator, config, accelerator)
     validation = Validation(config.evaluate, generator, config.trainer.seed) if config.evaluate else None
     generator.free_encoders()
@@ -192,7 +198,7 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
         world_size=accelerator.num_processes,
         device=accelerator.device,
     )
-    return Prepared(method, run, feed, validation, data_id(table, pairs))
+    return Prepared(method, run, feed, validation, data_id(table, pairs), model_id)
 
 
 def check_enough(samples: int, config: RunConfig, world_size: int) -> None:
@@ -246,24 +252,25 @@ def make_plan(config: RunConfig, method: Method[Any], samples: int, generator: A
     )
 
 
-def recipe(config: RunConfig, data: str, world_size: int) -> dict[str, Any]:
+def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[str, Any]:
     """Return what must be equal for a run to be continued, flat: everything that the numbers depend on.
 
-    Left out is what only changes how a run is watched, stored or computed. How a step's samples are split into
-    micro-batches may change, their number may not. With a constant schedule `steps` may change too: the run goes on.
+    `data` and `model` identify the content of the pairs and of the model that training started from. Left out is what
+    only changes how a run is watched, stored or computed. How a step's samples are split into micro-batches may
+    change, their number may not. With a constant schedule `steps` may change as long as the warm-up, counted in steps,
+    stays as it was.
     """
     values = config.model_dump(mode="json", exclude={"output", "evaluate", "attention"})
-    flat = {"data.content": data}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "cache")}
     trainer = values["trainer"]
     for key in ("log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
         del trainer[key]
     per_step = trainer.pop("batch_size") * trainer.pop("gradient_accumulation") * world_size
-    flat["trainer: samples per step"] = per_step
     if trainer["schedule"] == "constant":
-        trainer["warmup"] = warmup_steps(trainer["warmup"], trainer.pop("steps"))
-    _flatten(values, "", flat)
-    return flat
+        # After the warm-up no learning rate depends on `steps`. A warm-up that is a fraction of them does, so what is
+        # compared is the number of steps that it comes to.
+        trainer["warmup, in steps"] = warmup_steps(trainer.pop("warmup"), trainer.pop("steps"))
+    return {"data.content": data, "model.content": model, "trainer: samples per step": per_step, **flatten(values)}
 
 
 def base_model_name(config: RunConfig) -> str:
@@ -282,11 +289,3 @@ def set_aside(folder: Path) -> None:
         shutil.rmtree(previous, ignore_errors=True)
         folder.replace(previous)
         note(f"the earlier run's checkpoints are kept in {previous}")
-
-
-def _flatten(values: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _flatten(value, f"{prefix}{key}.", into)
-        else:
-            into[f"{prefix}{key}"] = value

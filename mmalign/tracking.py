@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from mmalign.errors import UserError
+from mmalign.files import write_atomically
 
 FILE = "metrics.jsonl"
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
@@ -104,6 +104,4 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
 
 def _truncate(path: Path, last_step: int) -> None:
     kept = [line for line in read_metrics(path.parent) if line["step"] <= last_step] if last_step else []
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(aside, path)
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

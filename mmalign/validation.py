@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmalign.data.images import encode_png
 from mmalign.data.prompts import load_prompts
-from mmalign.errors import UserError
+from mmalign.files import write_atomically
 from mmalign.grid import image_grid
+from mmalign.reward_checks import check_reward
 from mmalign.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -21,23 +23,27 @@ if TYPE_CHECKING:
 COLUMNS = 4
 
 
+def check_evaluation(config: EvaluateConfig) -> None:
+    """Check prompts and rewards of the looks, without loading any.
+
+    Raises:
+        UserError, RewardError: the prompts cannot be read, or a reward cannot score images of them.
+    """
+    prompts = [prompt.text for prompt in load_prompts(config.prompts, limit=config.limit)]
+    for name in config.rewards:
+        check_reward(name, {}, prompts)
+
+
 class Validation:
     """Samples the same prompts with the same seeds at every look, so that two looks differ by the weights alone."""
 
     def __init__(self, config: EvaluateConfig, generator: Any, seed: int) -> None:
-        """Load the rewards and encode the prompts, which must happen before the encoders are freed.
-
-        Raises:
-            UserError: a reward cannot be loaded, or needs reference images, which a prompt set has not.
-        """
+        """Load the rewards and encode the prompts, which must happen before the encoders are freed."""
         from rewards import load_reward
 
         self.config = config
         self.prompts = [prompt.text for prompt in load_prompts(config.prompts, limit=config.limit)]
         self.rewards = {name: load_reward(name, device=generator.device) for name in config.rewards}
-        for name, reward in self.rewards.items():
-            if "references" in reward.needs:
-                raise UserError(f"evaluate.rewards: '{name}' needs reference images, and prompts have none; remove it")
         self.seeds = [derive_seed(seed, "evaluate", index) for index in range(len(self.prompts))]
         self.cond = generator.encode_prompts(self.prompts)
         self.negative = generator.unconditional()
@@ -75,6 +81,5 @@ class Validation:
 def save_grid(picture: Image, output: Path, step: int) -> Path:
     """Write the picture as <output>/evaluation/step_N.png and return the path."""
     path = output / "evaluation" / f"step_{step}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    write_atomically(path, encode_png(picture))
     return path

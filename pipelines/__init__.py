@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
     from pipelines.errors import PipelineError
     from pipelines.generator import Generator
-    from pipelines.load import load_generator
+    from pipelines.load import fingerprint_model, load_generator
     from pipelines.noise import NoiseProcess
     from pipelines.sampling import Trajectory, gaussian_log_prob, guided_predictor, invert, sample, seeded_noise
 
@@ -23,6 +23,7 @@ __all__ = [
     "NoiseProcess",
     "PipelineError",
     "Trajectory",
+    "fingerprint_model",
     "gaussian_log_prob",
     "guided_predictor",
     "invert",
@@ -36,6 +37,7 @@ _HOMES = {
     "Generator": "generator",
     "NoiseProcess": "noise",
     "PipelineError": "errors",
+    "fingerprint_model": "load",
     "load_generator": "load",
 }
 

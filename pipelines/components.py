@@ -19,6 +19,8 @@ import torch
 
 from pipelines.errors import MissingModelError, PipelineError, choose
 
+INDEX = "model_index.json"
+
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -65,7 +67,7 @@ def load_component(root: Path, index: dict[str, Any], name: str, dtype: torch.dt
     for networks; schedulers and tokenizers take none.
     """
     if not has_component(index, name):
-        raise PipelineError(f"{root / 'model_index.json'} lists no '{name}', which this kind of model needs.")
+        raise PipelineError(f"{root / INDEX} lists no '{name}', which this kind of model needs.")
     library, class_name = index[name]
     try:
         component_class = getattr(
@@ -100,7 +102,8 @@ def weight_files(folder: Path) -> list[Path]:
 def fingerprint(root: Path, names: Iterable[str]) -> str:
     """Return 32 hex digits that identify the content of some components: configurations, vocabularies and weights.
 
-    Bookkeeping keys (paths and library versions) do not count, so a copy of a model has the id of the original.
+    Bookkeeping keys (paths and library versions) do not count, so a copy of a model has the id of the original; nor
+    does anything beside the components, such as logs and checkpoints.
     """
     digest = hashlib.sha256()
     for name in sorted(names):
@@ -108,23 +111,34 @@ def fingerprint(root: Path, names: Iterable[str]) -> str:
             raise MissingModelError(f"{root / name} is missing; the model directory is incomplete, fetch it again.")
         for file in sorted(path for path in (root / name).iterdir() if path.suffix in (".json", ".txt", ".model")):
             content = file.read_bytes()
-            if file.name == "config.json":
-                kept = {key: value for key, value in read_json(file).items() if not _is_bookkeeping(key)}
-                content = json.dumps(kept, sort_keys=True).encode()
+            if file.name in ("config.json", "scheduler_config.json"):
+                content = _without_bookkeeping(read_json(file))
             digest.update(f"{name}/{file.name}:{hashlib.sha256(content).hexdigest()};".encode())
         for file in weight_files(root / name):
-            status = file.stat()
-            digest.update(
-                f"{status.st_size}:{_sha256(str(file.resolve()), status.st_size, status.st_mtime_ns)};".encode()
-            )
+            digest.update(f"{file.stat().st_size}:{file_digest(file)};".encode())
     return digest.hexdigest()[:32]
+
+
+def model_fingerprint(root: Path, index: dict[str, Any]) -> str:
+    """Return 32 hex digits that identify a whole model: its parsed index and every component that is there."""
+    names = [name for name in index if has_component(index, name) and (root / name).is_dir()]
+    return hashlib.sha256(_without_bookkeeping(index) + fingerprint(root, names).encode()).hexdigest()[:32]
+
+
+def file_digest(file: Path) -> str:
+    """Return the SHA-256 of a file, computed once per process as long as its size and time of change stay the same."""
+    status = file.stat()
+    return _sha256(str(file.resolve()), status.st_size, status.st_mtime_ns)
 
 
 @cache
 def _sha256(path: str, size: int, modified: int) -> str:
-    """Hash a file once per process; size and time of change are part of the cache's key."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _without_bookkeeping(config: dict[str, Any]) -> bytes:
+    return json.dumps({k: v for k, v in config.items() if not _is_bookkeeping(k)}, sort_keys=True).encode()
 
 
 def _is_bookkeeping(key: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipelines import adapters
 from pipelines.attention import AttentionReport, set_attention
-from pipelines.components import fingerprint, load_component
+from pipelines.components import fingerprint, load_component, model_fingerprint
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.export import save_pipeline
@@ -135,6 +135,11 @@ class Generator(ABC):
     def text_id(self) -> str:
         """Identifies the content of the tokenizers and text encoders, for caches of conditionings."""
         return fingerprint(self.root, self.text_names)
+
+    @property
+    def model_id(self) -> str:
+        """Identifies the content of the whole model as it was saved; an adapter on top does not count."""
+        return model_fingerprint(self.root, self.index)
 
     def load_encoders(self) -> None:
         """Read the autoencoder and the text encoders, where they are not in memory already."""

@@ -6,17 +6,19 @@ kind is refused at once.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipelines.adapters import RECORD_NAME, WEIGHTS_NAME
+from pipelines.adapters import RECORD_NAME, WEIGHTS_NAME, adapter_file
 from pipelines.attention import PROCESSORS
-from pipelines.components import parse_dtype, read_json
+from pipelines.components import INDEX, file_digest, model_fingerprint, parse_dtype, read_json
 from pipelines.errors import MissingModelError, PipelineError, choose, nearest
 from pipelines.generator import Generator
 
@@ -24,7 +26,6 @@ FAMILIES = {
     "StableDiffusionPipeline": "pipelines.unet_image:StableDiffusion",
     "StableDiffusionXLPipeline": "pipelines.unet_image:StableDiffusionXL",
 }
-INDEX = "model_index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -43,13 +44,9 @@ def load_generator(
     which names its own base model (found by way of `resolve`). `adapter` is a LoRA file or directory to load on top.
     `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``.
     """
-    name = str(name_or_path)
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, PROCESSORS)
-    if is_adapter_directory(name):
-        if adapter is not None:
-            raise PipelineError(f"{name} is itself an adapter, so adapter={adapter} cannot be loaded too; give one.")
-        name, adapter = _base_of(Path(name), resolve), name
+    name, adapter = _base_and_adapter(str(name_or_path), adapter, resolve)
     root, index = _locate(name)
     generator_class = _family(index, name)
     generator = generator_class(
@@ -65,9 +62,44 @@ def load_generator(
     return generator
 
 
+def fingerprint_model(
+    name_or_path: str | Path, *, adapter: str | Path | None = None, resolve: Callable[[str], str] = str
+) -> str:
+    """Return 32 hex digits that identify what `load_generator` would load, given the same; nothing is loaded.
+
+    They change with weights, configurations, tokenizer and scheduler, and with nothing else that lies in a directory.
+    An adapter counts together with its base model; a Hub id stands for the commit that it resolves to. Raises
+    `PipelineError` for what is no model of a supported kind.
+    """
+    name, adapter = _base_and_adapter(str(name_or_path), adapter, resolve)
+    if _is_hub_id(name):
+        with _explained(name):
+            file = _fetch_index(name)
+        _family(read_json(file), name)
+        content = f"{_repository(name)[0]}@{file.parent.name}"
+    else:
+        root, index = _locate(name)
+        _family(index, name)
+        content = model_fingerprint(root, index)
+    if adapter is not None:
+        content += f"+{file_digest(adapter_file(adapter))}"
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
 def is_adapter_directory(path: str | Path) -> bool:
     """Say whether a directory holds a LoRA and no whole model."""
     return (Path(path) / WEIGHTS_NAME).is_file() and not (Path(path) / INDEX).is_file()
+
+
+def _base_and_adapter(
+    name: str, adapter: str | Path | None, resolve: Callable[[str], str]
+) -> tuple[str, str | Path | None]:
+    """Return the whole model and the adapter that are meant by a name and an adapter given beside it."""
+    if not is_adapter_directory(name):
+        return name, adapter
+    if adapter is not None:
+        raise PipelineError(f"{name} is itself an adapter, so adapter={adapter} cannot be loaded too; give one.")
+    return _base_of(Path(name), resolve), name
 
 
 def _base_of(folder: Path, resolve: Callable[[str], str]) -> str:
@@ -98,7 +130,7 @@ def _locate(name: str) -> tuple[Path, dict[str, Any]]:
             f"{path} is a single file, not a diffusers directory; convert it:"
             " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)."
         )
-    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
+    if _is_hub_id(name):
         return _fetch(name)
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     raise MissingModelError(
@@ -107,16 +139,39 @@ def _locate(name: str) -> tuple[Path, dict[str, Any]]:
     )
 
 
+def _is_hub_id(name: str) -> bool:
+    path = Path(name).expanduser()
+    return HUB_ID.fullmatch(name) is not None and not path.exists() and not path.parent.is_dir()
+
+
 def _fetch(name: str) -> tuple[Path, dict[str, Any]]:
     from diffusers import DiffusionPipeline
+
+    with _explained(name):
+        index = read_json(_fetch_index(name))
+        _family(index, name)
+        repository, pinned = _repository(name)
+        return Path(DiffusionPipeline.download(repository, use_safetensors=True, **pinned)), index
+
+
+def _fetch_index(name: str) -> Path:
+    """Return the local copy of a Hub model's index; its folder is named after the commit."""
     from huggingface_hub import hf_hub_download
 
+    repository, pinned = _repository(name)
+    return Path(hf_hub_download(repository, INDEX, **pinned))
+
+
+def _repository(name: str) -> tuple[str, dict[str, Any]]:
+    repository, _, revision = name.partition("@")
+    return repository, {"revision": revision} if revision else {}
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into one line."""
     try:
-        repository, _, revision = name.partition("@")
-        pinned: dict[str, Any] = {"revision": revision} if revision else {}
-        index = read_json(Path(hf_hub_download(repository, INDEX, **pinned)))
-        _family(index, name)
-        return Path(DiffusionPipeline.download(repository, use_safetensors=True, **pinned)), index
+        yield
     except PipelineError:
         raise
     except Exception as error:

@@ -177,7 +177,8 @@ class NoiseProcess(ABC):
         device = generator.device if generator is not None else None
         return torch.randint(low, high, (n,), generator=generator, device=device)
 
-    def _check_steps(self, steps: int) -> None:
+    def check_steps(self, steps: int) -> None:
+        """Raise `PipelineError` unless a sampling grid of so many steps can be made."""
         if not 1 <= steps <= self.num_train_timesteps:
             raise PipelineError(f"steps must lie in 1..{self.num_train_timesteps}, got {steps}.")
 
@@ -206,7 +207,7 @@ class DiffusionProcess(NoiseProcess):
         As in diffusers' DDIM a step leads ``T // steps`` levels down, whatever the spacing: to the next point of the
         grid for "leading" and (where `steps` divides T) "trailing", to a level near it otherwise.
         """
-        self._check_steps(steps)
+        self.check_steps(steps)
         self._scheduler.set_timesteps(steps)
         grid = self._scheduler.timesteps.clone()
         return grid, (grid - self.num_train_timesteps // steps).clamp_min(-1)
@@ -234,7 +235,7 @@ class FlowProcess(NoiseProcess):
 
     def schedule(self, steps: int) -> tuple[Shaped[Tensor, " steps"], Shaped[Tensor, " steps"]]:
         """Return the scheduler's grid and the level each step leads to: the next point, ``-1`` for the last."""
-        self._check_steps(steps)
+        self.check_steps(steps)
         self._scheduler.set_timesteps(steps)
         grid = self._scheduler.timesteps.clone()
         return grid, torch.cat([grid[1:], grid.new_tensor([-1.0])])

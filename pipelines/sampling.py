@@ -104,12 +104,15 @@ def guided_predictor(
 ) -> Predictor:
     """Return ``predict(x_t, t)`` with classifier-free guidance in ONE network call on a doubled batch.
 
-    ``uncond + guidance * (cond - uncond)``, as in diffusers; ``guidance <= 1`` means the conditional prediction alone,
-    at the cost of a single batch. `negative` (a batch of one, or as long as `cond`) defaults to the family's
-    unconditional conditioning. Everything that does not change between steps is prepared here, once.
+    ``uncond + guidance * (cond - uncond)`` for every finite ``guidance >= 0``: 1 is the conditional prediction alone
+    and 0 the unconditional one, each at the cost of a single batch. (diffusers takes anything up to 1 for 1.)
+    `negative` (a batch of one, or as long as `cond`) defaults to the family's unconditional conditioning. Everything
+    that does not change between steps is prepared here, once.
     """
+    if not 0.0 <= guidance < math.inf:
+        raise PipelineError(f"guidance must be a number of at least 0 (1 is none), got {guidance}.")
     cond = cond.to(generator.device, generator.dtype)
-    if guidance <= 1.0:
+    if guidance == 1.0:
         return lambda x_t, t: generator.predict(x_t, t, cond)
     default = negative is None
     negative = (generator.unconditional() if negative is None else negative).to(generator.device, generator.dtype)
@@ -121,6 +124,8 @@ def guided_predictor(
         negative = negative.repeat_interleave(len(cond))
     if default:
         negative.time_ids = cond.time_ids
+    if guidance == 0.0:
+        return lambda x_t, t: generator.predict(x_t, t, negative)
     both = Conditioning.cat([negative, cond])
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
@@ -303,6 +308,7 @@ def _check_sample(
     for name, given in (("seeds", seeds), ("latents", latents)):
         if given is not None and len(given) != len(cond):
             raise PipelineError(f"sample needs one of {name} for each of {len(cond)} prompts, got {len(given)}.")
+    generator.process.check_steps(steps)
     if not 0.0 <= eta <= 1.0:
         raise PipelineError(f"eta must lie in 0..1 (0 deterministic DDIM, 1 ancestral), got {eta}.")
     if batch_size is not None and batch_size < 1:

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rewards.errors import RewardError
-from rewards.registry import list_rewards, load_reward, register, reward_class
+from rewards.registry import check_options, list_rewards, load_reward, register, reward_class
 
 if TYPE_CHECKING:
     from rewards.base import Facts, Reward
@@ -30,6 +30,7 @@ __all__ = [
     "Reward",
     "RewardError",
     "TwoTowerReward",
+    "check_options",
     "list_rewards",
     "load_reward",
     "register",

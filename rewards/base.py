@@ -114,6 +114,13 @@ class Reward(nn.Module, ABC):
         if cls.modality not in SHAPES:
             raise RewardError(f"{cls.__name__}.modality is {cls.modality!r}; {choices(cls.modality, SHAPES)}")
 
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[str]) -> None:
+        """Raise `RewardError` where this reward can never score such a prompt; asked before images are made for them.
+
+        By default every prompt will do.
+        """
+
     @abstractmethod
     def score(
         self,

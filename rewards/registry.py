@@ -12,6 +12,7 @@ import inspect
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from importlib import import_module, metadata
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -60,17 +61,25 @@ def load_reward(
     in the words of the reward; options: keyword arguments of the reward's class. Raises `RewardError` for an unknown
     name or option, with the nearest match.
     """
-    found = reward_class(name)
     given = {"device": device, "dtype": dtype, "weights": weights}
     options |= {option: value for option, value in given.items() if value is not None}
+    return check_options(name, options)(**options)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> type[rewards.base.Reward]:
+    """Return the class behind a name, checked to take these options; no reward is made.
+
+    Raises `RewardError` for an unknown name or option, with the nearest match.
+    """
+    found = reward_class(name)
     allowed = _options(found)
-    if allowed is not None:
-        for option in options:
-            if option == "weights" and "weights" not in allowed:
-                raise RewardError(f"reward {name!r} has no weights to choose; leave out weights={str(weights)!r}")
-            if option not in allowed:
-                raise RewardError(f"reward {name!r} has no option {option!r}; {choices(option, allowed)}")
-    return found(**options)
+    for option in options:
+        if allowed is None or option in allowed:
+            continue
+        if option == "weights":
+            raise RewardError(f"reward {name!r} has no weights to choose; leave out weights={str(options[option])!r}")
+        raise RewardError(f"reward {name!r} has no option {option!r}; {choices(option, allowed)}")
+    return found
 
 
 def list_rewards() -> list[rewards.base.Facts]:

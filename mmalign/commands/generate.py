@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import UserError
+from mmalign.files import write_atomically
 from mmalign.progress import track
 from mmalign.resources import find, resolve_model
 
@@ -41,7 +44,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument("--limit", type=positive, metavar="N", help="use only the first N prompts")
     parser.add_argument("--steps", type=positive, default=50, help="sampling steps (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale; 1 is none (default %(default)s)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale; 1: none (default %(default)s)")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM, 0 to 1 (default %(default)s)")
     parser.add_argument("--solver", choices=("ddim", "dpm++"), default="ddim", help="sampler (default %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the weights")
@@ -79,6 +82,8 @@ def check_sampling(args: argparse.Namespace) -> None:
     Raises:
         UserError: options are out of range or exclude each other.
     """
+    if not 0 <= args.guidance < math.inf:
+        raise UserError(f"--guidance {args.guidance}: must be a number of at least 0 (1: none, 0: without the prompt)")
     if not 0 <= args.eta <= 1:
         raise UserError(f"--eta {args.eta}: must lie between 0 and 1")
     if args.eta and args.solver != "ddim":
@@ -87,6 +92,9 @@ def check_sampling(args: argparse.Namespace) -> None:
         raise UserError("--adapter-scale needs an adapter: give --adapter PATH, or a MODEL that is one")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file; give a folder")
+    from mmalign.precision import check_precision
+
+    check_precision(args.precision, key="--precision")
 
 
 def _is_adapter(model: str) -> bool:
@@ -111,17 +119,13 @@ def model_identity(args: argparse.Namespace) -> tuple[str, str]:
     """Return the model's name for people and a fingerprint of its weights, an extra adapter's included.
 
     Raises:
-        UserError: there is no such model or adapter.
+        UserError, PipelineError: there is no such model or adapter.
     """
-    from mmalign.compare.systems import fingerprint
-    from mmalign.data.store import content_key
+    from pipelines import fingerprint_model
 
-    identity = fingerprint(resolve_model(args.model))
-    if not args.adapter:
-        return args.model, identity
-    adapter = find(args.adapter)
-    files = sorted(adapter.glob("*.safetensors")) if adapter.is_dir() else [adapter]
-    return f"{args.model} + {args.adapter}", content_key(identity, *(file.read_bytes() for file in files))
+    adapter = find(args.adapter) if args.adapter else None
+    identity = fingerprint_model(resolve_model(args.model), adapter=adapter, resolve=resolve_model)
+    return f"{args.model} + {args.adapter}" if adapter else args.model, identity
 
 
 def run(args: argparse.Namespace) -> int:
@@ -173,12 +177,12 @@ class _Folder:
 
     def __init__(self, path: Path, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
         self.path, self.prompts, self.seeds = path, list(prompts), list(seeds)
-        self._rows = {row["file"]: row for row in _read_lines(path / METADATA_FILE)}
+        self._rows = {row["file"]: row for row in _read_metadata(path / METADATA_FILE)}
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Refuse to mix images of different making in one folder; note the settings of a new one."""
         path = self.path / SETTINGS_FILE
-        found = _read_json(path)
+        found = _read_settings(path)
         different = [
             f"{name} {found.get(name)} -> {value}"
             for name, value in settings.items()
@@ -193,8 +197,7 @@ class _Folder:
             raise UserError(
                 f"{self.path} holds images made otherwise ({', '.join(different)}); choose another --out or remove it"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(settings, indent=2).encode())
+        write_atomically(path, json.dumps(settings, indent=2))
 
     def name(self, index: int, seed: int) -> str:
         return f"{index:05d}-{seed}.png"
@@ -212,7 +215,7 @@ class _Folder:
         from mmalign.data.images import encode_png
 
         prompt, name = self.prompts[index], self.name(index, seed)
-        _write(self.path / name, encode_png(image))
+        write_atomically(self.path / name, encode_png(image))
         self._rows[name] = {"file": name, "prompt": prompt.text, "category": prompt.category, "seed": seed}
         with (self.path / METADATA_FILE).open("a", encoding="utf-8") as lines:
             lines.write(_line(self._rows[name]))
@@ -220,19 +223,20 @@ class _Folder:
     def write_metadata(self) -> None:
         """Write the notes anew in the order of the files."""
         text = "".join(_line(self._rows[name]) for name in sorted(self._rows, key=_index_and_seed))
-        _write(self.path / METADATA_FILE, text.encode())
+        write_atomically(self.path / METADATA_FILE, text)
 
     def write_grid(self) -> Path:
         """Draw the first prompts as a picture and return its path."""
         from PIL import Image
 
+        from mmalign.data.images import encode_png
         from mmalign.grid import image_grid
 
         shown = range(min(len(self.prompts), GRID_ROWS))
         rows = [[Image.open(self.path / self.name(index, seed)) for seed in self.seeds] for index in shown]
         labels = [self.prompts[index].text for index in shown]
         picture = image_grid(rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in self.seeds])
-        picture.save(self.path / "grid.png")
+        write_atomically(self.path / "grid.png", encode_png(picture))
         return self.path / "grid.png"
 
     def _has(self, name: str) -> bool:
@@ -248,28 +252,52 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the notes of an earlier run; a last line cut off by a crash is left out, its image made again."""
+def _read_metadata(path: Path) -> list[dict[str, Any]]:
+    """Return the notes of an earlier run; a line cut off by a crash is left out, its image made again.
+
+    Raises:
+        UserError: somebody else wrote the file, which is then not to be written over.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not _is_note(row):
+            raise UserError(f"{path}: line {number} is not of `mmalign generate`'s making; choose another --out")
+        rows.append(row)
     return rows
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _is_note(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and re.fullmatch(r"\d+-\d+\.png", str(row.get("file"))) is not None
+        and isinstance(row.get("prompt"), str)
+    )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return how the images of a folder were made, or nothing for a new folder.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        raise UserError(f"{path}: damaged; remove the folder or choose another --out") from None
+        settings = json.loads(_read_text(path) or "{}")
+    except json.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: damaged; remove the folder or choose another --out")
+    return settings
 
 
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; choose another --out") from None
 
 
 def _integers(text: str) -> list[int]:

@@ -81,10 +81,10 @@ def _label(args: argparse.Namespace) -> int:
     if args.mode == "best-worst" and args.temperature != 1.0:
         raise UserError("--temperature belongs to --mode bradley-terry; best-worst draws nothing")
 
-    from mmalign.data.labelling import LabelSettings, find_images, label_pairs, load_weighted_rewards, parse_rewards
+    from mmalign.data import labelling
     from mmalign.data.parquet import open_parquet
 
-    settings = LabelSettings(
+    settings = labelling.LabelSettings(
         mode=args.mode,
         temperature=args.temperature,
         label_noise=args.label_noise,
@@ -92,11 +92,10 @@ def _label(args: argparse.Namespace) -> int:
         pairs_per_prompt=args.pairs_per_prompt,
         seed=args.seed,
     )
-    weights = parse_rewards(args.reward)
-    images = find_images(args.images)
-    total = open_parquet(images).metadata.num_rows
-    rewards = load_weighted_rewards(weights)
-    with track(total, "label") as job:
-        counts = label_pairs(images, rewards, args.out, settings, progress=job.advance)
+    weights = labelling.parse_rewards(args.reward)
+    images = labelling.find_images(args.images)
+    rewards = labelling.load_weighted_rewards(weights, labelling.image_prompts(images))
+    with track(open_parquet(images).metadata.num_rows, "label") as job:
+        counts = labelling.label_pairs(images, rewards, args.out, settings, progress=job.advance)
     print(f"{counts}: {args.out}")
     return 0

@@ -4,6 +4,7 @@ mmalign shapes draw --count 48 --out world.png
 mmalign shapes read picture.png --prompt "a red circle above a blue square"
 mmalign shapes check-oracle --count 5000
 mmalign shapes train-base --out runs/shapes-sd
+mmalign shapes agreement runs/samples --rewards shapes-clip
 """
 
 from __future__ import annotations
@@ -40,10 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--vae-steps", type=int, default=3600, help="autoencoder steps (default %(default)s)")
     base.add_argument("--images", type=int, default=270_000, help="pictures the denoiser sees (default %(default)s)")
     base.add_argument("--start", type=Path, metavar="DIR", help="go on from the weights of this pipeline")
-    clip = actions.add_parser("train-clip", help="train the CLIP from scratch (about 15 min on 2 cores)")
+    clip = actions.add_parser("train-clip", help="train the CLIP from scratch (about 45 min on one CPU core)")
     clip.add_argument("--out", type=Path, required=True, metavar="DIR")
-    clip.add_argument("--scenes", type=int, default=40_000, help="training pictures drawn (default %(default)s)")
-    clip.add_argument("--steps", type=int, default=2000, help="training steps (default %(default)s)")
+    clip.add_argument("--scenes", type=int, default=50_000, help="training scenes drawn (default %(default)s)")
+    clip.add_argument("--steps", type=int, default=5000, help="contrastive steps (default %(default)s)")
+    clip.add_argument(
+        "--samples", type=Path, metavar="DIR", help="then learn from these pictures (of `mmalign pairs sample`)"
+    )
+    clip.add_argument(
+        "--preference-steps", type=int, default=1200, metavar="N", help="steps on them (default %(default)s)"
+    )
+    clip.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights; no contrastive steps")
+    agreement = actions.add_parser(
+        "agreement", help="measure how often rewards agree with the oracle on generated pictures"
+    )
+    agreement.add_argument("samples", type=Path, metavar="DIR", help="what `mmalign pairs sample` wrote")
+    agreement.add_argument("--rewards", required=True, metavar="A,B")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     return {
         "draw": _draw, "read": _read, "check-oracle": _check_oracle, "words": _words,
         "prompts": _prompts, "train-base": _train_base, "train-clip": _train_clip,
+        "agreement": _agreement,
     }[args.action](args)  # fmt: skip
 
 
@@ -147,6 +161,47 @@ def _train_base(args: argparse.Namespace) -> int:
 def _train_clip(args: argparse.Namespace) -> int:
     from mmalign.shapes.train_clip import train_clip
 
-    train_clip(args.out, scenes=args.scenes, steps=args.steps)
+    if args.start and not args.samples:
+        raise UserError("--start needs --samples: what else should it learn?")
+    train_clip(
+        args.out,
+        scenes=args.scenes,
+        steps=args.steps,
+        samples=args.samples,
+        preference_steps=args.preference_steps,
+        start=args.start,
+    )
     print(f"an open_clip model: {args.out}")
+    return 0
+
+
+def _agreement(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmalign.progress import track
+    from mmalign.shapes.agreement import agreement, read_samples
+    from rewards import load_reward
+
+    rewards = {name: load_reward(name) for name in args.rewards.split(",")}
+    samples = read_samples(args.samples)
+    table = Table(title=f"agreement with the oracle on {len(samples.images)} pictures")
+    for column in ("reward", "correctness differs", "pairs", "equal, quality differs", "pairs"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    media = torch.from_numpy(samples.images).permute(0, 3, 1, 2)
+    for name, reward in rewards.items():
+        scores = []
+        with track(len(media), f"score {name}") as job:
+            for start in range(0, len(media), 64):
+                part = media[start : start + 64].float() / 255
+                scores.append(reward(part, prompts=samples.prompts[start : start + 64]))
+                job.advance(len(part))
+        values = torch.cat(scores).numpy() * (1 if reward.higher_is_better else -1)
+        found = agreement(name, values, samples)
+        table.add_row(
+            name, f"{100 * found.correctness:.1f} %", str(found.correctness_pairs),
+            f"{100 * found.quality:.1f} %", str(found.quality_pairs),
+        )  # fmt: skip
+    Console().print(table)
     return 0

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmalign.compare.stats import RESAMPLES
-from mmalign.config import StrictModel, load_schema
+from mmalign.config import Guidance, StrictModel, expand_short_forms, load_schema
 from mmalign.errors import UserError, did_you_mean
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -36,7 +36,7 @@ class SystemConfig(StrictModel):
     """what tables and folders call the system: letters, digits and . _ + -"""
     model: str
     """a model directory (full or LoRA), or a hub id 'organisation/name'"""
-    guidance: float | None = Field(None, ge=0)
+    guidance: Guidance | None = None
     """guidance scale of this system alone; null: that of the comparison"""
     trained_on: list[str] | None = None
     """rewards that it was trained on; null: read from the model's directory"""
@@ -70,7 +70,7 @@ class RewardEntry(StrictModel):
 class GuidanceControl(StrictModel):
     """The control "untouched baseline at its best guidance", chosen on prompts that are not the test's."""
 
-    guidances: list[float] = Field(min_length=2)
+    guidances: list[Guidance] = Field(min_length=2)
     """guidance scales to try"""
     prompts: str
     """validation prompts: a built-in name or a file"""
@@ -81,9 +81,9 @@ class GuidanceControl(StrictModel):
 
     @field_validator("guidances")
     @classmethod
-    def _usable(cls, guidances: list[float]) -> list[float]:
-        if min(guidances) < 0 or len(set(guidances)) != len(guidances):
-            raise ValueError(f"given {guidances}; allowed: different numbers of at least 0")
+    def _different(cls, guidances: list[float]) -> list[float]:
+        if len(set(guidances)) != len(guidances):
+            raise ValueError(f"given {guidances}; allowed: different numbers")
         return guidances
 
 
@@ -104,7 +104,7 @@ class CompareConfig(StrictModel):
     """every prompt is drawn once from each seed, by every system"""
     steps: int = Field(50, ge=1)
     """sampling steps"""
-    guidance: float = Field(7.5, ge=0)
+    guidance: Guidance = 7.5
     """classifier-free guidance scale; 1: none"""
     solver: Literal["ddim", "dpm++"] = "ddim"
     """sampler"""
@@ -155,7 +155,7 @@ def load_compare_config(path: str | Path, overrides: Sequence[str] = ()) -> Comp
     Raises:
         UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.
     """
-    return load_schema(CompareConfig, path, list(overrides), _expand_short_forms)
+    return load_schema(CompareConfig, path, list(overrides))
 
 
 def make_compare_config(**values: Any) -> CompareConfig:
@@ -165,18 +165,12 @@ def make_compare_config(**values: Any) -> CompareConfig:
         UserError: something in it is wrong.
     """
     given = {key: value for key, value in values.items() if value is not None}
-    _expand_short_forms(given)
+    expand_short_forms(given)
     try:
         return CompareConfig.model_validate(given)
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False))
         raise UserError("; ".join(fault.removeprefix(": ").replace("Value error, ", "") for fault in faults)) from None
-
-
-def _expand_short_forms(values: dict[str, Any]) -> None:
-    """Write `rewards: [clip]` in full, in place."""
-    if isinstance(values.get("rewards"), list):
-        values["rewards"] = [{"name": one} if isinstance(one, str) else one for one in values["rewards"]]
 
 
 def _no_duplicates(what: str, key: str, values: list[str]) -> None:

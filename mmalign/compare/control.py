@@ -21,6 +21,7 @@ from mmalign.compare.stats import summarise
 from mmalign.compare.systems import SystemFacts
 from mmalign.data.prompts import Prompt, load_prompts
 from mmalign.progress import note
+from mmalign.reward_checks import check_reward
 
 
 def run_control(
@@ -31,6 +32,9 @@ def run_control(
     Returns the control as a system, and the record of the sweep as results.json and the report show it.
     """
     prompts = load_prompts(control.prompts, control.limit)
+    entries = [entry for entry in config.rewards if entry.title in control.rewards]
+    for entry in entries:
+        check_reward(entry.name, entry.options, [prompt.text for prompt in prompts])
     overlap = len({prompt.text for prompt in prompts} & {prompt.text for prompt in test})
     if overlap:
         note(f"guidance control: {overlap} of the validation prompts are test prompts too, which favours the control")
@@ -39,7 +43,6 @@ def run_control(
     for guidance in control.guidances:
         candidate = _at_guidance(baseline, guidance)
         stores[candidate.name] = draw_system(config, candidate, prompts, folder, models)
-    entries = [entry for entry in config.rewards if entry.title in control.rewards]
     scores, facts = score_all(entries, stores, Path(config.output) / "cache")
     ranks = mean_ranks(scores, facts)
     best = control.guidances[int(np.argmin(ranks))]

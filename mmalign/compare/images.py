@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mmalign.data.images import encode_png
+from mmalign.files import write_atomically
 from mmalign.progress import track
 from mmalign.seeds import derive_seed
 
@@ -137,17 +137,6 @@ def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_
         finally:
             store.save()
     return wanted
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file beside its final place and rename it: a reader sees the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _read_manifest(path: Path) -> dict[str, str]:

@@ -16,9 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmalign.compare import report_plots, report_tables
-from mmalign.compare.images import write_atomically
 from mmalign.compare.results import Comparison, describe_delta
 from mmalign.compare.thumbnails import MAX_SIDE, choose_prompts, embed
+from mmalign.files import write_atomically
 
 _HERE = Path(__file__).parent
 _OUTCOMES = {

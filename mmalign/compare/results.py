@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.compare.images import write_atomically
 from mmalign.compare.scoring import RewardFacts, Scores
 from mmalign.compare.stats import RESAMPLES, Paired, category_rows, compare_paired, direction, summarise
 from mmalign.compare.systems import SystemFacts
 from mmalign.data.prompts import Prompt
+from mmalign.files import write_atomically
 
 CATEGORY_MISSING = "(none)"
 

@@ -29,13 +29,16 @@ from mmalign.compare.config import (
 )
 from mmalign.compare.control import run_control
 from mmalign.compare.draw import ModelHolder, draw_system
-from mmalign.compare.images import ImageStore, write_atomically
+from mmalign.compare.images import ImageStore
 from mmalign.compare.results import Comparison, build_results, write_results, write_scores
-from mmalign.compare.scoring import check_rewards, score_all
+from mmalign.compare.scoring import score_all
 from mmalign.compare.systems import SystemFacts, read_system
 from mmalign.config import dump_config
 from mmalign.data.prompts import load_prompts
+from mmalign.files import write_atomically
+from mmalign.precision import check_precision
 from mmalign.progress import note
+from mmalign.reward_checks import check_reward
 
 __all__ = [
     "CompareConfig",
@@ -65,8 +68,10 @@ def compare(config: CompareConfig) -> Outcome:
     """
     from mmalign.compare.report import write_report
 
+    check_precision(config.precision, key="precision")
     prompts = load_prompts(config.prompts, config.limit)
-    check_rewards(config.rewards)
+    for reward in config.rewards:
+        check_reward(reward.name, reward.options, [prompt.text for prompt in prompts])
     systems = _read_systems(config)
     output = Path(config.output)
     models = ModelHolder(config.precision)

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from mmalign.compare.config import RewardEntry
-from mmalign.compare.images import ImageStore, write_atomically
+from mmalign.compare.images import ImageStore
 from mmalign.errors import UserError
+from mmalign.files import write_atomically
 from mmalign.progress import track
+from mmalign.reward_checks import check_usable
 
 SCORE_CHUNK = 64
 """Images decoded and handed to a reward at once; the reward splits them further as its memory asks."""
@@ -49,13 +51,13 @@ class RewardScorer:
         """Load the reward.
 
         Raises:
-            UserError, RewardError: see `check_rewards`; or it cannot be loaded.
+            UserError, RewardError: see `check_reward`; or it cannot be loaded.
         """
         from rewards import Facts, load_reward
 
         self._reward = load_reward(entry.name, **entry.options)
         facts = Facts.of(self._reward)
-        _check_usable(facts, entry.name)
+        check_usable(facts, entry.name)
         self.facts = RewardFacts(
             label=entry.title,
             name=facts.name,
@@ -151,28 +153,6 @@ def score_all(
         finally:
             scorer.close()
     return scores, facts
-
-
-def check_rewards(entries: Sequence[RewardEntry]) -> None:
-    """Refuse rewards that compare cannot use before an image is drawn or a weight is read.
-
-    Raises:
-        UserError: one needs more than images and prompts, judges another kind of media, or depends on the batch.
-        RewardError: one does not exist, or cannot be imported.
-    """
-    from rewards import Facts, reward_class
-
-    for entry in entries:
-        _check_usable(Facts.of(reward_class(entry.name)), entry.name)
-
-
-def _check_usable(facts: Any, name: str) -> None:
-    if facts.modality != "image":
-        raise UserError(f"reward '{name}' judges {facts.modality}s; compare scores images")
-    if "references" in facts.needs:
-        raise UserError(f"reward '{name}' needs references; compare has only images and their prompts")
-    if not facts.batch_invariant:
-        raise UserError(f"reward '{name}' depends on the rest of its batch; give one that scores each image alone")
 
 
 def _items(store: ImageStore) -> list[tuple[Path, str]]:

@@ -17,11 +17,19 @@ import pyarrow as pa
 import torch
 
 from mmalign.data.images import decode_image
-from mmalign.data.parquet import ForwardReader, RowWriter, atomic_parquet, open_parquet, read_metadata
+from mmalign.data.parquet import (
+    ForwardReader,
+    RowWriter,
+    atomic_parquet,
+    iterate_columns,
+    open_parquet,
+    read_metadata,
+)
 from mmalign.data.source import missing_columns
 from mmalign.data.store import content_key
 from mmalign.data.transforms import uniform
 from mmalign.errors import UserError
+from mmalign.reward_checks import check_reward
 from mmalign.seeds import derive_seed
 
 SOURCE_COLUMNS = ("prompt", "prompt_id", "seed", "image", "model")
@@ -135,22 +143,19 @@ def parse_rewards(text: str) -> dict[str, float]:
     return weights
 
 
-def load_weighted_rewards(weights: Mapping[str, float], device: str | None = None) -> list[WeightedReward]:
-    """Load the rewards that decide.
+def load_weighted_rewards(
+    weights: Mapping[str, float], prompts: Sequence[str], device: str | None = None
+) -> list[WeightedReward]:
+    """Load the rewards that decide, after checking that all of them can score images of these prompts.
 
     Raises:
-        UserError: one does not score single images against prompts.
+        UserError, RewardError: see `mmalign.reward_checks.check_reward`.
     """
     from rewards import load_reward
 
-    loaded = [WeightedReward(name, weight, load_reward(name, device=device)) for name, weight in weights.items()]
-    for entry in loaded:
-        if entry.reward.modality != "image" or "references" in entry.reward.needs:
-            raise UserError(
-                f"reward '{entry.name}' scores {entry.reward.modality}s and needs "
-                f"{', '.join(sorted(entry.reward.needs)) or 'nothing else'}; labelling has single images and prompts"
-            )
-    return loaded
+    for name in weights:
+        check_reward(name, {}, prompts)
+    return [WeightedReward(name, weight, load_reward(name, device=device)) for name, weight in weights.items()]
 
 
 def find_images(source: str | Path) -> Path:
@@ -167,6 +172,17 @@ def find_images(source: str | Path) -> Path:
     if (path / "images.parquet").is_file():
         return path / "images.parquet"
     raise UserError(f"{path}: holds no images.parquet; make it with `mmalign pairs sample MODEL --out {path}`")
+
+
+def image_prompts(images: Path) -> list[str]:
+    """Return the distinct prompts of sampled images, in their order.
+
+    Raises:
+        UserError: `images` lacks a column.
+    """
+    _check_columns(images)
+    batches = (batch.column(0).to_pylist() for batch in iterate_columns(images, ("prompt",)))
+    return list(dict.fromkeys(text for batch in batches for text in batch))
 
 
 def label_pairs(
@@ -189,10 +205,7 @@ def label_pairs(
     """
     if not rewards:
         raise UserError("labelling needs at least one reward")
-    found = open_parquet(images).schema_arrow.names
-    lacking = [name for name in SOURCE_COLUMNS if name not in found]
-    if lacking:
-        raise missing_columns(str(images), lacking, found, "; give what `mmalign pairs sample` wrote")
+    _check_columns(images)
     counts = LabelCounts()
     metadata = {
         "rewards": [{"name": entry.name, "weight": entry.weight} for entry in rewards],
@@ -210,6 +223,13 @@ def label_pairs(
         if not counts.kept:
             raise UserError(f"{images}: no pair is left to write ({counts})")
     return counts
+
+
+def _check_columns(images: Path) -> None:
+    found = open_parquet(images).schema_arrow.names
+    lacking = [name for name in SOURCE_COLUMNS if name not in found]
+    if lacking:
+        raise missing_columns(str(images), lacking, found, "; give what `mmalign pairs sample` wrote")
 
 
 def _batches(images: Path, batch_size: int) -> Iterator[list[list[dict[str, Any]]]]:

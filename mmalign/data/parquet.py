@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmalign.errors import UserError
+from mmalign.files import replacing
 
 METADATA_KEY = b"mmalign"
 INDEX_BATCH = 8192
@@ -105,15 +105,9 @@ class RowWriter:
 @contextmanager
 def atomic_parquet(path: Path, schema: pa.Schema, metadata: Mapping[str, Any]) -> Iterator[RowWriter]:
     """Write a file beside its final place and rename it when all went well; a failure leaves nothing behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     described = schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
-    try:
-        # PNG and JPEG do not compress further; snappy on the text columns is cheap.
-        with pq.ParquetWriter(temporary, described, compression="snappy") as writer:
-            rows = RowWriter(writer, described)
-            yield rows
-            rows.flush()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # PNG and JPEG do not compress further; snappy on the text columns is cheap.
+    with replacing(path) as aside, pq.ParquetWriter(aside, described, compression="snappy") as writer:
+        rows = RowWriter(writer, described)
+        yield rows
+        rows.flush()

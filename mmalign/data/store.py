@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmalign.files import replacing
 from mmalign.progress import note
 
 SHARD_ROWS = 1024
@@ -67,15 +67,10 @@ class TensorStore:
         if not self._pending:
             return
         keys, rows = list(self._pending), list(self._pending.values())
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{content_key(*keys)}.safetensors"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        try:
-            save_file(stacked, temporary, metadata={"keys": json.dumps(keys)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as aside:
+            save_file(stacked, aside, metadata={"keys": json.dumps(keys)})
         self._pending, self._pending_bytes = {}, 0
         self._where.update({key: (path, row) for row, key in enumerate(keys)})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmalign.resources import find
 from mmalign.shapes import oracle
-from mmalign.shapes.language import parse
+from mmalign.shapes.language import PromptError, parse
 from mmalign.shapes.world import SIZE
 from rewards import Reward
 from rewards.clip import ClipReward
@@ -54,6 +54,18 @@ class ShapesCorrectness(OracleReward):
 
     name: ClassVar[str] = "shapes-correctness"
     needs = frozenset({"prompts"})
+
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[str]) -> None:
+        """Refuse prompts outside the grammar."""
+        faults = []
+        for prompt in prompts:
+            try:
+                parse(prompt)
+            except PromptError as error:
+                faults.append(error)
+        if faults:
+            raise RewardError(f"{cls.name} cannot score {len(faults)} of {len(prompts)} prompts: {faults[0]}")
 
     def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
         """Grade each picture against its prompt, in [0, 1]."""

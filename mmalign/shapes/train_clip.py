@@ -1,8 +1,10 @@
 """Train the Shapes CLIP contrastively and write it in open_clip's layout.
 
-Two things make a small contrastive model see what matters here: hard negatives (each caption comes with a version
-that is wrong in one thing: another colour, shape, count, relation or background) and a share of degraded pictures
-whose crisp twin is the better match, so that render quality is not invisible to it.
+What makes a small contrastive model see what matters here: every scene comes with a twin that differs in one thing
+(a shape, a colour, a count, a size, or which of the two is on the left), both in the same batch, each the other's hard
+negative; captions that are true of another picture by chance are no negatives of it; a linear probe, thrown away
+afterwards, must read from either embedding how many of each thing there are; and a share of pictures comes again,
+worse rendered, and has to fit less.
 """
 
 from __future__ import annotations
@@ -12,96 +14,154 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmalign.shapes.language import NUMBERS, Query, groups_of, split_of, write
+from mmalign.shapes.agreement import Samples, read_samples
+from mmalign.shapes.language import Query, groups_of, split_of, write
 from mmalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
 from mmalign.shapes.train_base import to_batch
 from mmalign.shapes.world import (
-    BACKGROUNDS,
     COLOURS,
     INVERSE,
     QUALITIES,
-    RELATIONS,
+    RADII,
     SHAPES,
+    Object,
     Quality,
+    Scene,
+    inside,
+    is_held_out,
+    place,
+    random_kind,
     render,
     sample_scene,
 )
 
 SEED = 21
+KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+COUNTS = 5
+"""None to four of a kind."""
 
 
-def wrong(rng: np.random.Generator, query: Query) -> Query:
-    """The same query with one thing changed: colour, shape, count, relation or background."""
-    kinds = ["colour", "shape", "shape", "count"]
-    kinds += ["relation"] * 2 * bool(query.relations) + ["background"] * bool(query.background)
-    kinds += ["swap"] * (len(query.groups) == 2)
-    kind, at = str(rng.choice(kinds)), int(rng.integers(len(query.groups)))
-    groups, group = list(query.groups), query.groups[at]
-    if kind == "relation":
-        ((a, relation, b),) = query.relations
-        other = (
-            INVERSE[relation] if rng.random() < 0.6 else str(rng.choice([r for r in RELATIONS[:4] if r != relation]))
-        )
-        return replace(query, relations=((a, other if other != relation else "left of", b),))
-    if kind == "background":
-        return replace(query, background=str(rng.choice([b for b in BACKGROUNDS if b != query.background])))
-    if kind == "swap":
-        first, second = groups
-        if first.colour != second.colour and first.shape != second.shape:
-            swapped = replace(first, colour=second.colour), replace(second, colour=first.colour)
-            return replace(query, groups=swapped)
-        kind = "shape"
-    if kind == "colour":
-        groups[at] = replace(group, colour=str(rng.choice([c for c in COLOURS if c != group.colour])))
-    elif kind == "shape":
-        groups[at] = replace(group, shape=str(rng.choice([s for s in SHAPES if s != group.shape])))
+def edit(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str]:
+    """The scene with one thing changed, and which: `shape`, `colour`, `size`, `count` or `order`.
+
+    Background and render quality stay, and no held-out combination is shown.
+    """
+    while True:
+        kinds = ["shape"] * 4 + ["colour"] * 2 + ["count"] * 3 + ["size"] + ["order"] * 5 * bool(scene.relation)
+        kind, at = str(rng.choice(kinds)), int(rng.integers(len(scene.objects)))
+        changed = _EDITS[kind](rng, scene, at)
+        if changed is None or not all(map(inside, changed.objects)) or is_held_out(changed):
+            continue
+        if all(np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius for a, b in combinations(changed.objects, 2)):
+            return changed, kind
+
+
+def _with(scene: Scene, at: int, **changes: Any) -> Scene:
+    objects = list(scene.objects)
+    objects[at] = replace(objects[at], **changes)
+    return replace(scene, objects=tuple(objects))
+
+
+def _other(rng: np.random.Generator, choices: Any, not_this: str) -> str:
+    return str(rng.choice([c for c in choices if c != not_this]))
+
+
+def _other_shape(rng: np.random.Generator, scene: Scene, at: int) -> Scene:
+    return _with(scene, at, shape=_other(rng, SHAPES, scene.objects[at].shape))
+
+
+def _other_colour(rng: np.random.Generator, scene: Scene, at: int) -> Scene:
+    return _with(scene, at, colour=_other(rng, COLOURS, scene.objects[at].colour))
+
+
+def _other_size(rng: np.random.Generator, scene: Scene, at: int) -> Scene:
+    size = _other(rng, RADII, scene.objects[at].size)
+    return _with(scene, at, size=size, radius=float(rng.uniform(*RADII[size])))
+
+
+def _other_count(rng: np.random.Generator, scene: Scene, at: int) -> Scene | None:
+    objects: list[Object] | tuple[Object, ...] | None = list(scene.objects)
+    if len(scene.objects) == 4 or (len(scene.objects) > 1 and rng.random() < 0.5):
+        objects = scene.objects[:at] + scene.objects[at + 1 :]
     else:
-        count = int(rng.choice([n for n in range(1, len(NUMBERS) + 1) if n != group.count]))
-        groups[at] = replace(group, count=count)
-    return replace(query, groups=tuple(groups))
+        kinds = [(thing.shape, thing.colour, thing.size) for thing in scene.objects]
+        objects = place(rng, [*kinds, kinds[at] if rng.random() < 0.5 else random_kind(rng)])
+    return None if objects is None else replace(scene, objects=tuple(objects), relation=None)
+
+
+def _other_order(rng: np.random.Generator, scene: Scene, at: int) -> Scene | None:
+    assert scene.relation is not None
+    (first, second), (a, relation, b) = scene.objects, scene.relation
+    if relation == "next to":
+        return None
+    objects = replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y)
+    return replace(scene, objects=objects, relation=(a, INVERSE[relation], b))
+
+
+_EDITS: dict[str, Callable[[np.random.Generator, Scene, int], Scene | None]] = {
+    "shape": _other_shape, "colour": _other_colour, "size": _other_size,
+    "count": _other_count, "order": _other_order,
+}  # fmt: skip
+
+
+def _wording(seed: list[int], scene: Scene, kind: str) -> str:
+    """A training caption of everything in the scene; the same seed words a scene and its twin alike."""
+    rng = np.random.default_rng(seed)
+    groups = groups_of(scene, rng, size_named=1.0 if kind == "size" else 0.25)
+    named = scene.relation is not None and len(groups) == 2 and (kind == "order" or rng.random() < 0.9)
+    relations = (scene.relation,) if named and scene.relation is not None else ()
+    query = Query(groups, relations, scene.background if rng.random() < 0.35 else None)
+    while True:
+        text = write(rng, query)
+        if split_of(text) == "train":
+            return text
 
 
 class ClipCorpus(NamedTuple):
-    """Pictures and their worse rendered twins `[N, 64, 64, 3]`, captions `[N * W]` and wrong captions `[N * W]`."""
+    """Scenes with their twins `[N, 2, 64, 64, 3]`, the scenes worse rendered `[N, 64, 64, 3]`, `N * W * 2` captions
+    in that order, and how many of each of :data:`KINDS` there are, `[N, 2, 48]`."""
 
     images: np.ndarray
-    twins: np.ndarray
+    worse: np.ndarray
     captions: list[str]
-    negatives: list[str]
+    contents: np.ndarray
 
 
 def _chunk(arguments: tuple[int, int, int, int]) -> ClipCorpus:
     seed, index, count, wordings = arguments
     rng = np.random.default_rng([seed, index])
-    images, twins, captions, negatives = [], [], [], []
-    for _ in range(count):
-        scene = sample_scene(rng, crisp=0.7)
-        worse = Quality(str(rng.choice(QUALITIES[1:])), float(rng.random()))
-        images.append(render(scene))
-        twins.append(render(replace(scene, quality=worse)))
-        for _ in range(wordings):
-            groups = groups_of(scene, rng)
-            relations = (scene.relation,) if scene.relation is not None and len(groups) == 2 else ()
-            query = Query(groups, relations, scene.background if rng.random() < 0.35 else None)
-            captions.append(_training_wording(rng, query))
-            negatives.append(_training_wording(rng, wrong(rng, query)))
-    return ClipCorpus(np.stack(images), np.stack(twins), captions, negatives)
+    images: list[list[np.ndarray]] = []
+    worse, captions, contents = [], [], []
+    while len(images) < count:
+        scene = sample_scene(rng, crisp=0.6)
+        twin, kind = edit(rng, scene)
+        seeds = [[seed, index, len(images), w] for w in range(wordings)]
+        texts = [(_wording(s, scene, kind), _wording(s, twin, kind)) for s in seeds]
+        if any(a == b for a, b in texts):  # a change that the captions do not tell, such as one size of two
+            continue
+        quality = Quality(str(rng.choice(QUALITIES[1:])), float(rng.random()))
+        images.append([render(scene), render(twin)])
+        worse.append(render(replace(scene, quality=quality)))
+        captions += [text for pair in texts for text in pair]
+        contents.append([_content(scene), _content(twin)])
+    return ClipCorpus(np.array(images), np.array(worse), captions, np.array(contents))
 
 
-def _training_wording(rng: np.random.Generator, query: Query) -> str:
-    while True:
-        text = write(rng, query)
-        if split_of(text) == "train":
-            return text
+def _content(scene: Scene) -> np.ndarray:
+    found = [KINDS.index((thing.colour, thing.shape)) for thing in scene.objects]
+    return np.bincount(found, minlength=len(KINDS)).astype(np.uint8)
 
 
 def build_clip_corpus(count: int, *, seed: int = SEED, wordings: int = 3, workers: int = 2) -> ClipCorpus:
@@ -109,16 +169,16 @@ def build_clip_corpus(count: int, *, seed: int = SEED, wordings: int = 3, worker
     jobs = [(seed, i, min(1000, count - i * 1000), wordings) for i in range(-(-count // 1000))]
     with ProcessPoolExecutor(workers) as pool:
         parts = list(pool.map(_chunk, jobs))
-    images, twins = (np.concatenate([getattr(p, name) for p in parts]) for name in ("images", "twins"))
-    return ClipCorpus(images, twins, [c for p in parts for c in p.captions], [c for p in parts for c in p.negatives])
+    images, worse, contents = (np.concatenate([getattr(p, n) for p in parts]) for n in ("images", "worse", "contents"))
+    return ClipCorpus(images, worse, [c for p in parts for c in p.captions], contents)
 
 
 def open_clip_config(vocabulary: int, end_token: int) -> dict[str, Any]:
-    """Model and preprocessing of the Shapes CLIP: a ViT on 8-pixel patches, about 1.7 M parameters."""
+    """Model and preprocessing of the Shapes CLIP: a small ResNet and a text transformer, about 3 M parameters."""
     return {
         "model_cfg": {
             "embed_dim": 128,
-            "vision_cfg": {"image_size": 64, "layers": 5, "width": 128, "head_width": 32, "patch_size": 8},
+            "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 24, "head_width": 64},
             "text_cfg": {
                 "context_length": MAX_LENGTH, "vocab_size": vocabulary, "width": 128, "heads": 4, "layers": 3,
                 "hf_tokenizer_name": "shapes", "eos_id": end_token, "pool_type": "eos",
@@ -132,37 +192,107 @@ def open_clip_config(vocabulary: int, end_token: int) -> dict[str, Any]:
 
 
 def train_clip(
-    out: Path, *, scenes: int = 40_000, steps: int = 4000, batch_size: int = 96, log: Callable[[str], None] = print
+    out: Path,
+    *,
+    scenes: int = 50_000,
+    steps: int = 5000,
+    samples: Path | None = None,
+    preference_steps: int = 1200,
+    start: Path | None = None,
+    batch_size: int = 48,
+    log: Callable[[str], None] = print,
 ) -> None:
-    """Train from scratch and write `out` in open_clip's layout, half precision. About 15 minutes on two CPU cores."""
+    """Train from scratch and write `out` in open_clip's layout, half precision.
+
+    With `samples` (what `mmalign pairs sample` wrote) a second stage follows: as PickScore was made from CLIP, the
+    model learns which of two generated pictures shows its prompt better, the oracle in place of people. `start` goes
+    on from the weights of an earlier run, and the first stage is left out. `batch_size` is in scenes: each brings its
+    twin, and every fourth its worse rendered picture; in the second stage it is in pairs.
+    """
     import open_clip
 
     tokenizer = build_tokenizer(out)
     config = open_clip_config(len(tokenizer), tokenizer.eos_token_id)
-    corpus = build_clip_corpus(scenes)
-    log(f"corpus of {scenes} scenes drawn")
     torch.manual_seed(SEED)
-    model = open_clip.CLIP(**config["model_cfg"]).train()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
-    tokens = torch.tensor(
-        tokenizer(corpus.captions, padding="max_length", truncation=True).input_ids, dtype=torch.int16
-    )
-    wrongs = torch.tensor(
-        tokenizer(corpus.negatives, padding="max_length", truncation=True).input_ids, dtype=torch.int16
-    )
-    rng, wordings, start = np.random.default_rng(SEED), len(corpus.captions) // scenes, time.time()
+    model = open_clip.CLIP(**config["model_cfg"]).to(memory_format=torch.channels_last)
+    encode = partial(tokenizer, padding="max_length", truncation=True)
+    if start is None:
+        corpus = build_clip_corpus(scenes)
+        log(f"corpus of {scenes} scenes and their twins drawn")
+        _learn_scenes(model, corpus, encode, steps, batch_size, log)
+    else:
+        model.load_state_dict(load_file(start / "open_clip_model.safetensors"))
+    if samples is not None:
+        _learn_preferences(model, read_samples(samples), encode, preference_steps, batch_size, log)
+    state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, out / "open_clip_model.safetensors")
+    (out / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _learn_scenes(
+    model: Any, corpus: ClipCorpus, encode: Callable[..., Any], steps: int, batch_size: int, log: Callable[[str], None]
+) -> None:
+    """First stage: contrastive, on drawn scenes and their twins."""
+    scenes = len(corpus.images)
+    probe = torch.nn.Linear(model.visual.output_dim, len(KINDS) * COUNTS)
+    tokens = torch.tensor(encode(corpus.captions).input_ids, dtype=torch.int16).view(scenes, -1, 2, MAX_LENGTH)
+    rng = np.random.default_rng(SEED)
+
+    def loss_of(_: int) -> tuple[Tensor, str]:
+        index = rng.permutation(scenes)[:batch_size]
+        media = np.concatenate([corpus.images[index].reshape(-1, *corpus.images.shape[2:]), corpus.worse[index[::4]]])
+        words = tokens[index, rng.integers(tokens.shape[1], size=batch_size)].flatten(0, 1).long()
+        contents = torch.from_numpy(corpus.contents[index]).flatten(0, 1).long()
+        images, texts = _embed(model, media, words)
+        loss = contrastive_loss(images, texts, contents, model.logit_scale.exp())
+        loss = loss + 0.1 * (probe_loss(probe(images[: len(texts)]), contents) + probe_loss(probe(texts), contents))
+        return loss, f"twins told apart {twin_accuracy(images, texts):.2f}"
+
+    _train(model, [*model.parameters(), *probe.parameters()], loss_of, steps, 1e-3, log)
+
+
+def _learn_preferences(
+    model: Any, samples: Samples, encode: Callable[..., Any], steps: int, batch_size: int, log: Callable[[str], None]
+) -> None:
+    """Second stage: which of two generated pictures of a prompt is better, by correctness or, where equal, quality."""
+    pairs, equal = samples.pairs(), samples.quality_pairs()
+    log(f"{len(samples.images)} pictures, {len(pairs)} pairs by correctness, {len(equal)} by quality")
+    tokens = torch.tensor(encode(samples.prompts).input_ids, dtype=torch.int16)
+    rng = np.random.default_rng(SEED)
+
+    def loss_of(_: int) -> tuple[Tensor, str]:
+        drawn = [rng.choice(pairs, batch_size * 3 // 4)]
+        drawn += [rng.choice(equal, batch_size // 4)] if len(equal) else []
+        index = np.concatenate(drawn)
+        images, texts = _embed(model, samples.images[index.T.ravel()], tokens[index[:, 0]].long())
+        better, worse = (F.cosine_similarity(side, texts) for side in images.chunk(2))
+        margin = model.logit_scale.exp() * (better - worse)
+        return F.softplus(-margin).mean(), f"pairs told apart {(margin > 0).float().mean().item():.2f}"
+
+    _train(model, list(model.parameters()), loss_of, steps, 3e-4, log)
+
+
+def _embed(model: Any, media: np.ndarray, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Embed pictures `[B, 64, 64, 3]` and token ids `[C, T]`, in bfloat16 as in train_base; returned in float32."""
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        pixels = to_batch(media).contiguous(memory_format=torch.channels_last)
+        return model.encode_image(pixels).float(), model.encode_text(words).float()
+
+
+def _train(
+    model: Any,
+    parameters: list[torch.nn.Parameter],
+    loss_of: Callable[[int], tuple[Tensor, str]],
+    steps: int,
+    rate: float,
+    log: Callable[[str], None],
+) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, foreach=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
+    start = time.time()
     for step in range(steps):
-        index = rng.integers(scenes, size=batch_size)
-        text = index * wordings + rng.integers(wordings, size=batch_size)
-        twin = index[: batch_size // 4]
-        media = to_batch(np.concatenate([corpus.images[index], corpus.twins[twin]]))
-        words = torch.cat([tokens[text], wrongs[text]]).long()
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # as in train_base
-            images, texts = model.encode_image(media), model.encode_text(words)
-        images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
-        loss = contrastive_loss(images, texts, model.logit_scale.exp(), batch_size)
+        loss, said = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -171,24 +301,33 @@ def train_clip(
         with torch.no_grad():
             model.logit_scale.clamp_(0, np.log(100))
         if step % 100 == 0 or step == steps - 1:
-            log(f"clip step {step}/{steps} loss {loss.item():.4f} {time.time() - start:.0f} s")
-    state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-    save_file(state, out / "open_clip_model.safetensors")
-    (out / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+            log(f"step {step}/{steps} loss {loss.item():.3f} {said} {time.time() - start:.0f} s")
 
 
-def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, count: int) -> torch.Tensor:
-    """Symmetric InfoNCE with each picture's wrong caption among its candidates, plus crisp above its worse twin.
+def contrastive_loss(images: Tensor, texts: Tensor, contents: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE over scenes and their twins, plus each picture above its worse rendered self.
 
-    images: `[B + B // 4, D]` unit, the twins of the first quarter last; texts: `[2B, D]` unit, the wrong ones last.
+    images: `[2B + B / 4, D]`, scene and twin in turn, the worse pictures of every fourth scene last; texts: `[2B, D]`;
+    contents: `[2B, 48]`. A caption of another scene with the same contents is likely true as well: no negative.
     """
-    own, labels = images[:count], torch.arange(count)
-    to_captions = scale * own @ texts[:count].T
-    to_wrong = scale * (own * texts[count:]).sum(1, keepdim=True)
-    loss = 0.5 * F.cross_entropy(torch.cat([to_captions, to_wrong], 1), labels) + 0.5 * F.cross_entropy(
-        to_captions.T, labels
-    )
-    loss = loss + 0.5 * F.softplus(to_wrong.squeeze(1) - to_captions.diagonal()).mean()
-    quarter = len(images) - count
-    worse = scale * (images[count:] * texts[:quarter]).sum(1)
-    return loss + 0.1 * F.softplus(worse - to_captions.diagonal()[:quarter]).mean()
+    images, texts, count = F.normalize(images, dim=-1), F.normalize(texts, dim=-1), len(texts)
+    logits, labels = scale * images @ texts.T, torch.arange(count)
+    same = (contents[:, None] == contents[None]).all(-1) & (labels[:, None] // 2 != labels[None] // 2)
+    pairs = logits[:count].masked_fill(same, -torch.inf)
+    loss = 0.5 * (F.cross_entropy(pairs, labels) + F.cross_entropy(pairs.T, labels))
+    worse = logits[count:].gather(1, labels[::8, None]).squeeze(1)
+    return loss + 0.1 * F.softplus(worse - logits.diagonal()[::8]).mean()
+
+
+def twin_accuracy(images: Tensor, texts: Tensor) -> float:
+    """How often a caption fits its own picture better than its twin's."""
+    images = F.normalize(images[: len(texts)], dim=-1).view(-1, 2, images.shape[-1])
+    fit = images @ F.normalize(texts, dim=-1).view_as(images).mT  # [B, picture, caption]
+    own = fit.diagonal(dim1=-2, dim2=-1)
+    return (own > fit.flip(1).diagonal(dim1=-2, dim2=-1)).float().mean().item()
+
+
+def probe_loss(logits: Tensor, contents: Tensor) -> Tensor:
+    """Cross-entropy of the number of each kind, summed over kinds. logits: `[B, 48 * 5]`; contents: `[B, 48]`."""
+    logits = logits.view(*contents.shape, COUNTS)
+    return F.cross_entropy(logits.flatten(0, 1), contents.flatten(), reduction="sum") / len(contents)

@@ -222,10 +222,10 @@ def _compose(rng: np.random.Generator, crisp: float) -> Scene | None:
     kind = rng.choice(["single", "count", "two", "relation", "many"], p=[0.28, 0.24, 0.16, 0.24, 0.08])
     relation = None
     if kind == "count":
-        kinds = [_random_kind(rng)] * int(rng.integers(2, 5))
+        kinds = [random_kind(rng)] * int(rng.integers(2, 5))
     else:
         number = {"single": 1, "two": 2, "relation": 2, "many": int(rng.integers(3, 5))}[str(kind)]
-        kinds = [_random_kind(rng) for _ in range(number)]
+        kinds = [random_kind(rng) for _ in range(number)]
         if len({k[:2] for k in kinds}) < number:
             return None
     if kind == "relation":
@@ -239,8 +239,15 @@ def _compose(rng: np.random.Generator, crisp: float) -> Scene | None:
     return Scene(objects, str(rng.choice(list(BACKGROUNDS))), relation, quality, int(rng.integers(2**31)))
 
 
-def _random_kind(rng: np.random.Generator) -> tuple[str, str, str]:
+def random_kind(rng: np.random.Generator) -> tuple[str, str, str]:
+    """(shape, colour, size), each equally likely."""
     return str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), str(rng.choice(list(RADII)))
+
+
+def inside(thing: Object) -> bool:
+    """Whether the whole shape lies in the picture, with the margin that :func:`place` keeps."""
+    low = _MARGIN + 1.1 * thing.radius
+    return low <= thing.x <= SIZE - low and low <= thing.y <= SIZE - low
 
 
 def place(

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from mmalign.config import dump_config, load_config, load_with_tree
-from mmalign.config_files import list_configs, parse_value, read_tree
+from mmalign.config_files import flatten, list_configs, parse_value, read_tree
 from mmalign.errors import UserError
 
 RECIPE = """\
@@ -306,6 +306,10 @@ def test_the_dumped_config_reads_back_to_the_same_run(recipe: Path, tmp_path: Pa
     dumped.write_text(dump_config(config))
     assert load_config(dumped) == config
     assert yaml.safe_load(dumped.read_text())["trainer"]["checkpoint_every"] == 500
+
+
+def test_flatten_keeps_plain_lists_and_empty_mappings() -> None:
+    assert flatten({"a": {"b": [1, 2], "c": {}}, "d": [{"e": 1}]}) == {"a.b": [1, 2], "a.c": {}, "d.0.e": 1}
 
 
 def test_origins(recipe: Path) -> None:

@@ -91,6 +91,10 @@ GIVEN = ["a", "b", "--prompts", "p", "--rewards", "r", "--out", "o"]
         ([*GIVEN, "--rewards", "r,r"], "r occurs more than once"),
         ([*GIVEN, "--guidance-control", "1,2"], "--control-prompts"),
         ([*GIVEN, "--seeds", "1,1"], "different whole numbers"),
+        ([*GIVEN, "--guidance", "-1"], "guidance: Input should be greater than or equal to 0"),
+        ([*GIVEN, "--guidance", "inf"], "guidance: Input should be a finite number"),
+        ([*GIVEN, "--guidance-control=-1,2", "--control-prompts", "v"], "greater than or equal to 0"),
+        ([*GIVEN, "--guidance-control", "2,2", "--control-prompts", "v"], "different numbers"),
     ],
 )
 def test_faults_of_the_command_line(arguments: list[str], message: str) -> None:
@@ -101,10 +105,11 @@ def test_faults_of_the_command_line(arguments: list[str], message: str) -> None:
 
 def test_faults_of_the_file_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
-    path.write_text("systems: []\npromts: x\nrewards: [clip]\noutput: o\nsteps: many\n")
+    path.write_text("systems: []\npromts: x\nrewards: [clip]\noutput: o\nsteps: many\nguidance: .inf\n")
     with pytest.raises(UserError) as caught:
         load_compare_config(path)
     text = str(caught.value)
+    assert "guidance: given" in text and "a finite number" in text
     assert "did you mean 'prompts'" in text
     assert "steps" in text and "many" in text
 

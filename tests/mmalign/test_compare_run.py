@@ -21,6 +21,7 @@ from mmalign.compare.control import mean_ranks
 from mmalign.compare.images import ImageStore, Sampling, noise_seed
 from mmalign.compare.run import compare
 from mmalign.errors import UserError
+from rewards import RewardError
 
 REWARDS = '''
 from rewards import Reward
@@ -248,10 +249,30 @@ def test_a_store_adopts_only_images_made_in_the_same_way(tmp_path: Path) -> None
 def test_unusable_rewards_are_refused_before_anything_is_drawn(room: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs references"):
         compare(config_of(room, tmp_path, rewards=["tiny_compare_rewards:Similar"]))
-    assert not (tmp_path / "images").exists()
+    with pytest.raises(RewardError, match="has no option 'gain'; allowed: batch_size, device, dtype"):
+        compare(
+            config_of(room, tmp_path, rewards=[{"name": "tiny_compare_rewards:Brightness", "options": {"gain": 2}}])
+        )
+    with pytest.raises(RewardError, match="shapes-strict cannot score 1 of 3 prompts: Shapes cannot read 'script'"):
+        compare(config_of(room, tmp_path, rewards=["shapes-strict"]))
+    (tmp_path / "validation.txt").write_text("a green square\nfour lazy dogs\n")
+    (tmp_path / "test.txt").write_text("a red circle\n")
+    control = {"guidances": [1.0, 2.0], "prompts": str(tmp_path / "validation.txt"), "rewards": ["shapes-strict"]}
+    prompts = str(tmp_path / "test.txt")
+    with pytest.raises(RewardError, match="cannot score 1 of 2 prompts: Shapes cannot read .*'four lazy dogs'"):
+        compare(config_of(room, tmp_path, rewards=["shapes-strict"], prompts=prompts, guidance_control=control))
+    assert not (tmp_path / "images").exists() and not (tmp_path / "control").exists()
     with pytest.raises(UserError, match="gave nan for .*0000-0.png"):
         compare(config_of(room, tmp_path, rewards=["tiny_compare_rewards:Broken"], limit=1))
     assert not (tmp_path / "results.json").exists()
+
+
+def test_half_precision_on_a_cpu_is_refused_at_once(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="^precision: fp16 needs a GPU"):
+        compare(config_of(room, tmp_path, precision="fp16"))
 
 
 def test_the_command_line_prints_the_table(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

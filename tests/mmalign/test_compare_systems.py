@@ -1,4 +1,4 @@
-"""What is read from model directories: fingerprints, the rewards of the training, its configuration and curves."""
+"""What is read from model directories: the rewards of the training, its configuration and curves."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pytest
 import yaml
 
-from mmalign.compare.systems import find_trained_on, fingerprint, flatten, read_curves, read_system
+from mmalign.compare.systems import find_trained_on, read_curves, read_system
 from mmalign.data.parquet import atomic_parquet
-from mmalign.errors import UserError
 
 
-def fake_model(folder: Path, weights: bytes = b"weights", **config: Any) -> Path:
+def fake_model(folder: Path, **config: Any) -> Path:
     (folder / "unet").mkdir(parents=True)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "P", "unet": ["diffusers", "U"]}))
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(weights)
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
     if config:
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -28,36 +27,6 @@ def fake_pairs(path: Path, metadata: dict[str, Any]) -> Path:
     with atomic_parquet(path, pa.schema([("caption", pa.string())]), metadata) as rows:
         rows.add({"caption": "x"})
     return path
-
-
-def test_a_fingerprint_is_that_of_the_model_and_not_of_its_folder(tmp_path: Path) -> None:
-    first = fingerprint(str(fake_model(tmp_path / "a")))
-    second = fake_model(tmp_path / "b")
-    (second / "metrics.jsonl").write_text("{}")
-    (second / "checkpoints").mkdir()
-    (second / "checkpoints" / "weights.safetensors").write_bytes(b"other")
-    assert fingerprint(str(second)) == first and len(first) == 32
-    assert fingerprint(str(fake_model(tmp_path / "c", b"tuned"))) != first
-
-
-def test_an_adapter_counts_together_with_its_base(tmp_path: Path) -> None:
-    prints = []
-    for name, base_weights, weights in (("1", b"x", b"lora"), ("2", b"x", b"LORA"), ("3", b"y", b"lora")):
-        base = fake_model(tmp_path / f"base{name}", base_weights)
-        adapter = tmp_path / f"adapter{name}"
-        adapter.mkdir()
-        (adapter / "pytorch_lora_weights.safetensors").write_bytes(weights)
-        (adapter / "mmalign.json").write_text(json.dumps({"base_model": str(base)}))
-        prints.append(fingerprint(str(adapter)))
-    assert len(set(prints)) == 3
-
-
-@pytest.mark.parametrize("files", [[], ["pytorch_lora_weights.safetensors"]])
-def test_what_is_no_model_is_refused(tmp_path: Path, files: list[str]) -> None:
-    for name in files:
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UserError, match="base_model" if files else "neither a diffusers model"):
-        fingerprint(str(tmp_path))
 
 
 def test_trained_on_comes_from_config_pairs_and_ancestors(tmp_path: Path) -> None:
@@ -90,7 +59,3 @@ def test_curves_and_configuration(tmp_path: Path) -> None:
         "method.name": "sft",
         "rewards.0.name": "clip",
     }
-
-
-def test_flatten_keeps_plain_lists_and_empty_mappings() -> None:
-    assert flatten({"a": {"b": [1, 2], "c": {}}, "d": [{"e": 1}]}) == {"a.b": [1, 2], "a.c": {}, "d.0.e": 1}

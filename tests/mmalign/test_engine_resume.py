@@ -129,6 +129,17 @@ def test_another_recipe_or_other_data_is_refused_by_name(world: dict[str, Any], 
     assert (output / "metrics.jsonl").read_text() == before
 
 
+def test_a_base_model_trained_anew_under_its_old_path_is_noticed(world: dict[str, Any], tmp_path: Path) -> None:
+    model = shutil.copytree(world["sd"], tmp_path / "model")
+    output = train(run_config(str(model), world["pairs"], tmp_path / "out"))
+    changes = {"steps": 5}
+    (model / "metrics.jsonl").write_text("{}")  # beside the model, no part of it
+    assert train(run_config(str(model), world["pairs"], output, **changes)) == output
+    build_tiny_sd(model, seed=1)
+    with pytest.raises(UserError, match=r"model.content was [0-9a-f]{32}, now [0-9a-f]{32}"):
+        train(run_config(str(model), world["pairs"], output, **changes))
+
+
 def test_a_run_may_go_on_longer_and_be_watched_otherwise(world: dict[str, Any], tmp_path: Path) -> None:
     output = train(run_config(world["sd"], world["pairs"], tmp_path / "out"))
     first = losses(output)
@@ -137,6 +148,8 @@ def test_a_run_may_go_on_longer_and_be_watched_otherwise(world: dict[str, Any], 
     train(run_config(world["sd"], moved, output, **changes))
     assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6]
     assert {step: losses(output)[step] for step in first} == first
+    with pytest.raises(UserError, match=r"trainer.warmup, in steps was 0, now 3"):
+        train(run_config(world["sd"], moved, output, **{**changes, "warmup": 0.5}))
     whole = train(run_config(world["sd"], world["pairs"], tmp_path / "whole", steps=6))
     assert losses(output)[6] == pytest.approx(losses(whole)[6], rel=1e-3)
 

@@ -137,15 +137,38 @@ def test_adapter_directory_and_scale(model, adapter, tmp_path, capsys):
         ("a ring", ["--seeds", "1,1"], "seeds must be different"),
         ("a ring", ["--steps", "0"], "'0' is no whole number above 0"),
         ("a ring", ["--eta", "2"], "must lie between 0 and 1"),
+        ("a ring", ["--guidance", "-1"], "--guidance -1.0: must be a number of at least 0"),
+        ("a ring", ["--guidance", "nan"], "--guidance nan: must be a number of at least 0"),
+        ("a ring", ["--precision", "fp16"], "--precision: fp16 needs a GPU"),
         ("a ring", ["--eta", "1", "--solver", "dpm++"], "needs --solver ddim"),
         ("a ring", ["--adapter", "no/adapter"], "no such file or directory"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(model, tmp_path, capsys, prompts, options, message):
+def test_wrong_input_is_one_line_and_exit_code_2(model, tmp_path, capsys, monkeypatch, prompts, options, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["generate", model, "--prompts", prompts, "--out", str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.jsonl", '{"file_name": "cat.png", "text": "a cat"}\n'),
+        ("metadata.jsonl", '{"file": "cat.png", "prompt": "a cat"}\n'),
+        ("metadata.jsonl", '["00000-0.png"]\n'),
+        ("metadata.jsonl", "17\n"),
+        ("generate.json", "[1]"),
+        ("generate.json", "{"),
+    ],
+)
+def test_what_somebody_else_wrote_is_not_written_over(model, tmp_path, capsys, name, content):
+    (tmp_path / name).write_text(content)
+    assert generate(model, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / name) in error and "choose another --out" in error and error.count("\n") == 1
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
 
 
 def test_missing_model_and_one_word_prompt(model, tmp_path, capsys):

@@ -15,7 +15,7 @@ from tiny_models import build_tiny_sd
 
 from mmalign.cli import main
 from mmalign.config import DataConfig
-from mmalign.data import build
+from mmalign.data import build, labelling
 from mmalign.data.build import SCHEMA, SampleSettings, prompt_id, sample_images
 from mmalign.data.images import decode_image, encode_png
 from mmalign.data.labelling import LabelSettings, WeightedReward, find_images, label_pairs, parse_rewards
@@ -277,3 +277,15 @@ def test_sample_and_label_on_the_command_line(model, tmp_path, capsys):
     assert "holds no images.parquet" in capsys.readouterr().err
     assert main(["pairs", "label", str(tmp_path / "s"), "--reward", "clipp", "--out", out]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_prompts_that_a_reward_cannot_read_are_told_before_an_image_is_scored(tmp_path, capsys, monkeypatch):
+    written_images(tmp_path / "images.parquet", {"a red circle": [0.2, 0.8], "a lazy dog": [0.2, 0.8]})
+    monkeypatch.setattr(labelling, "label_pairs", lambda *a, **k: pytest.fail("scored what cannot be labelled"))
+    out = str(tmp_path / "pairs.parquet")
+    assert main(["pairs", "label", str(tmp_path), "--reward", "shapes-quality,shapes-correctness", "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "shapes-correctness cannot score 1 of 2 prompts: Shapes cannot read 'lazy' in the prompt 'a lazy dog'" in error
+    )
+    assert error.count("\n") == 1

@@ -75,12 +75,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         ("trainer.batch_size=100", ["12 pairs", "100"]),
         ("rewards=[{name: clip}]", ["takes no rewards"]),
         ("data.prompts=prompts.txt", ["exclude each other"]),
+        ("evaluate={prompts: gone.txt, every: 2, rewards: [shapes-quality]}", ["gone.txt"]),
+        ("evaluate={prompts: LAZY, every: 2, rewards: [shapes-strict]}", ["cannot score 1 of 1 prompts", "'lazy'"]),
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])
 def test_a_mistake_is_one_line_with_exit_code_2(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, words: list[str], dry: bool
 ) -> None:
+    (tmp_path / "lazy.txt").write_text("a lazy dog\n")
+    change = change.replace("LAZY", str(tmp_path / "lazy.txt"))
     assert main(["train", str(recipe), change, *(["--dry-run"] if dry else [])]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from pipelines import PipelineError, load_generator
+from pipelines import PipelineError, fingerprint_model, load_generator
 from pipelines.attention import inspect_attention, set_attention
 
 
@@ -81,6 +81,53 @@ def test_an_incomplete_model_has_no_fingerprint(model: Path) -> None:
         _ = generator.text_id
 
 
+def test_a_fingerprint_is_that_of_the_model_and_not_of_its_folder(model: Path, tiny_paths: dict[str, str]) -> None:
+    original = fingerprint_model(tiny_paths["sd15"])
+    (model / "metrics.jsonl").write_text("{}")
+    (model / "checkpoints").mkdir()
+    (model / "checkpoints" / "weights.safetensors").write_bytes(b"other")
+    edit(model / "model_index.json", _diffusers_version="9.9", _name_or_path="elsewhere")
+    edit(model / "scheduler" / "scheduler_config.json", _diffusers_version="9.9")
+    assert fingerprint_model(model) == original and len(original) == 32
+    prints = {original}
+    edit(model / "scheduler" / "scheduler_config.json", beta_end=0.02)
+    prints.add(fingerprint_model(model))
+    edit(model / "tokenizer" / "vocab.json", extra=999)
+    prints.add(fingerprint_model(model))
+    edit(model / "model_index.json", force_zeros_for_empty_prompt=True)
+    prints.add(fingerprint_model(model))
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    prints.add(fingerprint_model(model))
+    assert len(prints) == 5
+
+
+def test_an_adapter_counts_together_with_its_base(model: Path, tiny_paths: dict[str, str], tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    weights = adapter / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(b"lora")
+    (adapter / "mmalign.json").write_text(json.dumps({"base_model": str(model)}))
+    prints = [fingerprint_model(model), fingerprint_model(adapter)]
+    assert fingerprint_model(model, adapter=adapter) == fingerprint_model(model, adapter=weights) == prints[1]
+    weights.write_bytes(b"LORA!")
+    prints.append(fingerprint_model(adapter))
+    (adapter / "mmalign.json").write_text(json.dumps({"base_model": tiny_paths["sd2"]}))
+    prints.append(fingerprint_model(adapter))
+    assert len(set(prints)) == 4
+    (adapter / "mmalign.json").unlink()
+    with pytest.raises(PipelineError, match="base model is unknown"):
+        fingerprint_model(adapter)
+
+
+def test_what_is_no_supported_model_has_no_fingerprint(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="holds tiny-model; did you mean"):
+        fingerprint_model(tmp_path)
+    edit(model / "model_index.json", _class_name="FluxPipeline")
+    with pytest.raises(PipelineError, match="wrong kind: a FluxPipeline"):
+        fingerprint_model(model)
+
+
 def test_a_broken_weight_file_is_named(model: Path) -> None:
     (model / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nonsense")
     refused("cannot load 'unet'", model)
@@ -145,6 +192,16 @@ def test_hub_ids(tiny_paths: dict[str, str], monkeypatch: pytest.MonkeyPatch) ->
     )
     load_generator("org/tiny-sd@v1.0")
     assert asked == [("org/tiny-sd", "v1.0")]
+
+
+def test_a_hub_id_stands_for_its_commit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prints = []
+    for commit in ("aaaa", "aaaa", "bbbb"):
+        (model.parent / commit).mkdir(exist_ok=True)
+        index = shutil.copy(model / "model_index.json", model.parent / commit)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, index=index: str(index))
+        prints.append(fingerprint_model("org/tiny-sd"))
+    assert prints[0] == prints[1] != prints[2]
 
 
 def test_hub_ids_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:

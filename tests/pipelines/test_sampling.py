@@ -85,8 +85,24 @@ def test_guidance_is_one_call_and_one_half_of_it_without(sd15: Generator, monkey
     sample(sd15, cond, steps=3, guidance=2.0, seeds=[1, 2])
     assert batches == [4, 4, 4]
     batches.clear()
-    sample(sd15, cond, steps=3, guidance=1.0, seeds=[1, 2])
-    assert batches == [2, 2, 2]
+    for guidance in (1.0, 0.0):
+        sample(sd15, cond, steps=3, guidance=guidance, seeds=[1, 2])
+        assert batches == [2, 2, 2]
+        batches.clear()
+
+
+def test_guidance_from_zero_to_one_leads_from_no_prompt_to_the_prompt_alone(generator: Generator) -> None:
+    x = seeded_noise([1, 2], generator.latent_shape)
+    t = torch.tensor([900, 400])
+    cond = generator.encode_prompts(PROMPTS)
+    other = generator.encode_prompts(["green", "star"])
+    with torch.no_grad():
+        zero, half, one, two = (guided_predictor(generator, cond, scale)(x, t) for scale in (0.0, 0.5, 1.0, 2.0))
+        against = guided_predictor(generator, cond, 0.0, other)(x, t)
+    assert torch.allclose(half, (zero + one) / 2, atol=1e-5) and torch.allclose(two, 2 * one - zero, atol=1e-5)
+    assert torch.allclose(one, generator.predict(x, t, cond), atol=1e-5)
+    assert torch.allclose(against, generator.predict(x, t, other), atol=1e-5)
+    assert (zero - one).abs().max() > 1e-3
 
 
 def test_record_keeps_a_consistent_trajectory(generator: Generator) -> None:
@@ -179,6 +195,11 @@ def test_log_probs_of_chosen_steps_carry_gradients(sd15: Generator) -> None:
         ({"eta": -1.0}, "eta must lie"),
         ({"batch_size": 0}, "batch_size"),
         ({"steps": 1001}, "steps must lie"),
+        ({"steps": 1001, "solver": "dpm++"}, "steps must lie"),
+        ({"steps": 0, "solver": "dpm++"}, "steps must lie"),
+        ({"guidance": -0.5}, "guidance must be a number of at least 0"),
+        ({"guidance": math.nan}, "guidance must be"),
+        ({"guidance": math.inf}, "guidance must be"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, "4 channels"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rewards
-from rewards import Reward, RewardError, list_rewards, load_reward, register
+from rewards import Reward, RewardError, check_options, list_rewards, load_reward, register
 from rewards import registry as registry_module
 
 README = Path(rewards.__file__).with_name("README.md")
@@ -108,6 +108,9 @@ def test_unknown_names_and_options(example):
     ]:
         with pytest.raises(RewardError, match=message):
             load_reward(name, **options)
+        with pytest.raises(RewardError, match=message):
+            check_options(name, options)
+    assert check_options("clip", {"kind": "hessel", "batch_size": 2}).name == "clip"  # and nothing was loaded
 
 
 def test_register_in_process(monkeypatch):

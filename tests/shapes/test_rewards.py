@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmalign.shapes.world import Object, Scene, render
-from rewards import load_reward
+from rewards import load_reward, reward_class
 from rewards.errors import RewardError
 
 
@@ -28,6 +28,16 @@ def test_rewards_by_name_agree_with_the_oracle() -> None:
 def test_other_sizes_are_refused() -> None:
     with pytest.raises(RewardError, match="64x64"):
         load_reward("shapes-quality")(torch.zeros(1, 3, 32, 32))
+
+
+def test_prompts_outside_the_grammar_are_told_by_the_rewards_that_read_them() -> None:
+    prompts = ["a red circle", "a giraffe", "two zebras"]
+    for name in ("shapes-correctness", "shapes-strict"):
+        reward_class(name).check_prompts(prompts[:1])
+        with pytest.raises(RewardError, match=f"{name} cannot score 2 of 3 prompts: Shapes cannot read 'giraffe'"):
+            reward_class(name).check_prompts(prompts)
+    for name in ("shapes-quality", "shapes-clip"):
+        reward_class(name).check_prompts(prompts)
 
 
 def test_strict_counts_as_trained_on_when_correctness_was() -> None:

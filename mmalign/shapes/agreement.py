@@ -1,0 +1,94 @@
+"""How often a reward agrees with the oracle about which of two pictures of a prompt is better."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from mmalign.data.labelling import find_images
+from mmalign.progress import track
+from mmalign.shapes import oracle
+from mmalign.shapes.language import parse
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures made from prompts and what the oracle says of them.
+
+    images: `[N, 64, 64, 3]` uint8; correctness, quality: `[N]` in [0, 1].
+    """
+
+    images: np.ndarray
+    prompts: list[str]
+    correctness: np.ndarray
+    quality: np.ndarray
+
+    def pairs(self, least: float = 1e-6) -> np.ndarray:
+        """Indices (more correct, less correct) `[P, 2]` of pictures of one prompt that differ by more than `least`."""
+        return self._pairs(self.correctness, least)
+
+    def quality_pairs(self, least: float = 0.1) -> np.ndarray:
+        """The same for quality `[P, 2]`, among pictures that are equally correct."""
+        found = self._pairs(self.quality, least)
+        return found[np.abs(np.diff(self.correctness[found], axis=1))[:, 0] < 1e-6]
+
+    def _pairs(self, values: np.ndarray, least: float) -> np.ndarray:
+        groups = defaultdict(list)
+        for index, prompt in enumerate(self.prompts):
+            groups[prompt].append(index)
+        found = [
+            (a, b) if values[a] > values[b] else (b, a)
+            for members in groups.values()
+            for a, b in combinations(members, 2)
+            if abs(values[a] - values[b]) > least
+        ]
+        return np.array(found, dtype=int).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Shares of pairs on which a reward agrees with the oracle (a tie counts one half), and how many there were."""
+
+    reward: str
+    correctness: float
+    correctness_pairs: int
+    quality: float
+    quality_pairs: int
+
+
+def read_samples(source: Path) -> Samples:
+    """Read what `mmalign pairs sample` wrote, and let the oracle judge every picture.
+
+    Raises:
+        UserError: there are no samples at `source`.
+        PromptError: a prompt is not of the Shapes language.
+    """
+    rows = pq.read_table(find_images(source), columns=["prompt", "image"]).to_pylist()
+    images, correctness, quality = [], [], []
+    with track(len(rows), "oracle") as job:
+        for row in rows:
+            pixels = np.asarray(Image.open(BytesIO(row["image"])).convert("RGB"))
+            reading = oracle.read(pixels)
+            images.append(pixels)
+            correctness.append(oracle.judge(parse(row["prompt"]), reading))
+            quality.append(reading.quality)
+            job.advance(1)
+    return Samples(np.stack(images), [row["prompt"] for row in rows], np.array(correctness), np.array(quality))
+
+
+def agreement(name: str, scores: np.ndarray, samples: Samples) -> Agreement:
+    """Compare the scores `[N]` of a reward (more is better) with the oracle's."""
+
+    def share(pairs: np.ndarray) -> float:
+        difference = scores[pairs[:, 0]] - scores[pairs[:, 1]]
+        return float(np.mean((difference > 0) + 0.5 * (difference == 0))) if len(pairs) else float("nan")
+
+    pairs, quality = samples.pairs(), samples.quality_pairs()
+    return Agreement(name, share(pairs), len(pairs), share(quality), len(quality))
