@@ -29,6 +29,7 @@ from rewards.english import (
     plural,
     singular,
     with_right_articles,
+    without_quotes,
     words,
 )
 
@@ -93,7 +94,7 @@ def rule_contrast(prompt: str, kinds: Iterable[str] = KINDS, limit: int = LIMIT)
 def _counts(text: str) -> Iterator[str]:
     things = [thing for thing in _objects(text) if thing.count]
     alternatives = [
-        (thing, other) for rank in range(3) for thing in things for other in _other_counts(thing)[rank:][:1]
+        (thing, other) for rank in range(4) for thing in things for other in _other_counts(thing)[rank:][:1]
     ]
     for thing, other in alternatives:
         noun = singular(thing.head.text)
@@ -104,10 +105,10 @@ def _counts(text: str) -> Iterator[str]:
 
 
 def _other_counts(thing: Phrase) -> list[int]:
-    """The nearest counts first; one is told from two and three."""
+    """The four nearest counts, the nearest first; of one thing, two to four."""
     assert thing.count
     near = [thing.count + 1, thing.count - 1, thing.count + 2, thing.count - 2, thing.count + 3]
-    return [count for count in near if count > 0][:3]
+    return [count for count in near if count > 0][:4]
 
 
 def _drop(text: str) -> Iterator[str]:
@@ -200,7 +201,7 @@ def _objects(text: str) -> list[Phrase]:
 
 def _relation(text: str, first: Phrase, second: Phrase) -> tuple[str, int, int] | None:
     """Return the side that is named between two neighbouring phrases, and where."""
-    between, found = text[first.end : second.start].lower(), []
+    between, found = without_quotes(text)[first.end : second.start].lower(), []
     for sides in (_SIDES, _DEPTHS):
         for side, wordings in sides.items():
             matches = [m for wording in wordings if (m := re.search(rf"\b{wording}\b", between))]

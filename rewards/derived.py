@@ -1,4 +1,4 @@
-"""Rewards made of other rewards: how the others are named in options, and which of their facts the whole takes over."""
+"""Rewards made of other rewards: how these are named in options, and which of their facts the whole takes over."""
 
 from __future__ import annotations
 

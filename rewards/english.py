@@ -110,6 +110,11 @@ def outside_quotes(text: str, change: Callable[[str], str]) -> str:
     return "".join([*pieces, change(text[position:])])
 
 
+def without_quotes(text: str) -> str:
+    """Return a text of the same length, with dots in place of what stands in quotation marks."""
+    return _QUOTED.sub(lambda quoted: "." * len(quoted[0]), text)
+
+
 def number(word: str) -> int | None:
     """Return the value of a number word up to twelve or of digits; None: it is no number."""
     word = word.lower()

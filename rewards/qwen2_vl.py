@@ -176,7 +176,7 @@ def _pad(kind: str) -> str:
 
 
 def backbone_name(name: str) -> str | None:
-    """Map names of transformers 4 (`visual`, `model`) and 5 (below `model`) to those of the bare model, None for the rest."""
+    """Map names of transformers 4 (`visual`, `model`) and 5 (below `model`) to the bare model's, None for the rest."""
     if name.startswith("lm_head."):
         return None
     for prefix, new in (("model.visual.", "visual."), ("model.language_model.", "language_model.")):

@@ -58,9 +58,9 @@ class TextNorm(Reward):
         *,
         base: Any,
         contrast: Any = "rules",
-        scale: float | Sequence[float] = 1.0,
+        scale: float | int | Sequence[float | int] = 1.0,
         ensemble: str = "mean",
-        lam: float = 1.0,
+        lam: float | int = 1.0,
         spread: str = "variance",
         **options: Any,
     ) -> None:

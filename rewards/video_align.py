@@ -37,7 +37,7 @@ DIMENSIONS = ("VQ", "MQ", "TA")
 TOKENS = tuple(f"<|{dimension}_reward|>" for dimension in DIMENSIONS)
 # Over the authors' data; those of model_config.json, where it has them, go first.
 STATISTICS = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
-SUPPORTED = {
+SUPPORTED: dict[str, dict[str, Any]] = {
     "data_config": {"prompt_template_type": "detailed_special", "sample_type": "uniform"},
     "model_config": {"use_special_tokens": True, "output_dim": 3},
 }

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from contract import PROMPTS, check_contract, smooth_images
+from golden_data import golden_file
 
 from rewards import Reward, RewardError, load_reward
 from rewards.contrast import make_contrast, read_contrast
@@ -185,12 +186,9 @@ class Silent(Reward):
         return media.flatten(1).mean(1)
 
 
-def test_published_contrast_sets(golden):
-    folder = golden.parent / "prompts" / "textnorm"
-    if not folder.is_dir():
-        pytest.skip("the contrast sets of TextNorm are not beside the golden data")
+def test_published_contrast_sets():
     sets = {
-        name: read_contrast(folder / f"prompt_set_{name}.json")
+        name: read_contrast(golden_file(f"../prompts/textnorm/prompt_set_{name}.json"))
         for name in ("composition", "counting", "comprehensive")
     }
     assert [len(table) for table in sets.values()][0::2] == [300, 100]
