@@ -143,3 +143,13 @@ def load_encoder(
         raise RewardError(
             f"weights {given!r}: no such directory or file here; as a model of the hub: {error}"
         ) from error
+
+
+def load_preset(weights: str | PathLike[str] | None, *, model: str, pretrained: str | None) -> Encoder:
+    """Load what `weights` names, where a file is of open_clip's `model`, or else that model with its tag.
+
+    Raises `RewardError` as `load_encoder`.
+    """
+    if weights is None:
+        return load_encoder(None, model=model, pretrained=pretrained)
+    return load_encoder(weights, model=model if Path(weights).expanduser().is_file() else None)

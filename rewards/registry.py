@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "mmalign.rewards"
 
 BUILTIN = {
+    "aesthetic": "rewards.aesthetic:Aesthetic",
     "clip": "rewards.clip:ClipReward",
     "combine": "rewards.combine:Combine",
     "hps-v3": "rewards.hps3:HpsV3",

@@ -48,7 +48,7 @@ class TwoTowerReward(Reward):
 
     def media_embeddings(self, media: Float[Tensor, " batch *shape"]) -> Float[Tensor, "batch features"]:
         """Unit embeddings of media, normalised in at least float32."""
-        return _unit(self.encode_media(media))
+        return unit(self.encode_media(media))
 
     def prompt_embeddings(self, prompts: Sequence[str]) -> Float[Tensor, "prompts features"]:
         """Unit embeddings of prompts; each distinct prompt is encoded once and remembered."""
@@ -58,7 +58,7 @@ class TwoTowerReward(Reward):
         with torch.inference_mode(False), torch.no_grad():
             for start in range(0, len(missing), PROMPTS_AT_ONCE):
                 chunk = missing[start : start + PROMPTS_AT_ONCE]
-                found.update(zip(chunk, _unit(self.encode_prompts(chunk)).unbind(), strict=True))
+                found.update(zip(chunk, unit(self.encode_prompts(chunk)).unbind(), strict=True))
         self._remember(found)
         return torch.stack([found[prompt] for prompt in prompts])
 
@@ -96,5 +96,6 @@ class TwoTowerReward(Reward):
         return super()._apply(fn, recurse)
 
 
-def _unit(embeddings: Tensor) -> Tensor:
+def unit(embeddings: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+    """Scale embeddings to length 1, in at least float32."""
     return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
