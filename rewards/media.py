@@ -50,6 +50,12 @@ def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div(255)
 
 
+def pil_images(media: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
+    """Return images in [0, 1] as 8-bit RGB images of PIL."""
+    pixels = (media.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(item) for item in pixels]
+
+
 def check_tensor(media: Tensor, modality: str, name: str = "media") -> None:
     """Raise `RewardError` unless the tensor has the modality's shape, a float dtype and values in [0, 1]."""
     shape, expected = list(media.shape), SHAPES[modality]

@@ -31,6 +31,8 @@ BUILTIN = {
     "hps-v3": "rewards.hps3:HpsV3",
     "image-reward": "rewards.image_reward:ImageReward",
     "video-align": "rewards.video_align:VideoAlign",
+    "jpeg-compressibility": "rewards.jpeg:JpegCompressibility",
+    "jpeg-incompressibility": "rewards.jpeg:JpegIncompressibility",
     "text-norm": "rewards.text_norm:TextNorm",
     "vqa-score": "rewards.vqa_score:VqaScore",
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rewards.errors import RewardError
 from rewards.hf import load_pretrained
+from rewards.media import pil_images
 
 
 class VisionLanguageModel(nn.Module):
@@ -39,7 +40,6 @@ class VisionLanguageModel(nn.Module):
         The probability is that of the raw logits, before any temperature or repetition penalty that the checkpoint's
         generation settings ask for.
         """
-        from PIL import Image
         from transformers import GenerationConfig
 
         content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
@@ -49,10 +49,9 @@ class VisionLanguageModel(nn.Module):
             )
             for part in content
         ]
-        pixels = (media.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        inputs = self.processor(
-            images=[Image.fromarray(item) for item in pixels], text=texts, padding=True, return_tensors="pt"
-        ).to(media.device)
+        inputs = self.processor(images=pil_images(media), text=texts, padding=True, return_tensors="pt").to(
+            media.device
+        )
         floats = {name: value.to(self.model.dtype) for name, value in inputs.items() if value.is_floating_point()}
         settings = GenerationConfig(
             max_new_tokens=1,
