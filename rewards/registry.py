@@ -30,6 +30,7 @@ BUILTIN = {
     "combine": "rewards.combine:Combine",
     "hps-v3": "rewards.hps3:HpsV3",
     "image-reward": "rewards.image_reward:ImageReward",
+    "pickscore": "rewards.pickscore:PickScore",
     "video-align": "rewards.video_align:VideoAlign",
     "jpeg-compressibility": "rewards.jpeg:JpegCompressibility",
     "jpeg-incompressibility": "rewards.jpeg:JpegIncompressibility",
