@@ -28,6 +28,7 @@ BUILTIN = {
     "aesthetic": "rewards.aesthetic:Aesthetic",
     "clip": "rewards.clip:ClipReward",
     "combine": "rewards.combine:Combine",
+    "hps": "rewards.hps:Hps",
     "hps-v3": "rewards.hps3:HpsV3",
     "image-reward": "rewards.image_reward:ImageReward",
     "pickscore": "rewards.pickscore:PickScore",
