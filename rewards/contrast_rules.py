@@ -48,7 +48,8 @@ _COLOUR_OF = {word: family for family in COLOURS for word in family} | {
 }
 _OPPOSITES = [
     (("small", "little", "tiny"), ("large", "big", "huge")), (("short",), ("tall",)), (("thin",), ("thick",)),
-    (("narrow",), ("wide",)), (("young",), ("old",)), (("round", "circular"), ("square", "rectangular")),
+    (("narrow",), ("wide",)), (("dark",), ("light", "bright", "pale")),
+    (("young",), ("old",)), (("round", "circular"), ("square", "rectangular")),
 ]  # fmt: skip
 _OPPOSITE = {word: b[0] for pair in _OPPOSITES for a, b in (pair, pair[::-1]) for word in a}
 SORTS = (
@@ -78,6 +79,8 @@ _OTHER_SIDES = {
     "left": ("right", "above", "below"), "right": ("left", "above", "below"), "above": ("below", "left", "right"),
     "below": ("above", "left", "right"), "front": ("behind",), "behind": ("front",),
 }  # fmt: skip
+_JOINED = re.compile(r"[\s,]*(and|with|next to|beside|adjacent to|near)\s+")
+_VERB = re.compile(r"\s+(?:that|which)\s+(is|are)\b")
 _TRAILING = (("to its left", "to its right"), ("above it", "below it"))
 
 
@@ -101,7 +104,10 @@ def _counts(text: str) -> Iterator[str]:
         noun = noun if other == 1 else plural(noun)
         said = "a" if other == 1 else NUMBERS[other] if other < len(NUMBERS) else str(other)
         assert thing.determiner is not None
-        yield _edited(text, (thing.determiner.start, thing.determiner.end, said), (thing.head.start, thing.end, noun))
+        edits = [(thing.determiner.start, thing.determiner.end, said), (thing.head.start, thing.end, noun)]
+        if verb := _VERB.match(text, thing.end):
+            edits.append((*verb.span(1), "is" if other == 1 else "are"))
+        yield _edited(text, *edits)
 
 
 def _other_counts(thing: Phrase) -> list[int]:
@@ -117,7 +123,7 @@ def _drop(text: str) -> Iterator[str]:
         without = _replaced(without, f" {said}", "")
     for first, second in pairwise(_objects(without)):
         between = without[first.end : second.start]
-        if _relation(without, first, second) or re.fullmatch(r"[\s,]*(and|with)\s+", between):
+        if _relation(without, first, second) or _JOINED.fullmatch(between):
             yield _edited(without, (first.end, second.end, ""))
             yield _edited(without, (first.start, second.start, ""))
 
@@ -177,6 +183,9 @@ def _swap(text: str) -> Iterator[str]:
     for first, second in pairwise(_objects(text)):
         ours, theirs = _attribute_span(first), _attribute_span(second)
         said, other = text[slice(*ours)], text[slice(*theirs)]
+        alike = [(singular(thing.head.text.lower()), thing.count) for thing in (first, second)]
+        if alike[0] == alike[1] and not _relation(text, first, second):
+            continue  # a red circle and a blue circle are a blue circle and a red circle
         if said.lower() != other.lower():
             yield _edited(text, (*ours, other), (*theirs, said))
         colours = [[word for word in thing.modifiers if word.text.lower() in _COLOUR_OF] for thing in (first, second)]
@@ -196,7 +205,12 @@ _RULES: dict[str, Callable[[str], Iterator[str]]] = {
 
 
 def _objects(text: str) -> list[Phrase]:
-    return [thing for thing in phrases(text) if thing.kind == "object"]
+    return [thing for thing in phrases(text) if thing.kind == "object" and not _is_predicate(thing)]
+
+
+def _is_predicate(thing: Phrase) -> bool:
+    """Tell the "red" of "a circle that is red" from a thing."""
+    return thing.determiner is None and len(thing.words) == 1 and thing.head.text.lower() in _ATTRIBUTES
 
 
 def _relation(text: str, first: Phrase, second: Phrase) -> tuple[str, int, int] | None:

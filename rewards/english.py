@@ -20,6 +20,7 @@ _IRREGULAR = dict(
     scarf="scarves", house="houses", horse="horses", blouse="blouses", shoe="shoes", toe="toes", canoe="canoes",
     cookie="cookies", tie="ties", pie="pies", movie="movies", zombie="zombies", selfie="selfies", axe="axes",
     piano="pianos", photo="photos", snowman="snowmen", fireman="firemen", policeman="policemen", cactus="cacti",
+    canvas="canvases",
 )  # fmt: skip
 _SAME = frozenset("sheep fish deer moose aircraft scissors skis broccoli bison salmon shrimp".split())
 _SINGULAR = {plural: singular for singular, plural in _IRREGULAR.items()}

@@ -103,11 +103,29 @@ def test_attributes_are_replaced_by_none_that_the_caption_has():
         ("a wooden table in front of two red chairs", "swap", ["a red table in front of two wooden chairs"]),
         ("a cat on top of a large box", "relations", ["a cat below a large box"]),
         ("a small fluffy teddy bear and a mug", "swap", ["a fluffy teddy bear and a small mug"]),
+        ("two red dots and a blue dot", "swap", ["two blue dots and a red dot"]),
+        ("a red dot left of a blue dot", "swap", ["a blue dot left of a red dot"]),
+        ("a cat that is small", "counts", ["two cats that are small"]),
+        ("a red square next to a blue ring", "drop", ["a red square", "a blue ring"]),
+        ("a star on a dark background", "attributes", ["a star on a light background"]),
     ],
 )
 def test_rules_in_general(prompt, kind, some):
     made = rule_contrast(prompt, [kind])
     assert [text for text in some if text not in made] == [], made
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "made"),
+    [
+        ("a red dot and a blue dot", "swap", []),
+        ("a dot that is orange", "objects", ["a square that is orange", "a triangle that is orange"]),
+        ("a dot on a gray canvas", "counts", ["two dots on a gray canvas", "three dots on a gray canvas"]),
+    ],
+)
+def test_what_would_say_the_same_or_nothing_is_left_out(prompt, kind, made):
+    assert rule_contrast(prompt, [kind])[:2] == made
+    assert not any("carrot" in text or "two gray" in text for text in rule_contrast(prompt))
 
 
 def test_what_is_quoted_is_never_touched():

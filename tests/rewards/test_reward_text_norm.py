@@ -1,5 +1,6 @@
 """TextNorm: its algebra, one embedding an image, ensembles, and where contrast prompts come from."""
 
+import csv
 import json
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from contract import PROMPTS, check_contract, smooth_images
 from golden_data import golden_file
 
+from mmalign.resources import find
+from mmalign.shapes import world
 from rewards import Reward, RewardError, load_reward
 from rewards.contrast import make_contrast, read_contrast
 
@@ -197,3 +200,18 @@ def test_published_contrast_sets():
     found = {prompt: make_contrast(table)(prompt) for table in sets.values() for prompt in table}
     assert repeated[0] not in found[repeated[0]]
     assert {len(contrast) for contrast in sets["composition"].values()} == {32}
+
+
+def test_shapes_clip_under_rules_tells_true_prompts_from_their_contrasts():
+    prompts = [row["Prompts"] for row in csv.DictReader(find("assets/prompts/shapes-drawbench.csv").open())]
+    reward = text_norm("shapes-clip", "rules", scale=100.0)
+    assert min(len(reward.prompt_set(prompt)) for prompt in prompts) > 3, (
+        "every prompt has contrasts, misspelt ones too"
+    )
+    things = [("circle", "red"), ("square", "green"), ("triangle", "blue"), ("star", "yellow")]
+    shapes = [world.Object(shape, colour, "large", 32.0, 32.0, 12.0) for shape, colour in things]
+    pictures = torch.stack([torch.from_numpy(world.render(world.Scene((thing,), "white"))) for thing in shapes])
+    scores = reward.matrix(
+        pictures.movedim(-1, 1).float() / 255, [f"a large {colour} {shape}" for shape, colour in things]
+    )
+    assert scores.diagonal().min() > 0.3 and scores[~torch.eye(4, dtype=torch.bool)].max() < 0.2
