@@ -27,7 +27,9 @@ ENTRY_POINT_GROUP = "mmalign.rewards"
 BUILTIN = {
     "aesthetic": "rewards.aesthetic:Aesthetic",
     "clip": "rewards.clip:ClipReward",
+    "clip-i": "rewards.clip_i:ClipI",
     "combine": "rewards.combine:Combine",
+    "dino-i": "rewards.dino_i:DinoI",
     "hps": "rewards.hps:Hps",
     "hps-v3": "rewards.hps3:HpsV3",
     "image-reward": "rewards.image_reward:ImageReward",
