@@ -38,6 +38,11 @@ BUILTIN = {
     "jpeg-compressibility": "rewards.jpeg:JpegCompressibility",
     "jpeg-incompressibility": "rewards.jpeg:JpegIncompressibility",
     "text-norm": "rewards.text_norm:TextNorm",
+    "vbench-aesthetic-quality": "rewards.vbench:AestheticQuality",
+    "vbench-appearance-style": "rewards.vbench:AppearanceStyle",
+    "vbench-background-consistency": "rewards.vbench:BackgroundConsistency",
+    "vbench-subject-consistency": "rewards.vbench:SubjectConsistency",
+    "vbench-temporal-flickering": "rewards.vbench:TemporalFlickering",
     "vqa-score": "rewards.vqa_score:VqaScore",
 }
 
