@@ -1,6 +1,7 @@
 """The command line: `mmalign VERB ...`. Each verb is a module of `mmalign.commands`, imported only when it is used.
 
-Exit codes: 0 done; 2 the user's input is wrong (one clear line a fault, no traceback); 130 stopped by Ctrl-C; 1 else.
+Exit codes: 0 done; 2 the user's input is wrong (one clear line a fault, no traceback); 3 `score` is done but some
+items have no score; 130 stopped by Ctrl-C; 1 anything else.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": (
         "make images from prompts",
         "mmalign generate assets/shapes-sd --prompts shapes-validation --out runs/images",
+    ),
+    "score": (
+        "score images or videos by any rewards, in one pass over the files",
+        "mmalign score runs/images --rewards shapes-clip,shapes-quality --out runs/scores.parquet",
     ),
     "compare": (
         "compare models on the same prompts and seeds, with intervals and a report",
@@ -158,6 +163,7 @@ def _help() -> str:
         "",
         "MODEL is a diffusers directory, a directory that `mmalign train` wrote, or a hub id; names such as",
         "assets/shapes-sd and shapes/diffusion_dpo are found wherever mmalign is installed.",
-        "--debug shows the traceback of an error. Exit codes: 0 done, 2 wrong input, 130 Ctrl-C, 1 anything else.",
+        "--debug shows the traceback of an error. Exit codes: 0 done, 2 wrong input, 3 some items have no score,",
+        "130 Ctrl-C, 1 anything else.",
     ]
     return "\n".join(lines)

@@ -24,6 +24,8 @@ def image_grid(
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
     cell: int | None = None,
+    column_label_lines: int = 2,
+    row_label_width: int = LABEL_WIDTH,
 ) -> Image.Image:
     """Draw images (PIL, or tensors `[3, H, W]` in [0, 1]; None leaves a hole) in a grid with labels at left and top.
 
@@ -44,16 +46,16 @@ def image_grid(
             raise ValueError(f"{len(labels)} {name} labels for {count} {name}s")
     edge = cell or max(MIN_CELL, *sizes)
     font = ImageFont.load_default(FONT_SIZE)
-    left = LABEL_WIDTH + GAP if row_labels is not None else GAP
-    top = 2 * _line_height(font) + 2 * GAP if column_labels is not None else GAP
+    left = row_label_width + GAP if row_labels is not None else GAP
+    top = column_label_lines * _line_height(font) + 2 * GAP if column_labels is not None else GAP
     canvas = Image.new("RGB", (left + columns * (edge + GAP), top + len(pictures) * (edge + GAP)), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     for column, label in enumerate(column_labels or ()):
-        _write(draw, label, (left + column * (edge + GAP), GAP, edge, top - GAP), font)
+        _write(draw, label, (left + column * (edge + GAP), GAP, edge - GAP, top - GAP), font)
     for row, row_pictures in enumerate(pictures):
         y = top + row * (edge + GAP)
         if row_labels is not None:
-            _write(draw, row_labels[row], (GAP, y, LABEL_WIDTH - GAP, edge), font)
+            _write(draw, row_labels[row], (GAP, y, row_label_width - GAP, edge), font)
         for column, picture in enumerate(row_pictures):
             if picture is not None:
                 _place(canvas, picture, (left + column * (edge + GAP), y), edge)
@@ -76,11 +78,16 @@ def labelled_grid(images: Sequence[Cell], labels: Sequence[str], *, columns: int
         )
         for start in range(0, len(images), columns)
     ]
-    size = max(strip.width for strip in strips), sum(strip.height for strip in strips)
+    return stack(strips)
+
+
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Put pictures below each other, aligned at the left."""
+    size = max(picture.width for picture in pictures), sum(picture.height for picture in pictures)
     canvas, top = Image.new("RGB", size, BACKGROUND), 0
-    for strip in strips:
-        canvas.paste(strip, (0, top))
-        top += strip.height
+    for picture in pictures:
+        canvas.paste(picture, (0, top))
+        top += picture.height
     return canvas
 
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rewards import Facts
 
 
-def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str]) -> None:
-    """Check that a reward exists, takes these options and can score single images of these prompts.
+def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str], modality: str = "image") -> None:
+    """Check that a reward exists, takes these options and can score single images (or videos) of these prompts.
 
     Raises:
         UserError: it needs more than images and prompts, judges another kind of media, or depends on the batch.
@@ -21,19 +21,19 @@ def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str]) 
     from rewards import Facts, check_options
 
     reward = check_options(name, options)
-    check_usable(Facts.of(reward), name)
+    check_usable(Facts.of(reward), name, modality)
     reward.check_prompts(prompts)
 
 
-def check_usable(facts: Facts, name: str) -> None:
-    """Check that a reward scores single images by themselves.
+def check_usable(facts: Facts, name: str, modality: str = "image") -> None:
+    """Check that a reward scores single images (or videos) by themselves.
 
     Raises:
         UserError: see `check_reward`.
     """
-    if facts.modality != "image":
-        raise UserError(f"reward '{name}' judges {facts.modality}s, and there are only images; choose another")
+    if facts.modality != modality:
+        raise UserError(f"reward '{name}' judges {facts.modality}s, and there are only {modality}s; choose another")
     if "references" in facts.needs:
-        raise UserError(f"reward '{name}' needs references, and there are only images and prompts; choose another")
+        raise UserError(f"reward '{name}' needs references, and there are only {modality}s and prompts; take another")
     if not facts.batch_invariant:
-        raise UserError(f"reward '{name}' depends on the rest of its batch; choose one that scores each image alone")
+        raise UserError(f"reward '{name}' depends on the rest of its batch; choose one that scores {modality}s alone")

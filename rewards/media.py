@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -30,24 +30,25 @@ TOLERANCE = 1e-4  # what resampling in float32 may leave outside [0, 1]
 def load_image(source: Image.Image | str | PathLike[str]) -> Float[Tensor, "3 height width"]:
     """Return a PIL image or an image file as float32 in [0, 1], upright; 8 bits a channel survive exactly."""
     if isinstance(source, Image.Image):
-        return _pixels(source)
+        return image_levels(source).float().div(255)
     path = Path(source)
     if not path.is_file():
         raise RewardError(f"no such image file: {path}")
     try:
         with Image.open(path) as image:
-            return _pixels(image)
+            return image_levels(image).float().div(255)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, RewardError):
             raise
         raise RewardError(f"cannot read {path} as an image: {error}") from error
 
 
-def _pixels(image: Image.Image) -> Tensor:
+def image_levels(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+    """Return the 8-bit levels of a PIL image, upright: a quarter of what the floats take."""
     if image.mode == "F" or image.mode.startswith("I"):
         raise RewardError(f"PIL image of mode {image.mode!r}: only 8-bit modes are read; scale it to 8 bits first")
     pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float().div(255)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def pil_images(media: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:

@@ -83,6 +83,7 @@ def _label(args: argparse.Namespace) -> int:
 
     from mmalign.data import labelling
     from mmalign.data.parquet import open_parquet
+    from mmalign.scoring.chosen import load_weighted_rewards, parse_rewards
 
     settings = labelling.LabelSettings(
         mode=args.mode,
@@ -92,9 +93,9 @@ def _label(args: argparse.Namespace) -> int:
         pairs_per_prompt=args.pairs_per_prompt,
         seed=args.seed,
     )
-    weights = labelling.parse_rewards(args.reward)
+    weights = parse_rewards(args.reward)
     images = labelling.find_images(args.images)
-    rewards = labelling.load_weighted_rewards(weights, labelling.image_prompts(images))
+    rewards = load_weighted_rewards(weights, labelling.image_prompts(images))
     with track(open_parquet(images).metadata.num_rows, "label") as job:
         counts = labelling.label_pairs(images, rewards, args.out, settings, progress=job.advance)
     print(f"{counts}: {args.out}")

@@ -19,6 +19,7 @@ from mmalign.errors import UserError
 from mmalign.files import write_atomically
 from mmalign.progress import track
 from mmalign.reward_checks import check_usable
+from mmalign.scoring.chosen import fingerprint_reward
 
 SCORE_CHUNK = 64
 """Images decoded and handed to a reward at once; the reward splits them further as its memory asks."""
@@ -71,7 +72,8 @@ class RewardScorer:
             citation=facts.citation,
             derived_from=facts.derived_from,
         )
-        identity = [entry.name, entry.options, facts.version, facts.source, *self._state()]
+        fingerprint = fingerprint_reward(self._reward, neighbours=True)
+        identity = [entry.name, entry.options, facts.version, facts.source, *fingerprint]
         digest = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=8).hexdigest()
         safe = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in entry.title)
         self._path = cache / f"{safe}-{digest}.json"
@@ -120,23 +122,6 @@ class RewardScorer:
                     "leave this reward or this prompt out"
                 )
             self._cache[key] = value
-
-    def _state(self) -> list[str]:
-        """Describe the weights, so that scores of a reward that was trained again are not taken for the new one's.
-
-        A plug-in may consist of code alone and change from day to day; its source and its neighbours' count as well.
-        """
-        import inspect
-
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self._reward.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy()).tobytes())
-        source = inspect.getsourcefile(type(self._reward))
-        code = hashlib.blake2b(digest_size=16)
-        for path in sorted(Path(source).parent.glob("*.py")) if source else ():
-            code.update(path.read_bytes())
-        return [digest.hexdigest(), code.hexdigest()]
 
 
 def score_all(

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import torch
 
-from mmalign.data.images import decode_image
 from mmalign.data.parquet import (
     ForwardReader,
     RowWriter,
@@ -29,7 +27,9 @@ from mmalign.data.source import missing_columns
 from mmalign.data.store import content_key
 from mmalign.data.transforms import uniform
 from mmalign.errors import UserError
-from mmalign.reward_checks import check_reward
+from mmalign.scoring.chosen import WeightedReward, weighted_total
+from mmalign.scoring.engine import Scored, score_items
+from mmalign.scoring.items import Item
 from mmalign.seeds import derive_seed
 
 SOURCE_COLUMNS = ("prompt", "prompt_id", "seed", "image", "model")
@@ -51,15 +51,6 @@ PAIR_SCHEMA = pa.schema(
         ("ranking_id", pa.string()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class WeightedReward:
-    """A loaded reward and its weight in the sum that decides."""
-
-    name: str
-    weight: float
-    reward: Any
 
 
 @dataclass(frozen=True)
@@ -120,44 +111,6 @@ class LabelCounts:
         return f"{self.prompts} prompts, {self.kept} pairs kept, {self.ties} ties{extra}, mean margin {mean:.4g}"
 
 
-def parse_rewards(text: str) -> dict[str, float]:
-    """Read "clip,shapes-quality:0.5" as reward name -> weight (1 where none is given); "package.module:Class" works.
-
-    Raises:
-        UserError: an empty or repeated name, or a weight that is no finite number or is 0.
-    """
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, weight = part.strip(), 1.0
-        head, colon, tail = name.rpartition(":")
-        if colon and not tail.strip().isidentifier():
-            try:
-                name, weight = head.strip(), float(tail)
-            except ValueError:
-                raise UserError(f"reward '{part.strip()}': '{tail}' is no weight; write NAME or NAME:0.5") from None
-        if not name or name in weights:
-            raise UserError(f"rewards '{text}': {'repeats ' + repr(name) if name else 'has an empty name'}")
-        if not math.isfinite(weight) or weight == 0:
-            raise UserError(f"reward '{part.strip()}': the weight must be a finite number other than 0")
-        weights[name] = weight
-    return weights
-
-
-def load_weighted_rewards(
-    weights: Mapping[str, float], prompts: Sequence[str], device: str | None = None
-) -> list[WeightedReward]:
-    """Load the rewards that decide, after checking that all of them can score images of these prompts.
-
-    Raises:
-        UserError, RewardError: see `mmalign.reward_checks.check_reward`.
-    """
-    from rewards import load_reward
-
-    for name in weights:
-        check_reward(name, {}, prompts)
-    return [WeightedReward(name, weight, load_reward(name, device=device)) for name, weight in weights.items()]
-
-
 def find_images(source: str | Path) -> Path:
     """Return the parquet of sampled images for a folder that `pairs sample` wrote, or for the file itself.
 
@@ -213,13 +166,13 @@ def label_pairs(
         "sampling": read_metadata(images).get("settings", {}),
     }
     with atomic_parquet(out, PAIR_SCHEMA, metadata) as writer:
-        for groups in _batches(images, batch_size):
-            rows = [row for group in groups for row in group]
-            scores = iter(_score(rows, rewards))
-            for group in groups:
-                _label_prompt(group, [next(scores) for _ in group], settings, counts, writer)
+        stream = score_items(_items(images), rewards, batch_size=batch_size)
+        for _, group in groupby(stream, key=lambda scored: scored.item.extra["prompt_id"]):
+            members = list(group)
+            scores = [_total(scored, rewards) for scored in members]
+            _label_prompt([scored.item.extra for scored in members], scores, settings, counts, writer)
             if progress is not None:
-                progress(len(rows))
+                progress(len(members))
         if not counts.kept:
             raise UserError(f"{images}: no pair is left to write ({counts})")
     return counts
@@ -232,32 +185,21 @@ def _check_columns(images: Path) -> None:
         raise missing_columns(str(images), lacking, found, "; give what `mmalign pairs sample` wrote")
 
 
-def _batches(images: Path, batch_size: int) -> Iterator[list[list[dict[str, Any]]]]:
-    """Yield the images of whole prompts, about `batch_size` images at a time."""
+def _items(images: Path) -> Iterator[Item]:
+    """Yield the sampled images in their order; the row comes with each."""
     reader = ForwardReader(images, SOURCE_COLUMNS)
-    rows = (reader.row(index) for index in range(len(reader)))
-    groups: list[list[dict[str, Any]]] = []
-    for _, group in groupby(rows, key=lambda row: row["prompt_id"]):
-        groups.append(list(group))
-        if sum(map(len, groups)) >= batch_size:
-            yield groups
-            groups = []
-    if groups:
-        yield groups
+    for index in range(len(reader)):
+        row = reader.row(index)
+        yield Item(f"image of '{row['prompt']}'", row["image"], row["prompt"], extra=row)
 
 
-def _score(rows: Sequence[Mapping[str, Any]], rewards: Sequence[WeightedReward]) -> list[float]:
-    media = torch.stack([decode_image(row["image"], f"image of '{row['prompt']}'") for row in rows])
-    prompts = [row["prompt"] for row in rows]
-    total = torch.zeros(len(rows), dtype=torch.float64)
-    for entry in rewards:
-        given = prompts if "prompts" in entry.reward.needs else None
-        scores = entry.reward(media, prompts=given).double().cpu()
-        if not bool(scores.isfinite().all()):
-            broken = int((~scores.isfinite()).nonzero()[0])
-            raise UserError(f"reward '{entry.name}' gave {scores[broken]} for an image of '{prompts[broken]}'")
-        total += entry.weight * (1.0 if entry.reward.higher_is_better else -1.0) * scores
-    return total.tolist()
+def _total(scored: Scored, rewards: Sequence[WeightedReward]) -> float:
+    if scored.error:
+        raise UserError(f"{scored.item.name}: {scored.error}")
+    for name, value in scored.scores.items():
+        if not math.isfinite(value):
+            raise UserError(f"reward '{name}' gave {value} for an {scored.item.name}")
+    return weighted_total(scored.scores, rewards)
 
 
 def _label_prompt(

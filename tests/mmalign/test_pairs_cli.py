@@ -18,11 +18,12 @@ from mmalign.config import DataConfig
 from mmalign.data import build, labelling
 from mmalign.data.build import SCHEMA, SampleSettings, prompt_id, sample_images
 from mmalign.data.images import decode_image, encode_png
-from mmalign.data.labelling import LabelSettings, WeightedReward, find_images, label_pairs, parse_rewards
+from mmalign.data.labelling import LabelSettings, find_images, label_pairs
 from mmalign.data.pairs import read_pairs
 from mmalign.data.parquet import read_metadata
 from mmalign.data.prompts import Prompt
 from mmalign.errors import UserError
+from mmalign.scoring.chosen import WeightedReward, parse_rewards
 from pipelines import load_generator
 from rewards import Reward, register
 
@@ -34,22 +35,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_tiny_sd(tmp_path_factory.mktemp("model") / "sd", vae="tiny")
 
 
-class Brightness:
+class Brightness(Reward):
     """A reward whose values the tests know: the mean of the pixels."""
-
-    modality, needs, higher_is_better = "image", frozenset(), True
-
-    def __call__(self, media: torch.Tensor, *, prompts: list[str] | None = None) -> torch.Tensor:
-        assert prompts is None
-        return media.mean((1, 2, 3))
-
-
-class LoadedBrightness(Reward):
-    """The same as a reward that `load_reward` loads."""
 
     name = "test-loaded-brightness"
 
     def score(self, media: torch.Tensor, prompts: object, references: object) -> torch.Tensor:
+        assert prompts is None
         return media.mean((1, 2, 3))
 
 
@@ -222,7 +214,7 @@ def test_a_failing_label_run_keeps_the_old_pairs(tmp_path):
     rows, _ = label(path)
 
     class Broken(Brightness):
-        def __call__(self, media: torch.Tensor, *, prompts: list[str] | None = None) -> torch.Tensor:
+        def score(self, media: torch.Tensor, prompts: object, references: object) -> torch.Tensor:
             return torch.full((len(media),), math.nan)
 
     with pytest.raises(UserError, match="reward 'broken' gave nan for an image of 'a'"):
@@ -255,7 +247,7 @@ def test_reward_lists():
 def test_sample_and_label_on_the_command_line(model, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a red circle\ntwo blue stars\n")
     assert sample(model, tmp_path / "s", "--images-per-prompt", "2", prompts=str(tmp_path / "p.txt")) == 0
-    register(LoadedBrightness)
+    register(Brightness)
     command = ["pairs", "label", str(tmp_path / "s"), "--reward", "test-loaded-brightness:2"]
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "pairs.parquet")]) == 0

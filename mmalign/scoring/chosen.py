@@ -1,0 +1,183 @@
+"""Which rewards score, with which options and weights: read from a list of names or a YAML file, checked, loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmalign.errors import UserError, did_you_mean
+
+TOTAL = "total"
+"""The column of the weighted sum."""
+SAMPLED_VALUES = 4096
+"""Values of each tensor that a fingerprint looks at; training a reward again changes practically all of them."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A reward that was asked for; `weight` None: it takes no part in a sum, unless others do (then 1)."""
+
+    name: str
+    label: str
+    weight: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """A loaded reward, what its scores are called, and its weight in the sum that decides."""
+
+    name: str
+    weight: float
+    reward: Any
+
+
+def parse_rewards(text: str) -> dict[str, float]:
+    """Read "clip,shapes-quality:0.5" as reward name -> weight (1 where none is given); "package.module:Class" works.
+
+    Raises:
+        UserError: an empty or repeated name, or a weight that is no finite number or is 0.
+    """
+    return {choice.name: 1.0 if choice.weight is None else choice.weight for choice in parse_choices(text)}
+
+
+def parse_choices(text: str) -> list[Choice]:
+    """Read "clip,shapes-quality:0.5" as `parse_rewards` does, and tell a weight of 1 from none."""
+    chosen: dict[str, Choice] = {}
+    for part in text.split(","):
+        name, weight = part.strip(), None
+        head, colon, tail = name.rpartition(":")
+        if colon and not tail.strip().isidentifier():
+            try:
+                name, weight = head.strip(), float(tail)
+            except ValueError:
+                raise UserError(f"reward '{part.strip()}': '{tail}' is no weight; write NAME or NAME:0.5") from None
+        if not name or name in chosen:
+            raise UserError(f"rewards '{text}': {'repeats ' + repr(name) if name else 'has an empty name'}")
+        _check_weight(part.strip(), weight)
+        chosen[name] = Choice(name, name, weight)
+    return list(chosen.values())
+
+
+def read_choices(text: str, options: Sequence[str] = ()) -> list[Choice]:
+    """Read `--rewards`: names as for `parse_choices`, or a YAML file; and `options` such as "clip.weights=DIR".
+
+    The file holds `rewards:`, a list of names or of {name, label, weight, options}.
+
+    Raises:
+        UserError: it cannot be read, a label occurs twice, or an option belongs to no reward.
+    """
+    if Path(text).suffix in (".yaml", ".yml"):
+        from mmalign.scoring.schema import read_yaml
+
+        chosen = read_yaml(text)
+        for choice in chosen:
+            _check_weight(choice.label, choice.weight)
+    else:
+        chosen = parse_choices(text)
+    repeated = [label for label, count in Counter(choice.label for choice in chosen).items() if count > 1]
+    if repeated:
+        raise UserError(f"rewards: '{repeated[0]}' occurs more than once; give each its own label")
+    if TOTAL in {choice.label for choice in chosen}:
+        raise UserError(f"rewards: '{TOTAL}' is the name of the weighted sum; choose another label")
+    return _with_options(chosen, options)
+
+
+def _with_options(chosen: Sequence[Choice], options: Sequence[str]) -> list[Choice]:
+    from mmalign.config_files import parse_value
+
+    labels = [choice.label for choice in chosen]
+    given: dict[str, dict[str, Any]] = {label: {} for label in labels}
+    for option in options:
+        key, equals, value = option.partition("=")
+        label = max((name for name in labels if key.startswith(f"{name}.")), key=len, default="")
+        if not equals or not label:
+            hint = did_you_mean(key.partition(".")[0], labels)
+            raise UserError(f"--option '{option}': write REWARD.OPTION=VALUE for one of {', '.join(labels)}{hint}")
+        given[label][key.removeprefix(f"{label}.")] = parse_value(value)
+    return [
+        Choice(choice.name, choice.label, choice.weight, {**choice.options, **given[choice.label]})
+        for choice in chosen
+    ]
+
+
+def _check_weight(name: str, weight: float | None) -> None:
+    if weight is not None and (not math.isfinite(weight) or weight == 0):
+        raise UserError(f"reward '{name}': the weight must be a finite number other than 0")
+
+
+def load_weighted_rewards(
+    weights: Mapping[str, float], prompts: Sequence[str], device: str | None = None
+) -> list[WeightedReward]:
+    """Load the rewards that decide, after checking that all of them can score images of these prompts.
+
+    Raises:
+        UserError, RewardError: see `mmalign.reward_checks.check_reward`.
+    """
+    return load_choices([Choice(name, name, weight) for name, weight in weights.items()], prompts, device=device)
+
+
+def load_choices(
+    chosen: Sequence[Choice],
+    prompts: Sequence[str],
+    *,
+    modality: str = "image",
+    device: str | None = None,
+    dtype: str | None = None,
+) -> list[WeightedReward]:
+    """Load rewards after checking that all of them can score media of this kind with these prompts.
+
+    Raises:
+        UserError, RewardError: see `mmalign.reward_checks.check_reward`.
+    """
+    from mmalign.reward_checks import check_reward
+    from rewards import load_reward
+
+    for choice in chosen:
+        check_reward(choice.name, choice.options, prompts, modality)
+    common = {"device": device, "dtype": dtype}
+    return [
+        WeightedReward(
+            choice.label,
+            1.0 if choice.weight is None else choice.weight,
+            load_reward(choice.name, **{**common, **choice.options}),
+        )
+        for choice in chosen
+    ]
+
+
+def weighted_total(scores: Mapping[str, float], rewards: Sequence[WeightedReward]) -> float:
+    """Return the sum of weight x score; a reward for which lower is better counts negatively."""
+    return sum(
+        entry.weight * (1.0 if entry.reward.higher_is_better else -1.0) * scores[entry.name] for entry in rewards
+    )
+
+
+def fingerprint_reward(reward: Any, neighbours: bool = False) -> list[str]:
+    """Describe weights and code: the scores of a reward that was trained again must not be taken for the new one's.
+
+    A plug-in may consist of code alone and change from day to day; the source of its class and of its bases counts as
+    well, and with `neighbours` that of the modules beside it.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(reward.state_dict().items()):
+        flat = tensor.detach().flatten()
+        picked = flat[torch.linspace(0, len(flat) - 1, min(len(flat), SAMPLED_VALUES)).long().to(flat.device)]
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(picked.double().cpu().numpy().tobytes())
+    classes = [cls for cls in type(reward).__mro__ if issubclass(cls, torch.nn.Module) and cls is not torch.nn.Module]
+    files = {Path(file) for cls in classes if (file := inspect.getsourcefile(cls)) is not None}
+    if neighbours:
+        files |= {beside for path in files for beside in path.parent.glob("*.py")}
+    code = hashlib.blake2b(digest_size=16)
+    for path in sorted(files):
+        code.update(path.read_bytes())
+    return [digest.hexdigest(), code.hexdigest()]

@@ -1,0 +1,150 @@
+"""Score a stream of items by several rewards in one pass: threads decode ahead, each medium once for all rewards."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign.errors import UserError
+from mmalign.scoring.chosen import WeightedReward
+from mmalign.scoring.decode import ALL_FRAMES, Frames, decode
+from mmalign.scoring.items import Item
+from rewards import RewardError
+
+BATCH_PIXELS = 1 << 26
+"""A batch is closed at so many pixels (0.8 GB as floats), however few media it then holds."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What became of an item: a score for each reward (NaN where a reward found none), or why there is none."""
+
+    item: Item
+    scores: dict[str, float]
+    error: str = ""
+
+
+def score_items(
+    items: Iterable[Item],
+    rewards: Sequence[WeightedReward],
+    *,
+    modality: str = "image",
+    batch_size: int = 32,
+    workers: int | None = None,
+    frames: Frames = ALL_FRAMES,
+) -> Generator[Scored, None, None]:
+    """Yield every item with its scores, in order.
+
+    Items are decoded by `workers` threads, two batches ahead of the rewards; a batch is `batch_size` media, or fewer
+    where they are large. What cannot be decoded, lacks a prompt that a reward needs, or is refused by a reward comes
+    with its error, and the others of its batch with their scores.
+    """
+    needs_prompt = next((entry.name for entry in rewards if "prompts" in entry.reward.needs), None)
+    batch: list[tuple[Item, Tensor | str]] = []
+    pixels = 0
+    for item, decoded in decode_ahead(items, modality, 2 * batch_size, workers, frames):
+        if needs_prompt is not None and item.prompt is None and isinstance(decoded, Tensor):
+            decoded = f"has no prompt, and reward '{needs_prompt}' needs one"
+        batch.append((item, decoded))
+        pixels += decoded.numel() // 3 if isinstance(decoded, Tensor) else 0
+        if len(batch) >= batch_size or pixels >= BATCH_PIXELS:
+            yield from _score_batch(batch, rewards)
+            batch, pixels = [], 0
+    if batch:
+        yield from _score_batch(batch, rewards)
+
+
+def decode_ahead(
+    items: Iterable[Item], modality: str, ahead: int, workers: int | None = None, frames: Frames = ALL_FRAMES
+) -> Iterator[tuple[Item, Tensor | str]]:
+    """Yield items, in order, with their 8-bit tensor or the reason why there is none."""
+    coming = iter(items)
+    workers = workers or min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        pending: deque[tuple[Item, Future[Tensor | str]]] = deque()
+
+        def start(count: int) -> None:
+            for item in islice(coming, count):
+                pending.append((item, pool.submit(_decode, *_read(item), modality, frames)))
+
+        start(max(ahead, workers))
+        try:
+            while pending:
+                item, future = pending.popleft()
+                decoded = future.result()
+                start(1)
+                yield item, decoded
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read(item: Item) -> tuple[Any, str]:
+    """Fetch what must be fetched in order; (nothing, the reason) where that fails."""
+    try:
+        return (item.media() if callable(item.media) else item.media), ""
+    except Exception as error:  # a damaged archive or column raises anything
+        return None, _reason(error)
+
+
+def _decode(media: Any, failed: str, modality: str, frames: Frames) -> Tensor | str:
+    if failed:
+        return failed
+    if isinstance(media, Path) and not media.exists():
+        return "no such file"
+    try:
+        return decode(media, modality, frames)
+    except Exception as error:  # decoders of untrusted bytes raise anything
+        return f"unreadable {modality} ({_reason(error)})"
+
+
+def _reason(error: Exception) -> str:
+    # PIL prints the address of the buffer, which tells the reader nothing and changes from run to run.
+    return " ".join(str(error).split("<_io")[0].split())[:200] or type(error).__name__
+
+
+def _score_batch(batch: Sequence[tuple[Item, Tensor | str]], rewards: Sequence[WeightedReward]) -> Iterator[Scored]:
+    done: dict[int, Scored] = {}
+    groups: dict[torch.Size, list[int]] = {}
+    for index, (item, decoded) in enumerate(batch):
+        if isinstance(decoded, Tensor):
+            groups.setdefault(decoded.shape, []).append(index)
+        else:
+            done[index] = Scored(item, {}, decoded)
+    for members in groups.values():
+        levels = torch.stack([batch[index][1] for index in members])  # type: ignore[misc]
+        scored = _score_group([batch[index][0] for index in members], levels, rewards)
+        done |= dict(zip(members, scored, strict=True))
+    yield from (done[index] for index in range(len(batch)))
+
+
+def _score_group(items: list[Item], levels: Tensor, rewards: Sequence[WeightedReward]) -> list[Scored]:
+    """Score media of one size; if a reward refuses them, one by one, so that only the faulty ones are without."""
+    try:
+        return _score_media(items, levels, rewards)
+    except (RewardError, UserError) as error:
+        if len(items) == 1:
+            return [Scored(items[0], {}, str(error))]
+    return [_score_group([item], levels[index : index + 1], rewards)[0] for index, item in enumerate(items)]
+
+
+def _score_media(items: list[Item], levels: Tensor, rewards: Sequence[WeightedReward]) -> list[Scored]:
+    columns = {}
+    media: dict[torch.device, Tensor] = {}
+    for entry in rewards:
+        device = entry.reward.device
+        if device not in media:  # as bytes over the bus, as floats on the device
+            media[device] = levels.to(device).float().div_(255)
+        prompts = [item.prompt for item in items] if "prompts" in entry.reward.needs else None
+        columns[entry.name] = entry.reward(media[device], prompts=prompts).double().tolist()
+    return [
+        Scored(item, {name: values[index] for name, values in columns.items()}) for index, item in enumerate(items)
+    ]

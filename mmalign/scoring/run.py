@@ -1,0 +1,216 @@
+"""Score files by rewards into one table: find, check, load, go on where an earlier run stopped, score, write."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmalign import __version__
+from mmalign.errors import UserError
+from mmalign.progress import note, track
+from mmalign.reward_checks import check_reward
+from mmalign.scoring.chosen import (
+    TOTAL,
+    Choice,
+    WeightedReward,
+    fingerprint_reward,
+    load_choices,
+    weighted_total,
+)
+from mmalign.scoring.decode import ALL_FRAMES, Frames
+from mmalign.scoring.engine import Scored, score_items
+from mmalign.scoring.inputs import find_items
+from mmalign.scoring.items import Item
+from mmalign.scoring.results import Results, Row
+
+SHOWN_FAULTS = 20
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How to score; nothing here but `dtype` and `frames` changes a score."""
+
+    prompt: str | None = None
+    skip_bad: bool = False
+    batch_size: int = 32
+    workers: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    frames: Frames = ALL_FRAMES
+
+
+@dataclass
+class Outcome:
+    """What came out: the rows in the order of the items, and how many are new."""
+
+    modality: str
+    items: list[Item]
+    rows: list[Row]
+    columns: list[str]
+    rewards: list[WeightedReward]
+    new: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bad(self) -> int:
+        """How many items could not be scored."""
+        return sum(bool(row.error) for row in self.rows)
+
+    def values(self, column: str) -> list[float]:
+        """Return the scores of one column, those that are there."""
+        index = self.columns.index(column)
+        return [row.scores[index] for row in self.rows if math.isfinite(row.scores[index])]
+
+    def summary(self, column: str) -> tuple[float, float, float, float, int]:
+        """Return mean, standard deviation (population), minimum and maximum of a column, and how many are missing."""
+        values = self.values(column)
+        if not values:
+            return math.nan, math.nan, math.nan, math.nan, len(self.rows)
+        spread = statistics.pstdev(values)
+        return statistics.fmean(values), spread, min(values), max(values), len(self.rows) - len(values)
+
+
+def score_files(inputs: Sequence[str], chosen: Sequence[Choice], out: Path, settings: ScoreSettings) -> Outcome:
+    """Score everything that the inputs name and write `out`; what it holds already is not scored again.
+
+    Raises:
+        UserError, RewardError: an input, a reward or an option is wrong, `out` holds the scores of other rewards, or
+            an item cannot be scored and `skip_bad` is off; what was scored until then is kept for the next run.
+    """
+    modality = _common_modality(chosen)
+    items = find_items(inputs, modality, settings.prompt).items
+    _check_prompts(items, chosen, settings.skip_bad)
+    prompts = list(dict.fromkeys(item.prompt for item in items if item.prompt is not None))
+    rewards = load_choices(chosen, prompts, modality=modality, device=settings.device, dtype=settings.dtype)
+    columns = [choice.label for choice in chosen] + [TOTAL] * _has_total(chosen)
+    results = Results(out, columns, _metadata(chosen, rewards, settings))
+    results.check_items(items)
+    todo = [item for item in items if results.find(item) is None]
+    if todo:
+        _score(todo, len(items), rewards, results, modality, settings)
+    rows = results.finish(items)
+    return Outcome(modality, items, rows, columns, rewards, len(todo), results.metadata)
+
+
+def _common_modality(chosen: Sequence[Choice]) -> str:
+    """Return what all rewards judge, after checking that they exist and take their options."""
+    from rewards import check_options
+
+    kinds = {choice.label: check_options(choice.name, choice.options).modality for choice in chosen}
+    modality = next(iter(kinds.values()))
+    other = next((label for label, kind in kinds.items() if kind != modality), None)
+    if other is not None:
+        first = next(iter(kinds))
+        raise UserError(f"'{first}' judges {modality}s and '{other}' {kinds[other]}s; score them in two runs")
+    for choice in chosen:
+        check_reward(choice.name, choice.options, [], modality)
+    return modality
+
+
+def _check_prompts(items: Sequence[Item], chosen: Sequence[Choice], skip_bad: bool) -> None:
+    from rewards import reward_class
+
+    lacking = [item.name for item in items if item.prompt is None]
+    needing = [choice.label for choice in chosen if "prompts" in reward_class(choice.name).needs]
+    if lacking and needing and (not skip_bad or len(lacking) == len(items)):
+        raise UserError(
+            f"{len(lacking)} of {len(items)} inputs have no prompt, and reward '{needing[0]}' needs one (first: "
+            f"{lacking[0]}); give a column 'prompt', metadata.jsonl or NAME.txt beside the files, or --prompt TEXT"
+        )
+
+
+def _has_total(chosen: Sequence[Choice]) -> bool:
+    return any(choice.weight is not None for choice in chosen)
+
+
+def _metadata(chosen: Sequence[Choice], rewards: Sequence[WeightedReward], settings: ScoreSettings) -> dict[str, Any]:
+    """Describe what the scores depend on."""
+    from rewards import Facts
+
+    described = []
+    for choice, entry in zip(chosen, rewards, strict=True):
+        facts = Facts.of(entry.reward)
+        low, high = (bound if math.isfinite(bound) else None for bound in facts.range)
+        described.append(
+            {
+                "label": choice.label,
+                "name": choice.name,
+                "version": facts.version,
+                "weight": (entry.weight if _has_total(chosen) else None),
+                "options": {key: _plain(value) for key, value in choice.options.items()},
+                "range": [low, high],
+                "higher_is_better": facts.higher_is_better,
+                "source": facts.source,
+                "files": [str(file) for file in facts.files],
+                "licence": facts.licence,
+                "citation": facts.citation,
+                "fingerprint": fingerprint_reward(entry.reward),
+            }
+        )
+    dtypes = sorted({str(entry.reward.dtype).removeprefix("torch.") for entry in rewards})
+    return {
+        "rewards": described,
+        "settings": {"dtype": dtypes, "frames": settings.frames.count, "fps": settings.frames.fps},
+        "mmalign": __version__,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
+
+
+def _score(
+    todo: Sequence[Item],
+    total: int,
+    rewards: Sequence[WeightedReward],
+    results: Results,
+    modality: str,
+    settings: ScoreSettings,
+) -> None:
+    if (done := total - len(todo)) > 0:
+        note(f"{done} of {total} {modality}s are scored already")
+    stream = score_items(
+        todo,
+        rewards,
+        modality=modality,
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        frames=settings.frames,
+    )
+    faults = 0
+    with track(total, "score", f"{modality}s", initial=done) as job:
+        try:
+            for scored in stream:
+                if scored.error:
+                    faults += 1
+                    _report(scored, faults, job.done, results, settings.skip_bad)
+                results.add(_row(scored, rewards, results.columns))
+                job.advance(1, **({"bad": faults} if faults else {}))
+        finally:  # an error or Ctrl-C too keeps what is done
+            stream.close()
+            results.flush()
+
+
+def _report(scored: Scored, faults: int, done: int, results: Results, skip_bad: bool) -> None:
+    """Say that an item is bad; the end of the run unless bad ones are to be skipped."""
+    if not skip_bad:
+        raise UserError(
+            f"{scored.item.name}: {scored.error}; {done} are scored and kept in {results.parts}; mend it, or add "
+            "--skip-bad to the same command to go on without such items"
+        )
+    if faults <= SHOWN_FAULTS:
+        note(f"bad: {scored.item.name}: {scored.error}")
+    elif faults == SHOWN_FAULTS + 1:
+        note("bad: more of them; all are named in the output's column 'error'")
+
+
+def _row(scored: Scored, rewards: Sequence[WeightedReward], columns: Sequence[str]) -> Row:
+    item = scored.item
+    scores = {entry.name: scored.scores.get(entry.name, math.nan) for entry in rewards}
+    if TOTAL in columns:
+        scores[TOTAL] = weighted_total(scores, rewards)
+    return Row(item.name, item.path, item.prompt, tuple(scores[name] for name in columns), scored.error, item.stamp)

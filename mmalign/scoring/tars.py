@@ -1,0 +1,83 @@
+"""Webdataset tars: files that share a name up to its first dot are one sample, such as 0001.jpg, 0001.txt, 0001.json.
+
+Nothing is unpacked to the disk and nothing in an archive is run. Of an uncompressed archive only the headers are read
+at first, and every image later from its place.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from mmalign.errors import UserError
+from mmalign.scoring.decode import SUFFIXES
+from mmalign.scoring.items import MAX_BYTES, Item, Slice, stamp_of
+from mmalign.scoring.tables import prompt_column
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+MAX_TEXT = 1 << 20
+
+
+def is_tar(path: Path) -> bool:
+    """Tell by its suffix whether a file is a tar."""
+    return path.name.lower().endswith(TAR_SUFFIXES)
+
+
+def tar_items(path: Path, modality: str) -> Iterator[Item]:
+    """Yield the images or videos of an archive, named `shard.tar/member`, with the prompt of their sample.
+
+    The prompt is the sample's `.txt`, or else the key prompt, caption or text of its `.json`.
+
+    Raises:
+        UserError: the archive is damaged or cut off, or a prompt is not readable.
+    """
+    plain = path.name.lower().endswith(".tar")
+    try:
+        archive = tarfile.open(path, "r:" if plain else "r:*")
+        members = [member for member in archive if member.isreg() and not member.issparse()]
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{path}: damaged or cut off tar ({error}); fetch it again or leave it out") from None
+    prompts: dict[str, str] = {}
+    for member in members:
+        if (suffix := Path(member.name).suffix.lower()) in (".txt", ".json"):
+            text = _read_prompt(archive, member, f"{path}/{member.name}")
+            if text is not None and (suffix == ".txt" or _key(member.name) not in prompts):
+                prompts[_key(member.name)] = text
+    stamp = stamp_of(path)
+    for member in members:
+        if Path(member.name).suffix.lower() in SUFFIXES[modality]:
+            media = Slice(path, member.offset_data, member.size) if plain else partial(_read, archive, member)
+            name = f"{path}/{member.name}"
+            yield Item(name, media, prompts.get(_key(member.name)), None, stamp)
+
+
+def _key(name: str) -> str:
+    """Return a member's sample: its path up to the first dot of the file's own name."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > MAX_BYTES:
+        raise OSError(f"claims to hold {member.size} bytes")
+    file = archive.extractfile(member)
+    return file.read() if file is not None else b""
+
+
+def _read_prompt(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> str | None:
+    if member.size > MAX_TEXT:
+        raise UserError(f"{name}: {member.size} bytes are too many for a prompt")
+    try:
+        text = _read(archive, member).decode("utf-8-sig")
+        if member.name.lower().endswith(".txt"):
+            return text.strip()
+        content = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{name}: not readable as a prompt ({error})") from None
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{name}: cut off ({error})") from None
+    key = prompt_column(content) if isinstance(content, dict) else None
+    return content[key] if key is not None and isinstance(content[key], str) else None
