@@ -36,6 +36,7 @@ BUILTIN = {
     "image-reward": "rewards.image_reward:ImageReward",
     "jpeg-compressibility": "rewards.jpeg:JpegCompressibility",
     "jpeg-incompressibility": "rewards.jpeg:JpegIncompressibility",
+    "lambda-harmonic": "rewards.lambda_harmonic:LambdaHarmonic",
     "pickscore": "rewards.pickscore:PickScore",
     "text-norm": "rewards.text_norm:TextNorm",
     "vbench-aesthetic-quality": "rewards.vbench:AestheticQuality",
