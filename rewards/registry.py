@@ -45,6 +45,7 @@ BUILTIN = {
     "vbench-subject-consistency": "rewards.vbench:SubjectConsistency",
     "vbench-temporal-flickering": "rewards.vbench:TemporalFlickering",
     "video-align": "rewards.video_align:VideoAlign",
+    "vlm-rm": "rewards.vlm_rm:VlmRm",
     "vqa-score": "rewards.vqa_score:VqaScore",
 }
 
