@@ -40,6 +40,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "build preference data: sample images, then label them",
         "mmalign pairs sample assets/shapes-sd --prompts shapes-train --out runs/samples",
     ),
+    "rewards": (
+        "check rewards against the numbers that their authors published",
+        "mmalign rewards verify aesthetic",
+    ),
     "list": ("what there is: methods, rewards, families, configs, prompts", "mmalign list methods"),
     "show-config": (
         "print a config as it will be used, with the origin of every value",

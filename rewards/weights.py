@@ -8,6 +8,7 @@ that look right.
 from __future__ import annotations
 
 import hashlib
+import os
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ def _fetch(published: Weights) -> Path:
     below = f"{published.repo}/{published.revision}/{published.file}"
     path = Path(torch.hub.get_dir()) / "mmalign" / below
     if not path.is_file():
+        if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+            raise ConnectionError("not fetched before, and HF_HUB_OFFLINE forbids to")
         path.parent.mkdir(parents=True, exist_ok=True)
         url = f"{published.host}/{urllib.parse.quote(below)}"
         torch.hub.download_url_to_file(url, str(path), published.sha256, progress=False)

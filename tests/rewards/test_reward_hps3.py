@@ -182,6 +182,7 @@ def test_instruction_that_cannot_be_fetched(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("TORCH_HOME", "/nonexistent-cache")
     monkeypatch.setattr("pathlib.Path.mkdir", lambda *_args, **_options: None)
     with pytest.raises(RewardError, match="cannot fetch MizzenAI/HPSv3.*no network; or give instruction=PATH"):

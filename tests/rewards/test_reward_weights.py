@@ -32,6 +32,9 @@ def test_files_of_another_host_are_fetched_once_and_checked(tmp_path, monkeypatc
     (folder / "a+b.pth").write_bytes(b"weights")
     digest = sha256(folder / "a+b.pth")
     published = Weights("org/name", "a+b.pth", "abc", digest, host=f"file://{tmp_path}")
+    with pytest.raises(RewardError, match="cannot fetch .* HF_HUB_OFFLINE forbids"):
+        locate(published)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     path = locate(published)
     assert path.read_bytes() == b"weights" and path.is_relative_to(tmp_path / "cache")
     (folder / "a+b.pth").unlink()
