@@ -23,16 +23,15 @@ from os import PathLike
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from rewards.base import Reward
 from rewards.detectors import Detection, Detector, OnnxDetector, TransformersDetector, suppressed
 from rewards.encoders import Encoder, load_preset
 from rewards.errors import RewardError, choices
 from rewards.geneval_tasks import COLOURS, Task, Verdict, check_names, judge, parse_task, read_tasks
-from rewards.media import Media, load_image, pil_images, read_media
+from rewards.media import Media, load_image
+from rewards.observed import ObservedReward
 from rewards.two_tower import unit
 from rewards.weights import Weights
 
@@ -42,7 +41,7 @@ GREY = (0x99, 0x99, 0x99)
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 
 
-class GenEval(Reward):
+class GenEval(ObservedReward):
     """Objects, numbers, colours and positions that the prompt asks for, found by a detector: GenEval.
 
     form: `correct` (default), `strict` or `dense`, see above. weights: of the detector, a directory or hub id of
@@ -55,7 +54,6 @@ class GenEval(Reward):
 
     name: ClassVar[str] = "geneval"
     version = "correct, boxes above 0.3 (counting 0.9)"
-    needs = frozenset({"prompts"})
     range = (0.0, 1.0)
     licence = "Apache-2.0; weights: Mask2Former MIT, CLIP MIT"
     source = f"{MASK2FORMER}; colours: open_clip ViT-L-14-quickgelu, openai"
@@ -102,38 +100,21 @@ class GenEval(Reward):
         check_names(task, self.detector.names, prompt)
         return task
 
-    def score(
-        self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None
-    ) -> Float[Tensor, " batch"]:
-        """Detect and judge."""
-        return self._numbers(self._judge(media, [prompts or ()])[0], media)
+    def observe(self, images: list[Image.Image]) -> list[tuple[Image.Image, list[Detection]]]:
+        """Detect objects; the images are kept, for their colours."""
+        return list(zip(images, self.detector(images), strict=True))
 
-    def matrix(self, media: Media, prompts: Sequence[str]) -> Float[Tensor, "batch prompts"]:
-        """Score every image against every prompt; objects are found once."""
-        self._check_matrix(prompts)
-
-        def row(chunk: Tensor, positions: list[int]) -> Tensor:
-            columns = self._judge(chunk, [[prompt] * len(chunk) for prompt in prompts])
-            return torch.stack([self._numbers(column, chunk) for column in columns], dim=1)
-
-        return self._run(read_media(media, self.modality), row)
+    def rate(self, observed: tuple[Image.Image, list[Detection]], prompt: str) -> float:
+        """Judge, and count as the form says."""
+        verdict = self._verdict(*observed, self.task(prompt))
+        return sum(verdict.credits) / len(verdict.credits) if self.form == "dense" else float(verdict.correct)
 
     def verdicts(self, media: Media, *, prompts: Sequence[str]) -> list[Verdict]:
         """Say of each image whether it is right, its credits, and what is wrong with it."""
-        groups = read_media(media, self.modality)
-        checked = self._check_prompts(prompts, sum(len(positions) for positions, _ in groups)) or []
-        found: dict[int, Verdict] = {}
+        tasks = [self.task(prompt) for prompt in self._check_prompts(prompts, len(media)) or ()]
         with torch.inference_mode():
-            for positions, group in groups:
-                for position, image in zip(positions, group, strict=True):
-                    found[position] = self._judge(image[None].to(self.device), [[checked[position]]])[0][0]
-        return [found[position] for position in range(len(found))]
-
-    def _judge(self, media: Tensor, columns: Sequence[Sequence[str]]) -> list[list[Verdict]]:
-        tasks = [[self.task(prompt) for prompt in prompts] for prompts in columns]
-        images = pil_images(media)
-        found = self.detector(images)
-        return [[self._verdict(*row) for row in zip(images, found, asked, strict=True)] for asked in tasks]
+            seen = self.observations(media)
+            return [self._verdict(image, found, task) for (image, found), task in zip(seen, tasks, strict=True)]
 
     def _verdict(self, image: Image.Image, found: Sequence[Detection], task: Task) -> Verdict:
         least = self.counting_threshold if task.counting else self.threshold
@@ -142,11 +123,6 @@ class GenEval(Reward):
             best = sorted((one for one in found if one.name == name and one.score > least), key=lambda one: -one.score)
             objects[name] = suppressed(best[: self.max_objects], self.max_overlap)
         return judge(objects, task, lambda some, name: self._colours(image, some, name), self.form != "correct")
-
-    def _numbers(self, verdicts: Sequence[Verdict], like: Tensor) -> Tensor:
-        if self.form == "dense":
-            return like.new_tensor([sum(verdict.credits) / len(verdict.credits) for verdict in verdicts])
-        return like.new_tensor([float(verdict.correct) for verdict in verdicts])
 
     def _colours(self, image: Image.Image, found: Sequence[Detection], name: str) -> list[str]:
         """Name the colour of each object."""

@@ -37,6 +37,7 @@ BUILTIN = {
     "jpeg-compressibility": "rewards.jpeg:JpegCompressibility",
     "jpeg-incompressibility": "rewards.jpeg:JpegIncompressibility",
     "lambda-harmonic": "rewards.lambda_harmonic:LambdaHarmonic",
+    "ocr": "rewards.ocr:OcrReward",
     "pickscore": "rewards.pickscore:PickScore",
     "text-norm": "rewards.text_norm:TextNorm",
     "vbench-aesthetic-quality": "rewards.vbench:AestheticQuality",
