@@ -47,6 +47,7 @@ BUILTIN = {
     "vbench-temporal-flickering": "rewards.vbench:TemporalFlickering",
     "video-align": "rewards.video_align:VideoAlign",
     "vlm-rm": "rewards.vlm_rm:VlmRm",
+    "video-score": "rewards.video_score:VideoScore",
     "vqa-score": "rewards.vqa_score:VqaScore",
 }
 
