@@ -48,6 +48,8 @@ BUILTIN = {
     "video-align": "rewards.video_align:VideoAlign",
     "vlm-rm": "rewards.vlm_rm:VlmRm",
     "video-score": "rewards.video_score:VideoScore",
+    "motion-smoothness": "rewards.video_motion:MotionSmoothness",
+    "vbench-dynamic-degree": "rewards.video_motion:DynamicDegree",
     "vqa-score": "rewards.vqa_score:VqaScore",
 }
 
