@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib import import_module, metadata
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -29,25 +30,27 @@ BUILTIN = {
     "clip": "rewards.clip:ClipReward",
     "clip-i": "rewards.clip_i:ClipI",
     "combine": "rewards.combine:Combine",
-    "dino-i": "rewards.dino_i:DinoI",
     "geneval": "rewards.geneval:GenEval",
-    "hps": "rewards.hps:Hps",
     "hps-v3": "rewards.hps3:HpsV3",
+    "dino-i": "rewards.dino_i:DinoI",
+    "hps": "rewards.hps:Hps",
     "image-reward": "rewards.image_reward:ImageReward",
+    "video-align": "rewards.video_align:VideoAlign",
     "jpeg-compressibility": "rewards.jpeg:JpegCompressibility",
     "jpeg-incompressibility": "rewards.jpeg:JpegIncompressibility",
     "lambda-harmonic": "rewards.lambda_harmonic:LambdaHarmonic",
     "ocr": "rewards.ocr:OcrReward",
+    "mps": "rewards.mps:Mps",
     "pickscore": "rewards.pickscore:PickScore",
     "text-norm": "rewards.text_norm:TextNorm",
+    "vlm-rm": "rewards.vlm_rm:VlmRm",
     "vbench-aesthetic-quality": "rewards.vbench:AestheticQuality",
     "vbench-appearance-style": "rewards.vbench:AppearanceStyle",
     "vbench-background-consistency": "rewards.vbench:BackgroundConsistency",
     "vbench-subject-consistency": "rewards.vbench:SubjectConsistency",
     "vbench-temporal-flickering": "rewards.vbench:TemporalFlickering",
-    "video-align": "rewards.video_align:VideoAlign",
-    "vlm-rm": "rewards.vlm_rm:VlmRm",
     "video-score": "rewards.video_score:VideoScore",
+    "vlm-judge": "rewards.vlm_judge:VlmJudge",
     "motion-smoothness": "rewards.video_motion:MotionSmoothness",
     "vbench-dynamic-degree": "rewards.video_motion:DynamicDegree",
     "vqa-score": "rewards.vqa_score:VqaScore",
@@ -91,7 +94,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> type[rewards.base.Re
     Raises `RewardError` for an unknown name or option, with the nearest match.
     """
     found = reward_class(name)
-    allowed = _options(found)
+    allowed = options_of(found)
     for option in options:
         if allowed is None or option in allowed:
             continue
@@ -138,6 +141,12 @@ def reward_class(name: str) -> type[rewards.base.Reward]:
 
 
 def _entry_points() -> dict[str, set[str]]:
+    return _entry_points_of(tuple(sys.path))
+
+
+@lru_cache(maxsize=2)
+def _entry_points_of(path: tuple[str, ...]) -> dict[str, set[str]]:
+    """Read the metadata of every installed package, a tenth of a second, once for each search path."""
     # A set: an editable install and a wheel of the same package may declare the same target twice.
     found: dict[str, set[str]] = {}
     for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
@@ -171,16 +180,20 @@ def _checked(found: Any, label: str) -> type[rewards.base.Reward]:
     return found
 
 
-def _options(found: type[rewards.base.Reward]) -> set[str] | None:
-    """Collect the keyword arguments of a class and, where it passes `**rest` on, of its bases; None: anything goes."""
+def options_of(found: type[rewards.base.Reward]) -> dict[str, Any] | None:
+    """Collect the options of a class, with defaults (`inspect.Parameter.empty`: to be given); None: anything goes.
+
+    They are its keyword arguments and, where it passes `**rest` on, those of its bases.
+    """
     from rewards.base import Reward
 
-    names: set[str] = set()
+    options: dict[str, Any] = {}
     for cls in found.__mro__:
         if "__init__" not in vars(cls):
             continue
         parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        names |= {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)} - {"self"}
+        named = {p.name: p.default for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        options |= {name: default for name, default in named.items() if name not in {"self", *options}}
         if cls is Reward or not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return names
+            return options
     return None

@@ -1,4 +1,7 @@
-"""List what there is: methods, rewards, model families, shipped configs and prompt sets, with their facts."""
+"""List what there is: methods, rewards, model families, shipped configs and prompt sets, with their facts.
+
+`mmalign list rewards NAME` prints everything about one reward: facts, options, published files and numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmalign.errors import UserError
 from mmalign.progress import note
 from mmalign.registry import Registry
 
@@ -29,10 +33,16 @@ class Listing(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("what", choices=sorted(LISTINGS), help="what to list")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one reward, or 'package.module:Class'")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table on standard output."""
+    """Print the table, or all about one reward, on standard output."""
+    if args.name is not None:
+        if args.what != "rewards":
+            raise UserError(f"'{args.name}': only rewards are shown one by one; leave it out, or `list rewards NAME`")
+        print(_describe(args.name))
+        return 0
     listing = LISTINGS[args.what]()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(listing.columns):
@@ -40,13 +50,12 @@ def run(args: argparse.Namespace) -> int:
     for row in listing.rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: square brackets in a cell are no markup
     # In a pipe there is no width to fit: one line a row, for grep.
-    Console(width=None if sys.stdout.isatty() else 400, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 2000, highlight=False).print(table)
     note(f"\n{listing.hint}")
     return 0
 
 
 def _methods() -> Listing:
-    from mmalign.errors import UserError
     from mmalign.methods import methods
 
     rows = []
@@ -83,17 +92,60 @@ def _rewards() -> Listing:
         rows.append(
             [
                 facts.name,
+                facts.version,
                 facts.modality,
                 ", ".join(facts.needs) or "nothing",
                 "yes" if facts.differentiable else "no",
                 bounds if facts.higher_is_better else f"{bounds} (less is more)",
                 facts.licence,
+                facts.source,
                 facts.summary,
             ]
         )
-    columns = ["reward", "scores", "needs", "gradient", "range", "licence", "what it measures"]
-    hint = "Use several in `mmalign compare ... --rewards NAME,NAME`, or one in a config's `rewards:`."
+    columns = ["reward", "version", "scores", "needs", "gradient", "range", "licence", "weights", "what it measures"]
+    hint = (
+        "All about one: `mmalign list rewards NAME`. Use several as `mmalign score ... --rewards NAME,NAME` "
+        "(`compare` alike), or one in a config's `rewards:`."
+    )
     return Listing(columns, rows, hint)
+
+
+def _describe(name: str) -> str:
+    """Write out a reward: its facts, its own words, its options with their defaults, its files and numbers."""
+    from rewards import Facts, reward_class
+    from rewards.goldens import GOLDENS
+    from rewards.registry import options_of
+
+    found = reward_class(name)
+    facts = Facts.of(found)
+    numbers = [f"{one.name}: {one.given} ({one.source})" for one in GOLDENS if one.reward == facts.name]
+    entries = {
+        "version": facts.version,
+        "scores": facts.modality + "s",
+        "needs": ", ".join(facts.needs) or "nothing but media",
+        "gradient": "yes, to the pixels" if facts.differentiable else "no",
+        "range": " .. ".join(map(_bound, facts.range)),
+        "better": "higher" if facts.higher_is_better else "lower",
+        "in a batch": "each scored alone" if facts.batch_invariant else "depends on its neighbours",
+        "derived from": ", ".join(facts.derived_from),
+        "licence": facts.licence,
+        "source": facts.source,
+        "files": "\n".join(f"{file} {f'sha256 {file.sha256}' if file.sha256 else ''}" for file in facts.files),
+        "citation": facts.citation,
+        "numbers": "\n".join(numbers) or "none published",
+        "options": "\n".join(_option(*item) for item in (options_of(found) or {}).items()) or "anything",
+        "code": inspect.getsourcefile(found) or "",
+    }
+    lines = [facts.name, "", inspect.getdoc(found) or "", ""]
+    for entry, text in entries.items():
+        for number, line in enumerate(text.splitlines()):
+            lines.append(f"{entry if number == 0 else '':<13} {line.rstrip()}")
+    lines += ["", f"mmalign score INPUT --rewards {name} --out scores.parquet    # --option {facts.name}.OPTION=VALUE"]
+    return "\n".join(lines)
+
+
+def _option(name: str, default: object) -> str:
+    return f"{name}: must be given" if default is inspect.Parameter.empty else f"{name} = {default!r}"
 
 
 def _families() -> Listing:

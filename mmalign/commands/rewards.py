@@ -73,7 +73,7 @@ def _print(verdicts: list[Verdict]) -> None:
         cells = [golden.name, golden.given, _numbers(golden.expected), _numbers(verdict.got), difference, status]
         table.add_row(*map(Text, cells))
     # In a pipe there is no width to fit: one line a row, for grep.
-    Console(width=None if sys.stdout.isatty() else 400, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 2000, highlight=False).print(table)
 
 
 def _numbers(values: tuple[float | int, ...]) -> str:

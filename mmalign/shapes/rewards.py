@@ -99,6 +99,7 @@ class ShapesClip(ClipReward):
 
     name: ClassVar[str] = "shapes-clip"
     licence = "Apache-2.0"
+    source = "assets/shapes-clip, shipped with mmalign"
     citation = "trained by `mmalign shapes train-clip`"
 
     @classmethod
