@@ -47,9 +47,12 @@ def test_sampling_compares_equal_images() -> None:
 
 
 def test_scoring_compares_equal_scores() -> None:
-    (report,) = scoring.measure(SMALLEST)
-    assert float(report.facts["with preprocessing='reference'"]) < 1e-5
-    assert float(report.facts["max difference of scores"]) < 1e-2
+    memory, files = scoring.measure(SMALLEST)
+    assert float(memory.facts["with preprocessing='reference'"]) < 1e-5
+    for report in (memory, files):
+        assert float(report.facts["max difference of scores"]) < 1e-2
+    assert list(files.seconds) == ["mmalign score", "open_clip directly"]
+    assert (memory.images, files.images) == (2, 8)
 
 
 def test_attention_kernels_agree_and_are_skipped_on_a_gpu() -> None:
