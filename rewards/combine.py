@@ -31,7 +31,8 @@ a mode needs them to add up to 1 and they do not, `normalise=True` divides them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +45,7 @@ from rewards.combine_parts import Part
 from rewards.derived import inherit_facts
 from rewards.errors import RewardError, choices
 from rewards.media import Media, check_tensor, read_media
+from rewards.shaping import RunningStats
 
 NAN = ("raise", "propagate")
 
@@ -157,8 +159,9 @@ class Combine(Reward):
         prompts: Sequence[str] | None = None,
         references: Sequence[Tensor] | Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return each part's own score by label, each `[B]`, before any transform."""
-        return self._run_parts(media, prompts, references)[0]
+        """Return each part's own score by label, each `[B]`, before any transform; nothing is learnt from them."""
+        with self._as_learnt():
+            return self._run_parts(media, prompts, references)[0]
 
     def contributions(
         self,
@@ -170,10 +173,44 @@ class Combine(Reward):
         """Return each part's contribution by label, each `[B]`, in the mode's own terms (table above).
 
         They are those of open gates; a gate's own entry is 1 where it is open and 0 where it is closed. Running
-        statistics are left as they are.
+        statistics are left as they are, also those of combinations among the parts.
         """
-        raw, prompts = self._run_parts(media, prompts, references)
-        return self._combined(raw, prompts, learn=False)[1]
+        with self._as_learnt():
+            raw, prompts = self._run_parts(media, prompts, references)
+            return self._combined(raw, prompts, learn=False)[1]
+
+    def pairwise(
+        self,
+        first: Media,
+        second: Media,
+        *,
+        prompts: Sequence[str] | None = None,
+        references: Sequence[Tensor] | Tensor | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """Say by how much the first of each pair is better than the second: `[B]`, positive where it is.
+
+        Where scores depend on the batch, both are scored in one, so that they are normalised alike.
+        """
+        if self.batch_invariant:
+            return super().pairwise(first, second, prompts=prompts, references=references)
+        if len(first) != len(second):
+            raise RewardError(f"{self.name}: {len(first)} first and {len(second)} second media; give one each")
+        twice = None if references is None else [*references, *references]
+        both = self([*first, *second], prompts=None if prompts is None else [*prompts, *prompts], references=twice)
+        ahead, behind = both.split(len(first))
+        return ahead - behind
+
+    @contextmanager
+    def _as_learnt(self) -> Iterator[None]:
+        """Keep running statistics as they are, here and in combinations among the parts."""
+        learning = [part for part in self.modules() if isinstance(part, RunningStats) and not part.frozen]
+        for stats in learning:
+            stats.frozen = True
+        try:
+            yield
+        finally:
+            for stats in learning:
+                stats.frozen = False
 
     def _run_parts(
         self, media: Media, prompts: Sequence[str] | None, references: Any

@@ -10,6 +10,7 @@ from contract import PROMPTS, check_contract, smooth_images
 
 from rewards import Reward, RewardError, load_reward
 from rewards.combine_modes import MODES, bounds
+from rewards.shaping import RunningStats
 from rewards.transforms import make_transform
 
 
@@ -267,6 +268,96 @@ def test_group_and_running_zscores():
     other = red_green(first={"transform": {"name": "running-zscore", "frozen": True}})
     other.load_state_dict(running.state_dict())
     assert other(media[:1]).item() == pytest.approx(0.4 + (0.1 - 0.25) / 0.15, abs=1e-4)
+
+
+NESTED = """
+name: combine
+mode: min
+parts:
+  green: {name: channel, index: 1}
+  both:
+    name: combine
+    parts:
+      red: {name: channel, weight: 2, transform: {name: running-zscore, update_before: false}}
+      defects: {gate: 0.45, index: 2}
+"""
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    import rewards.registry
+
+    monkeypatch.setattr(rewards.registry, "_registered", {"channel": Channel, "defects": Defects})
+
+
+def test_combinations_nest_in_yaml_and_reports_teach_them_nothing(registered):
+    spec = yaml.safe_load(NESTED)
+    reward = load_reward(device="cpu", **spec)
+    media = pictures([0.1, 0.4, 0.0], [0.5, 0.4, 0.0], [0.2, 0.4, 0.9])
+    (stats,) = [module for module in reward.modules() if isinstance(module, RunningStats)]
+    for report in (reward.contributions, reward.part_scores):
+        report(media)
+        assert stats.moments == {} and not stats.frozen
+    # nothing seen yet, and so 2 * red, closed where there are defects
+    assert reward(media).tolist() == pytest.approx([0.2, 0.4, 0.0])
+    assert stats.moments["*"].count == 3
+    # of 0.1, 0.5 and 0.2: mean 0.8 / 3, variance 0.3 / 3 - mean^2
+    z = [2 * (red - 0.8 / 3) / (0.1 - 0.64 / 9) ** 0.5 for red in (0.1, 0.5)]
+    assert reward.part_scores(media)["both"].tolist() == pytest.approx([*z, 0.0], abs=1e-4)
+    assert reward.contributions(media)["both"].tolist() == pytest.approx([z[0], 0.0, 0.0], abs=1e-4)
+    assert stats.moments["*"].count == 3
+    other = load_reward(device="cpu", **spec)
+    other.load_state_dict(reward.state_dict())
+    assert other(media[:2]).tolist() == pytest.approx([z[0], 0.4], abs=1e-4)
+
+
+def test_pairs_are_normalised_together():
+    first, second = pictures([0.1, 0.0, 0.0], [0.9, 0.2, 0.0]), pictures([0.5, 0.0, 0.0], [0.3, 0.2, 0.0])
+    group = red_green(first={"transform": {"name": "group-zscore", "eps": 0.0}}, second={"weight": 0.0})
+    # two of a prompt: one deviation below their mean, one above
+    assert group.pairwise(first, second, prompts=["a", "b"]).tolist() == pytest.approx([-2.0, 2.0], abs=1e-5)
+    with pytest.raises(RewardError, match="2 first and 1 second media"):
+        group.pairwise(first, second[:1], prompts=["a", "b"])
+    assert red_green().pairwise(first, second).tolist() == pytest.approx([-0.4, 0.6])
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+@pytest.mark.parametrize("std", [False, True])
+def test_gradients_of_the_modes(mode, std):
+    values = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    values.requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: MODES[mode](v, weights, 0.7, std)[0], values)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "log-sigmoid", "references": [0.5, -0.5, 1.5]},
+        {"name": "par", "references": {"a": [0.5, 0.1], "b": [0.3]}},
+        *({"name": name} for name in ("sigmoid", "log", "group-zscore", "running-zscore")),
+    ],
+)
+def test_gradients_of_the_transforms(spec):
+    transform = make_transform(spec, "red")
+    scores = torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 0.1
+    transform.shape(scores, ["a", "a", "b", "a"], True)
+    scores.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: transform.shape(s, ["a", "a", "b", "a"], False), scores)
+
+
+def test_sum_of_log_sigmoids_is_the_logarithm_of_being_good_in_all():
+    level = {"red": (0.4, 0.2), "green": (0.1, 0.3)}
+    parts = {
+        label: {"name": Channel(i), "transform": {"name": "log-sigmoid", "mean": mean, "std": std}}
+        for i, (label, (mean, std)) in enumerate(level.items())
+    }
+    chances = [
+        1 / (1 + math.exp(mean + 1.0364333894937898 * std - score))
+        for (mean, std), score in zip(level.values(), (0.9, 0.6), strict=True)
+    ]
+    reward = load_reward("combine", parts=parts, device="cpu")
+    assert reward(TWO)[0].exp().item() == pytest.approx(chances[0] * chances[1]) and reward.range == (-math.inf, 0.0)
 
 
 def test_wrong_options_are_refused_with_the_fix():
