@@ -6,6 +6,7 @@ Three sources: rules of English (`rewards.contrast_rules`), a file, or a languag
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ QUESTION = (
     "for that image: change how many things there are, what they are, their colours, sizes and other attributes, or "
     "where they are. Each must differ from the caption in what would be seen. One caption a line, nothing else."
 )
+
+_BULLET = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s*")
 
 
 def make_contrast(spec: Any = "rules") -> Contrast:
@@ -41,7 +44,7 @@ def make_contrast(spec: Any = "rules") -> Contrast:
         raise RewardError(f"contrast is {spec!r}; give 'rules', a file, or options as a mapping")
     options = dict(spec)
     if "endpoint" in options:
-        return _from_endpoint(options)
+        return AskedContrast(**options)
     if "rules" in options:
         return _from_rules(dict(options.pop("rules") or {}), options)
     if "file" in options:
@@ -97,23 +100,34 @@ def _from_rules(rules: dict[str, Any], rest: dict[str, Any]) -> Contrast:
     return lambda prompt: rule_contrast(prompt, kinds, limit)
 
 
-def _from_endpoint(options: dict[str, Any]) -> Contrast:
-    from rewards.chat import ChatClient
+class AskedContrast:
+    """Contrast prompts of a language model; `concurrency` prompts may be asked for at a time."""
 
-    count = options.pop("count", 10)
-    client = ChatClient(**options)
+    def __init__(self, *, count: int = 10, **options: Any) -> None:
+        """count: how many for each prompt; options: those of `rewards.chat.ChatClient`."""
+        from rewards.chat import ChatClient
 
-    def ask(prompt: str) -> list[str]:
-        reply = client.ask([(QUESTION.format(count=count, prompt=prompt), [])])[0]
-        lines = [
-            re.sub(r"^\s*(?:\d+[.)]|[-*•])\s*", "", line).strip().strip('"“”') for line in reply.text.splitlines()
-        ]
-        found = without_duplicates(prompt, [line for line in lines if line])[:count]
+        allowed = set(inspect.signature(ChatClient).parameters)
+        for option in options:
+            if option not in allowed:
+                raise RewardError(
+                    f"contrast: endpoint has no option {option!r}; {choices(option, allowed | {'count'})}"
+                )
+        if "model" not in options:
+            raise RewardError("contrast: endpoint needs model: NAME, the model to be asked")
+        if count < 1:
+            raise RewardError(f"contrast: count is {count}; at least 1 is allowed")
+        self.client, self.count = ChatClient(**options), count
+        self.concurrency = self.client.concurrency
+
+    def __call__(self, prompt: str) -> list[str]:
+        """Ask for contrast prompts; raise `RewardError` where the answer has none."""
+        reply = self.client.ask([(QUESTION.format(count=self.count, prompt=prompt), [])])[0]
+        lines = [_BULLET.sub("", line).strip().strip('"“”') for line in reply.text.splitlines()]
+        found = without_duplicates(prompt, [line for line in lines if line])[: self.count]
         if not found:
-            raise RewardError(f"{client.model} gave no contrast for {prompt!r}: {reply.text[:100]!r}")
+            raise RewardError(f"{self.client.model} gave no contrast for {prompt!r}: {reply.text[:100]!r}")
         return found
-
-    return ask
 
 
 def _no_more(options: Mapping[str, Any], allowed: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from rewards.base import Reward
 from rewards.combine_modes import uncertainty_weighted
 from rewards.contrast import make_contrast
 from rewards.contrast_rules import without_duplicates
+from rewards.cross_encoder import CrossEncoderReward
 from rewards.derived import inherit_facts, load_inner
 from rewards.errors import RewardError, choices
 from rewards.two_tower import TwoTowerReward
@@ -42,7 +44,8 @@ class TextNorm(Reward):
     list. scale: s, one for all bases or one each; scores differ in width, a cosine needs about 100 times the scale
     of a logit. ensemble: `mean` or `uncertainty`, with `lam` and `spread` (`variance` over the population, or `std`).
 
-    A base of two towers embeds each image once; of any other the cost is one pass for each contrast prompt.
+    A base encodes each image once if it can (two towers, or a model that reads an encoded image with a prompt); the
+    rest of it runs once for each contrast prompt.
     """
 
     name: ClassVar[str] = "text-norm"
@@ -86,6 +89,7 @@ class TextNorm(Reward):
         self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None
     ) -> Float[Tensor, " batch"]:
         """Return the probability of each prompt among its contrasts, averaged over the bases."""
+        self._ask_for(prompts or ())
         sets = [self.prompt_set(prompt) for prompt in prompts or ()]
         each = []
         for base, scale in zip(self.bases, self.scales, strict=True):
@@ -113,6 +117,14 @@ class TextNorm(Reward):
                 )
             self._sets[prompt] = [prompt, *contrast]
         return self._sets[prompt]
+
+    def _ask_for(self, prompts: Sequence[str]) -> None:
+        """Fill the memory of contrast prompts, several at a time where their source allows it, as an endpoint does."""
+        workers = getattr(self._contrast, "concurrency", 1)
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._sets]
+        if workers > 1 and len(missing) > 1:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(self.prompt_set, missing))
 
     def _load(self, spec: Any) -> Reward:
         try:
@@ -149,6 +161,11 @@ def _scores(
         longest = max(map(len, sets))
         places = [[texts[text] for text in found] + [0] * (longest - len(found)) for found in sets]
         return every.gather(1, torch.tensor(places, device=every.device))
+    if isinstance(base, CrossEncoderReward) and type(base).score is CrossEncoderReward.score:
+        encoded = base.encode_media(media)
+        places_in_all = range(max(map(len, sets)))
+        texts_at = [[found[k] if k < len(found) else found[0] for found in sets] for k in places_in_all]
+        return torch.stack([base.compare(encoded, texts) for texts in texts_at], dim=1)
     own = None if references is None else base.prepare_references(list(references))
     columns = []
     for place in range(max(map(len, sets))):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mmalign.resources import find
 from mmalign.shapes import world
 from rewards import Reward, RewardError, load_reward
 from rewards.contrast import make_contrast, read_contrast
+from rewards.cross_encoder import CrossEncoderReward
 
 TABLE = {prompt: [f"{prompt} {k}" for k in range(1 + i % 3)] for i, prompt in enumerate(PROMPTS)}
 
@@ -31,6 +33,24 @@ class Joint(Reward):
     def score(self, media, prompts, references):
         self.calls.append(len(media))
         return self.times * self.clip.score(media, prompts, None) + self.offset * media.flatten(1).mean(1)
+
+
+class Encoded(CrossEncoderReward):
+    """The same, but what it makes of an image is kept for further prompts."""
+
+    name = "encoded"
+    differentiable = True
+
+    def __init__(self, clip, **common):
+        super().__init__(**common)
+        self.clip, self.encodings = clip, 0
+
+    def encode_media(self, media):
+        self.encodings += 1
+        return self.clip.media_embeddings(media)
+
+    def compare(self, encoded, prompts):
+        return (encoded * self.clip.prompt_embeddings(prompts)).sum(-1)
 
 
 class Backwards(Joint):
@@ -101,6 +121,28 @@ def test_two_towers_embed_each_image_once_and_agree_with_joint_scoring(clip, mon
     assert joint.calls == [8, 8, 5, 2]
 
 
+def test_what_reads_encoded_images_encodes_each_once(clip):
+    media, base = smooth_images(), Encoded(clip)
+    scores = text_norm(base, scale=20.0)(media, prompts=PROMPTS)
+    assert scores.tolist() == pytest.approx(by_hand(clip, media, PROMPTS, 20.0), abs=1e-5) and base.encodings == 1
+
+
+def test_contrasts_are_asked_for_several_at_a_time(clip):
+    class Slow:
+        concurrency = 4
+
+        def __init__(self):
+            self.together = threading.Barrier(2, timeout=30)
+
+        def __call__(self, prompt):
+            self.together.wait()  # returns only when two are asked for at a time
+            return TABLE[prompt]
+
+    media = smooth_images()
+    reward = text_norm(clip, Slow(), scale=20.0)
+    assert reward(media, prompts=PROMPTS).tolist() == pytest.approx(by_hand(clip, media, PROMPTS, 20.0), abs=1e-5)
+
+
 def test_lower_is_better_is_turned(clip):
     media = smooth_images()
     turned = text_norm(Backwards(clip, times=-1.0), scale=20.0)
@@ -169,6 +211,12 @@ def test_wrong_options_are_refused_with_the_fix(clip, tmp_path):
         ({"base": clip, "scale": 0}, "one above 0"),
         ({"base": clip, "contrast": {"rules": {"kinds": ["colour"]}}}, "kind 'colour' is unknown"),
         ({"base": clip, "contrast": {"file": listed, "else": 1}}, "'a' has 'b'|no option 'else'"),
+        (
+            {"base": clip, "contrast": {"endpoint": "http://x", "modle": "m"}},
+            "no option 'modle'; did you mean 'model'",
+        ),
+        ({"base": clip, "contrast": {"endpoint": "http://x"}}, "endpoint needs model: NAME"),
+        ({"base": clip, "contrast": {"endpoint": "http://x", "model": "m", "count": 0}}, "count is 0"),
         ({"base": clip, "contrast": "nowhere.json"}, "contrast file 'nowhere.json': No such file"),
         ({"base": clip, "contrast": broken}, "'contrast'; give JSON"),
         ({"base": clip, "contrast": listed}, "'a' has 'b'; a list of prompts"),
