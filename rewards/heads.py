@@ -20,9 +20,15 @@ class Float32Head(nn.Sequential):
         return super().forward(hidden.to(next(self.parameters()).dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Head:
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            whole = torch.promote_types(moved.dtype, torch.float32) == moved.dtype
-            return moved if whole else tensor.to(moved.device)
+        return super()._apply(in_float32(fn), recurse)
 
-        return super()._apply(keep, recurse)
+
+def in_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Turn what `nn.Module._apply` does to tensors into the same without going below float32."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        whole = torch.promote_types(moved.dtype, torch.float32) == moved.dtype
+        return moved if whole else tensor.to(moved.device)
+
+    return keep
