@@ -1,4 +1,4 @@
-"""The examples of the README, run as they stand."""
+"""The examples of README and CONTRIBUTING, run as they stand; the README's table of rewards, held to the registry."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from tiny_models import build_tiny_sd
 from mmalign.cli import main
 from rewards import load_reward
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
-def example(name: str) -> str:
-    code = re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", README, re.S)
+def example(name: str, text: str = README) -> str:
+    code = re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", text, re.S)
     assert code is not None
     return code.group(1)
 
@@ -61,3 +62,42 @@ def test_the_reward_scores(folder: Path) -> None:
     red = torch.zeros(1, 3, 8, 8)
     red[:, 0] = 0.5
     assert load_reward("my_rewards:Warmth")(red).item() == pytest.approx(0.5)
+
+
+def test_the_reward_of_the_contributors_guide(folder: Path) -> None:
+    from rewards import RewardError
+
+    (folder / "my_rewards.py").write_text(example("contrast", (ROOT / "CONTRIBUTING.md").read_text()))
+    name = "my_rewards:ContrastRms"
+    halves = torch.zeros(1, 3, 4, 4)
+    halves[..., :2] = 0.8
+    plain = torch.full((1, 3, 4, 4), 0.3)
+    reward = load_reward(name, device="cpu")
+    assert reward(torch.cat([halves, plain])).tolist() == pytest.approx([0.4, 0.0], abs=1e-6)
+    assert load_reward(name, gamma=2.0)(halves).item() == pytest.approx(0.32)  # 0.64 and 0
+    media = (halves * 0.5 + 0.1).requires_grad_()
+    reward(media).sum().backward()
+    assert media.grad is not None and media.grad.abs().max() > 0
+    with pytest.raises(RewardError, match="gamma is 4; 1 to 3 are allowed"):
+        load_reward(name, gamma=4)
+    from PIL import Image
+
+    Image.new("RGB", (4, 4), (255, 255, 255)).save("white.png")
+    assert main(["score", "white.png", "--rewards", name, "--out", "s.csv"]) == 0
+    assert "gamma 1" in (folder / "s.csv.meta.json").read_text()
+
+
+def test_the_table_of_rewards_agrees_with_the_registry() -> None:
+    from mmalign.commands.list import bound
+    from rewards import Facts, reward_class
+    from rewards.registry import BUILTIN
+
+    section = README.partition("## Score anything")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
+    header, *rows = rows
+    assert header == ["reward", "licence", "range", "sees", "misses"]
+    assert sorted(row[0].strip("`") for row in rows) == [row[0].strip("`") for row in rows] == sorted(BUILTIN)
+    for name, licence, limits, sees, misses in rows:
+        facts = Facts.of(reward_class(name.strip("`")))
+        assert (licence, limits) == (facts.licence, " .. ".join(map(bound, facts.range))), name
+        assert (facts.modality == "video") == sees.startswith("video") and misses

@@ -88,7 +88,7 @@ def _rewards() -> Listing:
 
     rows = []
     for facts in list_rewards():
-        bounds = " .. ".join(_bound(bound) for bound in facts.range)
+        bounds = " .. ".join(bound(bound) for bound in facts.range)
         rows.append(
             [
                 facts.name,
@@ -124,7 +124,7 @@ def _describe(name: str) -> str:
         "scores": facts.modality + "s",
         "needs": ", ".join(facts.needs) or "nothing but media",
         "gradient": "yes, to the pixels" if facts.differentiable else "no",
-        "range": " .. ".join(map(_bound, facts.range)),
+        "range": " .. ".join(map(bound, facts.range)),
         "better": "higher" if facts.higher_is_better else "lower",
         "in a batch": "each scored alone" if facts.batch_invariant else "depends on its neighbours",
         "derived from": ", ".join(facts.derived_from),
@@ -196,5 +196,6 @@ def _first_line(thing: object) -> str:
     return (inspect.getdoc(thing) or "").partition("\n")[0]
 
 
-def _bound(value: float) -> str:
+def bound(value: float) -> str:
+    """Write a bound of a range."""
     return f"{value:g}" if math.isfinite(value) else ("-inf" if value < 0 else "inf")
