@@ -35,6 +35,7 @@ BUILTIN = {
     "dino-i": "rewards.dino_i:DinoI",
     "hps": "rewards.hps:Hps",
     "image-reward": "rewards.image_reward:ImageReward",
+    "social-reward": "rewards.social_reward:SocialReward",
     "video-align": "rewards.video_align:VideoAlign",
     "jpeg-compressibility": "rewards.jpeg:JpegCompressibility",
     "jpeg-incompressibility": "rewards.jpeg:JpegIncompressibility",
