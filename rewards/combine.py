@@ -40,8 +40,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rewards.base import Reward
-from rewards.combine_modes import MODES, POSITIVE, WEIGHTED, bounds
-from rewards.combine_parts import Part
+from rewards.combine_modes import MODES, POSITIVE, bounds
+from rewards.combine_parts import Part, check_direction, weights_of
 from rewards.derived import inherit_facts
 from rewards.errors import RewardError, choices
 from rewards.media import Media, check_tensor, read_media
@@ -100,8 +100,8 @@ class Combine(Reward):
         self.gates = [part for part in loaded if part.gate is not None]
         if not self.summed:
             raise RewardError("combine: no part but gates; give at least one reward that is scored")
-        self.weight = self._weights(normalise)
-        self._check_direction()
+        self.weight = weights_of(self.summed, mode, normalise)
+        check_direction(self.summed, self.weight, mode)
         self._state_facts()
 
     @property
@@ -279,38 +279,6 @@ class Combine(Reward):
                     "a transform such as sigmoid, or the whole a floor"
                 )
         return values
-
-    def _weights(self, normalise: bool) -> list[float]:
-        given = [part.weight for part in self.summed]
-        if self.mode not in WEIGHTED:
-            if any(weight is not None for weight in given):
-                raise RewardError(f"combine: mode {self.mode!r} takes no weights; {choices('', WEIGHTED)} do")
-            return [1.0] * len(given)
-        if self.mode == "weighted-sum" and not normalise:
-            return [1.0 if weight is None else weight for weight in given]
-        if all(weight is None for weight in given):
-            return [1 / len(given)] * len(given)
-        weights = [weight for weight in given if weight is not None]
-        if len(weights) < len(given):
-            missing = ", ".join(part.label for part in self.summed if part.weight is None)
-            raise RewardError(f"combine: no weight for {missing}; give every part one, or none")
-        total = sum(weights)
-        if min(weights) < 0 or total == 0:
-            raise RewardError(f"combine: weights are {weights}; mode {self.mode!r} needs them positive")
-        if normalise:
-            return [weight / total for weight in weights]
-        if abs(total - 1) > 1e-6:
-            raise RewardError(f"combine: the weights add up to {total:g}; {self.mode} needs 1, or normalise=True")
-        return weights
-
-    def _check_direction(self) -> None:
-        for part, weight in zip(self.summed, self.weight, strict=True):
-            if not part.reward.higher_is_better and part.factor * weight > 0:
-                raise RewardError(
-                    f"combine: part {part.label!r}: lower is better for {part.reward.name}, so that it would be "
-                    "driven the wrong way; give it factor: -1"
-                    + (" or a negative weight" * (self.mode in WEIGHTED[:1]))
-                )
 
     def _state_facts(self) -> None:
         rewards = [part.reward for part in self.parts]

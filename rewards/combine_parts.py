@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from rewards.base import Reward
+from rewards.combine_modes import WEIGHTED
 from rewards.derived import load_inner
-from rewards.errors import RewardError
+from rewards.errors import RewardError, choices
 from rewards.transforms import Transform, make_transform
 
 _OWN = ("name", "weight", "factor", "offset", "transform", "gate")
@@ -79,6 +80,41 @@ class Part(nn.Module):
         shaped = f"{self.transform.described}({shaped})" if self.transform is not None else shaped
         weight = 1.0 if self.weight is None else self.weight
         return f"{weight:g} * [{self.factor:g} * {shaped} + {self.offset:g}]"
+
+
+def weights_of(parts: Sequence[Part], mode: str, normalise: bool) -> list[float]:
+    """Return the weight of each part, 1 where the mode takes none; refuse those that it cannot use as they are."""
+    given = [part.weight for part in parts]
+    if mode not in WEIGHTED:
+        if any(weight is not None for weight in given):
+            raise RewardError(f"combine: mode {mode!r} takes no weights; {choices('', WEIGHTED)} do")
+        return [1.0] * len(given)
+    if mode == "weighted-sum" and not normalise:
+        return [1.0 if weight is None else weight for weight in given]
+    if all(weight is None for weight in given):
+        return [1 / len(given)] * len(given)
+    weights = [weight for weight in given if weight is not None]
+    if len(weights) < len(given):
+        missing = ", ".join(part.label for part in parts if part.weight is None)
+        raise RewardError(f"combine: no weight for {missing}; give every part one, or none")
+    total = sum(weights)
+    if min(weights) < 0 or total == 0:
+        raise RewardError(f"combine: weights are {weights}; mode {mode!r} needs them positive")
+    if normalise:
+        return [weight / total for weight in weights]
+    if abs(total - 1) > 1e-6:
+        raise RewardError(f"combine: the weights add up to {total:g}; {mode} needs 1, or normalise=True")
+    return weights
+
+
+def check_direction(parts: Sequence[Part], weights: Sequence[float], mode: str) -> None:
+    """Raise `RewardError` where a part of which less is better would be driven up."""
+    for part, weight in zip(parts, weights, strict=True):
+        if not part.reward.higher_is_better and part.factor * weight > 0:
+            raise RewardError(
+                f"combine: part {part.label!r}: lower is better for {part.reward.name}, so that it would be "
+                "driven the wrong way; give it factor: -1" + (" or a negative weight" * (mode in WEIGHTED[:1]))
+            )
 
 
 def _as_mapping(label: str, spec: Any) -> dict[str, Any]:
