@@ -88,7 +88,7 @@ def _rewards() -> Listing:
 
     rows = []
     for facts in list_rewards():
-        bounds = " .. ".join(bound(bound) for bound in facts.range)
+        bounds = " .. ".join(map(bound, facts.range))
         rows.append(
             [
                 facts.name,
