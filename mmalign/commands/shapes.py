@@ -46,10 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clip.add_argument("--scenes", type=int, default=50_000, help="training scenes drawn (default %(default)s)")
     clip.add_argument("--steps", type=int, default=5000, help="contrastive steps (default %(default)s)")
     clip.add_argument(
-        "--samples", type=Path, metavar="DIR", help="then learn from these pictures (of `mmalign pairs sample`)"
+        "--samples",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="DIR",
+        help="then learn from these pictures (of `mmalign pairs sample`)",
     )
     clip.add_argument(
-        "--preference-steps", type=int, default=1200, metavar="N", help="steps on them (default %(default)s)"
+        "--preference-steps", type=int, default=4000, metavar="N", help="steps on them (default %(default)s)"
     )
     clip.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights; no contrastive steps")
     agreement = actions.add_parser(
