@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from mmalign.errors import UserError
+from mmalign.files import check_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do the action that was asked for."""
+    if hasattr(args, "out"):
+        check_output(args.out, folder=args.action != "draw")
     return {
         "draw": _draw, "read": _read, "check-oracle": _check_oracle, "words": _words,
         "prompts": _prompts, "train-base": _train_base, "train-clip": _train_clip,
