@@ -90,17 +90,15 @@ def _draw(args: argparse.Namespace) -> int:
 
 def _read(args: argparse.Namespace) -> int:
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
 
+    from mmalign.data.images import open_image, read_bytes
     from mmalign.shapes import oracle
     from mmalign.shapes.language import parse
 
+    name = str(args.image)
     try:
-        pixels = np.asarray(Image.open(args.image).convert("RGB"))
-        reading = oracle.read(pixels)
-    except FileNotFoundError:
-        raise UserError(f"{args.image}: no such file") from None
-    except (UnidentifiedImageError, ValueError) as error:
+        reading = oracle.read(np.asarray(open_image(read_bytes(args.image, name), name)))
+    except ValueError as error:
         raise UserError(f"{args.image}: {error}") from None
     print(
         f"background {reading.background}; quality {reading.quality:.2f} = sharpness {reading.sharpness:.2f}", end=""
