@@ -19,6 +19,7 @@ from torch import nn
 from mmalign import hub
 from mmalign.checkpoint import (
     Checkpoint,
+    abandon_later,
     as_disk_full,
     check_same_recipe,
     list_checkpoints,
@@ -325,6 +326,8 @@ class Trainer:
             self.ema.load(saved.tensors["ema"], saved.values["ema_updates"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.values["scaler"])
+        if self.accelerator.is_main_process:
+            abandon_later(self.checkpoints, saved.step)
         note(f"going on from {path}")
         return saved.step
 
