@@ -182,6 +182,8 @@ class _Folder:
         """Refuse to mix images of different making in one folder; note the settings of a new one."""
         path = self.path / SETTINGS_FILE
         found = _read_settings(path)
+        if not self._rows:  # an earlier attempt failed before its first image
+            found = {}
         different = [
             f"{name} {found.get(name)} -> {value}"
             for name, value in settings.items()
