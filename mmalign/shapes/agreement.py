@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
 
+from mmalign.data.images import open_image
 from mmalign.data.labelling import find_images
 from mmalign.progress import track
 from mmalign.shapes import oracle
@@ -87,7 +86,7 @@ def read_samples(*sources: Path) -> Samples:
     images, readings, correctness = [], [], []
     with track(len(rows), "oracle") as job:
         for row in rows:
-            pixels = np.asarray(Image.open(BytesIO(row["image"])).convert("RGB"))
+            pixels = np.asarray(open_image(row["image"], f"image of '{row['prompt']}'"))
             reading = oracle.read(pixels)
             images.append(pixels)
             readings.append(reading)
