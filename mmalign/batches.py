@@ -20,7 +20,8 @@ class PairBatch:
     cond: Conditioning
     ids: list[str]
     epoch: int = 0
-    margins: Float[Tensor, " batch"] | None = None  # score of chosen minus score of rejected, where the data has it
+    margins: Float[Tensor, " batch"] | None = None
+    """Score of chosen minus score of rejected, NaN for a pair without scores; None if no pair of the data has any."""
 
     def __len__(self) -> int:
         """Return the number of pairs."""

@@ -21,9 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from mmalign.errors import UserError
+from mmalign.progress import note
 
 FORMAT = 1
-_PARTIAL = ".partial"
+_PARTIAL, _ABANDONED = ".partial", ".abandoned"
 
 
 class DiskFull(RuntimeError):
@@ -81,6 +82,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in a folder, oldest first."""
     found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
     return sorted(path for path in found if (path / "state.json").is_file())
+
+
+def abandon_later(folder: Path, step: int) -> None:
+    """Rename the checkpoints beyond `step`, from which the run will not go on: they would pass for its newest ones."""
+    for path in list_checkpoints(folder):
+        if int(path.name.removeprefix("step_")) > step:
+            aside = path.with_name(path.name + _ABANDONED)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+            note(f"an earlier run went further; its checkpoint is kept as {aside}")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -11,11 +11,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from mmalign.config_checks import Fault, check_recipe, describe_errors, method_class
-from mmalign.config_files import Faults, Tree, dotted, read_tree
+from mmalign.config_files import Faults, Tree, dotted, read_tree, write_yaml
 
 
 class StrictModel(BaseModel):
@@ -218,15 +217,7 @@ def load_schema(schema: type[SchemaT], path: str | Path, overrides: list[str] | 
 
 def dump_config(config: BaseModel) -> str:
     """Write a configuration as YAML with every default filled in; `load_config` reads it back to an equal one."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that writes a list of plain values in one line."""
-
-    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
-        flat = not any(isinstance(item, dict | list) for item in sequence)
-        return super().represent_sequence(tag, sequence, flow_style=flat)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def expand_short_forms(values: dict[str, Any]) -> None:

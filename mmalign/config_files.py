@@ -87,6 +87,11 @@ def parse_value(text: str) -> Any:
         ) from None
 
 
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """Write values so that they are read back equal, and of the same types."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)
+
+
 def find_config(name: str | Path, relative_to: Path | None = None) -> Path:
     """Find a config by path (relative to `relative_to`, else the working directory) or by shipped name.
 
@@ -166,6 +171,27 @@ for _tag, _pattern, _first in [
 ]:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which YAML 1.1 or 1.2 would take for something else; plain lists take one line."""
+
+    yaml_implicit_resolvers = {
+        first: [rule for rules in (yaml.SafeDumper, _Loader) for rule in rules.yaml_implicit_resolvers.get(first, [])]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        flat = not any(isinstance(item, dict | list) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=flat)
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Within other quotes a line break, of which Unicode has several, would come back as a space.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _read_layers(path: Path, normalise: Normalise, chain: tuple[Path, ...]) -> Tree:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from mmalign import hub
 from mmalign.checkpoint import (
     Checkpoint,
+    abandon_later,
     as_disk_full,
     check_same_recipe,
     list_checkpoints,
@@ -92,6 +94,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> Path:
         if proof is not None:
             verify(config, *proof, accelerator.device)
         accelerator.wait_for_everyone()
+        accelerator.end_training()  # leaves the group of processes, after which nobody can wait for anybody
         return Path(config.output)
     finally:
         torch.backends.cuda.enable_flash_sdp(flash)  # what the same process draws later has the kernels it always has
@@ -113,7 +116,7 @@ def make_accelerator(config: RunConfig, *, watched: bool = True) -> Any:
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
     check_trackers(config.trainer.trackers)
     # Accelerate keeps the first run's precision for the life of the process unless told to forget it.
@@ -122,6 +125,8 @@ def make_accelerator(config: RunConfig, *, watched: bool = True) -> Any:
         mixed_precision=ACCELERATE_NAMES[config.trainer.precision] if watched else "no",
         log_with=list(config.trainer.trackers) or None if watched else None,
         project_dir=config.output,
+        # The others wait while the first rank encodes, evaluates and exports, for which ten minutes may not do.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(
@@ -174,7 +179,6 @@ class Trainer:
                 run.step += 1
                 job.advance(self.images_per_step)
                 self._after_step(stop, job)
-        self.accelerator.end_training()
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return the context in which the network holds what is evaluated and exported."""
@@ -322,6 +326,8 @@ class Trainer:
             self.ema.load(saved.tensors["ema"], saved.values["ema_updates"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.values["scaler"])
+        if self.accelerator.is_main_process:
+            abandon_later(self.checkpoints, saved.step)
         note(f"going on from {path}")
         return saved.step
 

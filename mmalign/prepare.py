@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mmalign.config_files import flatten
 from mmalign.errors import UserError
 from mmalign.feed import PairFeed
+from mmalign.files import check_output
 from mmalign.methods.base import Method
 from mmalign.optim import warmup_steps
 from mmalign.precision import autocast, check_precision, round_frozen
@@ -101,11 +102,14 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
             f"method '{config.method_name}' learns from {method.needs.source}, and `mmalign train` deals out pairs; "
             "choose a method that learns from pairs (`mmalign list methods`)"
         )
+    output = Path(config.output)
+    check_output(output, "output")
+    if config.data.cache:
+        check_output(Path(config.data.cache).expanduser(), "data.cache")
     check_precision(config.trainer.precision, device)
     resolve_model(config.model)
     if config.evaluate:
         check_evaluation(config.evaluate)
-    output = Path(config.output)
     other = "model_index.json" if config.adapter.kind == "lora" else "pytorch_lora_weights.safetensors"
     if (output / other).exists():
         raise UserError(

@@ -161,7 +161,8 @@ def set_adapter_scale(network: Any, scale: float) -> None:
 def save_adapter(network: Any, path: str | Path, pipeline_class: Any, record: dict[str, Any]) -> None:
     """Write `WEIGHTS_NAME` and ``mmalign.json`` (`record`) into the directory `path`, each in one atomic step.
 
-    The file is diffusers' own, so ``pipe.load_lora_weights(path)`` reads it; rank and alpha travel in its header.
+    The file is diffusers' own, so ``pipe.load_lora_weights(path)`` reads it; rank and alpha travel in its header. The
+    same weights make the same bytes.
     """
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
@@ -179,11 +180,23 @@ def save_adapter(network: Any, path: str | Path, pipeline_class: Any, record: di
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
     try:
         pipeline_class.save_lora_weights(scratch, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
+        _sort_metadata(scratch / WEIGHTS_NAME)
         (scratch / RECORD_NAME).write_text(json.dumps({**record, "rank": config["r"]}, indent=2) + "\n")
         for name in (WEIGHTS_NAME, RECORD_NAME):
             os.replace(scratch / name, path / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Write the header of a safetensors file again, its metadata in order; the native writer shuffles them."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def merged_copy(network: Any) -> Any:

@@ -225,6 +225,9 @@ def _dpm_solver(generator: Generator, predict: Predictor, x: Tensor, steps: int)
     scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config, algorithm_type="dpmsolver++")
     scheduler.set_timesteps(steps)
     grid = scheduler.timesteps
+    if len(grid.unique()) < len(grid):
+        levels = process.num_train_timesteps
+        raise PipelineError(f"solver 'dpm++' has no {steps} different steps on {levels} levels; take fewer.")
     on_device = grid.to(x.device)
     with torch.no_grad():
         for index, t in enumerate(grid.tolist()):

@@ -86,7 +86,7 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig:
         if args.names:
             raise UserError("--names is for models given one by one; a config names its systems itself")
         options |= {f"guidance_control.{key}": value for key, value in control.items()}
-        overrides = [f"{key}={json.dumps(value)}" for key, value in options.items()]
+        overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()]
         return load_compare_config(args.inputs[0], [*args.inputs[1:], *overrides])
     for key in ("prompts", "rewards", "out"):
         if getattr(args, key) is None:

@@ -11,6 +11,8 @@ import shlex
 import time
 from pathlib import Path
 
+from mmalign.files import check_output
+
 BASE = "assets/shapes-sd"
 CONFIG = "shapes/diffusion_dpo"
 DRAW = ["--steps", "12", "--guidance", "4", "--solver", "dpm++", "--precision", "bf16", "--batch-size", "64"]
@@ -29,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     start = time.time()
     out = args.out or Path("runs/demo-quick" if args.quick else "runs/demo")
+    check_output(out)
     for title, command in steps(out, args.quick):
         print(f"\n── {title}\n$ mmalign {shlex.join(command)}", flush=True)
         code = main(command)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import UserError
-from mmalign.files import write_atomically
+from mmalign.files import check_output, write_atomically
 from mmalign.progress import track
 from mmalign.resources import find, resolve_model
 
@@ -90,8 +90,7 @@ def check_sampling(args: argparse.Namespace) -> None:
         raise UserError(f"--eta {args.eta} needs --solver ddim; '{args.solver}' is deterministic")
     if args.adapter_scale != 1 and not args.adapter and not _is_adapter(args.model):
         raise UserError("--adapter-scale needs an adapter: give --adapter PATH, or a MODEL that is one")
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a file; give a folder")
+    check_output(args.out)
     from mmalign.precision import check_precision
 
     check_precision(args.precision, key="--precision")
@@ -183,6 +182,8 @@ class _Folder:
         """Refuse to mix images of different making in one folder; note the settings of a new one."""
         path = self.path / SETTINGS_FILE
         found = _read_settings(path)
+        if not self._rows:  # an earlier attempt failed before its first image
+            found = {}
         different = [
             f"{name} {found.get(name)} -> {value}"
             for name, value in settings.items()

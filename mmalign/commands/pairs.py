@@ -17,6 +17,7 @@ from mmalign.commands.generate import (
     read_prompts,
 )
 from mmalign.errors import UserError
+from mmalign.files import check_output
 from mmalign.progress import track
 
 
@@ -78,6 +79,7 @@ def _sample(args: argparse.Namespace) -> int:
 def _label(args: argparse.Namespace) -> int:
     if args.out.suffix != ".parquet":
         raise UserError(f"--out {args.out}: pairs are written as parquet; name the file {args.out.stem}.parquet")
+    check_output(args.out, folder=False)
     if args.mode == "best-worst" and args.temperature != 1.0:
         raise UserError("--temperature belongs to --mode bradley-terry; best-worst draws nothing")
 

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from mmalign.errors import UserError
+from mmalign.files import check_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clip.add_argument("--scenes", type=int, default=50_000, help="training scenes drawn (default %(default)s)")
     clip.add_argument("--steps", type=int, default=5000, help="contrastive steps (default %(default)s)")
     clip.add_argument(
-        "--samples", type=Path, metavar="DIR", help="then learn from these pictures (of `mmalign pairs sample`)"
+        "--samples",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="DIR",
+        help="then learn from these pictures (of `mmalign pairs sample`)",
     )
     clip.add_argument(
-        "--preference-steps", type=int, default=1200, metavar="N", help="steps on them (default %(default)s)"
+        "--preference-steps", type=int, default=4000, metavar="N", help="steps on them (default %(default)s)"
     )
     clip.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights; no contrastive steps")
     agreement = actions.add_parser(
@@ -61,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do the action that was asked for."""
+    if hasattr(args, "out"):
+        check_output(args.out, folder=args.action != "draw")
     return {
         "draw": _draw, "read": _read, "check-oracle": _check_oracle, "words": _words,
         "prompts": _prompts, "train-base": _train_base, "train-clip": _train_clip,
@@ -87,17 +95,15 @@ def _draw(args: argparse.Namespace) -> int:
 
 def _read(args: argparse.Namespace) -> int:
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
 
+    from mmalign.data.images import open_image, read_bytes
     from mmalign.shapes import oracle
     from mmalign.shapes.language import parse
 
+    name = str(args.image)
     try:
-        pixels = np.asarray(Image.open(args.image).convert("RGB"))
-        reading = oracle.read(pixels)
-    except FileNotFoundError:
-        raise UserError(f"{args.image}: no such file") from None
-    except (UnidentifiedImageError, ValueError) as error:
+        reading = oracle.read(np.asarray(open_image(read_bytes(args.image, name), name)))
+    except ValueError as error:
         raise UserError(f"{args.image}: {error}") from None
     print(
         f"background {reading.background}; quality {reading.quality:.2f} = sharpness {reading.sharpness:.2f}", end=""

@@ -35,7 +35,7 @@ from mmalign.compare.scoring import score_all
 from mmalign.compare.systems import SystemFacts, read_system
 from mmalign.config import dump_config
 from mmalign.data.prompts import load_prompts
-from mmalign.files import write_atomically
+from mmalign.files import check_output, write_atomically
 from mmalign.precision import check_precision
 from mmalign.progress import note
 from mmalign.reward_checks import check_reward
@@ -68,12 +68,13 @@ def compare(config: CompareConfig) -> Outcome:
     """
     from mmalign.compare.report import write_report
 
+    output = Path(config.output)
+    check_output(output, "output")
     check_precision(config.precision, key="precision")
     prompts = load_prompts(config.prompts, config.limit)
     for reward in config.rewards:
         check_reward(reward.name, reward.options, [prompt.text for prompt in prompts])
     systems = _read_systems(config)
-    output = Path(config.output)
     models = ModelHolder(config.precision)
     sweep = None
     if config.guidance_control is not None:

@@ -63,6 +63,7 @@ def build_pair_cache(
         if progress is not None:
             progress(1)
     latents = images.finish(memory_limit)
+    margins = torch.tensor(table.margins(), dtype=torch.float32)
     return CachedPairs(
         ids=table.ids,
         latents=latents,
@@ -71,7 +72,7 @@ def build_pair_cache(
         prompts=prompts,
         prompt_slots=torch.tensor([table.prompt_index(index) for index in range(len(table))]),
         empty_slot=len(table.prompts),
-        margins=torch.tensor(table.margins(), dtype=torch.float32),
+        margins=None if bool(margins.isnan().all()) else margins,
         resolution=transform.resolution,
         caption_dropout=data.caption_dropout,
     )
@@ -92,7 +93,7 @@ class CachedPairs:
     prompts: Rows
     prompt_slots: Int[Tensor, " pairs"]
     empty_slot: int
-    margins: Float[Tensor, " pairs"]
+    margins: Float[Tensor, " pairs"] | None
     resolution: int
     caption_dropout: float = 0.0
 
@@ -105,14 +106,13 @@ class CachedPairs:
         pairs = torch.as_tensor(indices, dtype=torch.long)
         ids = [self.ids[index] for index in pairs.tolist()]
         flips = torch.tensor([self._flipped(name, epoch, seed) for name in ids], dtype=torch.long)
-        margins = self.margins[pairs]
         return PairBatch(
             chosen=self._draw(self.slots[pairs, 0, flips], epoch, seed),
             rejected=self._draw(self.slots[pairs, 1, flips], epoch, seed),
             cond=self._condition(pairs, ids, epoch, seed),
             ids=ids,
             epoch=epoch,
-            margins=None if bool(margins.isnan().any()) else margins,
+            margins=None if self.margins is None else self.margins[pairs],
         )
 
     def _flipped(self, pair_id: str, epoch: int, seed: int) -> bool:

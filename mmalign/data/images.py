@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from mmalign.errors import UserError
+from rewards.media import upright_rgb
 
 Media = bytes | Path
 """An image as data sets hold it: the bytes of a PNG, JPEG or WebP file, or the path of one."""
@@ -40,28 +41,20 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     try:
         image = Image.open(io.BytesIO(data))
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(name, data, error) from None
     return (height, width) if turned else (width, height)
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
-    """Decode an image to upright 8-bit RGB: EXIF rotation applied, transparency laid over white, 16 bits scaled to 8.
+    """Decode an image to upright 8-bit RGB by the rule that rewards follow too, `rewards.media.upright_rgb`.
 
     Raises:
-        UserError: the bytes are no image, or a damaged one.
+        UserError: the bytes are no image, a damaged one, or one of 32 bits a channel.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise UserError(f"{name}: image has 32 bits a channel (mode {image.mode}); save it with 8 or 16")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return upright_rgb(Image.open(io.BytesIO(data)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(name, data, error) from None
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from mmalign.data.source import missing_columns
 from mmalign.data.store import content_key
 from mmalign.data.transforms import uniform
 from mmalign.errors import UserError
+from mmalign.progress import note
 from mmalign.scoring.chosen import WeightedReward, weighted_total
 from mmalign.scoring.engine import Scored, score_items
 from mmalign.scoring.items import Item
@@ -86,29 +88,36 @@ class LabelSettings:
                 raise UserError(f"{name} {getattr(self, name)}: must be {text}")
 
 
+TIE, CLOSE = "as ties", "below min_margin"
+NOT_FINITE, SINGLE = "with scores that are not finite", "with a single image"
+
+
 @dataclass
 class LabelCounts:
     """What became of the prompts and pairs; `margin_sum` adds score(chosen) - score(rejected) over the pairs kept."""
 
     prompts: int = 0
     images: int = 0
-    too_few_images: int = 0
-    ties: int = 0
-    below_margin: int = 0
     kept: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    """reason -> prompts that gave no pair"""
+    pairs_left_out: int = 0
+    """ties and pairs below min_margin, whether or not their prompt gave others"""
     against_score: int = 0
     margin_sum: float = 0.0
 
     def __str__(self) -> str:
         """Return the counts as one line."""
         mean = self.margin_sum / self.kept if self.kept else math.nan
-        optional = {
-            "below min_margin": self.below_margin,
-            "prompts with a single image": self.too_few_images,
-            "labels against the score": self.against_score,
-        }
-        extra = "".join(f", {count} {what}" for what, count in optional.items() if count)
-        return f"{self.prompts} prompts, {self.kept} pairs kept, {self.ties} ties{extra}, mean margin {mean:.4g}"
+        reasons = ", ".join(f"{self.left_out[reason]} {reason}" for reason in (TIE, CLOSE, NOT_FINITE, SINGLE))
+        others = self.pairs_left_out - self.left_out[TIE] - self.left_out[CLOSE]
+        return (
+            f"{self.kept} pairs from {self.prompts - self.left_out.total()} of {self.prompts} prompts, "
+            f"mean margin {mean:.4g}"
+            + (f", {self.against_score} labels against the score" if self.against_score else "")
+            + f"; prompts left out: {reasons}"
+            + (f"; {others} more pairs left out as ties or below min_margin" if others else "")
+        )
 
 
 def find_images(source: str | Path) -> Path:
@@ -151,10 +160,11 @@ def label_pairs(
 
     The score is the sum of weight x reward (a reward for which lower is better counts negatively). Which image stands
     on side 0 is random. Everything random depends on (settings.seed, prompt, images) alone. The metadata records
-    rewards, settings and the sampling. `progress` is called with the number of images newly scored.
+    rewards, settings and the sampling. `progress` is called with the number of images newly scored. A prompt with a
+    score that is not finite is left out, and counted.
 
     Raises:
-        UserError: `images` lacks a column or holds nothing, a score is not finite, or no pair is left.
+        UserError: `images` lacks a column or holds nothing, or no pair is left.
     """
     if not rewards:
         raise UserError("labelling needs at least one reward")
@@ -169,7 +179,7 @@ def label_pairs(
         stream = score_items(_items(images), rewards, batch_size=batch_size)
         for _, group in groupby(stream, key=lambda scored: scored.item.extra["prompt_id"]):
             members = list(group)
-            scores = [_total(scored, rewards) for scored in members]
+            scores = [_total(scored, rewards, quiet=NOT_FINITE in counts.left_out) for scored in members]
             _label_prompt([scored.item.extra for scored in members], scores, settings, counts, writer)
             if progress is not None:
                 progress(len(members))
@@ -193,12 +203,15 @@ def _items(images: Path) -> Iterator[Item]:
         yield Item(f"image of '{row['prompt']}'", row["image"], row["prompt"], extra=row)
 
 
-def _total(scored: Scored, rewards: Sequence[WeightedReward]) -> float:
+def _total(scored: Scored, rewards: Sequence[WeightedReward], *, quiet: bool) -> float:
     if scored.error:
         raise UserError(f"{scored.item.name}: {scored.error}")
-    for name, value in scored.scores.items():
-        if not math.isfinite(value):
-            raise UserError(f"reward '{name}' gave {value} for an {scored.item.name}")
+    broken = [(name, value) for name, value in scored.scores.items() if not math.isfinite(value)]
+    if broken and not quiet:
+        note(
+            f"reward '{broken[0][0]}' gave {broken[0][1]} for an {scored.item.name}; "
+            "prompts with such a score are left out, and counted at the end"
+        )
     return weighted_total(scored.scores, rewards)
 
 
@@ -211,13 +224,16 @@ def _label_prompt(
 ) -> None:
     counts.prompts += 1
     counts.images += len(group)
-    counts.too_few_images += len(group) < 2
+    if len(group) < 2 or not all(map(math.isfinite, scores)):
+        counts.left_out[SINGLE if len(group) < 2 else NOT_FINITE] += 1
+        return
+    kept_before, reason = counts.kept, TIE
     uids = [f"{row['prompt_id']}-{row['seed']:016x}" for row in group]
     for better, worse in _choose(scores, group[0]["prompt_id"], settings):
         margin = scores[better] - scores[worse]
         if margin == 0 or margin < settings.min_margin:
-            counts.ties += margin == 0
-            counts.below_margin += margin != 0
+            counts.pairs_left_out += 1
+            reason = CLOSE if margin else reason
             continue
         name = content_key(uids[better], uids[worse])[:16]
         chosen, rejected = (worse, better) if _is_upset(margin, name, settings) else (better, worse)
@@ -226,6 +242,8 @@ def _label_prompt(
         counts.kept += 1
         counts.against_score += chosen == worse
         counts.margin_sum += scores[chosen] - scores[rejected]
+    if counts.kept == kept_before:
+        counts.left_out[reason] += 1
 
 
 def _choose(scores: Sequence[float], name: str, settings: LabelSettings) -> list[tuple[int, int]]:

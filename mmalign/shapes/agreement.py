@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
 
+from mmalign.data.images import open_image
 from mmalign.data.labelling import find_images
 from mmalign.progress import track
 from mmalign.shapes import oracle
@@ -22,13 +21,25 @@ from mmalign.shapes.language import parse
 class Samples:
     """Pictures made from prompts and what the oracle says of them.
 
-    images: `[N, 64, 64, 3]` uint8; correctness, quality: `[N]` in [0, 1].
+    images: `[N, 64, 64, 3]` uint8; readings: what is in them; correctness: `[N]` in [0, 1].
     """
 
     images: np.ndarray
     prompts: list[str]
+    readings: list[oracle.Reading]
     correctness: np.ndarray
-    quality: np.ndarray
+
+    @property
+    def quality(self) -> np.ndarray:
+        """Render quality in [0, 1], `[N]`."""
+        return np.array([reading.quality for reading in self.readings])
+
+    def groups(self) -> list[np.ndarray]:
+        """Indices of the pictures of each prompt."""
+        found = defaultdict(list)
+        for index, prompt in enumerate(self.prompts):
+            found[prompt].append(index)
+        return [np.array(members) for members in found.values()]
 
     def pairs(self, least: float = 1e-6) -> np.ndarray:
         """Indices (more correct, less correct) `[P, 2]` of pictures of one prompt that differ by more than `least`."""
@@ -40,12 +51,9 @@ class Samples:
         return found[np.abs(np.diff(self.correctness[found], axis=1))[:, 0] < 1e-6]
 
     def _pairs(self, values: np.ndarray, least: float) -> np.ndarray:
-        groups = defaultdict(list)
-        for index, prompt in enumerate(self.prompts):
-            groups[prompt].append(index)
         found = [
             (a, b) if values[a] > values[b] else (b, a)
-            for members in groups.values()
+            for members in self.groups()
             for a, b in combinations(members, 2)
             if abs(values[a] - values[b]) > least
         ]
@@ -63,24 +71,28 @@ class Agreement:
     quality_pairs: int
 
 
-def read_samples(source: Path) -> Samples:
+def read_samples(*sources: Path) -> Samples:
     """Read what `mmalign pairs sample` wrote, and let the oracle judge every picture.
 
     Raises:
-        UserError: there are no samples at `source`.
+        UserError: there are no samples at one of `sources`.
         PromptError: a prompt is not of the Shapes language.
     """
-    rows = pq.read_table(find_images(source), columns=["prompt", "image"]).to_pylist()
-    images, correctness, quality = [], [], []
+    rows = [
+        row
+        for source in sources
+        for row in pq.read_table(find_images(source), columns=["prompt", "image"]).to_pylist()
+    ]
+    images, readings, correctness = [], [], []
     with track(len(rows), "oracle") as job:
         for row in rows:
-            pixels = np.asarray(Image.open(BytesIO(row["image"])).convert("RGB"))
+            pixels = np.asarray(open_image(row["image"], f"image of '{row['prompt']}'"))
             reading = oracle.read(pixels)
             images.append(pixels)
+            readings.append(reading)
             correctness.append(oracle.judge(parse(row["prompt"]), reading))
-            quality.append(reading.quality)
             job.advance(1)
-    return Samples(np.stack(images), [row["prompt"] for row in rows], np.array(correctness), np.array(quality))
+    return Samples(np.stack(images), [row["prompt"] for row in rows], readings, np.array(correctness))
 
 
 def agreement(name: str, scores: np.ndarray, samples: Samples) -> Agreement:

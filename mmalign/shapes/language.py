@@ -224,7 +224,7 @@ _WORD = re.compile(r"[a-z0-9'-]+")
 
 
 @lru_cache(maxsize=1)
-def _vocabulary() -> dict[str, tuple[str, str]]:
+def vocabulary() -> dict[str, tuple[str, str]]:
     """Spelling -> (part of speech, meaning) for every single word and multiword token of the grammar."""
     words: dict[str, tuple[str, str]] = {}
     for kind, table in (("colour", COLOUR_WORDS), ("size", SIZE_WORDS), ("background", BACKGROUND_WORDS)):
@@ -249,13 +249,13 @@ def _vocabulary() -> dict[str, tuple[str, str]]:
 
 @lru_cache(maxsize=1)
 def _content_words() -> frozenset[str]:
-    return frozenset(w for w, (kind, _) in _vocabulary().items() if kind not in ("filler", "and") and " " not in w)
+    return frozenset(w for w, (kind, _) in vocabulary().items() if kind not in ("filler", "and") and " " not in w)
 
 
 @lru_cache(maxsize=1)
 def _pattern() -> re.Pattern[str]:
     """Phrases of several words first, the longest first, then single words."""
-    phrases = sorted((w for w in _vocabulary() if " " in w), key=len, reverse=True)
+    phrases = sorted((w for w in vocabulary() if " " in w), key=len, reverse=True)
     return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b|{_WORD.pattern}")
 
 
@@ -275,7 +275,7 @@ def _edits(a: str, b: str) -> float:
 
 @lru_cache(maxsize=1)
 def _known_words() -> frozenset[str]:
-    return frozenset(word for phrase in _vocabulary() for word in phrase.split())
+    return frozenset(word for phrase in vocabulary() for word in phrase.split())
 
 
 @lru_cache(maxsize=4096)
@@ -289,7 +289,7 @@ def _spelling(word: str) -> str | None:
     if not near or near[0][0] > (1.5 if len(word) <= 5 else 2.5):
         return None
     nearest = [w for distance, w in near if distance == near[0][0]]
-    meanings = {_vocabulary().get(w, ("part of a phrase", w)) for w in nearest}
+    meanings = {vocabulary().get(w, ("part of a phrase", w)) for w in nearest}
     return nearest[0] if len(meanings) == 1 else None
 
 
@@ -306,7 +306,7 @@ def parse(prompt: str) -> Query:
     """
     words = _WORD.findall(prompt.lower())
     corrected = " ".join(_spelling(word) or word for word in words)
-    tokens = [(t, _vocabulary().get(t)) for t in _pattern().findall(corrected)]
+    tokens = [(t, vocabulary().get(t)) for t in _pattern().findall(corrected)]
     unknown = [t for t, meaning in tokens if meaning is None]
     if unknown:
         raise PromptError(

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mmalign.shapes.language import _vocabulary
+from mmalign.shapes.language import vocabulary
 
 MAX_LENGTH = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -46,13 +46,13 @@ def build_tokenizer(folder: Path) -> Any:
     """Write `vocab.json`, `merges.txt` and the tokenizer's own files into `folder`; returns the `CLIPTokenizer`."""
     from transformers import CLIPTokenizer
 
-    words = sorted({w for phrase in _vocabulary() for w in phrase.split() if w.isalpha()})
+    words = sorted({w for phrase in vocabulary() for w in phrase.split() if w.isalpha()})
     merges = learn_merges(words)
     alphabet = _byte_alphabet()
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges), START, END]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    numbers = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "vocab.json").write_text(json.dumps(numbers, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     (folder / "tokenizer_config.json").write_text(

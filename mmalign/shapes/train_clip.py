@@ -10,8 +10,9 @@ worse rendered, and has to fit less.
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -27,7 +28,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmalign.shapes.agreement import Samples, read_samples
-from mmalign.shapes.language import Query, groups_of, split_of, write
+from mmalign.shapes.language import Query, groups_of, parse, split_of, write
+from mmalign.shapes.oracle import Seen
+from mmalign.shapes.prompts import asks_for_held_out
 from mmalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
 from mmalign.shapes.train_base import to_batch
 from mmalign.shapes.world import (
@@ -51,6 +54,8 @@ SEED = 21
 KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 COUNTS = 5
 """None to four of a kind."""
+GROUP, SHIFT = 4, 2
+"""Second stage: pictures of a prompt seen at once, and how far they may be moved, in pixels."""
 
 
 def edit(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str]:
@@ -155,13 +160,14 @@ def _chunk(arguments: tuple[int, int, int, int]) -> ClipCorpus:
         images.append([render(scene), render(twin)])
         worse.append(render(replace(scene, quality=quality)))
         captions += [text for pair in texts for text in pair]
-        contents.append([_content(scene), _content(twin)])
+        contents.append([_content(scene.objects), _content(twin.objects)])
     return ClipCorpus(np.array(images), np.array(worse), captions, np.array(contents))
 
 
-def _content(scene: Scene) -> np.ndarray:
-    found = [KINDS.index((thing.colour, thing.shape)) for thing in scene.objects]
-    return np.bincount(found, minlength=len(KINDS)).astype(np.uint8)
+def _content(objects: Iterable[Object | Seen]) -> np.ndarray:
+    kinds = [(thing.colour, thing.shape) for thing in objects]
+    found = np.array([KINDS.index(kind) for kind in kinds if kind in KINDS], dtype=int)
+    return np.minimum(np.bincount(found, minlength=len(KINDS)), COUNTS - 1).astype(np.uint8)
 
 
 def build_clip_corpus(count: int, *, seed: int = SEED, wordings: int = 3, workers: int = 2) -> ClipCorpus:
@@ -196,8 +202,8 @@ def train_clip(
     *,
     scenes: int = 50_000,
     steps: int = 5000,
-    samples: Path | None = None,
-    preference_steps: int = 1200,
+    samples: Sequence[Path] = (),
+    preference_steps: int = 4000,
     start: Path | None = None,
     batch_size: int = 48,
     log: Callable[[str], None] = print,
@@ -207,7 +213,7 @@ def train_clip(
     With `samples` (what `mmalign pairs sample` wrote) a second stage follows: as PickScore was made from CLIP, the
     model learns which of two generated pictures shows its prompt better, the oracle in place of people. `start` goes
     on from the weights of an earlier run, and the first stage is left out. `batch_size` is in scenes: each brings its
-    twin, and every fourth its worse rendered picture; in the second stage it is in pairs.
+    twin, and every fourth its worse rendered picture; the second stage sees half as many prompts, four pictures each.
     """
     import open_clip
 
@@ -222,8 +228,8 @@ def train_clip(
         _learn_scenes(model, corpus, encode, steps, batch_size, log)
     else:
         model.load_state_dict(load_file(start / "open_clip_model.safetensors"))
-    if samples is not None:
-        _learn_preferences(model, read_samples(samples), encode, preference_steps, batch_size, log)
+    if samples:
+        _learn_preferences(model, read_samples(*samples), encode, preference_steps, batch_size, log)
     state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     save_file(state, out / "open_clip_model.safetensors")
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2))
@@ -254,22 +260,53 @@ def _learn_scenes(
 def _learn_preferences(
     model: Any, samples: Samples, encode: Callable[..., Any], steps: int, batch_size: int, log: Callable[[str], None]
 ) -> None:
-    """Second stage: which of two generated pictures of a prompt is better, by correctness or, where equal, quality."""
-    pairs, equal = samples.pairs(), samples.quality_pairs()
-    log(f"{len(samples.images)} pictures, {len(pairs)} pairs by correctness, {len(equal)} by quality")
-    tokens = torch.tensor(encode(samples.prompts).input_ids, dtype=torch.int16)
+    """Second stage: which of the generated pictures of a prompt is better, by correctness or, where equal, quality."""
+    correct, quality = samples.correctness, samples.quality
+    groups = [members for members in samples.groups() if preferred(correct[members], quality[members]).any()]
+    log(f"{len(samples.images)} pictures, {len(groups)} prompts with a preference")
+    prompts = [samples.prompts[members[0]] for members in groups]
+    flips = [mirrored(prompt) for prompt in prompts]
+    may_flip = np.array([split_of(text) == "train" and not asks_for_held_out(parse(text)) for text in flips])
+    tokens = [torch.tensor(encode(texts).input_ids, dtype=torch.int16) for texts in (prompts, flips)]
+    contents = np.stack([_content(reading.objects) for reading in samples.readings])
+    probe = torch.nn.Linear(model.visual.output_dim, len(KINDS) * COUNTS)
     rng = np.random.default_rng(SEED)
 
     def loss_of(_: int) -> tuple[Tensor, str]:
-        drawn = [rng.choice(pairs, batch_size * 3 // 4)]
-        drawn += [rng.choice(equal, batch_size // 4)] if len(equal) else []
-        index = np.concatenate(drawn)
-        images, texts = _embed(model, samples.images[index.T.ravel()], tokens[index[:, 0]].long())
-        better, worse = (F.cosine_similarity(side, texts) for side in images.chunk(2))
-        margin = model.logit_scale.exp() * (better - worse)
-        return F.softplus(-margin).mean(), f"pairs told apart {(margin > 0).float().mean().item():.2f}"
+        chosen = rng.permutation(len(groups))[: batch_size // 2]
+        drawn = [rng.permutation(groups[group])[:GROUP] for group in chosen]
+        index, owner = np.concatenate(drawn), np.repeat(np.arange(len(drawn)), [len(d) for d in drawn])
+        flip = may_flip[chosen] & (rng.random(len(chosen)) < 0.5)
+        media = samples.images[index]
+        media[flip[owner]] = media[flip[owner], :, ::-1]
+        words = torch.stack([tokens[int(f)][group] for f, group in zip(flip, chosen, strict=True)])
+        images, texts = _embed(model, shifted(media, *rng.integers(-SHIFT, SHIFT + 1, 2)), words.long())
+        fit = model.logit_scale.exp() * F.cosine_similarity(images, texts[owner])
+        better, worse = np.nonzero(preferred(correct[index], quality[index]) & (owner[:, None] == owner))
+        margin = fit[better] - fit[worse]
+        counted = probe_loss(probe(images), torch.from_numpy(contents[index]).long())
+        loss = F.softplus(-margin).mean() + 0.05 * counted
+        return loss, f"pairs told apart {(margin > 0).float().mean().item():.2f} probe {counted.item():.2f}"
 
-    _train(model, list(model.parameters()), loss_of, steps, 3e-4, log)
+    _train(model, [*model.parameters(), *probe.parameters()], loss_of, steps, 3e-4, log)
+
+
+def preferred(correct: np.ndarray, quality: np.ndarray) -> np.ndarray:
+    """Whether picture i is better than j, `[N, N]`: clearly more correct or, if equally correct, clearly finer."""
+    more, finer = (values[:, None] - values[None] for values in (correct, quality))
+    return (more > 0.05) | ((np.abs(more) < 1e-6) & (finer > 0.1))
+
+
+def mirrored(prompt: str) -> str:
+    """The prompt of the picture seen in a mirror: left for right."""
+    return re.sub("left|right", lambda word: "right" if word[0] == "left" else "left", prompt)
+
+
+def shifted(images: np.ndarray, down: int, right: int) -> np.ndarray:
+    """The pictures `[B, H, W, 3]` moved by some pixels, their border repeated."""
+    height, width = images.shape[1:3]
+    rows, columns = np.clip(np.arange(height) - down, 0, height - 1), np.clip(np.arange(width) - right, 0, width - 1)
+    return images[:, rows][:, :, columns]
 
 
 def _embed(model: Any, media: np.ndarray, words: Tensor) -> tuple[Tensor, Tensor]:

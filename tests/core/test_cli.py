@@ -75,6 +75,25 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, capsys) -> 
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "no-model", "--prompts", "text:x"],
+        ["pairs", "sample", "no-model", "--prompts", "text:x"],
+        ["pairs", "label", "no-images", "--reward", "no-reward"],
+        ["compare", "no-model", "no-model-2", "--prompts", "no-prompts", "--rewards", "no-reward"],
+        ["demo"],
+        ["shapes", "draw"],
+        ["shapes", "train-base"],
+    ],
+)
+def test_an_output_under_a_file_is_refused_before_anything_else(arguments, tmp_path, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main([*arguments, "--out", str(tmp_path / "file" / "x" / "y.parquet")]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'file'} on the way there is a file" in error and error.count("\n") == 1
+
+
 def test_overrides_may_stand_on_both_sides_of_an_option(verb) -> None:
     seen = []
     verb(lambda args: seen.append(args) or 0)

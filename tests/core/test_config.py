@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+import random
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mmalign.config import dump_config, load_config, load_with_tree
-from mmalign.config_files import flatten, list_configs, parse_value, read_tree
+from mmalign.config_files import flatten, list_configs, parse_value, read_tree, write_yaml
 from mmalign.errors import UserError
 
 RECIPE = """\
@@ -306,6 +308,21 @@ def test_the_dumped_config_reads_back_to_the_same_run(recipe: Path, tmp_path: Pa
     dumped.write_text(dump_config(config))
     assert load_config(dumped) == config
     assert yaml.safe_load(dumped.read_text())["trainer"]["checkpoint_every"] == 500
+
+
+def test_whatever_is_written_is_read_back_as_it_was() -> None:
+    words = """1e-4 3e-5 1E4 +.5e3 1e+05 on off yes no y N true TRUE tRUE null Null ~ 0123 09 0o17 0x1F 0b11 12:30
+        1_000 2024-01-01 2024-01-01T10:00:00Z .inf -.inf .nan .NaN 1. .5 +1 -1 - -- --- ... = << a:b #x ! &a *b % @ `
+        ? | > [ ] { } , ' " """.split()
+    texts = [*words, "", " ", " a", "a ", "a: b", "- a", "a #b", "a\nb", "\n", "\t", "é", "\x85", "\u2028", "\ufeffa"]
+    source = random.Random(0)
+    texts += ["".join(source.choices("01.eE+-_:xob~ #'\"\n", k=source.randint(1, 6))) for _ in range(1000)]
+    numbers = [3e-5, 1e-4, 1e16, 1e22, 5e-324, -0.0, 1.0, math.inf, -math.inf, 0.1, 7, -7, 10**20, True, False, None]
+    numbers += [source.uniform(-1, 1) * 10 ** source.randint(-30, 30) for _ in range(300)]
+    for value in [*texts, *numbers]:
+        assert repr(parse_value(write_yaml({"k": value, "l": [value]}))) == repr({"k": value, "l": [value]})
+    for text in texts:
+        assert parse_value(write_yaml({text: 1})) == {text: 1}
 
 
 def test_flatten_keeps_plain_lists_and_empty_mappings() -> None:

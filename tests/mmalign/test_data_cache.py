@@ -6,6 +6,7 @@ key without the side of the pair, size conditioning with the wrong batch, and pa
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -242,11 +243,15 @@ def test_pairs_of_unlike_shapes_stay_together_in_any_batch(generator, tmp_path):
         assert torch.equal(batch.cond.prompt_embeds[row], alone[index].cond.prompt_embeds[0])
 
 
-def test_margins_reach_the_batch_where_every_pair_has_one(generator, tmp_path):
+def test_margins_reach_the_batch_pair_by_pair(generator, tmp_path):
     rows = [("star", noise_png(0), noise_png(1)), ("ring", noise_png(2), noise_png(3))]
     path = write_pairs(tmp_path / "p.parquet", rows, score_0=[0.9, 0.25], score_1=[0.4, 0.5])
     assert cache(generator, path).batch([1, 0], 0, 0).margins.tolist() == pytest.approx([-0.25, 0.5])
-    assert cache(generator, write_pairs(tmp_path / "q.parquet", rows)).batch([1], 0, 0).margins is None
+    path = write_pairs(tmp_path / "some.parquet", rows, score_0=[0.9, None], score_1=[0.4, 0.5])
+    pairs = cache(generator, path)
+    assert pairs.batch([0], 0, 0).margins.tolist() == [0.5]
+    assert pairs.batch([1, 0], 0, 0).margins.tolist() == pytest.approx([math.nan, 0.5], nan_ok=True)
+    assert cache(generator, write_pairs(tmp_path / "none.parquet", rows)).batch([1], 0, 0).margins is None
 
 
 def test_unreadable_image_names_pair_and_side(generator, tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from mmalign.data.images import decode_image, encode_png, image_size, open_image
 from mmalign.data.transforms import Decision, PairTransform, uniform
 from mmalign.errors import UserError
+from rewards.media import load_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -52,6 +53,10 @@ def test_transparency_lies_over_white_and_other_modes_become_rgb():
     assert open_image(encoded(Image.new("L", (2, 2), 77)), "x").getpixel((0, 0)) == (77, 77, 77)
     deep = Image.fromarray(np.full((2, 2), 0x8012, dtype=np.uint16))
     assert open_image(encoded(deep), "x").getpixel((0, 0)) == (128, 128, 128)
+    for image in (clear, palette, deep):  # the same rule as that of the rewards
+        assert torch.equal(decode_image(encoded(image)), load_image(Image.open(io.BytesIO(encoded(image)))))
+    with pytest.raises(UserError, match="32 bits a channel, mode F; save it with 8 or 16"):
+        open_image(encoded(Image.new("F", (2, 2)), "TIFF"), "x")
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", encoded(gradient(32, 32))[:-60]])

@@ -171,6 +171,17 @@ def test_resume_never_starts_again_and_keeps_the_earlier_run_aside(world: dict[s
         train(run_config(world["sd"], world["pairs"], output, steps=3))
 
 
+def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_behind(
+    world: dict[str, Any], tmp_path: Path
+) -> None:
+    output = train(run_config(world["sd"], world["pairs"], tmp_path / "out"))
+    checkpoints = output / "checkpoints"
+    shorter = run_config(world["sd"], world["pairs"], output, steps=3, keep_checkpoints=1)
+    train(shorter, resume=str(checkpoints / "step_00000002"))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000003", "step_00000004.abandoned"]
+    assert load_checkpoint(checkpoints / "step_00000004.abandoned").step == 4
+
+
 def test_full_disk_is_said_and_leaves_the_last_checkpoint(
     world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,12 @@ def test_resumes_with_what_is_missing_and_equals_an_uninterrupted_run(model, tmp
     assert (part / "metadata.jsonl").read_bytes() == (tmp_path / "whole" / "metadata.jsonl").read_bytes()
 
 
+def test_a_failed_attempt_does_not_bind_the_next(model, tmp_path, capsys):
+    assert generate(model, tmp_path, "--steps", "2000") == 2
+    assert "steps must lie in 1..1000, got 2000" in capsys.readouterr().err
+    assert generate(model, tmp_path) == 0
+
+
 def test_does_not_mix_images_of_different_making(model, tmp_path, capsys):
     assert generate(model, tmp_path) == 0
     assert generate(model, tmp_path, "--guidance", "3") == 2

@@ -49,6 +49,18 @@ class Darkness(Brightness):
     higher_is_better = False
 
 
+class NoBlack(Brightness):
+    """Brightness, but not a number for an image that is too dark."""
+
+    def __init__(self, above: float = 0.0) -> None:
+        super().__init__()
+        self.above = above
+
+    def score(self, media: torch.Tensor, prompts: object, references: object) -> torch.Tensor:
+        scores = super().score(media, prompts, references)
+        return scores.where(scores > self.above, math.nan)
+
+
 def written_images(path: Path, levels: dict[str, list[float]]) -> Path:
     """Write what `pairs sample` would, with images of known brightness."""
     rows = [
@@ -150,7 +162,8 @@ def test_best_against_worst(tmp_path):
     assert rows[0][f"score_{chosen}"] == pytest.approx(0.8) and rows[0][f"score_{1 - chosen}"] == pytest.approx(0.2)
     assert rows[0]["best_image_uid"] == rows[0][f"image_{chosen}_uid"]
     assert str(counts) == (
-        "4 prompts, 1 pairs kept, 1 ties, 2 below min_margin, 1 prompts with a single image, mean margin 0.6"
+        "1 pairs from 1 of 4 prompts, mean margin 0.6; prompts left out: 1 as ties, 1 below min_margin, "
+        "0 with scores that are not finite, 1 with a single image; 1 more pairs left out as ties or below min_margin"
     )
     rows, counts = label(path, pairs_per_prompt=2)
     assert [row["caption"] for row in rows] == ["a", "a", "d"]
@@ -209,18 +222,22 @@ def test_bradley_terry_draws_every_pair_of_images(tmp_path):
     assert len(label(path, mode="bradley-terry", pairs_per_prompt=9)[0]) == 180
 
 
+def test_a_prompt_with_a_score_that_is_not_finite_is_left_out_and_counted(tmp_path, capsys):
+    path = written_images(tmp_path / "i.parquet", {"a": [0.2, 0.8], "b": [0.0, 0.6], "c": [0.6, 0.4], "d": [0.0]})
+    rows, counts = label(path, rewards=[WeightedReward("no-black", 1.0, NoBlack())])
+    assert [row["caption"] for row in rows] == ["a", "c"] and counts.margin_sum == pytest.approx(0.8)
+    assert "1 with scores that are not finite, 1 with a single image" in str(counts)
+    assert "reward 'no-black' gave nan for an image of 'b'; prompts with such" in capsys.readouterr().err
+
+
 def test_a_failing_label_run_keeps_the_old_pairs(tmp_path):
     path = written_images(tmp_path / "i.parquet", {"a": [0.2, 0.8]})
     rows, _ = label(path)
 
-    class Broken(Brightness):
-        def score(self, media: torch.Tensor, prompts: object, references: object) -> torch.Tensor:
-            return torch.full((len(media),), math.nan)
-
-    with pytest.raises(UserError, match="reward 'broken' gave nan for an image of 'a'"):
-        label(path, rewards=[WeightedReward("broken", 1.0, Broken())])
+    with pytest.raises(UserError, match="no pair is left to write .* 1 with scores that are not finite"):
+        label(path, rewards=[WeightedReward("broken", 1.0, NoBlack(above=1.0))])
     assert pq.read_table(tmp_path / "pairs.parquet").to_pylist() == rows
-    with pytest.raises(UserError, match="no pair is left to write .*1 ties"):
+    with pytest.raises(UserError, match="no pair is left to write .*1 as ties"):
         label(written_images(tmp_path / "tie.parquet", {"a": [0.2, 0.2]}))
     pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(UserError, match="no column 'prompt', 'prompt_id', 'seed', 'image', 'model'; found 'caption'"):
@@ -258,7 +275,7 @@ def test_sample_and_label_on_the_command_line(model, tmp_path, capsys):
         margin = row[f"score_{chosen}"] - row[f"score_{1 - chosen}"]
         means = [float(decode_image(row[f"jpg_{side}"]).mean()) for side in (chosen, 1 - chosen)]
         assert margin == pytest.approx(2 * (means[0] - means[1]), abs=1e-6) and margin > 0
-    assert "2 prompts, 2 pairs kept, 0 ties, mean margin" in capsys.readouterr().out
+    assert "2 pairs from 2 of 2 prompts, mean margin" in capsys.readouterr().out
     assert main([*command, "--out", str(tmp_path / "pairs.csv")]) == 2
     assert "name the file pairs.parquet" in capsys.readouterr().err
     assert main([*command, "--out", str(tmp_path / "p.parquet"), "--temperature", "2"]) == 2

@@ -74,6 +74,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         ("trainer.precision=fp16", ["fp16 needs a GPU"]),
         ("trainer.batch_size=100", ["12 pairs", "100"]),
         ("rewards=[{name: clip}]", ["takes no rewards"]),
+        ("output=LAZY", ["output", "lazy.txt: is a file"]),
+        ("data.cache=LAZY/cache", ["data.cache", "lazy.txt on the way there is a file"]),
         ("data.prompts=prompts.txt", ["exclude each other"]),
         ("evaluate={prompts: gone.txt, every: 2, rewards: [shapes-quality]}", ["gone.txt"]),
         ("evaluate={prompts: LAZY, every: 2, rewards: [shapes-strict]}", ["cannot score 1 of 1 prompts", "'lazy'"]),

@@ -136,6 +136,20 @@ def test_what_is_written(sd15: Generator, tmp_path: Path) -> None:
         assert file.metadata()
 
 
+def test_the_same_weights_make_the_same_bytes(sd15: Generator, tmp_path: Path) -> None:
+    sd15.add_adapter(3)
+    contents = set()
+    for attempt in range(8):
+        sd15.save_lora(tmp_path / str(attempt), base_model="org/base")
+        contents.add((tmp_path / str(attempt) / "pytorch_lora_weights.safetensors").read_bytes())
+    assert len(contents) == 1
+    saved = load_file(tmp_path / "0" / "pytorch_lora_weights.safetensors")
+    assert len(saved) == len(sd15.trainable_parameters())
+    assert sorted(tensor.double().sum().item() for tensor in saved.values()) == sorted(
+        parameter.double().sum().item() for parameter in sd15.trainable_parameters()
+    )
+
+
 def test_base_model_is_found_beside_the_adapter_or_by_the_resolver(
     tiny_paths: dict[str, str], sd15: Generator, tmp_path: Path
 ) -> None:

@@ -196,6 +196,7 @@ def test_log_probs_of_chosen_steps_carry_gradients(sd15: Generator) -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"steps": 1001}, "steps must lie"),
         ({"steps": 1001, "solver": "dpm++"}, "steps must lie"),
+        ({"steps": 1000, "solver": "dpm++"}, "no 1000 different steps on 1000 levels; take fewer"),
         ({"steps": 0, "solver": "dpm++"}, "steps must lie"),
         ({"guidance": -0.5}, "guidance must be a number of at least 0"),
         ({"guidance": math.nan}, "guidance must be"),

@@ -1,5 +1,6 @@
 """What every reward has from its base class: checks, order, gradients, micro-batches."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -7,7 +8,7 @@ from torch import nn
 
 from rewards import Reward, RewardError
 from rewards.base import Facts, check_references, check_strings
-from rewards.media import read_media
+from rewards.media import load_image, read_media
 
 
 class Brightness(Reward):
@@ -148,13 +149,42 @@ def test_exif_orientation_and_alpha(tmp_path):
     exif[0x0112] = 3  # stored upside down
     path = tmp_path / "turned.png"
     image.save(path, exif=exif)
-    assert TopLeft()([path, image.rotate(180), Image.new("RGBA", (2, 2), (102, 0, 0, 0))]).tolist() == pytest.approx(
-        [1.0, 1.0, 0.4]
-    )
+    half_seen = Image.new("RGBA", (2, 2), (51, 0, 0, 128))  # over white: (51 * 128 + 255 * 127) / 255
+    assert TopLeft()([path, image.rotate(180), half_seen]).tolist() == pytest.approx([1.0, 1.0, 153 / 255])
     palette = Image.new("RGB", (2, 2), (255, 0, 0)).convert("P")
-    assert TopLeft()([palette]).tolist() == [1.0]
-    with pytest.raises(RewardError, match="mode 'I;16'"):
-        TopLeft()([Image.new("I;16", (2, 2))])
+    assert TopLeft()([palette, Image.new("I;16", (2, 2), 0x3344)]).tolist() == pytest.approx([1.0, 51 / 255])
+    with pytest.raises(RewardError, match="32 bits a channel, mode F; save it with 8 or 16"):
+        TopLeft()([Image.new("F", (2, 2))])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB", "L", "1", "CMYK", "YCbCr", "I;16"])
+def test_every_mode_becomes_rgb_with_transparency_over_white(mode, tmp_path):
+    """An image of a dark and a light pixel, the light one transparent where the mode can say so."""
+    image = Image.new("L", (2, 1), 0)
+    image.putpixel((1, 0), 200 if mode != "1" else 255)
+    expected = [0.0, 200 / 255 if mode != "1" else 1.0]
+    options = {}
+    if mode in ("RGBA", "LA"):
+        image = image.convert(mode)
+        image.putalpha(Image.eval(image.getchannel(0), lambda level: 255 - level // 200 * 255))
+    elif mode == "PA":
+        image = image.convert("P").convert("PA")
+        image.putpixel((1, 0), (200, 0))
+    elif mode == "I;16":
+        image = Image.fromarray(np.array([[0, 200 * 257]], dtype=np.uint16))
+    else:
+        image = image.convert(mode)
+    if mode in ("P", "RGB", "L"):
+        options["transparency"] = (200,) * 3 if mode == "RGB" else 200
+        image.info |= options
+    if mode in ("RGBA", "LA", "PA", "P", "RGB", "L"):
+        expected[1] = 1.0
+    sources = [image]
+    if mode not in ("PA", "CMYK", "YCbCr"):
+        image.save(tmp_path / "image.png", **options)
+        sources.append(tmp_path / "image.png")
+    for source in sources:
+        assert load_image(source).flatten().tolist() == pytest.approx(expected * 3, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,17 @@ from PIL import Image
 
 from mmalign.errors import UserError
 from mmalign.shapes.agreement import Samples, agreement, read_samples
-from mmalign.shapes.language import parse
-from mmalign.shapes.oracle import judge, read
+from mmalign.shapes.language import caption, parse
+from mmalign.shapes.oracle import Reading, judge, read
 from mmalign.shapes.train_clip import (
     KINDS,
     build_clip_corpus,
     contrastive_loss,
     edit,
+    mirrored,
+    preferred,
     probe_loss,
+    shifted,
     train_clip,
     twin_accuracy,
 )
@@ -98,12 +101,36 @@ def test_agreement_counts_pairs_of_one_prompt_and_ties_as_halves():
         images=np.zeros((6, 64, 64, 3), np.uint8),
         prompts=["a", "a", "a", "b", "b", "b"],
         correctness=np.array([0.0, 0.5, 1.0, 0.5, 0.5, 0.5]),
-        quality=np.array([0.1, 0.1, 0.1, 0.2, 0.9, 0.25]),
+        readings=[Reading((), "white", quality, 1.0, 1.0) for quality in (0.1, 0.1, 0.1, 0.2, 0.9, 0.25)],
     )
     found = agreement("r", np.array([1.0, 1.0, 2.0, 0.0, 1.0, 3.0]), samples)
     assert (found.correctness_pairs, found.quality_pairs) == (3, 2)  # 0.2 against 0.25 differ by too little
     assert found.correctness == pytest.approx(2.5 / 3)
     assert found.quality == 0.5  # 0.9 above 0.2, but not above 0.25
+
+
+def test_a_picture_is_preferred_when_clearly_more_correct_or_equal_and_clearly_finer():
+    better = preferred(np.array([1.0, 0.5, 0.5, 0.52]), np.array([0.0, 0.9, 0.3, 0.1]))
+    assert {(int(a), int(b)) for a, b in np.argwhere(better)} == {(0, 1), (0, 2), (0, 3), (1, 2)}
+
+
+def test_a_mirrored_prompt_is_true_of_the_mirrored_picture():
+    rng, checked = np.random.default_rng(5), 0
+    while checked < 30:
+        scene = sample_scene(rng, crisp=1.0)
+        text = caption(rng, scene)
+        if scene.relation is None or "left" not in text and "right" not in text:
+            continue
+        picture = render(scene)
+        assert judge(parse(mirrored(text)), read(picture[:, ::-1])) == judge(parse(text), read(picture))
+        assert mirrored(mirrored(text)) == text
+        checked += 1
+
+
+def test_shifting_repeats_the_border():
+    image = np.arange(12).reshape(1, 3, 4, 1)
+    assert np.array_equal(shifted(image, 0, 0), image)
+    assert shifted(image, 1, -2)[0, :, :, 0].tolist() == [[2, 3, 3, 3], [2, 3, 3, 3], [6, 7, 7, 7]]
 
 
 def png(pixels):
@@ -141,7 +168,7 @@ def test_both_stages_write_a_model_that_open_clip_loads(samples, tmp_path):
     said: list[str] = []
     first, second = tmp_path / "first", tmp_path / "second"
     train_clip(first, scenes=12, steps=2, batch_size=4, log=said.append)
-    train_clip(second, start=first, samples=samples, preference_steps=2, batch_size=4, log=said.append)
+    train_clip(second, start=first, samples=[samples], preference_steps=2, batch_size=4, log=said.append)
     assert any("twins told apart" in line for line in said) and any("pairs told apart" in line for line in said)
     read = read_samples(samples)
     media = torch.from_numpy(read.images).permute(0, 3, 1, 2).float() / 255
