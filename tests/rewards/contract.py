@@ -130,7 +130,8 @@ def check_image_kinds(
     turned.getexif()[0x0112] = 6  # orientation: to be turned by 90 degrees
     kinds = [wide[0], translucent, rgb.convert("L"), rgb.quantize(32), turned, high[0], rgb, high[0].flip(-1)]
     rows = [item if isinstance(item, Tensor) else load_image(item) for item in kinds]
-    assert rows[1].equal(rows[6]) and rows[4].shape == (3, 40, 48)
+    over_white = (100 * rows[6] + 155) / 255
+    assert (rows[1] - over_white).abs().max() <= 1 / 255 and rows[4].shape == (3, 40, 48)
     together = reward(kinds, prompts=prompts, references=references)
     for position, row in enumerate(rows if reward.batch_invariant else []):
         alone = reward(row[None], **_named(_rows([position], prompts, references)))
