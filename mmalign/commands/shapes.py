@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--vae-steps", type=int, default=3600, help="autoencoder steps (default %(default)s)")
     base.add_argument("--images", type=int, default=270_000, help="pictures the denoiser sees (default %(default)s)")
     base.add_argument("--start", type=Path, metavar="DIR", help="go on from the weights of this pipeline")
-    clip = actions.add_parser("train-clip", help="train the CLIP from scratch (about 45 min on one CPU core)")
+    clip = actions.add_parser("train-clip", help="train the CLIP from scratch (two hours on one CPU core with --samples)")
     clip.add_argument("--out", type=Path, required=True, metavar="DIR")
     clip.add_argument("--scenes", type=int, default=50_000, help="training scenes drawn (default %(default)s)")
     clip.add_argument("--steps", type=int, default=5000, help="contrastive steps (default %(default)s)")
@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "agreement", help="measure how often rewards agree with the oracle on generated pictures"
     )
     agreement.add_argument("samples", type=Path, metavar="DIR", help="what `mmalign pairs sample` wrote")
-    agreement.add_argument("--rewards", required=True, metavar="A,B")
+    agreement.add_argument("--rewards", required=True, metavar="A,B|FILE.yaml", help="as `mmalign score` takes them")
+    agreement.add_argument("--option", action="append", default=[], metavar="REWARD.KEY=VALUE", help="repeatable")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -187,11 +188,12 @@ def _agreement(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from mmalign.progress import track
+    from mmalign.scoring.chosen import load_choices, read_choices
     from mmalign.shapes.agreement import agreement, read_samples
-    from rewards import load_reward
 
-    rewards = {name: load_reward(name) for name in args.rewards.split(",")}
+    choices = read_choices(args.rewards, args.option)
     samples = read_samples(args.samples)
+    rewards = {entry.name: entry.reward for entry in load_choices(choices, samples.prompts)}
     table = Table(title=f"agreement with the oracle on {len(samples.images)} pictures")
     for column in ("reward", "correctness differs", "pairs", "equal, quality differs", "pairs"):
         table.add_column(column, justify="left" if column == "reward" else "right")
@@ -201,7 +203,8 @@ def _agreement(args: argparse.Namespace) -> int:
         with track(len(media), f"score {name}") as job:
             for start in range(0, len(media), 64):
                 part = media[start : start + 64].float() / 255
-                scores.append(reward(part, prompts=samples.prompts[start : start + 64]))
+                prompts = samples.prompts[start : start + 64] if "prompts" in reward.needs else None
+                scores.append(reward(part, prompts=prompts))
                 job.advance(len(part))
         values = torch.cat(scores).numpy() * (1 if reward.higher_is_better else -1)
         found = agreement(name, values, samples)
