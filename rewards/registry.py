@@ -35,6 +35,7 @@ BUILTIN = {
     "dino-i": "rewards.dino_i:DinoI",
     "hps": "rewards.hps:Hps",
     "image-reward": "rewards.image_reward:ImageReward",
+    "ref-clipscore": "rewards.ref_clipscore:RefClipScore",
     "social-reward": "rewards.social_reward:SocialReward",
     "video-align": "rewards.video_align:VideoAlign",
     "jpeg-compressibility": "rewards.jpeg:JpegCompressibility",

@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preference-steps", type=int, default=4000, metavar="N", help="steps on them (default %(default)s)"
     )
     clip.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights; no contrastive steps")
+    clip.add_argument("--anchor", type=Path, metavar="DIR", help="mix in the weights of this first stage")
     agreement = actions.add_parser(
         "agreement", help="measure how often rewards agree with the oracle on generated pictures"
     )
@@ -177,6 +178,7 @@ def _train_clip(args: argparse.Namespace) -> int:
         samples=args.samples,
         preference_steps=args.preference_steps,
         start=args.start,
+        anchor=args.anchor,
     )
     print(f"an open_clip model: {args.out}")
     return 0

@@ -54,6 +54,8 @@ SEED = 21
 KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 COUNTS = 5
 """None to four of a kind."""
+ANCHOR = 0.15
+"""Share of the first stage's weights in the result; at 0.3 the agreement on generated pictures falls below 80 %."""
 GROUP, SHIFT = 4, 2
 """Second stage: pictures of a prompt seen at once, and how far they may be moved, in pixels."""
 
@@ -205,6 +207,7 @@ def train_clip(
     samples: Sequence[Path] = (),
     preference_steps: int = 4000,
     start: Path | None = None,
+    anchor: Path | None = None,
     batch_size: int = 48,
     log: Callable[[str], None] = print,
 ) -> None:
@@ -212,7 +215,9 @@ def train_clip(
 
     With `samples` (what `mmalign pairs sample` wrote) a second stage follows: as PickScore was made from CLIP, the
     model learns which of two generated pictures shows its prompt better, the oracle in place of people. `start` goes
-    on from the weights of an earlier run, and the first stage is left out. `batch_size` is in scenes: each brings its
+    on from the weights of an earlier run, and the first stage is left out. `anchor`: a share of :data:`ANCHOR` of the
+    result is that model's weights (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903): the second stage never compares
+    captions, and forgets how. `batch_size` is in scenes: each brings its
     twin, and every fourth its worse rendered picture; the second stage sees half as many prompts, four pictures each.
     """
     import open_clip
@@ -228,9 +233,13 @@ def train_clip(
         _learn_scenes(model, corpus, encode, steps, batch_size, log)
     else:
         model.load_state_dict(load_file(start / "open_clip_model.safetensors"))
-    if samples:
+    if samples and preference_steps:
         _learn_preferences(model, read_samples(*samples), encode, preference_steps, batch_size, log)
-    state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
+    trained = model.state_dict()
+    if anchor is not None:
+        earlier = load_file(anchor / "open_clip_model.safetensors")
+        trained = {name: torch.lerp(value.float(), earlier[name].float(), ANCHOR) for name, value in trained.items()}
+    state = {name: value.detach().half().contiguous() for name, value in trained.items()}
     save_file(state, out / "open_clip_model.safetensors")
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2))
 

@@ -54,7 +54,7 @@ def test_kinds_differ_by_scale_clamp_and_prefix(clip, clip_directory, images, ca
 
 def test_reference_captions_make_the_harmonic_mean(clip, clip_directory, images, captions, tmp_path):
     known = {caption: ["a dog", f"one {caption}"] for caption in captions}
-    reward = load_reward("clip", weights=clip_directory, kind="hessel", captions=known)
+    reward = load_reward("ref-clipscore", weights=clip_directory, captions=known)
     prefixed = ["A photo depicts " + caption for caption in captions]
     first = 2.5 * clip(images, prompts=prefixed).clamp(min=0)
     texts = clip.prompt_embeddings
@@ -67,16 +67,16 @@ def test_reference_captions_make_the_harmonic_mean(clip, clip_directory, images,
     assert reward.range == pytest.approx((0.0, 5 / 3.5)) and reward.version.endswith("with reference captions")
     assert torch.allclose(reward.matrix(images, captions).diagonal(), torch.tensor(expected), atol=1e-5)
     (tmp_path / "captions.json").write_text(json.dumps(known))
-    again = load_reward("clip", weights=clip_directory, kind="hessel", captions=tmp_path / "captions.json")
+    again = load_reward("ref-clipscore", weights=clip_directory, captions=tmp_path / "captions.json")
     assert torch.equal(again(images, prompts=captions), reward(images, prompts=captions))
     reward.encoder.model.visual.proj.neg_()
     assert reward(images, prompts=captions).tolist() == [0.0] * 8, "a CLIPScore of zero leaves nothing"
     with pytest.raises(RewardError, match="captions= has none for the prompt 'new', nor for 0 others"):
         reward(images[:1], prompts=["new"])
     with pytest.raises(RewardError, match="needs a kind that cuts at zero"):
-        load_reward("clip", weights=clip_directory, captions=known)
+        load_reward("ref-clipscore", weights=clip_directory, captions=known, kind="cosine")
     with pytest.raises(RewardError, match="no mapping of prompts"):
-        load_reward("clip", weights=clip_directory, kind="hessel", captions=tmp_path / "none.json")
+        load_reward("ref-clipscore", weights=clip_directory, captions=tmp_path / "none.json")
 
 
 def test_contract(clip):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mmalign.errors import UserError
 from mmalign.shapes.agreement import Samples, agreement, read_samples
@@ -174,6 +175,11 @@ def test_both_stages_write_a_model_that_open_clip_loads(samples, tmp_path):
     media = torch.from_numpy(read.images).permute(0, 3, 1, 2).float() / 255
     one, two = (load_reward("clip", weights=folder)(media, prompts=read.prompts) for folder in (first, second))
     assert one.isfinite().all() and not torch.equal(one, two)
+    train_clip(tmp_path / "mixed", start=second, anchor=first, samples=[samples], preference_steps=0, log=said.append)
+    weights = [load_file(folder / "open_clip_model.safetensors") for folder in (first, second, tmp_path / "mixed")]
+    for name, mixed in weights[2].items():
+        expected = 0.15 * weights[0][name].double() + 0.85 * weights[1][name].double()
+        assert torch.allclose(mixed.double(), expected, rtol=2e-3, atol=1e-4), name
 
 
 def test_agreement_needs_samples(tmp_path):
