@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--vae-steps", type=int, default=3600, help="autoencoder steps (default %(default)s)")
     base.add_argument("--images", type=int, default=270_000, help="pictures the denoiser sees (default %(default)s)")
     base.add_argument("--start", type=Path, metavar="DIR", help="go on from the weights of this pipeline")
-    clip = actions.add_parser("train-clip", help="train the CLIP from scratch (two hours on one CPU core)")
+    clip = actions.add_parser("train-clip", help="train the CLIP from scratch (half an hour on one CPU core)")
     clip.add_argument("--out", type=Path, required=True, metavar="DIR")
     clip.add_argument("--scenes", type=int, default=50_000, help="training scenes drawn (default %(default)s)")
     clip.add_argument("--steps", type=int, default=5000, help="contrastive steps (default %(default)s)")
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="then learn from these pictures (of `mmalign pairs sample`)",
     )
     clip.add_argument(
-        "--preference-steps", type=int, default=4000, metavar="N", help="steps on them (default %(default)s)"
+        "--preference-steps", type=int, default=4000, metavar="N", help="steps on them (default %(default)s: 40 min)"
     )
     clip.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights; no contrastive steps")
     clip.add_argument("--anchor", type=Path, metavar="DIR", help="mix in the weights of this first stage")
