@@ -36,3 +36,30 @@ class PairBatch:
             cond=self.cond.to(device=device),
             margins=None if self.margins is None else self.margins.to(device),
         )
+
+
+@dataclass
+class PromptBatch:
+    """Prompts for a method that makes its own samples, encoded; `ids` tell equal prompts of one set apart."""
+
+    prompts: list[str]
+    cond: Conditioning
+    ids: list[str]
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        """Return the batch on another device."""
+        return replace(self, cond=self.cond.to(device=device))
+
+    def repeat(self, times: int) -> PromptBatch:
+        """Return the batch with every prompt `times` times in a row, each with an id of its own."""
+        return PromptBatch(
+            prompts=[prompt for prompt in self.prompts for _ in range(times)],
+            cond=self.cond.repeat_interleave(times),
+            ids=[f"{name}/{index}" for name in self.ids for index in range(times)],
+            epoch=self.epoch,
+        )

@@ -11,7 +11,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from mmalign.config_checks import Fault, check_recipe, describe_errors, method_class
 from mmalign.config_files import Faults, Tree, dotted, read_tree, write_yaml
@@ -127,6 +135,15 @@ class TrainerConfig(StrictModel):
     """where metrics go besides metrics.jsonl"""
 
 
+class EarlyStop(StrictModel):
+    """Stop when a held-out reward rises no more, and export the weights of its best look."""
+
+    reward: str
+    """one of `evaluate.rewards`; best one that is not trained on"""
+    patience: int = Field(3, ge=1)
+    """looks in a row that are no better than the best before the run stops"""
+
+
 class EvaluateConfig(StrictModel):
     """A look at a few fixed prompts and seeds while training."""
 
@@ -142,6 +159,17 @@ class EvaluateConfig(StrictModel):
     """sampling steps"""
     guidance: Guidance = 7.5
     """classifier-free guidance scale; 1: none"""
+    early_stop: EarlyStop | None = None
+    """stop when one of the rewards rises no more; null: train to the end"""
+
+    @model_validator(mode="after")
+    def _stops_by_what_it_sees(self) -> EvaluateConfig:
+        if self.early_stop is not None and self.early_stop.reward not in self.rewards:
+            raise ValueError(
+                f"early_stop.reward '{self.early_stop.reward}' is not among evaluate.rewards "
+                f"({', '.join(self.rewards)}); add it there"
+            )
+        return self
 
 
 class RunConfig(StrictModel):

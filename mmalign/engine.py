@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from mmalign import hub
+from mmalign.best import Best
 from mmalign.checkpoint import (
     Checkpoint,
     abandon_later,
-    as_disk_full,
     check_same_recipe,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
+from mmalign.cost import COUNTERS
 from mmalign.ema import EMA
 from mmalign.errors import UserError
+from mmalign.export import export, verify
 from mmalign.interrupt import StopRequest, graceful_stop
 from mmalign.optim import (
     average_gradients,
@@ -36,11 +40,10 @@ from mmalign.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from mmalign.precision import ACCELERATE_NAMES, autocast, round_frozen
+from mmalign.precision import ACCELERATE_NAMES
 from mmalign.prepare import (
     Plan,
     Prepared,
-    base_model_name,
     complete,
     make_plan,
     make_trainable,
@@ -50,7 +53,6 @@ from mmalign.prepare import (
     set_aside,
 )
 from mmalign.progress import Track, memory_gigabytes, note, track
-from mmalign.resources import resolve_model
 from mmalign.seeds import derive_seed
 from mmalign.tracking import MetricBuffer, Metrics, check_trackers
 from mmalign.validation import save_grid
@@ -87,7 +89,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> Path:
         parts = prepare(config, accelerator)
         trainer = Trainer(config, parts, accelerator)
         trainer.fit(resume)
-        proof = export(config, parts, trainer, accelerator)
+        proof = export(config, parts, trainer.delivered(), trainer.facts()) if accelerator.is_main_process else None
         # Two whole models need not fit: the trained one, with its optimiser, goes before the exported one is read.
         del parts, trainer
         accelerator.free_memory()
@@ -103,9 +105,9 @@ def train(config: RunConfig, *, resume: str = "auto") -> Path:
 def plan(config: RunConfig) -> Plan:
     """Check everything, read the data's index and the model, and return what `train` would do; nothing is written."""
     accelerator = make_accelerator(config, watched=False)
-    method, table, generator = open_inputs(config, accelerator)
+    method, source, generator = open_inputs(config, accelerator)
     make_trainable(generator, config)
-    return make_plan(config, method, len(table), generator, accelerator.num_processes)
+    return make_plan(config, method, len(source), generator, accelerator.num_processes)
 
 
 def make_accelerator(config: RunConfig, *, watched: bool = True) -> Any:
@@ -152,11 +154,13 @@ class Trainer:
             )
         )
         self.ema = EMA(self.parameters, s.ema) if s.ema else None
+        self.best = parts.make_best(self.parameters)
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
         self.recipe = recipe(config, parts.data_id, parts.model_id, accelerator.num_processes)
         self.images_per_step = self.feed.per_step * self.method.images_per_sample
-        self.started = time.monotonic()
+        self.cost = self.run.cost
+        self.round: Any = ()
         self.buffer = MetricBuffer()
         self._clock = (0, 0.0)  # step and time of the last line of metrics
 
@@ -164,25 +168,50 @@ class Trainer:
         """Run the remaining steps; on return the network holds the last step's weights."""
         settings, run = self.settings, self.run
         run.step = self._restore(resume)
+        self.finished = run.step >= settings.steps
         self.output.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             hub.write_config(self.config, self.output)
         self.metrics = Metrics(self.output, self.config, self.accelerator, run.step)
-        note(str(make_plan(self.config, self.method, len(self.feed.pairs), run.generator, self.feed.world_size)))
+        note(str(make_plan(self.config, self.method, len(self.feed.samples), run.generator, self.feed.world_size)))
         total, done = settings.steps * self.images_per_step, run.step * self.images_per_step
         with graceful_stop() as stop, track(total, "train", initial=done) as job:
             if run.step == 0:
                 self._look()
             self._clock = (run.step, time.monotonic())
-            while run.step < settings.steps:
+            self.cost.start()
+            while not self.finished:
                 self._update(run.step)
                 run.step += 1
                 job.advance(self.images_per_step)
                 self._after_step(stop, job)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Return the context in which the network holds what is evaluated and exported."""
+        """Return the context in which the network holds what is evaluated."""
         return self.ema.applied() if self.ema else nullcontext()
+
+    def delivered(self) -> AbstractContextManager[None]:
+        """Return the context in which the network holds what is exported: the best look's weights, or the last."""
+        return self.best.applied() if self.best else self.averaged()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the model card says about the training as it went."""
+        totals = self.cost.totals(self.accelerator.num_processes)
+        facts: dict[str, Any] = {"steps": self.run.step}
+        facts |= {name.replace("_", " "): f"{int(totals[name]):,}" for name in COUNTERS if totals[name]}
+        if self.best:
+            facts["exported weights"] = f"step {self.best.step}, the best by {self.best.reward} on held-out prompts"
+        return facts
+
+    def _spent(self) -> bool:
+        budget = self.settings.budget
+        if budget is None:
+            return False
+        processes = self.accelerator.num_processes
+        used, allowed = self.cost.totals(processes)[budget.counter], budget.amount
+        if processes > 1:  # clocks differ, and all ranks must stop together
+            used = float(self.accelerator.reduce(torch.tensor(used, device=self.accelerator.device), "mean"))
+        return used >= allowed
 
     def _update(self, step: int) -> None:
         """One optimiser step."""
@@ -192,10 +221,9 @@ class Trainer:
         factor = learning_rate_factor(step, settings.steps, settings.warmup, settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
-        for batch in self.feed.micro_batches(step):
-            output = self.method.loss(self.run, batch)
-            accelerator.backward(output.loss / settings.gradient_accumulation)
-            self.buffer.add(step + 1, {"loss": output.loss, **output.metrics})
+        for batch in self._batches(step):
+            metrics = self.method.learn(self.run, batch, self._backward)
+            self.buffer.add(step + 1, metrics)
         parameters = list(self.parameters.values())
         average_gradients(parameters, accelerator.num_processes)
         norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -205,22 +233,38 @@ class Trainer:
         if self.ema:
             self.ema.update()
 
+    def _batches(self, step: int) -> Iterable[Any]:
+        """Return what this step learns from: what is dealt, or the round of samples that the method has collected."""
+        number, update = divmod(step, self.method.updates_per_round)
+        if update == 0:
+            collected = self.method.collect(self.run, self.feed.micro_batches(number))
+            self.round = collected if self.method.updates_per_round == 1 else list(collected)
+        return self.round
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss / self.settings.gradient_accumulation)
+
     def _after_step(self, stop: StopRequest, job: Track) -> None:
         """Log, look and save as far as it is time to."""
-        step, last = self.run.step, self.run.step == self.settings.steps
-        stopping = self._agree_to_stop(stop)
-        saving = last or stopping or step % self.settings.checkpoint_every == 0
-        looking = self.validation is not None and (last or step % self.validation.config.every == 0)
+        step, settings, updates = self.run.step, self.settings, self.method.updates_per_round
+        # In the middle of a round no run could go on: its samples are the policy's of before.
+        between = step % updates == 0
+        stopping = between and self._agree_to_stop(stop)
+        self.finished = step >= settings.steps or (between and self._spent())
+        every = settings.checkpoint_every
+        saving = self.finished or stopping or (between and step // every > (step - updates) // every)
+        looking = self.validation is not None and (self.finished or step % self.validation.config.every == 0)
         # Reading the metrics finds what is not finite: always before anything is looked at or saved.
-        if saving or looking or step % self.settings.log_every == 0:
+        if saving or looking or step % settings.log_every == 0:
             job.advance(0, **self._log())
         if looking:
             self._look()
-        if saving:
+            self.finished |= self.best is not None and self.best.exhausted
+        if saving or self.finished:
             self._save()
         if looking or saving:
             self._clock = (step, time.monotonic())
-        if stopping and not last:
+        if stopping and not self.finished:
             raise TrainingInterrupted(f"stopped after step {step}; run the same command again to go on from there")
 
     def _agree_to_stop(self, stop: StopRequest) -> bool:
@@ -251,11 +295,11 @@ class Trainer:
             "epoch": step / self.feed.steps_per_epoch,
             "images_per_second": (step - since) * self.images_per_step / max(now - then, 1e-9),
             "memory_gb": memory_gigabytes()[0],
-            "seconds": now - self.started,
+            **self.cost.totals(self.accelerator.num_processes),
         }
         self.metrics.log(step, values)
         self._clock = (step, now)
-        return {name: values[name] for name in ("loss", "accuracy") if name in values}
+        return {name: values[name] for name in ("loss", "accuracy", "reward") if name in values}
 
     def _check_finite(self, rows: list[tuple[int, str, float]]) -> None:
         # With fp16 an infinite gradient is how the scaler finds its scale; it leaves out such a step by itself.
@@ -279,31 +323,40 @@ class Trainer:
         """Evaluate on the fixed prompts; on the first rank, while the others wait."""
         if self.validation is None:
             return
-        step = self.run.step
-        if self.accelerator.is_main_process:
-            with self.averaged():
-                scores, picture = self.validation.look(self.run)
-            save_grid(picture, self.output, step)
-            self.metrics.log(step, scores)
-            self.metrics.log_image(step, "evaluation", picture)
-            note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        self.accelerator.wait_for_everyone()
+        step, scores = self.run.step, [dict[str, float]()]
+        with self.cost.paused(), self.averaged():
+            if self.accelerator.is_main_process:
+                scores[0], picture = self.validation.look(self.run)
+                save_grid(picture, self.output, step)
+                self.metrics.log(step, scores[0] | self.cost.totals(self.accelerator.num_processes))
+                self.metrics.log_image(step, "evaluation", picture)
+                note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores[0].items()))
+            self.accelerator.wait_for_everyone()
+            if self.best:
+                broadcast_object_list(scores)
+                self.best.look(step, scores[0])
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            tensors = {
-                "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
-                "optimizer": optimizer_tensors(self.optimizer, list(self.parameters)),
-            }
-            values: dict[str, Any] = {}
-            if self.ema:
-                tensors["ema"] = self.ema.shadow
-                values["ema_updates"] = self.ema.updates
-            if self.accelerator.scaler is not None:
-                values["scaler"] = self.accelerator.scaler.state_dict()
-            checkpoint = Checkpoint(self.run.step, tensors, self.recipe, values)
-            save_checkpoint(self.checkpoints, checkpoint, self.settings.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        with self.cost.paused():
+            if self.accelerator.is_main_process:
+                save_checkpoint(self.checkpoints, self._checkpoint(), self.settings.keep_checkpoints)
+            self.accelerator.wait_for_everyone()
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors = {
+            "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": optimizer_tensors(self.optimizer, list(self.parameters)),
+        }
+        values: dict[str, Any] = {"cost": self.cost.totals(), "method": self.method.state_dict()}
+        if self.ema:
+            tensors["ema"] = self.ema.shadow
+            values["ema_updates"] = self.ema.updates
+        if self.best:
+            tensors["best"] = self.best.weights
+            values["best"] = self.best.state()
+        if self.accelerator.scaler is not None:
+            values["scaler"] = self.accelerator.scaler.state_dict()
+        return Checkpoint(self.run.step, tensors, self.recipe, values)
 
     def _restore(self, resume: str) -> int:
         """Load the checkpoint to go on from, if there is one, and return its step.
@@ -324,6 +377,10 @@ class Trainer:
         load_optimizer_tensors(self.optimizer, list(self.parameters), saved.tensors["optimizer"])
         if self.ema:
             self.ema.load(saved.tensors["ema"], saved.values["ema_updates"])
+        if self.best:
+            self.best.load(saved.values["best"], saved.tensors["best"])
+        self.cost.load(saved.values["cost"])
+        self.method.load_state_dict(saved.values["method"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.values["scaler"])
         if self.accelerator.is_main_process:
@@ -341,45 +398,3 @@ class Trainer:
             found = list_checkpoints(self.checkpoints)
             return found[-1] if found else None
         return Path(resume)
-
-
-def export(
-    config: RunConfig, parts: Prepared, trainer: Trainer, accelerator: Any
-) -> tuple[hub.Probe, torch.Tensor] | None:
-    """Write the trained model and its card on the first rank; return an input and what the model makes of it."""
-    if not accelerator.is_main_process:
-        return None
-    run, output = parts.run, Path(config.output)
-    with trainer.averaged():
-        probe = make_probe(parts)
-        with run.autocast():
-            expected = probe.predict(run.generator)
-        try:
-            hub.export(run.generator, config, output, base_model_name(config))
-        except Exception as error:
-            raise as_disk_full(error, f"writing the model to {output}") from error
-    hub.write_card(config, output, {"pairs": len(parts.feed.pairs), "steps": config.trainer.steps})
-    return probe, expected
-
-
-def verify(config: RunConfig, probe: hub.Probe, expected: torch.Tensor, device: torch.device) -> None:
-    """Read the export back as any user would and check that it is the model that was trained."""
-
-    def load(path: str) -> Any:
-        from pipelines import load_generator
-
-        generator = load_generator(path, device=device, attention=config.attention, resolve=resolve_model)
-        round_frozen(generator.network, config.trainer.precision)
-        return generator
-
-    with autocast(config.trainer.precision, device):
-        hub.check_load_back(Path(config.output), load, probe, expected)
-    note(f"the model is in {config.output}")
-
-
-def make_probe(parts: Prepared) -> hub.Probe:
-    """Return the first sample of the data at the middle of the noise schedule."""
-    batch = next(parts.feed.micro_batches(0))
-    middle = parts.run.process.num_train_timesteps // 2
-    t = parts.run.process.sample_timesteps(1, low=middle, high=middle + 1).to(batch.chosen.device)
-    return hub.Probe(batch.chosen[:1], t, batch.cond[:1])

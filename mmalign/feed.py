@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from mmalign.batches import PairBatch
+from mmalign.batches import PairBatch, PromptBatch
 from mmalign.seeds import derive_seed
 
+BatchT = TypeVar("BatchT", PairBatch, PromptBatch)
 
-class Pairs(Protocol):
-    """Encoded preference pairs, as `mmalign.data.cache.CachedPairs` holds them."""
+
+class Samples(Protocol[BatchT]):
+    """What a run learns from, encoded: `mmalign.data.cache.CachedPairs` or `mmalign.data.prompt_cache.CachedPrompts`."""
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
+        """Return the number of samples."""
         ...
 
-    def batch(self, indices: Sequence[int], epoch: int, seed: int) -> PairBatch:
-        """Return these pairs; what is random in them depends on (seed, id, epoch) alone."""
+    def batch(self, indices: Sequence[int], epoch: int, seed: int) -> BatchT:
+        """Return these samples; what is random in them depends on (seed, id, epoch) alone."""
         ...
 
 
-class PairFeed:
-    """Deals pairs out: which pairs step N learns from depends on the seed and on how many a step takes, nothing else.
+class Feed(Generic[BatchT]):
+    """Deals samples out: which ones step N learns from depends on the seed and on how many a step takes, nothing else.
 
-    A step takes batch_size x accumulation x world_size consecutive pairs of its epoch's permutation, so the same
+    A step takes batch_size x accumulation x world_size consecutive samples of its epoch's permutation, so the same
     recipe gives the same steps however that product is made up; a pair is dealt as a whole. What remains at the end
     of an epoch and fills no step is left out of it (others in every epoch).
     """
 
     def __init__(
         self,
-        pairs: Pairs,
+        samples: Samples[BatchT],
         *,
         batch_size: int,
         accumulation: int = 1,
@@ -42,31 +44,31 @@ class PairFeed:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Prepare to deal; there must be enough pairs for one step."""
-        self.pairs, self.seed, self.device = pairs, seed, device
+        """Prepare to deal; there must be enough samples for one step."""
+        self.samples, self.seed, self.device = samples, seed, device
         self.batch_size, self.accumulation = batch_size, accumulation
         self.rank, self.world_size = rank, world_size
         self.per_step = batch_size * accumulation * world_size
-        self.steps_per_epoch = len(pairs) // self.per_step
+        self.steps_per_epoch = len(samples) // self.per_step
         self._order: tuple[int, list[int]] = (-1, [])
         if not self.steps_per_epoch:
-            raise ValueError(f"{len(pairs)} pairs do not fill one step of {self.per_step}")
+            raise ValueError(f"{len(samples)} samples do not fill one step of {self.per_step}")
 
     def epoch_of(self, step: int) -> int:
         """Return the epoch that a step belongs to."""
         return step // self.steps_per_epoch
 
-    def micro_batches(self, step: int) -> Iterator[PairBatch]:
+    def micro_batches(self, step: int) -> Iterator[BatchT]:
         """Yield this rank's micro-batches of a step (0-based), one per forward pass, on the device."""
         epoch = self.epoch_of(step)
         start = step % self.steps_per_epoch * self.per_step
         for micro in range(self.accumulation):
             first = start + (micro * self.world_size + self.rank) * self.batch_size
             indices = self._permutation(epoch)[first : first + self.batch_size]
-            yield self.pairs.batch(indices, epoch, self.seed).to(self.device)
+            yield self.samples.batch(indices, epoch, self.seed).to(self.device)
 
     def _permutation(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:
             source = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            self._order = (epoch, torch.randperm(len(self.pairs), generator=source).tolist())
+            self._order = (epoch, torch.randperm(len(self.samples), generator=source).tolist())
         return self._order[1]

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmalign.best import Best
 from mmalign.config_files import flatten
 from mmalign.errors import UserError
-from mmalign.feed import PairFeed
+from mmalign.feed import Feed
 from mmalign.files import check_output
 from mmalign.methods.base import Method
 from mmalign.optim import warmup_steps
@@ -22,7 +23,9 @@ from mmalign.precision import autocast, check_precision, round_frozen
 from mmalign.progress import note, track
 from mmalign.reference import Reference
 from mmalign.resources import resolve_model, resource_root
+from mmalign.reward_checks import check_reward
 from mmalign.run import Run
+from mmalign.scoring.chosen import WeightedReward
 from mmalign.seeds import derive_seed
 from mmalign.validation import Validation, check_evaluation
 
@@ -38,12 +41,19 @@ class Prepared:
 
     method: Method[Any]
     run: Run
-    feed: PairFeed
+    feed: Feed[Any]
     validation: Validation | None
     data_id: str
     """Identifies what is learned from: ids, prompts and images on either side, not the path."""
     model_id: str
     """Identifies the model that training starts from by its content."""
+
+    def make_best(self, parameters: dict[str, Any]) -> Best | None:
+        """Return what keeps the best weights, if the looks are to stop the run early."""
+        if self.validation is None or self.validation.config.early_stop is None:
+            return None
+        stop = self.validation.config.early_stop
+        return Best(parameters, stop.reward, stop.patience, self.validation.rewards[stop.reward].higher_is_better)
 
 
 @dataclass
@@ -97,10 +107,15 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
     Raises:
         UserError: names the key and the fix.
     """
-    if method.needs.source != "pairs":
+    if method.needs.source == "labels":
         raise UserError(
-            f"method '{config.method_name}' learns from {method.needs.source}, and `mmalign train` deals out pairs; "
-            "choose a method that learns from pairs (`mmalign list methods`)"
+            f"method '{config.method_name}' learns from labels, and `mmalign train` deals out pairs or prompts; "
+            "choose another method (`mmalign list methods`)"
+        )
+    if config.trainer.steps % method.updates_per_round:
+        raise UserError(
+            f"trainer.steps {config.trainer.steps} must be a multiple of method.updates_per_round "
+            f"{method.updates_per_round}: a round of samples is used up before the run ends"
         )
     output = Path(config.output)
     check_output(output, "output")
@@ -117,11 +132,20 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
         )
 
 
-def load_table(config: RunConfig) -> PairTable:
-    """Return the pairs of the configuration, not yet read as images."""
+def open_source(config: RunConfig, method: Method[Any]) -> PairTable | list[str]:
+    """Return what is learned from, not yet encoded: the table of pairs or the prompts; prints the counts."""
     from mmalign.data.pairs import read_pairs
+    from mmalign.data.prompts import load_prompts
 
-    return read_pairs(str(config.data.pairs), config.data)
+    if method.needs.source == "prompts":
+        prompts = [prompt.text for prompt in load_prompts(str(config.data.prompts), limit=config.data.limit)]
+        for reward in config.rewards:
+            check_reward(reward.name, reward.options, prompts)
+        note(f"{config.data.prompts}: {len(prompts)} prompts")
+        return prompts
+    table = read_pairs(str(config.data.pairs), config.data)
+    note(f"{config.data.pairs}: {table.counts}")
+    return table
 
 
 def load_model(config: RunConfig, device: Any) -> Any:
@@ -163,25 +187,27 @@ def make_trainable(generator: Any, config: RunConfig) -> None:
     generator.network.train()
 
 
-def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], PairTable, Any]:
-    """Check the recipe, cheapest things first, and return method, table of pairs and generator; prints the counts."""
+def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], PairTable | list[str], Any]:
+    """Check the recipe, cheapest things first, and return method, what it learns from, and generator."""
     method = build_method(config)
     check(config, method, accelerator.device)
-    table = load_table(config)
-    note(f"{config.data.pairs}: {table.counts}")
-    check_enough(len(table), config, accelerator.num_processes)
+    source = open_source(config, method)
+    check_enough(len(source), config, accelerator.num_processes, method.needs.source)
     generator = load_model(config, accelerator.device)
     method.check(generator.process)
-    return method, table, generator
+    return method, source, generator
 
 
 def prepare(config: RunConfig, accelerator: Any) -> Prepared:
     """Return the parts of the run; prints what was read and left out."""
-    method, table, generator = open_inputs(config, accelerator)
+    method, source, generator = open_inputs(config, accelerator)
     model_id = generator.model_id  # now, since encoding may take hours in which the files can change
-    pairs = encode(table, generator, config, accelerator)
+    samples, content = encode(source, generator, config, accelerator)
     validation = Validation(config.evaluate, generator, config.trainer.seed) if config.evaluate else None
-    generator.free_encoders()
+    generator.unconditional()  # what guidance needs, encoded while the text encoders are there
+    rewards = load_rewards(config, accelerator.device)
+    kept = generator.vae_names if method.needs.source == "prompts" else ()
+    generator.free_encoders(keep=kept)
     make_trainable(generator, config)
     cast = partial(autocast, config.trainer.precision, accelerator.device)
     reference = None
@@ -192,9 +218,14 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
             precision=config.trainer.precision,
             autocast=cast,
         )
-    run = Run(generator, seed=config.trainer.seed, reference=reference, autocast=cast)
-    feed = PairFeed(
-        pairs,
+    run = Run(
+        generator, seed=config.trainer.seed, reference=reference, rewards=rewards, autocast=cast, kept=kept
+    )
+    run.cost.watch(generator.network)
+    if reference is not None and reference.frozen is not None:
+        run.cost.watch(reference.frozen)
+    feed: Feed[Any] = Feed(
+        samples,
         batch_size=config.trainer.batch_size,
         accumulation=config.trainer.gradient_accumulation,
         seed=config.trainer.seed,
@@ -202,10 +233,20 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
         world_size=accelerator.num_processes,
         device=accelerator.device,
     )
-    return Prepared(method, run, feed, validation, data_id(table, pairs), model_id)
+    return Prepared(method, run, feed, validation, content, model_id)
 
 
-def check_enough(samples: int, config: RunConfig, world_size: int) -> None:
+def load_rewards(config: RunConfig, device: Any) -> list[WeightedReward]:
+    """Load the rewards that the method learns from."""
+    from rewards import load_reward
+
+    return [
+        WeightedReward(one.name, one.weight, load_reward(one.name, **{"device": device, **one.options}))
+        for one in config.rewards
+    ]
+
+
+def check_enough(samples: int, config: RunConfig, world_size: int, unit: str = "pairs") -> None:
     """Refuse data that do not fill one step: better said now than after an hour of encoding.
 
     Raises:
@@ -215,17 +256,26 @@ def check_enough(samples: int, config: RunConfig, world_size: int) -> None:
     per_step = trainer.batch_size * trainer.gradient_accumulation * world_size
     if samples < per_step:
         raise UserError(
-            f"the data holds {samples} pairs and one step takes {per_step} (trainer.batch_size {trainer.batch_size} x "
+            f"the data holds {samples} {unit} and one step takes {per_step} (trainer.batch_size {trainer.batch_size} x "
             f"gradient_accumulation {trainer.gradient_accumulation} x {world_size} processes); lower it or give more"
         )
 
 
-def encode(table: PairTable, generator: Any, config: RunConfig, accelerator: Any) -> CachedPairs:
-    """Return the pairs encoded; on several ranks the first encodes and the others read what it wrote."""
-    from mmalign.data.cache import build_pair_cache
+def encode(source: PairTable | list[str], generator: Any, config: RunConfig, accelerator: Any) -> tuple[Any, str]:
+    """Return what is learned from, encoded, and an identifier of its content.
 
-    with accelerator.main_process_first(), track(len(table), "encode", unit="pairs") as job:
-        return build_pair_cache(table, generator, config.data, progress=job.advance)
+    On several ranks the first encodes and the others read what it wrote.
+    """
+    from mmalign.data.cache import build_pair_cache
+    from mmalign.data.prompt_cache import build_prompt_cache
+
+    with accelerator.main_process_first():
+        if isinstance(source, list):
+            prompts = build_prompt_cache(source, generator, config.data)
+            return prompts, hashlib.blake2b(repr(source).encode(), digest_size=16).hexdigest()
+        with track(len(source), "encode", unit="pairs") as job:
+            pairs = build_pair_cache(source, generator, config.data, progress=job.advance)
+        return pairs, data_id(source, pairs)
 
 
 def data_id(table: PairTable, pairs: CachedPairs) -> str:
@@ -240,6 +290,7 @@ def data_id(table: PairTable, pairs: CachedPairs) -> str:
 def make_plan(config: RunConfig, method: Method[Any], samples: int, generator: Any, world_size: int = 1) -> Plan:
     """Return the numbers of a run whose model is already made trainable."""
     trainer = config.trainer
+    rounds = trainer.steps / method.updates_per_round
     per_step = trainer.batch_size * trainer.gradient_accumulation * world_size
     left = samples % per_step
     return Plan(
@@ -248,11 +299,12 @@ def make_plan(config: RunConfig, method: Method[Any], samples: int, generator: A
         steps=trainer.steps,
         samples_per_step=per_step,
         images_per_step=per_step * method.images_per_sample,
-        epochs=trainer.steps / (samples // per_step),
+        epochs=rounds / (samples // per_step),
         trainable=sum(p.numel() for p in generator.trainable_parameters()),
         parameters=sum(p.numel() for p in generator.network.parameters()),
         warmup=warmup_steps(trainer.warmup, trainer.steps),
-        data=f"{samples} pairs of {config.data.pairs}" + (f", {left} left over in each pass" if left else ""),
+        data=f"{samples} {method.needs.source} of {config.data.pairs or config.data.prompts}"
+        + (f", {left} left over in each pass" if left else ""),
     )
 
 
@@ -265,7 +317,7 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
     stays as it was.
     """
     values = config.model_dump(mode="json", exclude={"output", "evaluate", "attention"})
-    values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "cache")}
+    values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "prompts", "cache")}
     trainer = values["trainer"]
     for key in ("log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
         del trainer[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +11,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mmalign.batches import PairBatch
+from mmalign.cost import Cost
 from mmalign.reference import Reference
+from mmalign.scoring.chosen import WeightedReward
+from mmalign.scoring.live import LiveRewards
 from mmalign.seeds import derive_seed
 from pipelines.conditioning import Conditioning
 
@@ -21,8 +24,9 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 class Run:
     """The view of a run that is handed to `Method.loss` and `Method.collect`.
 
-    Attributes: `generator` (pipelines), `process` (its noise process), `reference`, `rewards` (by name), `seed`, and
-    `step`, the number of optimiser steps done so far.
+    Attributes: `generator` (pipelines), `process` (its noise process), `reference`, `score` (the rewards), `cost`, `seed`,
+    `step`, the number of optimiser steps done so far, `shown`, the images that the method made last, and `kept`, the
+    encoders that stay in memory because the method decodes.
     """
 
     def __init__(
@@ -31,16 +35,20 @@ class Run:
         *,
         seed: int = 0,
         reference: Reference | None = None,
-        rewards: dict[str, Any] | None = None,
+        rewards: Sequence[WeightedReward] = (),
         autocast: Autocast = nullcontext,
+        kept: Collection[str] = (),
     ) -> None:
         """Bring the parts together; `autocast` makes the context in which the network is called."""
         self.generator = generator
         self.process = generator.process
         self.seed = seed
-        self.rewards = rewards or {}
+        self.cost = Cost()
+        self.score = LiveRewards(rewards, self.cost)
         self.autocast = autocast
+        self.kept = kept
         self.step = 0
+        self.shown: tuple[Tensor, list[str]] | None = None
         self._reference = reference
 
     @property
@@ -63,6 +71,19 @@ class Run:
         with self.autocast():
             return self.generator.predict(x_t, t, cond).float()
 
+    def show(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
+        """Leave images in [0, 1] that the method made where the monitors find them, and count them."""
+        self.shown = (images.detach(), list(prompts))
+        self.cost.add(images_sampled=len(images))
+
+    def seeds(self, ids: Sequence[str], epoch: int, purpose: str = "sample") -> list[int]:
+        """Return one seed a sample, from (seed, purpose, id, epoch)."""
+        return [derive_seed(self.seed, purpose, sample_id, epoch) for sample_id in ids]
+
+    def random(self, *parts: int | str) -> torch.Generator:
+        """Return a CPU generator for what a whole batch or step draws, from (seed, parts)."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, *parts))
+
     def noise_like(
         self, x: Float[Tensor, "batch *latent"], ids: Sequence[str], epoch: int, purpose: str = "noise"
     ) -> Float[Tensor, "batch *latent"]:
@@ -72,8 +93,8 @@ class Run:
         """
         noise = torch.empty(x.shape, dtype=torch.float32)
         source = torch.Generator()
-        for row, sample_id in zip(noise, ids, strict=True):
-            source.manual_seed(derive_seed(self.seed, purpose, sample_id, epoch))
+        for row, seed in zip(noise, self.seeds(ids, epoch, purpose), strict=True):
+            source.manual_seed(seed)
             torch.randn(row.shape, generator=source, out=row)
         return noise.to(x.device)
 
@@ -81,7 +102,7 @@ class Run:
         """Return one training timestep a sample in [low, high), from (seed, id, epoch) as for `noise_like`."""
         source = torch.Generator()
         drawn = []
-        for sample_id in batch.ids:
-            source.manual_seed(derive_seed(self.seed, "timestep", sample_id, batch.epoch))
+        for seed in self.seeds(batch.ids, batch.epoch, "timestep"):
+            source.manual_seed(seed)
             drawn.append(self.process.sample_timesteps(1, generator=source, low=low, high=high))
         return torch.cat(drawn).to(batch.chosen.device)

@@ -52,7 +52,7 @@ class Validation:
     def look(self, run: Run) -> tuple[dict[str, float], Image]:
         """Return the mean of each reward, as "evaluation/NAME", and the images as one picture.
 
-        The encoders are read for decoding and freed again.
+        The encoders are read for decoding and freed again, unless the method decodes too.
         """
         from pipelines import sample
 
@@ -69,7 +69,7 @@ class Validation:
             )
         run.generator.network.train()
         images = torch.cat([run.generator.decode(part).float() for part in trajectory.latents.split(8)])
-        run.generator.free_encoders()
+        run.generator.free_encoders(keep=run.kept)
         scores = {}
         for name, reward in self.rewards.items():
             prompts = self.prompts if "prompts" in reward.needs else None

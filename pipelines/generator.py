@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -146,9 +146,9 @@ class Generator(ABC):
         for name in (*self.vae_names, *self.text_names):
             self.encoder(name)
 
-    def free_encoders(self) -> None:
-        """Drop the autoencoder and the text encoders from memory; they come back when used."""
-        self._encoders.clear()
+    def free_encoders(self, keep: Collection[str] = ()) -> None:
+        """Drop the autoencoder and the text encoders, but for those named in `keep`; they come back when used."""
+        self._encoders = {name: encoder for name, encoder in self._encoders.items() if name in keep}
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

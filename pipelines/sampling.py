@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError, choose
 from pipelines.generator import Generator
+from pipelines.noise import NoiseProcess
 
 SOLVERS = ("ddim", "dpm++")
 Predictor = Callable[[Tensor, Tensor], Tensor]
@@ -214,6 +215,30 @@ def _ddim(
     return Trajectory(
         x, grid, next_grid, torch.stack(states), torch.stack(means), torch.stack(stds), torch.stack(log_probs)
     )
+
+
+def replay_step(
+    process: NoiseProcess,
+    trajectory: Trajectory,
+    index: int,
+    predict: Predictor,
+    *,
+    eta: float,
+    rows: Int[Tensor, " rows"] | None = None,
+) -> tuple[Float[Tensor, "rows ..."], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Return mean, std and log-prob of step `index` of a recorded trajectory under the network behind `predict`.
+
+    With the network, guidance and `eta` that drew it, these are the recorded ones; the mean and the log-prob carry
+    the gradient of the network. `rows` picks samples (all by default); `predict` must be made for those.
+    """
+    assert trajectory.states is not None, "the trajectory was sampled without record=True"
+    x, x_next = trajectory.states[index], trajectory.states[index + 1]
+    if rows is not None:
+        x, x_next = x[rows], x_next[rows]
+    t, t_next = trajectory.timesteps[index], trajectory.next_timesteps[index]
+    mean, std = process.reverse_step(x, predict(x, t.to(x.device).expand(len(x))), t.item(), t_next.item(), eta)
+    std = std.reshape(-1).expand(len(x))
+    return mean, std, gaussian_log_prob(x_next, mean, std)
 
 
 def _dpm_solver(generator: Generator, predict: Predictor, x: Tensor, steps: int) -> Trajectory:

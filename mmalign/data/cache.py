@@ -53,7 +53,7 @@ def build_pair_cache(
     """
     folder = Path(cache_dir or data.cache or default_cache_dir()).expanduser()
     transform = PairTransform(data.resolution or generator.image_size, data.crop)
-    prompts = _PromptEncoder(folder, generator, batch_size).encode(table.prompts, memory_limit)
+    prompts = PromptEncoder(folder, generator, batch_size).encode(table.prompts, memory_limit)
     images = _ImageEncoder(folder, generator, transform, batch_size, flips=(False, True) if data.flip else (False,))
     slots = array("q")
     for record in table:
@@ -140,7 +140,7 @@ class CachedPairs:
         return Conditioning.from_tensors(tensors)
 
 
-class _PromptEncoder:
+class PromptEncoder:
     """Encodes unique prompts, and what stands for no prompt, into a store."""
 
     def __init__(self, folder: Path, generator: Any, batch_size: int) -> None:

@@ -8,7 +8,7 @@ print as a formula belongs to `mmalign.losses`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -16,12 +16,12 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, StrictInt, model_validator
 from torch import Tensor
 
-from mmalign.batches import PairBatch
+from mmalign.batches import PairBatch, PromptBatch
 from mmalign.errors import UserError
 from mmalign.run import Run
 from pipelines.noise import NoiseProcess
 
-__all__ = ["LossOutput", "Method", "MethodConfig", "Needs", "PairBatch", "TimestepRange"]
+__all__ = ["LossOutput", "Method", "MethodConfig", "Needs", "PairBatch", "PromptBatch", "TimestepRange"]
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,15 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 class Method(ABC, Generic[ConfigT]):
-    """One fine-tuning method. Subclasses set the class attributes and write `loss`; online ones `collect` too."""
+    """One fine-tuning method. Subclasses set the class attributes and write `loss`; see `mmalign.methods.trajectory` too."""
 
     name: ClassVar[str]
     Config: ClassVar[type[BaseModel]] = MethodConfig
     needs: ClassVar[Needs]
-    images_per_sample: ClassVar[int] = 1
+    images_per_sample: int = 1
     """Images the policy denoises per sample of the data (2 for a pair): the unit of the reported speed."""
+    updates_per_round: int = 1
+    """Optimiser steps that learn from what one `collect` returned."""
 
     def __init__(self, config: ConfigT) -> None:
         """Keep the validated configuration."""
@@ -113,10 +115,26 @@ class Method(ABC, Generic[ConfigT]):
         """Return the conventions in one line, printed before training: what a number such as beta means here."""
         return self.name
 
-    def collect(self, run: Run, prompts: list[str]) -> Any:
-        """Sample and score what `loss` will learn from; only for methods whose source is "prompts"."""
-        raise NotImplementedError(f"method '{self.name}' learns from {self.needs.source}: it collects nothing")
+    def collect(self, run: Run, batches: Iterable[Any]) -> Iterable[Any]:
+        """Turn the micro-batches dealt for one round into what its updates learn from; by default they are it.
+
+        A method that learns from its own samples draws and scores them here.
+        """
+        return batches
 
     @abstractmethod
     def loss(self, run: Run, batch: Any) -> LossOutput:
         """Return the mean loss of a batch, with its graph, and the metrics to log."""
+
+    def learn(self, run: Run, batch: Any, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
+        """Add the gradient of a batch's loss and return its metrics; in parts, where one graph would be too large."""
+        output = self.loss(run, batch)
+        backward(output.loss)
+        return {"loss": output.loss, **output.metrics}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the method remembers from round to round, as JSON takes it; saved with every checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""

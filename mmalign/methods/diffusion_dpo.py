@@ -39,7 +39,7 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
     name: ClassVar[str] = "diffusion_dpo"
     Config = DiffusionDPOConfig
     needs: ClassVar[Needs] = Needs(source="pairs", reference=True)
-    images_per_sample: ClassVar[int] = 2
+    images_per_sample = 2
 
     def check(self, process: NoiseProcess) -> None:
         """Refuse a range of timesteps that the schedule has not."""

@@ -11,7 +11,7 @@ from tiny_models import build_tiny_sd
 from tiny_runs import InMemoryPairs
 
 from mmalign.ema import EMA
-from mmalign.feed import PairFeed
+from mmalign.feed import Feed
 from mmalign.hub import ExportError, Probe, check_load_back
 from mmalign.optim import average_gradients, learning_rate_factor, warmup_steps
 from pipelines import load_generator
@@ -55,7 +55,7 @@ def test_every_pair_is_dealt_once_an_epoch_to_one_rank_in_any_split() -> None:
 
     def dealt(step: int, **split: int) -> list[str]:
         world_size = split.get("world_size", 1)
-        feeds = [PairFeed(pairs, **{**split, "rank": rank}) for rank in range(world_size)]  # type: ignore[arg-type]
+        feeds = [Feed(pairs, **{**split, "rank": rank}) for rank in range(world_size)]  # type: ignore[arg-type]
         return [pair for feed in feeds for batch in feed.micro_batches(step) for pair in batch.ids]
 
     splits = [
@@ -67,7 +67,7 @@ def test_every_pair_is_dealt_once_an_epoch_to_one_rank_in_any_split() -> None:
         assert len({tuple(sorted(dealt(step, **split))) for split in splits}) == 1
     epochs = [[pair for step in range(3 * e, 3 * e + 3) for pair in dealt(step, batch_size=8)] for e in range(2)]
     assert all(len(set(epoch)) == 24 for epoch in epochs) and epochs[0] != epochs[1]
-    assert next(PairFeed(pairs, batch_size=8).micro_batches(4)).epoch == 1
+    assert next(Feed(pairs, batch_size=8).micro_batches(4)).epoch == 1
 
 
 def test_learning_rate_by_hand() -> None:

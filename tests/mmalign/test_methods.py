@@ -15,7 +15,7 @@ from tiny_models import build_tiny_sd
 from tiny_runs import InMemoryPairs
 
 from mmalign.errors import UserError
-from mmalign.feed import PairFeed
+from mmalign.feed import Feed
 from mmalign.losses import diffusion_dpo
 from mmalign.methods import methods
 from mmalign.methods.base import MethodConfig, TimestepRange
@@ -161,7 +161,7 @@ def test_sft_is_the_denoising_error_of_the_chosen_side(model: str) -> None:
 def test_training_makes_the_policy_prefer_the_chosen_side(model: str, kind: str) -> None:
     run, pairs = make_run(model, kind), InMemoryPairs(24)
     pairs.chosen, pairs.rejected = pairs.chosen * 0.5 + 1, pairs.rejected * 0.5 - 1
-    feed = PairFeed(pairs, batch_size=8)
+    feed = Feed(pairs, batch_size=8)
     method = DiffusionDPO(DiffusionDPOConfig(beta=100.0))
     optimizer = torch.optim.AdamW(run.generator.trainable_parameters(), lr=3e-3 if kind == "full" else 3e-2)
     seen = []

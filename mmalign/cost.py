@@ -1,0 +1,78 @@
+"""What a training has used: images through the denoiser, images made, reward calls, seconds; the basis of budgets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+COUNTERS = ("images_seen", "images_sampled", "reward_calls")
+
+
+class Cost:
+    """Counts one process's work while training; what happens inside `paused()` (looks, saving) is left out.
+
+    images_seen
+        Images that went through the denoiser, forward or backward: each direction counts one, a guided call two for
+        each image, what gradient checkpointing computes again counts again where whole calls are recomputed.
+    images_sampled, reward_calls
+        Images drawn, and images scored (an image scored by two rewards counts two).
+    seconds
+        Wall time.
+    """
+
+    def __init__(self) -> None:
+        """Start at zero, with the clock standing."""
+        self.images_seen = self.images_sampled = self.reward_calls = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds counted so far."""
+        return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)
+
+    def start(self) -> None:
+        """Let the clock run and count."""
+        self._since = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing inside the context."""
+        running = self._since is not None
+        self._seconds, self._since = self.seconds, None
+        try:
+            yield
+        finally:
+            self._since = time.monotonic() if running else None
+
+    def watch(self, network: nn.Module) -> None:
+        """Count what goes through a network from now on."""
+        network.register_forward_hook(self._on_forward)
+
+    def add(self, **counts: int) -> None:
+        """Add to counters by name, unless paused."""
+        if self._since is not None:
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
+
+    def totals(self, processes: int = 1) -> dict[str, float]:
+        """Return all counters; the counts of `processes` that do equal work are added up, the seconds are not."""
+        counts: dict[str, float] = {name: getattr(self, name) * processes for name in COUNTERS}
+        return {**counts, "seconds": self.seconds}
+
+    def load(self, totals: dict[str, float], processes: int = 1) -> None:
+        """Go on from what `totals` returned."""
+        for name in COUNTERS:
+            setattr(self, name, int(totals[name]) // processes)
+        self._seconds = totals["seconds"]
+
+    def _on_forward(self, network: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        images = len(first)
+        self.add(images_seen=images)
+        if first.requires_grad:
+            first.register_hook(lambda gradient: self.add(images_seen=images))

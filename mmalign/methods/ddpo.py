@@ -1,0 +1,57 @@
+"""DDPO: policy gradient on the sampler's steps with clipped importance ratios (arXiv 2305.13301, DDPO-IS).
+
+Each sampling step is an action with a Gaussian density; the reward of the finished image, normalised by what the
+prompt's images usually get, is the advantage of all its steps. `kl_weight` adds DPOK's KL term (arXiv 2305.16381).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from mmalign.advantages import PromptStatistics, group_advantages
+from mmalign.batches import PromptBatch
+from mmalign.losses import clipped_policy_gradient
+from mmalign.methods.base import LossOutput
+from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
+from mmalign.run import Run
+
+
+class DDPOConfig(TrajectoryConfig):
+    """Configuration of `ddpo`; the ratio is of densities per latent dimension, as in the authors' code."""
+
+    clip: float = Field(1e-4, gt=0)
+    """importance ratios outside 1 +- clip give no gradient where that would push them further"""
+    advantage: Literal["running", "group"] = "running"
+    """reward against the prompt's running mean and deviation, or against the images of the prompt in this round"""
+    buffer_size: int = Field(16, ge=2)
+    """rewards remembered of each prompt"""
+    min_count: int = Field(16, ge=2)
+    """rewards of a prompt that must be known before its own mean and deviation are used instead of the round's"""
+    advantage_clip: float = Field(5.0, gt=0)
+    """advantages are cut to this range"""
+    timestep_fraction: float = Field(1.0, gt=0, le=1)
+    """share of the sampling steps, drawn anew at every update, that is learned from"""
+
+
+class DDPO(TrajectoryMethod[DDPOConfig]):
+    """Raise the probability of steps that led to better images than the prompt's usual ones; any reward will do."""
+
+    name: ClassVar[str] = "ddpo"
+    Config = DDPOConfig
+
+    def __init__(self, config: DDPOConfig) -> None:
+        """Start without statistics."""
+        super().__init__(config)
+        self.statistics = PromptStatistics(config.buffer_size, config.min_count)
+
+    def describe(self) -> str:
+        """Return what the clip is measured in."""
+        c = self.config
+        return (
+            f"ddpo: clip={c.clip:g} on ratios per dimension, {c.advantage} advantages, {c.images_per_prompt} images a "
+            f"prompt, {c.updates_per_round} updates a round, guidance {c.guidance:g}"
+        )

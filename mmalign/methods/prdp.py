@@ -1,0 +1,62 @@
+"""PRDP: proximal reward difference prediction on the policy's own samples (arXiv 2402.08714).
+
+Of every two images of a prompt the policy's trajectory log-ratio to the reference is to predict the difference of
+their rewards, in units of beta; where that holds for all pairs, the policy is the reference tilted by exp(reward /
+beta), the optimum of reward minus beta times KL. The objective itself is `mmalign.losses.prdp`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from mmalign.losses import prdp
+from mmalign.methods.base import LossOutput
+from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
+from mmalign.run import Run
+
+
+class PRDPConfig(TrajectoryConfig):
+    """Configuration of `prdp`; log-ratios are means over latent dimensions, so beta and clip fit any latent size."""
+
+    images_per_prompt: int = Field(8, ge=2)
+    """images drawn of each prompt; all pairs among them are compared"""
+    updates_per_round: int = Field(4, ge=1)
+    """optimiser steps on one round of samples"""
+    beta: float = Field(10.0, gt=0)
+    """reward difference that stands for a log-ratio of 1 nat per latent dimension; the paper's beta times the dimensions"""
+    clip: float = Field(1e-4, gt=0)
+    """how far a step's log-ratio may move within a round before it counts no more, nats per dimension; .inf: never"""
+    samples: Literal["online", "offline"] = "online"
+    """online: drawn from the policy; offline: from the frozen reference"""
+
+
+class PRDP(TrajectoryMethod[PRDPConfig]):
+    """Predict reward differences of the policy's own images by its log-ratios; any reward will do."""
+
+    name: ClassVar[str] = "prdp"
+    Config = PRDPConfig
+    whole_reference: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        """Return what beta and clip are measured in."""
+        c = self.config
+        return (
+            f"prdp ({c.samples}): beta={c.beta:g} reward per nat/dimension, clip={c.clip:g} nat/dimension, "
+            f"{c.images_per_prompt} images a prompt, {c.updates_per_round} updates a round, guidance {c.guidance:g}"
+        )
+
+    def loss(self, run: Run, batch: Rollout) -> LossOutput:
+        """Return the mean over all pairs of all prompts."""
+        assert batch.reference_log_probs is not None
+        log_ratio = (batch.log_probs - batch.reference_log_probs).T.split(self.config.images_per_prompt)
+        old = (batch.old_log_probs - batch.reference_log_probs).T.split(self.config.images_per_prompt)
+        rewards = batch.rewards.split(self.config.images_per_prompt)
+        pairs = [
+            prdp(*group, beta=self.config.beta, clip=self.config.clip)
+            for group in zip(log_ratio, old, rewards, strict=True)
+        ]
+        total = torch.stack([group.detach().sum(1) for group in log_ratio])
+        return LossOutput(torch.cat(pairs).mean(), {"log_ratio_to_reference": total.mean()})

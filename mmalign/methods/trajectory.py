@@ -1,0 +1,220 @@
+"""What methods with recorded trajectories share: sample with the policy, score, then learn from the steps' log-probs.
+
+An objective that is a function of the log-probabilities of the sampling steps needs no graph of the whole trajectory.
+Its derivative with respect to each log-probability is taken first, on numbers alone; then every sampling step is
+computed again, one at a time, with its own graph, and weighted by that derivative. The gradient is exactly that of
+the objective, and memory does not grow with the number of steps.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from mmalign.batches import PromptBatch
+from mmalign.errors import UserError
+from mmalign.losses import gaussian_kl
+from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
+from mmalign.run import Run
+from pipelines import sample
+from pipelines.noise import NoiseProcess
+from pipelines.sampling import Trajectory, guided_predictor, replay_step
+
+RATIO_TOLERANCE = 1e-4
+
+
+class RatioError(RuntimeError):
+    """Sampling and learning do not compute the same log-probabilities, so no importance ratio means anything."""
+
+
+class SamplingConfig(MethodConfig):
+    """How a method that makes its own samples draws them."""
+
+    sampling_steps: int = Field(50, ge=1)
+    """steps of the DDIM sampler"""
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """classifier-free guidance scale while sampling and learning; 1: none"""
+    eta: float = Field(1.0, ge=0, le=1)
+    """noise of the sampler: 1 as in DDPM, 0 deterministic"""
+    images_per_prompt: int = Field(1, ge=1)
+    """images drawn of each prompt of a batch"""
+
+
+class TrajectoryConfig(SamplingConfig):
+    """Base of the configurations of methods that learn from recorded trajectories."""
+
+    updates_per_round: int = Field(1, ge=1)
+    """optimiser steps on one round of samples"""
+    kl_weight: float = Field(0.0, ge=0)
+    """adds this many times the KL divergence of a sampling step to the reference's, a mean over steps and dimensions"""
+
+
+@dataclass
+class Rollout:
+    """Samples of one micro-batch, prompt by prompt, with what is known of their steps; log-probs are means over dims.
+
+    `old_log_probs` are the policy's at the start of the round, `log_probs` those of the present policy (set before
+    `loss` is called, and what it is differentiated by); `reference_log_probs` those of the frozen starting point.
+    """
+
+    samples: PromptBatch
+    trajectory: Trajectory
+    rewards: Float[Tensor, " batch"]
+    parts: dict[str, Float[Tensor, " batch"]]
+    old_log_probs: Float[Tensor, "steps batch"]
+    drawn_at: int
+    log_probs: Float[Tensor, "steps batch"]
+    reference_log_probs: Float[Tensor, "steps batch"] | None = None
+    reference_means: Float[Tensor, "steps batch *latent"] | None = None
+    advantages: Float[Tensor, " batch"] | None = None
+
+    @property
+    def stds(self) -> Float[Tensor, "steps batch"]:
+        """The standard deviation of each recorded step; 0 where the sampler is deterministic."""
+        assert self.trajectory.stds is not None
+        return self.trajectory.stds
+
+
+ConfigT = TypeVar("ConfigT", bound=TrajectoryConfig)
+
+
+class TrajectoryMethod(Method[ConfigT]):
+    """Base of methods that learn from the log-probabilities of their own samples; `loss` is given a `Rollout`."""
+
+    needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="blackbox")
+    whole_reference: ClassVar[bool] = False
+    """Whether the reference's log-probs are wanted at every step; otherwise one step a round is enough to watch by."""
+
+    def __init__(self, config: ConfigT) -> None:
+        """Keep the configuration."""
+        super().__init__(config)
+        self.images_per_sample = config.images_per_prompt
+        self.updates_per_round = config.updates_per_round
+
+    def check(self, process: NoiseProcess) -> None:
+        """Refuse a sampler without randomness, or one that the schedule cannot do."""
+        if self.config.eta == 0 and process.prediction != "flow":
+            raise UserError(
+                f"method.eta is 0, and {self.name} needs a random sampler: without noise a step has no density; "
+                "set method.eta to 1"
+            )
+        process.check_steps(self.config.sampling_steps)
+
+    @abstractmethod
+    def loss(self, run: Run, batch: Rollout) -> LossOutput:
+        """Return the objective as a function of `batch.log_probs`; terms of the network itself belong to `learn`."""
+
+    def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[Rollout]:
+        """Draw and score the samples of one round with the present policy."""
+        return [self._draw(run, batch.repeat(self.config.images_per_prompt)) for batch in batches]
+
+    @torch.no_grad()
+    def _draw(self, run: Run, batch: PromptBatch) -> Rollout:
+        c = self.config
+        with run.autocast():
+            trajectory = sample(
+                run.generator,
+                batch.cond,
+                steps=c.sampling_steps,
+                guidance=c.guidance,
+                eta=c.eta,
+                seeds=run.seeds(batch.ids, batch.epoch),
+                record=True,
+            )
+        images = run.generator.decode(trajectory.latents)
+        run.show(images, batch.prompts)
+        scores = run.score(images, batch.prompts)
+        assert trajectory.log_probs is not None
+        log_probs = trajectory.log_probs
+        rollout = Rollout(batch, trajectory, scores.total, scores.parts, log_probs, run.step, log_probs)
+        if self.whole_reference or c.kl_weight:
+            means, _, found = zip(*(self._reference(run, rollout, index) for index in range(c.sampling_steps)), strict=True)
+            rollout.reference_means, rollout.reference_log_probs = torch.stack(means), torch.stack(found)
+        return rollout
+
+    def learn(self, run: Run, batch: Rollout, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
+        """Differentiate the objective by the log-probs, then compute one sampling step after another with its graph."""
+        c, fresh = self.config, batch.drawn_at == run.step
+        present = batch.old_log_probs if fresh else self._replay_all(run, batch)
+        batch.log_probs = present.clone().requires_grad_()
+        output = self.loss(run, batch)
+        (weights,) = torch.autograd.grad(output.loss, batch.log_probs)
+        weights = weights * (batch.stds > 0)
+        random_steps = (batch.stds > 0).any(1).nonzero().flatten().tolist()
+        everything = torch.arange(weights.shape[1], device=weights.device)
+        # At least one step is computed, so that there is always a gradient, if only of zeros.
+        for index in [i for i in random_steps if c.kl_weight or bool(weights[i].any())] or random_steps[:1]:
+            # The first update takes every row, in the batch in which it was drawn: then the ratio is 1 to the bit.
+            needed = everything if fresh or c.kl_weight else weights[index].nonzero().flatten()
+            rows = needed if len(needed) else everything
+            mean, std, log_prob = self._replay(run, batch, index, rows)
+            if fresh:
+                _check_ratio(log_prob, batch.old_log_probs[index])
+            part = (weights[index, rows] * log_prob).sum()
+            if c.kl_weight:
+                assert batch.reference_means is not None
+                kl = gaussian_kl(mean, batch.reference_means[index], std).mean()
+                part = part + c.kl_weight / len(random_steps) * kl
+            backward(part)
+        return {"loss": output.loss, **self._metrics(run, batch, fresh), **output.metrics}
+
+    def _metrics(self, run: Run, batch: Rollout, fresh: bool) -> dict[str, Tensor | float]:
+        ratio = (batch.log_probs.detach() - batch.old_log_probs).abs()
+        metrics: dict[str, Tensor | float] = {"log_ratio_mean": ratio.mean(), "log_ratio_max": ratio.max()}
+        if not fresh:
+            return metrics
+        metrics |= {"reward": batch.rewards.mean(), "reward_std": batch.rewards.std(correction=0)}
+        if len(batch.parts) > 1:
+            metrics |= {f"reward/{name}": score.mean() for name, score in batch.parts.items()}
+        return {**metrics, "kl": self._kl(run, batch)}
+
+    def _kl(self, run: Run, batch: Rollout) -> Tensor:
+        """Return the KL of a sampling step to the reference's in nats per dimension, of one random step if need be."""
+        assert batch.trajectory.means is not None
+        steps = (batch.stds > 0).all(1).nonzero().flatten()
+        means, reference = batch.trajectory.means, batch.reference_means
+        if reference is None:
+            drawn = torch.randint(len(steps), (1,), generator=run.random("kl", run.step, batch.samples.ids[0]))
+            steps = steps[drawn.to(steps.device)]
+            reference = {int(steps): self._reference(run, batch, int(steps))[0]}
+        return torch.stack([gaussian_kl(means[i], reference[int(i)], batch.stds[i]).mean() for i in steps]).mean()
+
+    def _replay(
+        self, run: Run, batch: Rollout, index: int, rows: Int[Tensor, " rows"] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean, std and log-prob of a recorded step (of some rows) under the network as it is now."""
+        c, cond = self.config, batch.samples.cond
+        predict = guided_predictor(run.generator, cond if rows is None else cond[rows.cpu()], c.guidance)
+
+        def in_precision(x_t: Tensor, t: Tensor) -> Tensor:
+            with run.autocast():
+                return predict(x_t, t)
+
+        return replay_step(run.process, batch.trajectory, index, in_precision, eta=c.eta, rows=rows)
+
+    @torch.no_grad()
+    def _replay_all(self, run: Run, batch: Rollout) -> Float[Tensor, "steps batch"]:
+        return torch.stack([self._replay(run, batch, index)[2] for index in range(len(batch.old_log_probs))])
+
+    def _reference(self, run: Run, batch: Rollout, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        with run.reference.active():
+            return self._replay(run, batch, index)
+
+
+def _check_ratio(log_prob: Tensor, old: Tensor) -> None:
+    """Raise if the policy, before any update, gives its own samples another probability than when it drew them."""
+    worst = float((log_prob.detach() - old).exp().sub(1).abs().max())
+    if not worst <= RATIO_TOLERANCE:
+        raise RatioError(
+            f"before the first update of a round the importance ratio must be 1, and it is off by {worst:.2g} (allowed "
+            f"{RATIO_TOLERANCE:g}): sampling and learning do not compute the same. Usual causes: dropout in the "
+            "network, kernels that round otherwise with a gradient (trainer.precision fp32 shows it), or an attention "
+            "kernel that is not deterministic"
+        )
