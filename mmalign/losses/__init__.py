@@ -2,5 +2,15 @@
 
 from mmalign.losses.denoising import denoising_error
 from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
+from mmalign.losses.policy_gradient import clamped_policy_gradient, clipped_policy_gradient, gaussian_kl
+from mmalign.losses.prdp import prdp
 
-__all__ = ["denoising_error", "diffusion_dpo", "diffusion_dpo_logit"]
+__all__ = [
+    "clamped_policy_gradient",
+    "clipped_policy_gradient",
+    "denoising_error",
+    "diffusion_dpo",
+    "diffusion_dpo_logit",
+    "gaussian_kl",
+    "prdp",
+]
