@@ -19,7 +19,6 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from mmalign import hub
-from mmalign.best import Best
 from mmalign.checkpoint import (
     Checkpoint,
     abandon_later,
@@ -204,11 +203,12 @@ class Trainer:
         return facts
 
     def _spent(self) -> bool:
-        budget = self.settings.budget
-        if budget is None:
+        """Whether the budget is used up."""
+        if self.settings.budget is None:
             return False
+        ((unit, allowed),) = self.settings.budget.model_dump(exclude_none=True).items()
         processes = self.accelerator.num_processes
-        used, allowed = self.cost.totals(processes)[budget.counter], budget.amount
+        used = self.cost.totals(processes)["images_seen" if unit == "images" else unit]
         if processes > 1:  # clocks differ, and all ranks must stop together
             used = float(self.accelerator.reduce(torch.tensor(used, device=self.accelerator.device), "mean"))
         return used >= allowed

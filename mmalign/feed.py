@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
 from mmalign.batches import PairBatch, PromptBatch
 from mmalign.seeds import derive_seed
 
-BatchT = TypeVar("BatchT", PairBatch, PromptBatch)
 
-
-class Samples(Protocol[BatchT]):
-    """What a run learns from, encoded: `mmalign.data.cache.CachedPairs` or `mmalign.data.prompt_cache.CachedPrompts`."""
+class Samples(Protocol):
+    """What a run learns from, encoded: `CachedPairs` or `CachedPrompts` of `mmalign.data`."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
         ...
 
-    def batch(self, indices: Sequence[int], epoch: int, seed: int) -> BatchT:
+    def batch(self, indices: Sequence[int], epoch: int, seed: int) -> PairBatch | PromptBatch:
         """Return these samples; what is random in them depends on (seed, id, epoch) alone."""
         ...
 
 
-class Feed(Generic[BatchT]):
+class Feed:
     """Deals samples out: which ones step N learns from depends on the seed and on how many a step takes, nothing else.
 
     A step takes batch_size x accumulation x world_size consecutive samples of its epoch's permutation, so the same
@@ -35,7 +33,7 @@ class Feed(Generic[BatchT]):
 
     def __init__(
         self,
-        samples: Samples[BatchT],
+        samples: Samples,
         *,
         batch_size: int,
         accumulation: int = 1,
@@ -58,7 +56,7 @@ class Feed(Generic[BatchT]):
         """Return the epoch that a step belongs to."""
         return step // self.steps_per_epoch
 
-    def micro_batches(self, step: int) -> Iterator[BatchT]:
+    def micro_batches(self, step: int) -> Iterator[Any]:
         """Yield this rank's micro-batches of a step (0-based), one per forward pass, on the device."""
         epoch = self.epoch_of(step)
         start = step % self.steps_per_epoch * self.per_step

@@ -41,7 +41,7 @@ class Prepared:
 
     method: Method[Any]
     run: Run
-    feed: Feed[Any]
+    feed: Feed
     validation: Validation | None
     data_id: str
     """Identifies what is learned from: ids, prompts and images on either side, not the path."""
@@ -218,13 +218,11 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
             precision=config.trainer.precision,
             autocast=cast,
         )
-    run = Run(
-        generator, seed=config.trainer.seed, reference=reference, rewards=rewards, autocast=cast, kept=kept
-    )
+    run = Run(generator, seed=config.trainer.seed, reference=reference, rewards=rewards, autocast=cast, kept=kept)
     run.cost.watch(generator.network)
     if reference is not None and reference.frozen is not None:
         run.cost.watch(reference.frozen)
-    feed: Feed[Any] = Feed(
+    feed = Feed(
         samples,
         batch_size=config.trainer.batch_size,
         accumulation=config.trainer.gradient_accumulation,
@@ -256,8 +254,8 @@ def check_enough(samples: int, config: RunConfig, world_size: int, unit: str = "
     per_step = trainer.batch_size * trainer.gradient_accumulation * world_size
     if samples < per_step:
         raise UserError(
-            f"the data holds {samples} {unit} and one step takes {per_step} (trainer.batch_size {trainer.batch_size} x "
-            f"gradient_accumulation {trainer.gradient_accumulation} x {world_size} processes); lower it or give more"
+            f"the data holds {samples} {unit} and one step takes {per_step} (trainer.batch_size {trainer.batch_size} "
+            f"x gradient_accumulation {trainer.gradient_accumulation} x {world_size} processes); lower it or give more"
         )
 
 

@@ -24,9 +24,9 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 class Run:
     """The view of a run that is handed to `Method.loss` and `Method.collect`.
 
-    Attributes: `generator` (pipelines), `process` (its noise process), `reference`, `score` (the rewards), `cost`, `seed`,
-    `step`, the number of optimiser steps done so far, `shown`, the images that the method made last, and `kept`, the
-    encoders that stay in memory because the method decodes.
+    Attributes: `generator` (pipelines), `process` (its noise process), `reference`, `score` (the rewards), `cost`,
+    `seed`, `step`, the number of optimiser steps done so far, `shown`, the images that the method made last, and
+    `kept`, the encoders that stay in memory because the method decodes.
     """
 
     def __init__(

@@ -14,6 +14,9 @@ from mmalign.batches import PairBatch
 from mmalign.config import RunConfig
 from mmalign.methods.sft import SFT
 from pipelines.conditioning import Conditioning
+from rewards import Reward
+
+BRIGHTNESS = "tiny_runs:Brightness"
 
 
 def write_pairs(folder: Path, count: int = 12, seed: int = 0) -> Path:
@@ -47,6 +50,16 @@ def run_config(model: str, pairs: Path, output: Path, method: Any = "diffusion_d
     )
 
 
+def online_config(model: str, output: Path, method: dict[str, Any], **changes: Any) -> RunConfig:
+    """Return the configuration of a run of four steps, two prompts each, that makes its own samples."""
+    output.mkdir(parents=True, exist_ok=True)
+    prompts = output / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\ntwo green stars\nthree red squares\n")
+    given = {"rewards": [{"name": BRIGHTNESS}], "log_every": 1, **changes}
+    config = run_config(model, prompts, output, method, **given, data={"pairs": None, "prompts": str(prompts)})
+    return config
+
+
 def losses(output: Path, key: str = "loss") -> dict[int, float]:
     """Return one metric of a run by step."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -70,6 +83,16 @@ class InMemoryPairs:
         rows = list(indices)
         ids = [self.ids[row] for row in rows]
         return PairBatch(self.chosen[rows], self.rejected[rows], Conditioning(self.embeds[rows]), ids, epoch)
+
+
+class Brightness(Reward):
+    """The mean of all pixels, whatever the prompt."""
+
+    differentiable = True
+    range = (0.0, 1.0)
+
+    def score(self, media: Any, prompts: Any, references: Any) -> Any:
+        return media.mean((1, 2, 3))
 
 
 class BreaksAtStepThree(SFT):

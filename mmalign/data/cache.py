@@ -144,6 +144,7 @@ class PromptEncoder:
     """Encodes unique prompts, and what stands for no prompt, into a store."""
 
     def __init__(self, folder: Path, generator: Any, batch_size: int) -> None:
+        """Open the store of this generator's text encoders."""
         self._identity = f"{generator.text_id}:{generator.dtype}"
         self._store = TensorStore(folder / f"prompts-{content_key(self._identity)[:16]}")
         self._generator, self._batch_size = generator, batch_size

@@ -5,8 +5,10 @@ from mmalign.registry import Registry
 methods = Registry(
     "method",
     {
-        "sft": "mmalign.methods.sft:SFT",
+        "ddpo": "mmalign.methods.ddpo:DDPO",
+        "prdp": "mmalign.methods.prdp:PRDP",
         "diffusion_dpo": "mmalign.methods.diffusion_dpo:DiffusionDPO",
+        "sft": "mmalign.methods.sft:SFT",
     },
     "mmalign.methods",
 )

@@ -91,7 +91,7 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 class Method(ABC, Generic[ConfigT]):
-    """One fine-tuning method. Subclasses set the class attributes and write `loss`; see `mmalign.methods.trajectory` too."""
+    """One fine-tuning method. Subclasses set the class attributes and write `loss`; online ones `collect` too."""
 
     name: ClassVar[str]
     Config: ClassVar[type[BaseModel]] = MethodConfig

@@ -17,6 +17,7 @@ from mmalign.batches import PromptBatch
 from mmalign.losses import clipped_policy_gradient
 from mmalign.methods.base import LossOutput
 from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
+from mmalign.ranks import gather, rank
 from mmalign.run import Run
 
 
@@ -46,7 +47,9 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
     def __init__(self, config: DDPOConfig) -> None:
         """Start without statistics."""
         super().__init__(config)
-        self.statistics = PromptStatistics(config.buffer_size, config.min_count)
+        self.statistics = PromptStatistics(
+            buffer_size=config.buffer_size, min_count=config.min_count, clip=config.advantage_clip
+        )
 
     def describe(self) -> str:
         """Return what the clip is measured in."""
@@ -55,3 +58,40 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
             f"ddpo: clip={c.clip:g} on ratios per dimension, {c.advantage} advantages, {c.images_per_prompt} images a "
             f"prompt, {c.updates_per_round} updates a round, guidance {c.guidance:g}"
         )
+
+    def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[Rollout]:
+        """Draw, score, and turn the rewards of the whole round, on all ranks, into advantages."""
+        rollouts = super().collect(run, batches)
+        prompts = [prompt for rollout in rollouts for prompt in rollout.samples.prompts]
+        rewards = torch.cat([rollout.rewards for rollout in rollouts])
+        everywhere = gather((prompts, rewards.tolist()))
+        all_prompts = [prompt for theirs, _ in everywhere for prompt in theirs]
+        all_rewards = rewards.new_tensor([reward for _, theirs in everywhere for reward in theirs])
+        if self.config.advantage == "group":
+            found = group_advantages(all_prompts, all_rewards, clip=self.config.advantage_clip)
+        else:
+            found = self.statistics.advantages(all_prompts, all_rewards)
+        mine = found[rank() * len(prompts) :][: len(prompts)]
+        for rollout, advantages in zip(rollouts, mine.split([len(r.rewards) for r in rollouts]), strict=True):
+            rollout.advantages = advantages
+        return rollouts
+
+    def loss(self, run: Run, batch: Rollout) -> LossOutput:
+        """Return the clipped objective, a mean over images and the steps learned from."""
+        c = self.config
+        assert batch.advantages is not None
+        count = max(1, round(c.timestep_fraction * len(batch.log_probs)))
+        order = torch.randperm(len(batch.log_probs), generator=run.random("steps", run.step, batch.samples.ids[0]))
+        steps = order[:count].sort().values.to(batch.log_probs.device)
+        now, old = batch.log_probs[steps], batch.old_log_probs[steps]
+        losses = clipped_policy_gradient(now, old, batch.advantages.expand_as(now), clip=c.clip)
+        clipped = ((now.detach() - old).exp() - 1).abs() > c.clip
+        return LossOutput(losses.mean(), {"clipped": clipped.float().mean()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rewards remembered of each prompt."""
+        return self.statistics.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the rewards remembered of each prompt."""
+        self.statistics.load_state_dict(state)

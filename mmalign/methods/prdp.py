@@ -7,11 +7,14 @@ beta), the optimum of reward minus beta times KL. The objective itself is `mmali
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
+from mmalign.batches import PromptBatch
 from mmalign.losses import prdp
 from mmalign.methods.base import LossOutput
 from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
@@ -26,11 +29,11 @@ class PRDPConfig(TrajectoryConfig):
     updates_per_round: int = Field(4, ge=1)
     """optimiser steps on one round of samples"""
     beta: float = Field(10.0, gt=0)
-    """reward difference that stands for a log-ratio of 1 nat per latent dimension; the paper's beta times the dimensions"""
+    """reward difference that a log-ratio of 1 nat per dimension stands for: the paper's beta times the dimensions"""
     clip: float = Field(1e-4, gt=0)
     """how far a step's log-ratio may move within a round before it counts no more, nats per dimension; .inf: never"""
-    samples: Literal["online", "offline"] = "online"
-    """online: drawn from the policy; offline: from the frozen reference"""
+    mode: Literal["online", "offline"] = "online"
+    """online: learn from the policy's own samples; offline: from the frozen reference's"""
 
 
 class PRDP(TrajectoryMethod[PRDPConfig]):
@@ -44,9 +47,21 @@ class PRDP(TrajectoryMethod[PRDPConfig]):
         """Return what beta and clip are measured in."""
         c = self.config
         return (
-            f"prdp ({c.samples}): beta={c.beta:g} reward per nat/dimension, clip={c.clip:g} nat/dimension, "
+            f"prdp ({c.mode}): beta={c.beta:g} reward per nat/dimension, clip={c.clip:g} nat/dimension, "
             f"{c.images_per_prompt} images a prompt, {c.updates_per_round} updates a round, guidance {c.guidance:g}"
         )
+
+    def sampler(self, run: Run) -> AbstractContextManager[None]:
+        """Draw from the policy, or offline from the reference."""
+        return nullcontext() if self.config.mode == "online" else run.reference.active()
+
+    def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[Rollout]:
+        """Draw and score; what others have drawn, the policy is asked about before its updates begin."""
+        rollouts = super().collect(run, batches)
+        if self.config.mode == "offline":
+            for rollout in rollouts:
+                rollout.old_log_probs = self.replay_all(run, rollout)
+        return rollouts
 
     def loss(self, run: Run, batch: Rollout) -> LossOutput:
         """Return the mean over all pairs of all prompts."""

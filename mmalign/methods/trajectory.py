@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypeVar
 
@@ -53,7 +54,7 @@ class TrajectoryConfig(SamplingConfig):
     updates_per_round: int = Field(1, ge=1)
     """optimiser steps on one round of samples"""
     kl_weight: float = Field(0.0, ge=0)
-    """adds this many times the KL divergence of a sampling step to the reference's, a mean over steps and dimensions"""
+    """adds this many times the KL divergence to the reference, a mean over sampling steps and dimensions"""
 
 
 @dataclass
@@ -115,34 +116,39 @@ class TrajectoryMethod(Method[ConfigT]):
         """Draw and score the samples of one round with the present policy."""
         return [self._draw(run, batch.repeat(self.config.images_per_prompt)) for batch in batches]
 
+    def sampler(self, run: Run) -> AbstractContextManager[None]:
+        """Return the context in which samples are drawn; by default they are the policy's own."""
+        return nullcontext()
+
     @torch.no_grad()
-    def _draw(self, run: Run, batch: PromptBatch) -> Rollout:
+    def _draw(self, run: Run, samples: PromptBatch) -> Rollout:
         c = self.config
-        with run.autocast():
+        with self.sampler(run), run.autocast():
             trajectory = sample(
                 run.generator,
-                batch.cond,
+                samples.cond,
                 steps=c.sampling_steps,
                 guidance=c.guidance,
                 eta=c.eta,
-                seeds=run.seeds(batch.ids, batch.epoch),
+                seeds=run.seeds(samples.ids, samples.epoch),
                 record=True,
             )
         images = run.generator.decode(trajectory.latents)
-        run.show(images, batch.prompts)
-        scores = run.score(images, batch.prompts)
+        run.show(images, samples.prompts)
+        scores = run.score(images, samples.prompts)
         assert trajectory.log_probs is not None
-        log_probs = trajectory.log_probs
-        rollout = Rollout(batch, trajectory, scores.total, scores.parts, log_probs, run.step, log_probs)
+        rollout = Rollout(
+            samples, trajectory, scores.total, scores.parts, trajectory.log_probs, run.step, trajectory.log_probs
+        )
         if self.whole_reference or c.kl_weight:
-            means, _, found = zip(*(self._reference(run, rollout, index) for index in range(c.sampling_steps)), strict=True)
+            means, _, found = zip(*(self._reference(run, rollout, i) for i in range(c.sampling_steps)), strict=True)
             rollout.reference_means, rollout.reference_log_probs = torch.stack(means), torch.stack(found)
         return rollout
 
     def learn(self, run: Run, batch: Rollout, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
-        """Differentiate the objective by the log-probs, then compute one sampling step after another with its graph."""
+        """Differentiate the objective by the log-probs, then compute one sampling step after another with a graph."""
         c, fresh = self.config, batch.drawn_at == run.step
-        present = batch.old_log_probs if fresh else self._replay_all(run, batch)
+        present = batch.old_log_probs if fresh else self.replay_all(run, batch)
         batch.log_probs = present.clone().requires_grad_()
         output = self.loss(run, batch)
         (weights,) = torch.autograd.grad(output.loss, batch.log_probs)
@@ -178,13 +184,15 @@ class TrajectoryMethod(Method[ConfigT]):
     def _kl(self, run: Run, batch: Rollout) -> Tensor:
         """Return the KL of a sampling step to the reference's in nats per dimension, of one random step if need be."""
         assert batch.trajectory.means is not None
-        steps = (batch.stds > 0).all(1).nonzero().flatten()
-        means, reference = batch.trajectory.means, batch.reference_means
-        if reference is None:
+        steps = (batch.stds > 0).all(1).nonzero().flatten().tolist()
+        if batch.reference_means is None:
             drawn = torch.randint(len(steps), (1,), generator=run.random("kl", run.step, batch.samples.ids[0]))
-            steps = steps[drawn.to(steps.device)]
-            reference = {int(steps): self._reference(run, batch, int(steps))[0]}
-        return torch.stack([gaussian_kl(means[i], reference[int(i)], batch.stds[i]).mean() for i in steps]).mean()
+            steps = [steps[int(drawn)]]
+            reference = {index: self._reference(run, batch, index)[0] for index in steps}
+        else:
+            reference = {index: batch.reference_means[index] for index in steps}
+        means, stds = batch.trajectory.means, batch.stds
+        return torch.stack([gaussian_kl(means[i], reference[i], stds[i]).mean() for i in steps]).mean()
 
     def _replay(
         self, run: Run, batch: Rollout, index: int, rows: Int[Tensor, " rows"] | None = None
@@ -200,7 +208,8 @@ class TrajectoryMethod(Method[ConfigT]):
         return replay_step(run.process, batch.trajectory, index, in_precision, eta=c.eta, rows=rows)
 
     @torch.no_grad()
-    def _replay_all(self, run: Run, batch: Rollout) -> Float[Tensor, "steps batch"]:
+    def replay_all(self, run: Run, batch: Rollout) -> Float[Tensor, "steps batch"]:
+        """Return the log-probs of all recorded steps under the network as it is now, without a graph."""
         return torch.stack([self._replay(run, batch, index)[2] for index in range(len(batch.old_log_probs))])
 
     def _reference(self, run: Run, batch: Rollout, index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,8 +222,8 @@ def _check_ratio(log_prob: Tensor, old: Tensor) -> None:
     worst = float((log_prob.detach() - old).exp().sub(1).abs().max())
     if not worst <= RATIO_TOLERANCE:
         raise RatioError(
-            f"before the first update of a round the importance ratio must be 1, and it is off by {worst:.2g} (allowed "
-            f"{RATIO_TOLERANCE:g}): sampling and learning do not compute the same. Usual causes: dropout in the "
-            "network, kernels that round otherwise with a gradient (trainer.precision fp32 shows it), or an attention "
-            "kernel that is not deterministic"
+            f"before the first update of a round the importance ratio must be 1, and it is off by {worst:.2g} "
+            f"(allowed {RATIO_TOLERANCE:g}): sampling and learning do not compute the same. Usual causes: dropout "
+            "in the network, kernels that round otherwise with a gradient (trainer.precision fp32 shows it), or an "
+            "attention kernel that is not deterministic"
         )

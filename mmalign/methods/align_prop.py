@@ -1,0 +1,110 @@
+"""Reward backpropagation: maximise a differentiable reward through the sampler itself.
+
+One method for its siblings, which differ in the part of the sampling that carries the gradient (`truncation`):
+AlignProp (arXiv 2310.03739), DRaFT, DRaFT-K and DRaFT-LV (arXiv 2309.17400), ReFL (arXiv 2304.05977).
+
+What the official codes do differently: AlignProp's first code, and TRL's trainer after it, draw the cut anew at every
+step, which is `truncation: bernoulli`; its second code scores images of range [0.5, 1] by undoing the normalisation
+twice; ReFL's gives the network the loop's index as the timestep and leaves out the paper's pre-training loss. Images
+are in [0, 1] here and timesteps the scheduler's; nothing is added to the reward but what `distance_weight` asks for.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmalign.batches import PromptBatch
+from mmalign.losses import denoising_error
+from mmalign.methods.base import LossOutput, Method, Needs
+from mmalign.methods.trajectory import SamplingConfig
+from mmalign.run import Run
+from pipelines.gradient_sampling import Truncation, sample_with_gradient
+from pipelines.noise import NoiseProcess
+
+WATCHED = 4
+"""Images a batch on which the distance to the reference is measured where it is only watched."""
+
+
+class AlignPropConfig(SamplingConfig):
+    """Configuration of `align_prop`; the objective is the mean of the weighted sum of the rewards."""
+
+    truncation: Literal["full", "last-k", "uniform", "gaussian", "bernoulli", "low-variance", "refl"] = "uniform"
+    """which sampling steps carry the gradient: see `pipelines.truncation.MODES`"""
+    k: int = Field(1, ge=1)
+    """trained steps of `last-k`"""
+    repeats: int = Field(2, ge=1)
+    """re-noised copies of an image in `low-variance`"""
+    target: float | None = None
+    """rewards above this are worth no more (ReFL's margin); null: no limit"""
+    distance_weight: float = Field(0.0, ge=0)
+    """adds this many times the mean squared difference of policy and reference on the policy's own noised images"""
+    checkpoint: bool = True
+    """compute network calls and decoder again in the backward pass, so that memory does not grow with the steps"""
+
+
+class AlignProp(Method[AlignPropConfig]):
+    """Follow the gradient of the reward through the last, or random, steps of the sampler into the weights."""
+
+    name: ClassVar[str] = "align_prop"
+    Config = AlignPropConfig
+    needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="differentiable")
+
+    def __init__(self, config: AlignPropConfig) -> None:
+        """Settle the truncation."""
+        super().__init__(config)
+        self.images_per_sample = config.images_per_prompt
+        self.truncation = Truncation(config.truncation, k=config.k, repeats=config.repeats)
+
+    def check(self, process: NoiseProcess) -> None:
+        """Refuse a sampler that the schedule cannot do, or more trained steps than it has."""
+        process.check_steps(self.config.sampling_steps)
+        self.truncation.draw(self.config.sampling_steps, torch.Generator())
+
+    def describe(self) -> str:
+        """Return what is trained and what is maximised."""
+        c = self.config
+        extras = [f"truncation {c.truncation}" + (f" {c.k}" if c.truncation == "last-k" else "")]
+        extras += [f"target {c.target:g}"] if c.target is not None else []
+        extras += [f"distance_weight {c.distance_weight:g}"] if c.distance_weight else []
+        return f"align_prop: {', '.join(extras)}, {c.sampling_steps} steps, eta {c.eta:g}, guidance {c.guidance:g}"
+
+    def loss(self, run: Run, batch: PromptBatch) -> LossOutput:
+        """Return minus the mean reward of new samples of the prompts, with its graph through the sampler."""
+        c, samples = self.config, batch.repeat(self.config.images_per_prompt)
+        drawn = sample_with_gradient(
+            run.generator,
+            samples.cond,
+            truncation=self.truncation,
+            rng=run.random("truncation", run.step, samples.ids[0], samples.epoch),
+            seeds=run.seeds(samples.ids, samples.epoch),
+            steps=c.sampling_steps,
+            guidance=c.guidance,
+            eta=c.eta,
+            checkpoint=c.checkpoint,
+            autocast=run.autocast,
+        )
+        decode = run.generator.decode_checkpointed if c.checkpoint else run.generator.decode
+        images, prompts = decode(drawn.latents), samples.prompts * drawn.repeats
+        run.show(images, prompts)
+        scores = run.score(images, prompts)
+        gain = scores.total if c.target is None else scores.total.clamp(max=c.target)
+        distance = self._distance(run, samples, drawn.latents[: len(samples)].detach())
+        metrics = {"reward": scores.total.mean(), "distance": distance, "trained_steps": float(len(drawn.grad_steps))}
+        if len(scores.parts) > 1:
+            metrics |= {f"reward/{name}": score.mean() for name, score in scores.parts.items()}
+        loss = -gain.mean()
+        return LossOutput(loss + c.distance_weight * distance if c.distance_weight else loss, metrics)
+
+    def _distance(self, run: Run, samples: PromptBatch, latents: Tensor) -> Tensor:
+        """Return the mean squared difference of policy and reference on noised samples: of a few, if only watched."""
+        trained = self.config.distance_weight > 0
+        count = len(latents) if trained else min(WATCHED, len(latents))
+        ids, epoch, x0, cond = samples.ids[:count], samples.epoch, latents[:count], samples.cond[:count]
+        t = run.process.sample_timesteps(count, generator=run.random("distance", run.step, ids[0])).to(x0.device)
+        x_t = run.process.add_noise(x0, run.noise_like(x0, ids, epoch, "distance"), t)
+        with torch.set_grad_enabled(trained):
+            return denoising_error(run.predict(x_t, t, cond), run.reference.predict(x_t, t, cond)).mean()
