@@ -264,7 +264,7 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
     change, their number may not. With a constant schedule `steps` may change as long as the warm-up, counted in steps,
     stays as it was.
     """
-    values = config.model_dump(mode="json", exclude={"output", "evaluate", "attention"})
+    values = config.model_dump(mode="json", exclude={"output", "evaluate", "monitors", "attention"})
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "cache")}
     trainer = values["trainer"]
     for key in ("log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
