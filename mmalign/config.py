@@ -34,6 +34,9 @@ class StrictModel(BaseModel):
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
 Guidance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """A scale of classifier-free guidance; 1: none, 0: without the prompt."""
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Growth = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
 class DataConfig(StrictModel):
@@ -194,6 +197,33 @@ class EvaluateConfig(StrictModel):
         return self
 
 
+class MonitorConfig(StrictModel):
+    """What an online run is watched for (docs/monitors.md); a threshold of null switches its alarm off."""
+
+    action: Literal["off", "warn", "stop"] = "warn"
+    """off: nothing is measured; warn: an alarm is a sentence on the terminal; stop: and ends the run"""
+    patience: int = Field(3, ge=1)
+    """lines of metrics (or looks) in a row beyond a threshold that raise its alarm"""
+    baseline: int = Field(3, ge=1)
+    """first lines of metrics, whose median is the start that later ones are compared with"""
+    held_out_drop: Positive | None = 0.2
+    """fall of a held-out reward below its best while the training reward is up, in standard deviations over prompts"""
+    memorising_share: Share | None = 0.25
+    """least share of the training reward's gain that the same reward must gain on held-out prompts"""
+    diversity_drop: Share | None = 0.5
+    """loss of the distance between images of one prompt, as a share of its start"""
+    saturation_rise: Share | None = 0.2
+    """rise of the share of channel values that are black or white"""
+    high_frequency_growth: Growth | None = 2.0
+    """factor by which the share of energy at high spatial frequencies grows"""
+    ratio_growth: Growth | None = 5.0
+    """growth of the importance ratio's largest |log| over its last ten lines; the KL is allowed the square of it"""
+    ratio_limit: Positive | None = 1.0
+    """largest |log| of an importance ratio, whatever it was before"""
+    kl_limit: Positive | None = None
+    """largest distance to the reference, in the method's own units"""
+
+
 class RunConfig(StrictModel):
     """One training run, as `mmalign train` takes it."""
 
@@ -213,6 +243,8 @@ class RunConfig(StrictModel):
     """the training loop"""
     evaluate: EvaluateConfig | None = None
     """a look at a few prompts while training; null: none"""
+    monitors: MonitorConfig = MonitorConfig()
+    """what an online run is watched for"""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """attention kernel"""
 

@@ -154,6 +154,7 @@ class Trainer:
         )
         self.ema = EMA(self.parameters, s.ema) if s.ema else None
         self.best = parts.make_best(self.parameters)
+        self.monitors = parts.make_monitors(config)
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
         self.recipe = recipe(config, parts.data_id, parts.model_id, accelerator.num_processes)
@@ -167,7 +168,7 @@ class Trainer:
         """Run the remaining steps; on return the network holds the last step's weights."""
         settings, run = self.settings, self.run
         run.step = self._restore(resume)
-        self.finished = run.step >= settings.steps
+        self.finished = run.step >= settings.steps or self._spent() or (self.best is not None and self.best.exhausted)
         self.output.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             hub.write_config(self.config, self.output)
@@ -250,22 +251,37 @@ class Trainer:
         # In the middle of a round no run could go on: its samples are the policy's of before.
         between = step % updates == 0
         stopping = between and self._agree_to_stop(stop)
-        self.finished = step >= settings.steps or (between and self._spent())
         every = settings.checkpoint_every
-        saving = self.finished or stopping or (between and step // every > (step - updates) // every)
-        looking = self.validation is not None and (self.finished or step % self.validation.config.every == 0)
+        saving = stopping or (between and step // every > (step - updates) // every)
+        looking = self.validation is not None and step % self.validation.config.every == 0
+        self.finished = step >= settings.steps or (between and self._spent())
         # Reading the metrics finds what is not finite: always before anything is looked at or saved.
-        if saving or looking or step % settings.log_every == 0:
+        if self.finished or saving or looking or step % settings.log_every == 0:
             job.advance(0, **self._log())
-        if looking:
+            self.finished |= between and self._alarmed()
+        if self.validation is not None and (looking or self.finished):
             self._look()
-            self.finished |= self.best is not None and self.best.exhausted
+            self.finished |= between and (self._alarmed() or (self.best is not None and self.best.exhausted))
         if saving or self.finished:
             self._save()
         if looking or saving:
             self._clock = (step, time.monotonic())
         if stopping and not self.finished:
             raise TrainingInterrupted(f"stopped after step {step}; run the same command again to go on from there")
+
+    def _alarmed(self) -> bool:
+        """Say what the monitors have found, and return whether it ends the run."""
+        if self.monitors is None:
+            return False
+        new = self.monitors.alarms() if self.accelerator.is_main_process else []
+        for alarm in new:
+            note(f"warning: {alarm.sentence}")
+        stop = [any(alarm.stop for alarm in new)]
+        if self.config.monitors.action == "stop":
+            broadcast_object_list(stop)
+        if stop[0]:
+            note("monitors: stopping (monitors.action is stop); the same command again goes on all the same")
+        return stop[0]
 
     def _agree_to_stop(self, stop: StopRequest) -> bool:
         if self.accelerator.num_processes == 1:
@@ -297,6 +313,9 @@ class Trainer:
             "memory_gb": memory_gigabytes()[0],
             **self.cost.totals(self.accelerator.num_processes),
         }
+        if self.monitors is not None and self.run.shown is not None:
+            values |= self.monitors.pictures(step, *self.run.shown)
+            self.monitors.metrics(step, {"kl": values.get("distance", math.nan), **values})
         self.metrics.log(step, values)
         self._clock = (step, now)
         return {name: values[name] for name in ("loss", "accuracy", "reward") if name in values}
@@ -326,7 +345,9 @@ class Trainer:
         step, scores = self.run.step, [dict[str, float]()]
         with self.cost.paused(), self.averaged():
             if self.accelerator.is_main_process:
-                scores[0], picture = self.validation.look(self.run)
+                scores[0], spreads, picture = self.validation.look(self.run)
+                if self.monitors is not None:
+                    self.monitors.look(step, scores[0], spreads)
                 save_grid(picture, self.output, step)
                 self.metrics.log(step, scores[0] | self.cost.totals(self.accelerator.num_processes))
                 self.metrics.log_image(step, "evaluation", picture)
@@ -348,6 +369,8 @@ class Trainer:
             "optimizer": optimizer_tensors(self.optimizer, list(self.parameters)),
         }
         values: dict[str, Any] = {"cost": self.cost.totals(), "method": self.method.state_dict()}
+        if self.monitors is not None:
+            values["monitors"] = self.monitors.state_dict()
         if self.ema:
             tensors["ema"] = self.ema.shadow
             values["ema_updates"] = self.ema.updates
@@ -381,6 +404,8 @@ class Trainer:
             self.best.load(saved.values["best"], saved.tensors["best"])
         self.cost.load(saved.values["cost"])
         self.method.load_state_dict(saved.values["method"])
+        if self.monitors is not None:
+            self.monitors.load_state_dict(saved.values["monitors"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.values["scaler"])
         if self.accelerator.is_main_process:

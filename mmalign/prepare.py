@@ -18,6 +18,7 @@ from mmalign.errors import UserError
 from mmalign.feed import Feed
 from mmalign.files import check_output
 from mmalign.methods.base import Method
+from mmalign.monitors import Monitors
 from mmalign.optim import warmup_steps
 from mmalign.precision import autocast, check_precision, round_frozen
 from mmalign.progress import note, track
@@ -47,6 +48,14 @@ class Prepared:
     """Identifies what is learned from: ids, prompts and images on either side, not the path."""
     model_id: str
     """Identifies the model that training starts from by its content."""
+
+    def make_monitors(self, config: RunConfig) -> Monitors | None:
+        """Return what watches the samples of a method that makes its own."""
+        if self.method.needs.source != "prompts":
+            return None
+        looked_at = self.validation.rewards if self.validation else {}
+        lower = [name for name, reward in looked_at.items() if not reward.higher_is_better]
+        return Monitors(config.monitors, [one.name for one in config.rewards], lower_is_better=lower)
 
     def make_best(self, parameters: dict[str, Any]) -> Best | None:
         """Return what keeps the best weights, if the looks are to stop the run early."""
@@ -314,10 +323,10 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
     change, their number may not. With a constant schedule `steps` may change as long as the warm-up, counted in steps,
     stays as it was.
     """
-    values = config.model_dump(mode="json", exclude={"output", "evaluate", "attention"})
+    values = config.model_dump(mode="json", exclude={"output", "evaluate", "monitors", "attention"})
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "prompts", "cache")}
     trainer = values["trainer"]
-    for key in ("log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
+    for key in ("budget", "log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
         del trainer[key]
     per_step = trainer.pop("batch_size") * trainer.pop("gradient_accumulation") * world_size
     if trainer["schedule"] == "constant":

@@ -49,8 +49,8 @@ class Validation:
         self.negative = generator.unconditional()
 
     @torch.no_grad()
-    def look(self, run: Run) -> tuple[dict[str, float], Image]:
-        """Return the mean of each reward, as "evaluation/NAME", and the images as one picture.
+    def look(self, run: Run) -> tuple[dict[str, float], dict[str, float], Image]:
+        """Return mean and standard deviation over the prompts of each reward, as "evaluation/NAME", and one picture.
 
         The encoders are read for decoding and freed again, unless the method decodes too.
         """
@@ -70,12 +70,15 @@ class Validation:
         run.generator.network.train()
         images = torch.cat([run.generator.decode(part).float() for part in trajectory.latents.split(8)])
         run.generator.free_encoders(keep=run.kept)
-        scores = {}
+        means, spreads = {}, {}
         for name, reward in self.rewards.items():
             prompts = self.prompts if "prompts" in reward.needs else None
-            scores[f"evaluation/{name}"] = float(reward(images, prompts=prompts).mean())
+            scores = reward(images, prompts=prompts)
+            means[f"evaluation/{name}"] = float(scores.mean())
+            spreads[f"evaluation/{name}"] = float(scores.std(correction=0))
         tiles = list(images.cpu())
-        return scores, image_grid([tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)])
+        picture = image_grid([tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)])
+        return means, spreads, picture
 
 
 def save_grid(picture: Image, output: Path, step: int) -> Path:

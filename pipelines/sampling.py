@@ -203,7 +203,7 @@ def _ddim(
         for index, (t, t_next) in enumerate(zip(grid.tolist(), next_grid.tolist(), strict=True)):
             with torch.set_grad_enabled(index in grad_steps):
                 output = predict(x, on_device[index].expand(len(x)))
-            mean, std = process.reverse_step(x, output, t, t_next, eta)
+            mean, std = process.reverse_step(x, output, t, t_next, eta[index] if isinstance(eta, list) else eta)
             x = mean if noise is None else mean + std * next(noise)
             if record:
                 states.append(x.detach())
@@ -331,13 +331,13 @@ def _check_sample(
     batch_size: int | None,
 ) -> frozenset[int]:
     """Check the arguments of `sample` before any work; return the steps that keep a graph."""
-    if seeds is None and (latents is None or eta > 0):
+    if seeds is None and (latents is None or eta):
         raise PipelineError("sample needs seeds, one integer a prompt, unless latents are given and eta is 0.")
     for name, given in (("seeds", seeds), ("latents", latents)):
         if given is not None and len(given) != len(cond):
             raise PipelineError(f"sample needs one of {name} for each of {len(cond)} prompts, got {len(given)}.")
     generator.process.check_steps(steps)
-    if not 0.0 <= eta <= 1.0:
+    if not isinstance(eta, list) and not 0.0 <= eta <= 1.0:
         raise PipelineError(f"eta must lie in 0..1 (0 deterministic DDIM, 1 ancestral), got {eta}.")
     if batch_size is not None and batch_size < 1:
         raise PipelineError(f"batch_size must be at least 1, got {batch_size}.")

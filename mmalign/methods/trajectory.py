@@ -51,6 +51,8 @@ class SamplingConfig(MethodConfig):
 class TrajectoryConfig(SamplingConfig):
     """Base of the configurations of methods that learn from recorded trajectories."""
 
+    random_steps: tuple[float, float] = (0.0, 1.0)
+    """part of the sampling, 0 is its start, in which steps are random and learned from; the others are deterministic"""
     updates_per_round: int = Field(1, ge=1)
     """optimiser steps on one round of samples"""
     kl_weight: float = Field(0.0, ge=0)
@@ -116,6 +118,12 @@ class TrajectoryMethod(Method[ConfigT]):
         """Draw and score the samples of one round with the present policy."""
         return [self._draw(run, batch.repeat(self.config.images_per_prompt)) for batch in batches]
 
+    def etas(self) -> list[float]:
+        """Return the noise of each sampling step: eta in the random part, 0 elsewhere."""
+        c = self.config
+        low, high = (round(share * c.sampling_steps) for share in c.random_steps)
+        return [c.eta if low <= index < high else 0.0 for index in range(c.sampling_steps)]
+
     def sampler(self, run: Run) -> AbstractContextManager[None]:
         """Return the context in which samples are drawn; by default they are the policy's own."""
         return nullcontext()
@@ -129,7 +137,7 @@ class TrajectoryMethod(Method[ConfigT]):
                 samples.cond,
                 steps=c.sampling_steps,
                 guidance=c.guidance,
-                eta=c.eta,
+                eta=self.etas(),
                 seeds=run.seeds(samples.ids, samples.epoch),
                 record=True,
             )
@@ -205,7 +213,7 @@ class TrajectoryMethod(Method[ConfigT]):
             with run.autocast():
                 return predict(x_t, t)
 
-        return replay_step(run.process, batch.trajectory, index, in_precision, eta=c.eta, rows=rows)
+        return replay_step(run.process, batch.trajectory, index, in_precision, eta=self.etas(), rows=rows)
 
     @torch.no_grad()
     def replay_all(self, run: Run, batch: Rollout) -> Float[Tensor, "steps batch"]:

@@ -1,0 +1,61 @@
+"""Three statistics of sampled images that need no model: how different, how clipped, how fine-grained they are.
+
+Images are `[batch, 3, height, width]` in [0, 1]. An optimiser that has found a way to please its reward shows in them
+early: all images of a prompt become one, colours run into black and white, or a fine pattern covers everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+FEATURE_EDGE = 16
+
+
+def diversity(images: Float[Tensor, "batch 3 height width"], groups: Sequence[Hashable]) -> Float[Tensor, ""]:
+    """Return how much the images of one group (one prompt) differ: the mean over its pairs, then over the groups.
+
+    The feature of an image is the image itself, averaged over a 16 x 16 grid of areas, and the distance of two is the
+    root mean square of their difference: in pixel values, 0 (alike) to 1 (black and white). It needs no model and sees
+    layout and colour, not texture. Groups of one image count for nothing; NaN if there are no others.
+    """
+    if len(groups) != len(images):
+        raise ValueError(f"{len(images)} images and {len(groups)} groups; give one group for each image")
+    features = adaptive_avg_pool2d(images.float(), FEATURE_EDGE).flatten(1)
+    members: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    means = [torch.pdist(features[rows]).mean() for rows in members.values() if len(rows) > 1]
+    return torch.stack(means).mean() / features.shape[1] ** 0.5 if means else features.new_tensor(math.nan)
+
+
+def saturation(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, " batch"]:
+    """Return the share of each image's channel values that are 0, 1, 254 or 255 when rounded to 8 bits.
+
+    That is 0 or 1 within 1/255, with the bound between two 8-bit values so that rounding cannot move one across it.
+    """
+    return ((images.float() - 0.5).abs() > 0.5 - 1.5 / 255).float().mean((1, 2, 3))
+
+
+def high_frequency(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, " batch"]:
+    """Return the share of each image's spectral energy above half the Nyquist frequency, in [0, 1].
+
+    Of the luma (Rec. 601) without its mean, by the FFT: energy at more than 1/4 cycle per pixel in either direction.
+    1 is a checkerboard of pixels, 3/4 is white noise; smooth pictures have next to none, and a flat one has 0.
+    """
+    luma = torch.einsum("bchw,c->bhw", images.float(), images.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32))
+    height, width = luma.shape[-2:]
+    energy = torch.fft.rfft2(luma - luma.mean((1, 2), keepdim=True)).abs().square()
+    # rfft2 leaves out the mirrored half of the columns, all but the first and, for an even width, the last.
+    energy[..., 1 : (width + 1) // 2] *= 2
+    rows = torch.fft.fftfreq(height, device=luma.device).abs()
+    columns = torch.fft.rfftfreq(width, device=luma.device)
+    high = (rows[:, None] > 0.25) | (columns[None, :] > 0.25)
+    total = energy.sum((1, 2))
+    flat = total / (height * width) ** 2 < 1e-8  # a standard deviation of a fortieth of an 8-bit step: rounding
+    return torch.where(flat, 0.0, (energy * high).sum((1, 2)) / total.clamp_min(1e-30))

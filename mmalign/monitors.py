@@ -1,0 +1,303 @@
+"""Watch an online run for what its own reward cannot see: over-optimisation, collapse, and updates that run away.
+
+A policy that is trained on a reward finds what the reward overlooks, and the curve of that reward goes on rising while
+the pictures get worse (Gao et al. 2022, arXiv:2210.10760). So other numbers are watched, all cheap and without a model
+of their own: held-out rewards against the training reward, three statistics of the sampled images, the importance
+ratios and the distance to the reference. Each is compared with where the run itself started, in units in which 1 is
+its threshold; beyond it for `patience` observations in a row, it raises one alarm, and no second one before it has
+been less than half way to the threshold for as long. docs/monitors.md says what each alarm means.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.image_statistics import diversity, high_frequency, saturation
+from mmalign.progress import note
+
+if TYPE_CHECKING:
+    from mmalign.config import MonitorConfig
+
+SMOOTHING = 0.8
+"""Decay, for each line of metrics, of the running mean of a training reward."""
+WINDOW = 10
+"""Lines of metrics that noise is estimated from, and whose median a ratio is compared with."""
+LEAST_RATIO = 1e-3
+"""A log-ratio never counts as running away below this: ten times the rounding that a ratio of exactly 1 may have."""
+LEAST_HIGH_FREQUENCY = 0.01
+"""A rise of the high-frequency share never counts below this, since flat pictures start near 0."""
+NOISE_MARGIN = 3.0
+"""A held-out reward must fall by more than so many times its noise from look to look."""
+PREFIX = "evaluation/"
+_UNITS = {"over_optimisation": "looks", "memorising": "looks"}
+_ADVICE = {
+    "over_optimisation": "over-optimisation, the policy has found what the reward overlooks; stop earlier (the "
+    "checkpoint before the fall is the better model), lower the adapter's scale, or penalise the distance to the "
+    "reference",
+    "memorising": "the policy learns these prompts by heart; train on more prompts, for fewer epochs, or with a "
+    "smaller adapter.rank",
+    "diversity": "the policy collapses to one image a prompt; lower trainer.learning_rate, penalise the distance to "
+    "the reference, or stop earlier",
+    "saturation": "colours run into black and white, as they do when a reward likes contrast or the guidance is "
+    "high; lower trainer.learning_rate, add a reward for quality, or stop earlier",
+    "high_frequency": "a fine pattern or noise that the reward likes is covering the images; stop earlier, lower "
+    "trainer.learning_rate, or add a reward that sees image quality",
+    "ratio": "the policy has left the samples that it learns from; lower trainer.learning_rate or the number of "
+    "updates on each round of samples",
+    "kl": "the policy runs away from the reference; lower trainer.learning_rate, or penalise the distance more",
+}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One thing that a run should be looked at for; `stop`: the configuration wants the run ended by it."""
+
+    name: str
+    step: int
+    sentence: str
+    stop: bool
+
+
+class _Rise(NamedTuple):
+    start: float
+    now: float
+    noise: float
+
+
+@dataclass
+class _State:
+    """All that a monitor remembers; plain lists and numbers, to be stored as JSON."""
+
+    starts: dict[str, list[float]] = field(default_factory=dict)  # the first observations of each series
+    recent: dict[str, list[float]] = field(default_factory=dict)  # the last ones
+    smooth: dict[str, float] = field(default_factory=dict)
+    looks: dict[str, list[float]] = field(default_factory=dict)
+    spreads: dict[str, float] = field(default_factory=dict)
+    streaks: dict[str, list[int]] = field(default_factory=dict)  # beyond in a row, back in a row, warned
+    pending: list[Alarm] = field(default_factory=list)
+    ungrouped: bool = False  # it has been said that diversity cannot be measured
+
+
+class Monitors:
+    """Watches one run; values that are NaN are passed over."""
+
+    def __init__(
+        self,
+        config: MonitorConfig,
+        trained_on: Collection[str] = (),
+        *,
+        lower_is_better: Collection[str] = (),
+    ) -> None:
+        """Start watching; `trained_on` names the rewards that the run maximises, any other counts as held out."""
+        self.config, self.trained_on = config, frozenset(trained_on)
+        self.lower_is_better = frozenset(lower_is_better)
+        self._state = _State()
+
+    def pictures(
+        self, step: int, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
+    ) -> dict[str, float]:
+        """Measure sampled images in [0, 1] and return the metrics to log; images of equal prompts form a group.
+
+        Images with a value that is not finite are left out. Costs about as much as a few copies of the images.
+        """
+        if self.config.action == "off":
+            return {}
+        images = images.detach()
+        finite = images.isfinite().all(3).all(2).all(1)
+        images, kept = images[finite], [p for p, good in zip(prompts, finite.tolist(), strict=True) if good]
+        if not kept:
+            return {}
+        numbers = torch.stack([diversity(images, kept), saturation(images).mean(), high_frequency(images).mean()])
+        spread, clipped, fine = numbers.tolist()  # one transfer from the device
+        self._watch_pictures(step, spread, clipped, fine)
+        values = {"monitor/diversity": spread, "monitor/saturation": clipped, "monitor/high_frequency": fine}
+        if math.isnan(spread):
+            del values["monitor/diversity"]
+            if not self._state.ungrouped:
+                self._state.ungrouped = True
+                note("monitors: diversity is not measured, because no prompt of a batch has two images")
+        return values
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Take a line of metrics.
+
+        Read are `reward` (what is maximised), `reward/NAME` (a reward by itself), `kl` (or any distance to the
+        reference that is quadratic near it) and `log_ratio_max`, the largest |log| of an importance ratio.
+        """
+        if self.config.action == "off":
+            return
+        for name in ("reward", *(f"reward/{reward}" for reward in self.trained_on)):
+            value = values.get(name, math.nan)
+            if not math.isfinite(value):
+                continue
+            start = self._start(name, value)
+            if start is not None:
+                self._state.smooth[name] = SMOOTHING * self._state.smooth.get(name, start) + (1 - SMOOTHING) * value
+            self._remember(name, value)
+        growth = self.config.ratio_growth
+        self._watch_update(step, "ratio", values.get("log_ratio_max"), self.config.ratio_limit, growth, LEAST_RATIO)
+        square = None if growth is None else growth**2
+        self._watch_update(step, "kl", values.get("kl"), self.config.kl_limit, square, LEAST_RATIO**2)
+
+    def look(self, step: int, scores: Mapping[str, float], spreads: Mapping[str, float] | None = None) -> None:
+        """Take the mean of each reward on the held-out prompts, as `evaluation/NAME` or `NAME`.
+
+        `spreads`: the standard deviation of each reward over the prompts, which is the unit that falls are measured
+        in; where it is not given, a quarter of the largest score stands in for it.
+        """
+        if self.config.action == "off":
+            return
+        for key, spread in (spreads or {}).items():
+            if math.isfinite(spread):
+                name = key.removeprefix(PREFIX)
+                self._state.spreads[name] = max(spread, self._state.spreads.get(name, 0.0))
+        for key, score in scores.items():
+            if math.isfinite(score):
+                name = key.removeprefix(PREFIX)
+                self._state.looks.setdefault(name, []).append(score)
+                (self._watch_memorising if name in self.trained_on else self._watch_held_out)(step, name)
+
+    def alarms(self) -> list[Alarm]:
+        """Return the alarms since the last call."""
+        new, self._state.pending = self._state.pending, []
+        return new
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that was remembered, as plain data for JSON."""
+        return asdict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`: the same observations raise the same alarms as without the interruption."""
+        self._state = _State(**{**state, "pending": [Alarm(**alarm) for alarm in state["pending"]]})
+
+    def _watch_pictures(self, step: int, spread: float, clipped: float, fine: float) -> None:
+        c = self.config
+        start = self._start("diversity", spread)
+        if start and c.diversity_drop is not None:
+            seen = f"the images of one prompt differ by {spread:.3g}, at the start by {start:.3g}"
+            self._judge(step, "diversity", (start - spread) / (c.diversity_drop * start), seen)
+        start = self._start("saturation", clipped)
+        if start is not None and c.saturation_rise is not None:
+            seen = f"{clipped:.0%} of the channel values are black or white, at the start {start:.0%}"
+            self._judge(step, "saturation", (clipped - start) / c.saturation_rise, seen)
+        start = self._start("high_frequency", fine)
+        if start is not None and c.high_frequency_growth is not None:
+            seen = f"{fine:.1%} of the energy is above half the Nyquist frequency, at the start {start:.1%}"
+            rise = max(start * (c.high_frequency_growth - 1), LEAST_HIGH_FREQUENCY)
+            self._judge(step, "high_frequency", (fine - start) / rise, seen)
+
+    def _watch_update(
+        self, step: int, name: str, value: float | None, limit: float | None, growth: float | None, least: float
+    ) -> None:
+        """Compare with the limit, and with `growth` times the median of the last lines that were not beyond."""
+        if value is None or math.isnan(value):
+            return
+        recent = self._state.recent.get(name, [])
+        usual = statistics.median(recent) if len(recent) == WINDOW else math.inf
+        allowed = min(math.inf if limit is None else limit, max(growth * usual, least) if growth else math.inf)
+        excess = 0.0 if math.isinf(allowed) else value / allowed
+        if excess <= 1 and math.isfinite(value):
+            self._remember(name, value)
+        what = "the largest |log| of an importance ratio" if name == "ratio" else "the distance to the reference"
+        self._judge(step, name, excess, f"{what} is {value:.3g}, more than {allowed:.3g}")
+
+    def _watch_held_out(self, step: int, name: str) -> None:
+        rise, looks = self._rise("reward"), self._looks(name)
+        if self.config.held_out_drop is None:
+            return
+        excess = 0.0
+        # Medians, as the best of many noisy looks is better than any of them deserves.
+        best = max(statistics.median(looks[max(0, end - 3) : end]) for end in range(1, len(looks) + 1))
+        if rise.now - rise.start > rise.noise:
+            excess = (best - looks[-1]) / self._margin(name)
+        sign = -1 if name in self.lower_is_better else 1
+        self._judge(
+            step,
+            f"over_optimisation/{name}",
+            excess,
+            f"the training reward {self._trained()} rose from {rise.start:.3g} to {rise.now:.3g} while the held-out "
+            f"{name} {'fell' if sign > 0 else 'rose'} from {sign * best:.3g} to {sign * looks[-1]:.3g}",
+        )
+
+    def _watch_memorising(self, step: int, name: str) -> None:
+        own = f"reward/{name}"
+        rise, looks = self._rise(own if own in self._state.starts else "reward"), self._looks(name)
+        comparable = own in self._state.starts or len(self.trained_on) == 1
+        if self.config.memorising_share is None or not comparable or name in self.lower_is_better:
+            return
+        risen, gained = rise.now - rise.start, looks[-1] - looks[0]
+        excess = 0.0
+        if risen > max(rise.noise, 2 * self._margin(name)):
+            excess = (risen - gained) / (risen * (1 - self.config.memorising_share))
+        self._judge(
+            step,
+            f"memorising/{name}",
+            excess,
+            f"{name} rose from {rise.start:.3g} to {rise.now:.3g} on the training prompts and went from "
+            f"{looks[0]:.3g} to {looks[-1]:.3g} on the held-out ones",
+        )
+
+    def _start(self, name: str, value: float) -> float | None:
+        """Return the median of the series' first values, None as long as `value` is itself among them."""
+        first = self._state.starts.setdefault(name, [])
+        if len(first) == self.config.baseline:
+            return statistics.median(first)
+        if math.isfinite(value):
+            first.append(value)
+        return None
+
+    def _remember(self, name: str, value: float) -> None:
+        recent = self._state.recent.setdefault(name, [])
+        recent.append(value)
+        del recent[:-WINDOW]
+
+    def _rise(self, name: str) -> _Rise:
+        """Return the course of a training reward, NaN before there is one: then nothing has risen."""
+        if name not in self._state.smooth:
+            return _Rise(math.nan, math.nan, math.nan)
+        start = statistics.median(self._state.starts[name])
+        return _Rise(start, self._state.smooth[name], _noise(self._state.recent[name]))
+
+    def _looks(self, name: str) -> list[float]:
+        """Return all looks at a reward with the sign that makes higher better."""
+        sign = -1.0 if name in self.lower_is_better else 1.0
+        return [sign * score for score in self._state.looks[name]]
+
+    def _margin(self, name: str) -> float:
+        """Return by how much a held-out reward must fall to count."""
+        looks = self._state.looks[name]
+        spread = self._state.spreads.get(name, max(map(abs, looks)) / 4)
+        return max((self.config.held_out_drop or 0.0) * spread, NOISE_MARGIN * _noise(looks), 1e-12)
+
+    def _trained(self) -> str:
+        return " + ".join(sorted(self.trained_on)) or "of the run"
+
+    def _judge(self, step: int, key: str, excess: float, seen: str) -> None:
+        """Count an observation, whose threshold is at excess 1, and raise the alarm `key` when it is due."""
+        if math.isnan(excess):
+            return
+        beyond, back, warned = self._state.streaks.get(key, [0, 0, 0])
+        beyond, back = (beyond + 1 if excess > 1 else 0), (back + 1 if excess < 0.5 else 0)
+        if not warned and beyond >= self.config.patience:
+            name = key.split("/")[0]
+            times = f"{beyond} {_UNITS.get(name, 'lines')} in a row"
+            sentence = f"step {step}: {seen} ({times}): {_ADVICE[name]}"
+            self._state.pending.append(Alarm(name, step, sentence, self.config.action == "stop"))
+            warned = 1
+        elif back >= self.config.patience:
+            warned = 0
+        self._state.streaks[key] = [beyond, back, warned]
+
+
+def _noise(values: Sequence[float]) -> float:
+    """Return the standard deviation of normal noise around a slow course, from the median step between neighbours."""
+    steps = [abs(b - a) for a, b in zip(values, values[1:], strict=False)]
+    return statistics.median(steps) * 1.4826 / math.sqrt(2) if steps else 0.0
