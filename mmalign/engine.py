@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from mmalign import hub
+from mmalign.accelerator import make_accelerator
 from mmalign.checkpoint import (
     Checkpoint,
     abandon_later,
@@ -39,7 +39,6 @@ from mmalign.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from mmalign.precision import ACCELERATE_NAMES
 from mmalign.prepare import (
     Plan,
     Prepared,
@@ -53,7 +52,7 @@ from mmalign.prepare import (
 )
 from mmalign.progress import Track, memory_gigabytes, note, track
 from mmalign.seeds import derive_seed
-from mmalign.tracking import MetricBuffer, Metrics, check_trackers
+from mmalign.tracking import MetricBuffer, Metrics
 from mmalign.validation import save_grid
 
 if TYPE_CHECKING:
@@ -107,34 +106,6 @@ def plan(config: RunConfig) -> Plan:
     method, source, generator = open_inputs(config, accelerator)
     make_trainable(generator, config)
     return make_plan(config, method, len(source), generator, accelerator.num_processes)
-
-
-def make_accelerator(config: RunConfig, *, watched: bool = True) -> Any:
-    """Return the accelerator of this run; several runs may follow each other in one process (the demo's do).
-
-    Raises:
-        UserError: accelerate is configured for a way of sharding that this loop does not do.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType, InitProcessGroupKwargs
-
-    check_trackers(config.trainer.trackers)
-    # Accelerate keeps the first run's precision for the life of the process unless told to forget it.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=ACCELERATE_NAMES[config.trainer.precision] if watched else "no",
-        log_with=list(config.trainer.trackers) or None if watched else None,
-        project_dir=config.output,
-        # The others wait while the first rank encodes, evaluates and exports, for which ten minutes may not do.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
-    )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; this trainer keeps a whole copy on "
-            "every GPU: run `accelerate launch --multi_gpu` instead, with adapter.kind lora to save memory"
-        )
-    return accelerator
 
 
 class Trainer:
