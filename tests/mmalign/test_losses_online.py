@@ -368,9 +368,9 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="at least two images"):
         prdp(rows[:1], rows[:1], torch.zeros(1), beta=1.0, clip=1.0)
     for function in POLICY_GRADIENTS:
-        for advantage in (torch.zeros(2), torch.zeros(4, 2, 3)):
+        for before, advantage in ((rows, torch.zeros(2)), (rows, torch.zeros(4, 2, 3)), (rows[:1], rows)):
             with pytest.raises(ValueError, match="broadcast"):
-                function(rows, rows, advantage, clip=1.0)
+                function(rows, before, advantage, clip=1.0)
         with pytest.raises(ValueError, match="clip=-1"):
             function(rows, rows, rows, clip=-1.0)
     with pytest.raises(ValueError, match="not equal"):
