@@ -65,7 +65,7 @@ class PromptStatistics:
         advantages = torch.empty_like(values)
         for prompt, rows in _rows_by_prompt(prompts).items():
             kept = self._rewards[prompt]
-            pool = values.new_tensor(list(kept)) if len(kept) > self.min_count else values
+            pool = values.new_tensor(list(kept)) if len(kept) >= self.min_count else values
             advantages[rows] = _standardise(values[rows], pool)
         return _finish(advantages, rewards, self.clip)
 

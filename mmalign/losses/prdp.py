@@ -10,7 +10,7 @@ Conventions, because beta and clip mean nothing without them:
   p_reference * exp(reward / beta), the optimum of E[reward] - beta * KL(policy || reference);
 * as MEANS over dimensions (what samplers record), beta and clip are per dimension: beta_mean = D * beta_sum and
   clip_mean = clip_sum / D give the same optimum and the same clipped steps; losses and gradients with respect to the
-  policy's weights are those of the sums divided by D**2. Means keep one beta and one clip meaningful at any size.
+  policy's weights are those of the sums divided by D**2. On means one beta and one clip serve every resolution.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 class Chain:
-    """x[i+1] ~ N(a[i] x[i] + b[i], s[i]**2): the sampling chain of a one-pixel image; rows of `weights` a, b, log s."""
+    """x[i+1] ~ N(a[i] x[i] + b[i], s[i]**2): the sampling chain of a pixel; `weights` holds a, b, log s."""
 
     def __init__(self, a: list[float], b: list[float], std: list[float]) -> None:
         self.weights = tensor(a, b, [math.log(s) for s in std]).requires_grad_()
@@ -60,7 +60,7 @@ def expected_reward(chain: Chain, linear: float, quadratic: float) -> Tensor:
 
 
 def expected_kl(chain: Chain, reference: Chain) -> Tensor:
-    """Return KL(chain || reference) of the whole trajectory: the one-step KLs, averaged over the chain's own states."""
+    """Return KL(chain || reference) of a trajectory: its one-step KLs, averaged over the chain's own states."""
     total = torch.zeros((), dtype=torch.float64)
     ours, theirs = chain.weights.T, reference.weights.detach().T
     for (a, b, log_s), (a0, b0, log_s0), (m, v) in zip(ours, theirs, chain.marginals(0.0, 1.0)[:-1], strict=True):
@@ -70,7 +70,7 @@ def expected_kl(chain: Chain, reference: Chain) -> Tensor:
 
 
 def quadrature(variables: int) -> tuple[Tensor, Tensor]:
-    """Return nodes [3**variables, variables] and weights: exact for polynomials of degree 5 in each normal variable."""
+    """Return nodes [3**variables, variables] and weights: exact up to degree 5 in each normal variable."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(3)
     grid = np.array(list(itertools.product(nodes, repeat=variables)))
     products = np.array(list(itertools.product(weights / weights.sum(), repeat=variables))).prod(axis=1)
@@ -229,13 +229,13 @@ def test_prdp_trains_a_chain_to_the_tilted_gaussian() -> None:
         course.append(loss.item())
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / 150)
     mean, variance = policy.marginals(start, 0.0)[-1]
-    assert mean.item() == pytest.approx(expected_mean.item(), abs=1e-3)
-    assert variance.item() == pytest.approx(expected_variance.item(), abs=1e-3)
+    assert mean.item() == pytest.approx(expected_mean.item(), abs=1e-5)
+    assert variance.item() == pytest.approx(expected_variance.item(), abs=1e-5)
     # The optimum answers for every trajectory, likely or not.
     states = torch.cat([torch.full((64, 1), start, dtype=torch.float64), 2 * torch.randn(64, 2, **noise_options)], 1)
     log_ratio = (policy.log_prob(states) - reference.log_prob(states)).detach()
     everywhere = prdp(log_ratio, log_ratio, reward_of(states, linear, quadratic), beta=beta, clip=0.1)
-    assert everywhere.mean().item() < 1e-4 < 0.1 < course[0]
+    assert everywhere.mean().item() < 1e-8 and course[0] > 0.1
 
 
 # Policy gradients
@@ -368,9 +368,9 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="at least two images"):
         prdp(rows[:1], rows[:1], torch.zeros(1), beta=1.0, clip=1.0)
     for function in POLICY_GRADIENTS:
-        for advantage in (torch.zeros(2), torch.zeros(4, 2, 3)):
+        for before, advantage in ((rows, torch.zeros(2)), (rows, torch.zeros(4, 2, 3)), (rows[:1], rows)):
             with pytest.raises(ValueError, match="broadcast"):
-                function(rows, rows, advantage, clip=1.0)
+                function(rows, before, advantage, clip=1.0)
         with pytest.raises(ValueError, match="clip=-1"):
             function(rows, rows, rows, clip=-1.0)
     with pytest.raises(ValueError, match="not equal"):
