@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
     from pipelines.errors import PipelineError
     from pipelines.generator import Generator
+    from pipelines.guidance import guided_predictor
     from pipelines.load import fingerprint_model, load_generator
     from pipelines.noise import NoiseProcess
-    from pipelines.sampling import Trajectory, gaussian_log_prob, guided_predictor, invert, sample, seeded_noise
+    from pipelines.sampling import Trajectory, gaussian_log_prob, invert, sample, seeded_noise
 
 __all__ = [
     "Conditioning",
@@ -38,6 +39,7 @@ _HOMES = {
     "NoiseProcess": "noise",
     "PipelineError": "errors",
     "fingerprint_model": "load",
+    "guided_predictor": "guidance",
     "load_generator": "load",
 }
 
