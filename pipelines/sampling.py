@@ -85,10 +85,10 @@ def seeded_noise(
     Drawn on the CPU, one generator a sample, so a row depends on its seed alone: not on batch size, neighbours or
     device. The same numbers as diffusers' pipelines get from ``generator=[torch.Generator().manual_seed(s), ...]``.
     """
-    return next(_noise_stream(seeds, shape, device))
+    return next(noise_stream(seeds, shape, device))
 
 
-def _noise_stream(
+def noise_stream(
     seeds: Sequence[int], shape: Sequence[int], device: torch.device | str | None = None
 ) -> Iterator[Tensor]:
     """Yield the initial noise and then one draw a step, each row from its own generator."""
@@ -143,7 +143,7 @@ def sample(
         part = slice(start, start + (batch_size or len(cond)))
         shape = generator.latent_shape if latents is None else latents.shape[1:]
         # The initial draw is taken even when latents are given, so that the noise of later steps is the same.
-        noise = None if seeds is None else _noise_stream(seeds[part], shape, generator.device)
+        noise = None if seeds is None else noise_stream(seeds[part], shape, generator.device)
         drawn = None if noise is None else next(noise)
         x = drawn if latents is None else latents[part]
         assert x is not None

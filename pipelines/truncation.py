@@ -38,7 +38,7 @@ class Truncation:
     bernoulli
         Step i is trained with probability (i + 1) / (N + 1), each by itself, as where a uniform integer 0..N is drawn
         anew at every step and the prediction detached when i is below it. A rollout of which no step is trained is
-        drawn again: about 1 in 70 at 5 steps, 1 in 7000 at 10.
+        drawn again: 1 in 65 at 5 steps, 1 in 7000 at 10.
     low-variance
         ``1 + repeats`` images a prompt; the paper's n is `repeats`, and 2.
     refl
