@@ -13,32 +13,42 @@ if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
     from pipelines.errors import PipelineError
     from pipelines.generator import Generator
+    from pipelines.gradient_sampling import GradientSample, sample_with_gradient
+    from pipelines.guidance import guided_predictor
     from pipelines.load import fingerprint_model, load_generator
     from pipelines.noise import NoiseProcess
-    from pipelines.sampling import Trajectory, gaussian_log_prob, guided_predictor, invert, sample, seeded_noise
+    from pipelines.sampling import Trajectory, gaussian_log_prob, invert, sample, seeded_noise
+    from pipelines.truncation import Truncation
 
 __all__ = [
     "Conditioning",
     "Generator",
+    "GradientSample",
     "NoiseProcess",
     "PipelineError",
     "Trajectory",
+    "Truncation",
     "fingerprint_model",
     "gaussian_log_prob",
     "guided_predictor",
     "invert",
     "load_generator",
     "sample",
+    "sample_with_gradient",
     "seeded_noise",
 ]
 
 _HOMES = {
     "Conditioning": "conditioning",
     "Generator": "generator",
+    "GradientSample": "gradient_sampling",
     "NoiseProcess": "noise",
     "PipelineError": "errors",
+    "Truncation": "truncation",
     "fingerprint_model": "load",
+    "guided_predictor": "guidance",
     "load_generator": "load",
+    "sample_with_gradient": "gradient_sampling",
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pipelines import adapters
 from pipelines.attention import AttentionReport, set_attention
@@ -93,6 +94,18 @@ class Generator(ABC):
     @abstractmethod
     def decode(self, latents: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 height width"]:
         """Return the media in [0, 1]; differentiable."""
+
+    def decode_checkpointed(
+        self, latents: Float[Tensor, "batch channels h w"], batch_size: int | None = None
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Decode as `decode` does, keeping no activations: the backward pass computes them again, a slice at a time.
+
+        `batch_size` is the size of the slices (default: the batch in one), and so what the peak of memory grows with.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise PipelineError(f"batch_size must be at least 1, got {batch_size}.")
+        slices = latents.split(batch_size or len(latents))
+        return torch.cat([checkpoint(self.decode, part, use_reentrant=False) for part in slices])
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -29,7 +29,7 @@ class NoiseProcess(ABC):
     """
 
     def __init__(self, prediction: str, scheduler: Any, *, clip_range: float | None = None) -> None:
-        """Keep what all processes share; `clip_range` bounds the predicted x0 in `reverse_step`."""
+        """Keep what all processes share; `clip_range` bounds the predicted x0 in `clean` and `reverse_step`."""
         self.prediction = cast(Prediction, choose("prediction type", prediction, PREDICTIONS))
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
         self.clip_range = clip_range
@@ -109,6 +109,13 @@ class NoiseProcess(ABC):
             case "v_prediction":
                 return alpha * x_t - sigma * output
 
+    def clean(
+        self, x_t: Float[Tensor, "batch *dims"], output: Float[Tensor, "batch *dims"], t: Timestep
+    ) -> Float[Tensor, "batch *dims"]:
+        """Return `to_x0`, within ``-clip_range..clip_range`` where the scheduler clips, as the sampler takes it."""
+        x0 = self.to_x0(x_t, output, t)
+        return x0 if self.clip_range is None else x0.clamp(-self.clip_range, self.clip_range)
+
     def to_noise(
         self, x_t: Float[Tensor, "batch *dims"], output: Float[Tensor, "batch *dims"], t: Timestep
     ) -> Float[Tensor, "batch *dims"]:
@@ -141,13 +148,10 @@ class NoiseProcess(ABC):
         """
         alpha, sigma = self._coefficients(t, x_t)
         alpha_next, sigma_next = self._coefficients(t_next, x_t)
-        x0 = self.to_x0(x_t, output, t)
-        if self.clip_range is not None:
-            x0 = x0.clamp(-self.clip_range, self.clip_range)
         removed = (sigma.square() - (alpha / alpha_next * sigma_next).square()).clamp_min(0.0)
         std = eta * sigma_next / sigma * removed.sqrt()
         direction = (sigma_next.square() - std.square()).clamp_min(0.0).sqrt()
-        return alpha_next * x0 + direction * self.to_noise(x_t, output, t), std
+        return alpha_next * self.clean(x_t, output, t) + direction * self.to_noise(x_t, output, t), std
 
     def forward_step(
         self, x_s: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], s: Timestep, t: Timestep

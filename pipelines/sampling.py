@@ -1,13 +1,15 @@
 """Samplers as pure functions: eta-DDIM with recording and gradients, DPM-Solver++, DDIM inversion.
 
-eta-DDIM: arXiv 2010.02502; classifier-free guidance: arXiv 2207.12598; DPM-Solver++: arXiv 2211.01095 (diffusers'
-scheduler, inference only); ReNoise inversion: arXiv 2403.14602.
+eta-DDIM: arXiv 2010.02502; DPM-Solver++: arXiv 2211.01095 (diffusers' scheduler, inference only); ReNoise inversion:
+arXiv 2403.14602. How a gradient through the sampler is cut short: `pipelines.gradient_sampling`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +20,15 @@ from torch import Tensor
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError, choose
 from pipelines.generator import Generator
+from pipelines.guidance import Autocast, Predictor, guided_predictor
 from pipelines.noise import NoiseProcess
 
 SOLVERS = ("ddim", "dpm++")
-Predictor = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
 class Trajectory:
-    """What sampling returned; all tensors are float32.
+    """What sampling returned; all tensors are float32 (float64 if the network is).
 
     latents
         The clean latents, ``[batch, channels, height, width]``.
@@ -83,10 +85,10 @@ def seeded_noise(
     Drawn on the CPU, one generator a sample, so a row depends on its seed alone: not on batch size, neighbours or
     device. The same numbers as diffusers' pipelines get from ``generator=[torch.Generator().manual_seed(s), ...]``.
     """
-    return next(_noise_stream(seeds, shape, device))
+    return next(noise_stream(seeds, shape, device))
 
 
-def _noise_stream(
+def noise_stream(
     seeds: Sequence[int], shape: Sequence[int], device: torch.device | str | None = None
 ) -> Iterator[Tensor]:
     """Yield the initial noise and then one draw a step, each row from its own generator."""
@@ -100,121 +102,137 @@ def _noise_stream(
         yield buffer.pin_memory().to(target, non_blocking=True) if target.type == "cuda" else buffer.clone().to(target)
 
 
-def guided_predictor(
-    generator: Generator, cond: Conditioning, guidance: float = 1.0, negative: Conditioning | None = None
-) -> Predictor:
-    """Return ``predict(x_t, t)`` with classifier-free guidance in ONE network call on a doubled batch.
-
-    ``uncond + guidance * (cond - uncond)`` for every finite ``guidance >= 0``: 1 is the conditional prediction alone
-    and 0 the unconditional one, each at the cost of a single batch. (diffusers takes anything up to 1 for 1.)
-    `negative` (a batch of one, or as long as `cond`) defaults to the family's unconditional conditioning. Everything
-    that does not change between steps is prepared here, once.
-    """
-    if not 0.0 <= guidance < math.inf:
-        raise PipelineError(f"guidance must be a number of at least 0 (1 is none), got {guidance}.")
-    cond = cond.to(generator.device, generator.dtype)
-    if guidance == 1.0:
-        return lambda x_t, t: generator.predict(x_t, t, cond)
-    default = negative is None
-    negative = (generator.unconditional() if negative is None else negative).to(generator.device, generator.dtype)
-    if len(negative) not in (1, len(cond)):
-        raise PipelineError(
-            f"negative must hold 1 or {len(cond)} prompts to go with {len(cond)}, got {len(negative)}."
-        )
-    if len(negative) != len(cond):
-        negative = negative.repeat_interleave(len(cond))
-    if default:
-        negative.time_ids = cond.time_ids
-    if guidance == 0.0:
-        return lambda x_t, t: generator.predict(x_t, t, negative)
-    both = Conditioning.cat([negative, cond])
-
-    def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        without, with_prompt = generator.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return without + guidance * (with_prompt - without)
-
-    return predict
-
-
 def sample(
     generator: Generator,
     cond: Conditioning,
     *,
     steps: int = 50,
     guidance: float = 7.5,
-    eta: float = 0.0,
+    eta: float | Sequence[float] = 0.0,
     seeds: Sequence[int] | None = None,
     solver: str = "ddim",
     negative: Conditioning | None = None,
     latents: Float[Tensor, "batch channels height width"] | None = None,
+    start_step: int = 0,
+    exit_step: int | None = None,
     record: bool = False,
     grad_steps: Collection[int] = (),
+    checkpoint: bool = False,
+    autocast: Autocast = nullcontext,
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Trajectory:
     """Sample latents for a batch of prompts; decode them with ``generator.decode(trajectory.latents)``.
 
-    With ``eta=0`` the result is that of diffusers' own pipeline with `DDIMScheduler`. Each sample depends on its seed
-    and prompt alone. `latents` replaces the initial noise; seeds are then needed for ``eta > 0`` only. `record` keeps
-    states and per-step log-probabilities. `grad_steps` are the step indices whose network call keeps its graph; the
-    predictions of other steps are constants, while the linear path from step to step always carries the gradient
-    (no gradient at all without `grad_steps`). ``solver="dpm++"`` is for inference only. `batch_size` splits the work;
-    `progress` is called with the number of samples finished after each part.
+    With ``eta=0`` the result is that of diffusers' own pipeline with `DDIMScheduler`; `eta` may be a number for each
+    step. Each sample depends on its seed and prompt alone. `latents` replaces the initial noise; seeds are then needed for ``eta > 0`` only. `start_step`
+    begins at a later step of the grid, at whose level `latents` are; `exit_step` ends at an earlier one with the clean
+    latents that its prediction implies (`NoiseProcess.clean`). `record` keeps states and per-step log-probabilities.
+
+    `grad_steps` are the step indices whose network call keeps its graph; the predictions of other steps are constants,
+    while the linear path from step to step carries the gradient on from the first of them. Nothing before it has a
+    graph, and without `grad_steps` nothing at all. `checkpoint` and `autocast` are those of `guided_predictor`.
+    ``solver="dpm++"`` is for inference only. `batch_size` splits the work; `progress` is called with the number of
+    samples finished after each part.
     """
-    choose("solver", solver, SOLVERS)
-    chosen = _check_sample(generator, cond, steps, eta, seeds, latents, grad_steps, batch_size)
-    if solver == "dpm++" and (eta or record or chosen):
-        raise PipelineError("solver 'dpm++' is for inference only; eta, record and grad_steps need solver 'ddim'.")
+    etas = (float(eta),) * steps if isinstance(eta, int | float) else tuple(eta)
+    plan = _Plan(steps, etas, start_step, exit_step, record, frozenset(grad_steps))
+    plan.check(generator, choose("solver", solver, SOLVERS), begins=latents is not None)
+    _check_batch(generator, cond, any(etas), seeds, latents, batch_size)
     parts = []
     for start in range(0, len(cond), batch_size or len(cond)):
         part = slice(start, start + (batch_size or len(cond)))
         shape = generator.latent_shape if latents is None else latents.shape[1:]
         # The initial draw is taken even when latents are given, so that the noise of later steps is the same.
-        noise = None if seeds is None else _noise_stream(seeds[part], shape, generator.device)
+        noise = None if seeds is None else noise_stream(seeds[part], shape, generator.device)
         drawn = None if noise is None else next(noise)
-        x = drawn if latents is None else latents[part].to(generator.device, torch.float32)
+        x = drawn if latents is None else latents[part]
         assert x is not None
+        x = x.to(generator.device, torch.float64 if generator.dtype == torch.float64 else torch.float32)
         against = negative if negative is None or len(negative) == 1 else negative[part]
-        predict = guided_predictor(generator, cond[part], guidance, against)
+        predict = guided_predictor(generator, cond[part], guidance, against, autocast=autocast, checkpoint=checkpoint)
         if solver == "dpm++":
             parts.append(_dpm_solver(generator, predict, x, steps))
         else:
-            parts.append(_ddim(generator, predict, x, steps, eta, noise if eta else None, record, chosen))
+            parts.append(_ddim(generator.process, predict, x, noise if any(etas) else None, plan))
         if progress is not None:
             progress(len(x))
     return parts[0] if len(parts) == 1 else Trajectory.cat(parts)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """The steps of a grid of `steps` that run, from `start_step` to `exit_step` or the end, and what is kept."""
+
+    steps: int
+    etas: tuple[float, ...]
+    start_step: int
+    exit_step: int | None
+    record: bool
+    grad_steps: frozenset[int]
+
+    @property
+    def span(self) -> range:
+        return range(self.start_step, self.steps if self.exit_step is None else self.exit_step + 1)
+
+    def check(self, generator: Generator, solver: str, *, begins: bool) -> None:
+        """Raise `PipelineError` unless `solver` can go through it; `begins` says that latents to begin with exist."""
+        generator.process.check_steps(self.steps)
+        if len(self.etas) != self.steps:
+            raise PipelineError(
+                f"eta must be one number, or one for each of {self.steps} steps; got {len(self.etas)}."
+            )
+        wrong = [eta for eta in self.etas if not 0.0 <= eta <= 1.0]
+        if wrong:
+            raise PipelineError(f"eta must lie in 0..1 (0 deterministic DDIM, 1 ancestral), got {wrong[0]}.")
+        for name, index in (("start_step", self.start_step), ("exit_step", self.exit_step)):
+            if index is not None and not 0 <= index < self.steps:
+                raise PipelineError(f"{name} must lie in 0..{self.steps - 1} for {self.steps} steps, got {index}.")
+        if not self.span:
+            raise PipelineError(f"exit_step {self.exit_step} comes before start_step {self.start_step}; swap them.")
+        if self.start_step and not begins:
+            raise PipelineError(f"start_step {self.start_step} needs latents at the level of that step; give latents.")
+        outside = sorted(index for index in self.grad_steps if index not in self.span)
+        if outside:
+            allowed = f"{self.span[0]}..{self.span[-1]}"
+            raise PipelineError(f"grad_steps must lie in {allowed} for {self.steps} steps, got {outside}.")
+        partial = self.start_step or self.exit_step is not None
+        if solver == "dpm++" and (any(self.etas) or self.record or self.grad_steps or partial):
+            raise PipelineError(
+                "solver 'dpm++' is for inference only; eta, record, grad_steps, start_step and exit_step need solver"
+                " 'ddim'."
+            )
+
+
 def _ddim(
-    generator: Generator,
-    predict: Predictor,
-    x: Tensor,
-    steps: int,
-    eta: float,
-    noise: Iterator[Tensor] | None,
-    record: bool,
-    grad_steps: Collection[int],
+    process: NoiseProcess, predict: Predictor, x: Tensor, noise: Iterator[Tensor] | None, plan: _Plan
 ) -> Trajectory:
-    process = generator.process
-    grid, next_grid = process.schedule(steps)
+    grid, next_grid = process.schedule(plan.steps)
+    if plan.exit_step is not None:
+        next_grid[plan.exit_step] = -1
     on_device = grid.to(x.device)
+    first = min(plan.grad_steps, default=plan.steps)
+    if noise is not None:
+        noise = itertools.islice(noise, plan.start_step, None)
     states, means, stds, log_probs = [x.detach()], [], [], []
-    with torch.set_grad_enabled(bool(grad_steps)):
-        for index, (t, t_next) in enumerate(zip(grid.tolist(), next_grid.tolist(), strict=True)):
-            with torch.set_grad_enabled(index in grad_steps):
-                output = predict(x, on_device[index].expand(len(x)))
-            mean, std = process.reverse_step(x, output, t, t_next, eta[index] if isinstance(eta, list) else eta)
+    for index in plan.span:
+        with torch.set_grad_enabled(index in plan.grad_steps):
+            output = predict(x, on_device[index].expand(len(x)))
+        with torch.set_grad_enabled(index >= first):
+            t, t_next = grid[index].item(), next_grid[index].item()
+            if index == plan.exit_step:
+                mean, std = process.clean(x, output, t), torch.zeros_like(x[:1, :1, :1, :1])
+            else:
+                mean, std = process.reverse_step(x, output, t, t_next, plan.etas[index])
             x = mean if noise is None else mean + std * next(noise)
-            if record:
+            if plan.record:
                 states.append(x.detach())
                 means.append(mean)
                 stds.append(std.reshape(-1).expand(len(x)))
                 log_probs.append(gaussian_log_prob(x.detach(), mean, std))
-    if not record:
-        return Trajectory(x, grid, next_grid)
-    return Trajectory(
-        x, grid, next_grid, torch.stack(states), torch.stack(means), torch.stack(stds), torch.stack(log_probs)
-    )
+    ran = slice(plan.span[0], plan.span[-1] + 1)
+    recorded = [torch.stack(kept) for kept in (states, means, stds, log_probs)] if plan.record else []
+    return Trajectory(x, grid[ran], next_grid[ran], *recorded)
 
 
 def replay_step(
@@ -320,32 +338,23 @@ def invert(
     return x
 
 
-def _check_sample(
+def _check_batch(
     generator: Generator,
     cond: Conditioning,
-    steps: int,
-    eta: float,
+    random: bool,
     seeds: Sequence[int] | None,
     latents: Tensor | None,
-    grad_steps: Collection[int],
     batch_size: int | None,
-) -> frozenset[int]:
-    """Check the arguments of `sample` before any work; return the steps that keep a graph."""
-    if seeds is None and (latents is None or eta):
+) -> None:
+    """Raise `PipelineError` unless seeds and latents go with the prompts and the model."""
+    if seeds is None and (latents is None or random):
         raise PipelineError("sample needs seeds, one integer a prompt, unless latents are given and eta is 0.")
     for name, given in (("seeds", seeds), ("latents", latents)):
         if given is not None and len(given) != len(cond):
             raise PipelineError(f"sample needs one of {name} for each of {len(cond)} prompts, got {len(given)}.")
-    generator.process.check_steps(steps)
-    if not isinstance(eta, list) and not 0.0 <= eta <= 1.0:
-        raise PipelineError(f"eta must lie in 0..1 (0 deterministic DDIM, 1 ancestral), got {eta}.")
     if batch_size is not None and batch_size < 1:
         raise PipelineError(f"batch_size must be at least 1, got {batch_size}.")
     if latents is not None and latents.shape[1] != generator.latent_shape[0]:
         raise PipelineError(
             f"latents must have {generator.latent_shape[0]} channels for this model, got {list(latents.shape)}."
         )
-    outside = sorted(index for index in grad_steps if not 0 <= index < steps)
-    if outside:
-        raise PipelineError(f"grad_steps must lie in 0..{steps - 1} for {steps} steps, got {outside}.")
-    return frozenset(grad_steps)

@@ -23,6 +23,11 @@ from pipelines.generator import Generator
 ENCODE_BATCH = 64
 
 
+def _single(tensor: Tensor) -> Tensor:
+    """Leave half precision; float64, which tests compute in, stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 class StableDiffusion(Generator):
     """Stable Diffusion 1.x and 2.x (one text encoder)."""
 
@@ -85,7 +90,7 @@ class StableDiffusion(Generator):
             added_cond_kwargs=self._added(cond, dtype),
             return_dict=False,
         )[0]
-        return output if output.dtype == torch.float64 else output.float()
+        return _single(output)
 
     def _added(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
         return None
@@ -115,11 +120,11 @@ class StableDiffusion(Generator):
         return (mean - shift) * scale, std * scale
 
     def decode(self, latents: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 height width"]:
-        """Return float32 images in [0, 1]; differentiable in the latents where the clamp is not active."""
+        """Return images in [0, 1], float32 (or float64); differentiable where the clamp is not active."""
         vae = self.encoder("vae")
         shift, scale = self._latent_scaling(latents)
         images = vae.decode((latents / scale + shift).to(self.device, vae.dtype), return_dict=False)[0]
-        return (images.float() / 2.0 + 0.5).clamp(0.0, 1.0)
+        return (_single(images) / 2.0 + 0.5).clamp(0.0, 1.0)
 
     def _latent_scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Return shift and scale of the latents; some SDXL autoencoders (Playground 2.5) give them per channel."""

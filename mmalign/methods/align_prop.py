@@ -93,7 +93,11 @@ class AlignProp(Method[AlignPropConfig]):
         scores = run.score(images, prompts)
         gain = scores.total if c.target is None else scores.total.clamp(max=c.target)
         distance = self._distance(run, samples, drawn.latents[: len(samples)].detach())
-        metrics = {"reward": scores.total.mean(), "distance": distance, "trained_steps": float(len(drawn.grad_steps))}
+        metrics: dict[str, Tensor | float] = {
+            "reward": scores.total.mean(),
+            "distance": distance,
+            "trained_steps": float(len(drawn.grad_steps)),
+        }
         if len(scores.parts) > 1:
             metrics |= {f"reward/{name}": score.mean() for name, score in scores.parts.items()}
         loss = -gain.mean()

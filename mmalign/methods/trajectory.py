@@ -25,8 +25,9 @@ from mmalign.losses import gaussian_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.run import Run
 from pipelines import sample
+from pipelines.guidance import guided_predictor
 from pipelines.noise import NoiseProcess
-from pipelines.sampling import Trajectory, guided_predictor, replay_step
+from pipelines.sampling import Trajectory, replay_step
 
 RATIO_TOLERANCE = 1e-4
 
@@ -52,7 +53,7 @@ class TrajectoryConfig(SamplingConfig):
     """Base of the configurations of methods that learn from recorded trajectories."""
 
     random_steps: tuple[float, float] = (0.0, 1.0)
-    """part of the sampling, 0 is its start, in which steps are random and learned from; the others are deterministic"""
+    """part of the sampling, 0 its start, in which steps are random and learned from; elsewhere they are deterministic"""
     updates_per_round: int = Field(1, ge=1)
     """optimiser steps on one round of samples"""
     kl_weight: float = Field(0.0, ge=0)
@@ -108,6 +109,11 @@ class TrajectoryMethod(Method[ConfigT]):
                 f"method.eta is 0, and {self.name} needs a random sampler: without noise a step has no density; "
                 "set method.eta to 1"
             )
+        if not any(self.etas()):
+            raise UserError(
+                f"method.random_steps {list(self.config.random_steps)} holds none of {self.config.sampling_steps} "
+                "steps; 0 <= start < end <= 1 is needed, such as [0.0, 0.5]"
+            )
         process.check_steps(self.config.sampling_steps)
 
     @abstractmethod
@@ -131,7 +137,7 @@ class TrajectoryMethod(Method[ConfigT]):
     @torch.no_grad()
     def _draw(self, run: Run, samples: PromptBatch) -> Rollout:
         c = self.config
-        with self.sampler(run), run.autocast():
+        with self.sampler(run):
             trajectory = sample(
                 run.generator,
                 samples.cond,
@@ -140,6 +146,7 @@ class TrajectoryMethod(Method[ConfigT]):
                 eta=self.etas(),
                 seeds=run.seeds(samples.ids, samples.epoch),
                 record=True,
+                autocast=run.autocast,
             )
         images = run.generator.decode(trajectory.latents)
         run.show(images, samples.prompts)
@@ -206,14 +213,9 @@ class TrajectoryMethod(Method[ConfigT]):
         self, run: Run, batch: Rollout, index: int, rows: Int[Tensor, " rows"] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, std and log-prob of a recorded step (of some rows) under the network as it is now."""
-        c, cond = self.config, batch.samples.cond
-        predict = guided_predictor(run.generator, cond if rows is None else cond[rows.cpu()], c.guidance)
-
-        def in_precision(x_t: Tensor, t: Tensor) -> Tensor:
-            with run.autocast():
-                return predict(x_t, t)
-
-        return replay_step(run.process, batch.trajectory, index, in_precision, eta=self.etas(), rows=rows)
+        cond = batch.samples.cond if rows is None else batch.samples.cond[rows.cpu()]
+        predict = guided_predictor(run.generator, cond, self.config.guidance, autocast=run.autocast)
+        return replay_step(run.process, batch.trajectory, index, predict, eta=self.etas()[index], rows=rows)
 
     @torch.no_grad()
     def replay_all(self, run: Run, batch: Rollout) -> Float[Tensor, "steps batch"]:

@@ -56,7 +56,6 @@ PRDP_OPTIONS = {"sampling_steps": 3, "guidance": 2.0, "images_per_prompt": 3, "b
 def test_gradient_in_parts_is_that_of_the_whole_objective(model: str) -> None:
     """The step-by-step replay adds up to the gradient of one graph over all steps, PRDP's squared sums included."""
     from pipelines.guidance import guided_predictor
-
     from pipelines.sampling import replay_step
 
     run = make_run(model)

@@ -124,6 +124,24 @@ def test_record_keeps_a_consistent_trajectory(generator: Generator) -> None:
     assert whole.log_probs.shape == (5, 2) and (whole.stds > 0).all()
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_later_start_goes_on_and_an_early_exit_ends_in_the_predicted_clean_latents(
+    generator: Generator, eta: float
+) -> None:
+    cond = generator.encode_prompts(PROMPTS)
+    options = {"steps": 5, "guidance": 3.0, "eta": eta, "seeds": [1, 2], "record": True}
+    whole = sample(generator, cond, **options)
+    later = sample(generator, cond, start_step=3, latents=whole.states[3], **options)
+    assert torch.equal(later.latents, whole.latents) and torch.equal(later.timesteps, whole.timesteps[3:])
+    assert torch.equal(later.means, whole.means[3:]) and torch.equal(later.stds, whole.stds[3:])
+    early = sample(generator, cond, exit_step=2, **options)
+    output = guided_predictor(generator, cond, 3.0)(whole.states[2], whole.timesteps[2].expand(2))
+    clean = generator.process.to_x0(whole.states[2], output, whole.timesteps[2])
+    assert torch.allclose(early.latents, clean, atol=1e-5) and torch.equal(early.states[:3], whole.states[:3])
+    assert early.next_timesteps.tolist() == [*whole.timesteps[1:3].tolist(), -1]
+    assert early.stds[2].tolist() == early.log_probs[2].tolist() == [0, 0]
+
+
 def test_log_prob_is_the_mean_over_dimensions() -> None:
     generator = torch.Generator().manual_seed(0)
     x, mean = (torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -192,6 +210,11 @@ def test_log_probs_of_chosen_steps_carry_gradients(sd15: Generator) -> None:
         ({"solver": "dpm+"}, "Did you mean 'dpm\\+\\+'"),
         ({"solver": "dpm++", "eta": 1.0}, "inference only"),
         ({"grad_steps": [4]}, r"grad_steps must lie in 0\.\.3"),
+        ({"grad_steps": [3], "exit_step": 2}, r"grad_steps must lie in 0\.\.2"),
+        ({"start_step": 4, "latents": torch.zeros(2, 4, 8, 8)}, r"start_step must lie in 0\.\.3"),
+        ({"start_step": 1}, "start_step 1 needs latents"),
+        ({"start_step": 3, "exit_step": 1, "latents": torch.zeros(2, 4, 8, 8)}, "comes before start_step 3"),
+        ({"solver": "dpm++", "exit_step": 1}, "inference only"),
         ({"eta": -1.0}, "eta must lie"),
         ({"batch_size": 0}, "batch_size"),
         ({"steps": 1001}, "steps must lie"),

@@ -1,0 +1,104 @@
+"""Sample so that a reward of the result can be differentiated, whatever part of the sampling is trained.
+
+AlignProp: arXiv 2310.03739; DRaFT, DRaFT-K and DRaFT-LV: arXiv 2309.17400; ReFL: arXiv 2304.05977.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipelines.conditioning import Conditioning
+from pipelines.generator import Generator
+from pipelines.guidance import Autocast
+from pipelines.sampling import noise_stream, sample
+from pipelines.truncation import Truncation
+
+
+@dataclass(frozen=True)
+class GradientSample:
+    """Latents with a graph, and where it begins.
+
+    latents
+        ``[repeats * batch, channels, height, width]``, all prompts of the batch in order, then all of them again, so
+        that ``prompts * repeats`` go with them and ``reward.reshape(repeats, batch)`` is a row for each repeat.
+    repeats
+        Images a prompt: 1, and ``1 + n`` for DRaFT-LV, of which the first is the sampled one.
+    grad_steps
+        The sampling steps whose prediction is trained, ascending.
+    """
+
+    latents: Float[Tensor, "images channels height width"]
+    repeats: int
+    grad_steps: tuple[int, ...]
+
+
+def sample_with_gradient(
+    generator: Generator,
+    cond: Conditioning,
+    *,
+    truncation: Truncation,
+    rng: torch.Generator,
+    seeds: Sequence[int],
+    steps: int = 50,
+    guidance: float = 7.5,
+    eta: float = 0.0,
+    negative: Conditioning | None = None,
+    checkpoint: bool = True,
+    autocast: Autocast = nullcontext,
+) -> GradientSample:
+    """Sample latents that carry the gradient of the network's weights; `truncation` says of which steps.
+
+    The mean of ``reward(decode(latents))`` is the objective of every mode. For DRaFT-LV that is the mean over the
+    sample and its n re-noised copies, where the paper's algorithm adds their gradients up: 1 / (1 + n) of its step,
+    which Adam does not see. For ReFL the latents are the clean ones predicted at the trained step.
+
+    `rng` (on the CPU) draws the steps, once a call, and nothing else; noise is that of `seeds`, one a prompt. The rest
+    is as for `sample`; with `checkpoint` memory grows with the trained steps by no more than their latents.
+    """
+    grad_steps = truncation.draw(steps, rng)
+    exit_step = grad_steps[0] if truncation.mode == "refl" else None
+
+    def rollout(copies: int = 1, latents: Tensor | None = None, start_step: int = 0) -> Tensor:
+        return sample(
+            generator,
+            _copies(cond, copies),
+            steps=steps,
+            guidance=guidance,
+            eta=eta,
+            seeds=list(seeds) * copies,
+            negative=negative if negative is None or len(negative) == 1 else _copies(negative, copies),
+            latents=latents,
+            start_step=start_step,
+            exit_step=exit_step,
+            grad_steps=grad_steps,
+            checkpoint=checkpoint,
+            autocast=autocast,
+        ).latents
+
+    sampled = rollout()
+    if truncation.mode != "low-variance":
+        return GradientSample(sampled, 1, grad_steps)
+    noisy = _renoised(generator, sampled.detach(), seeds, steps, truncation.repeats)
+    again = rollout(truncation.repeats, noisy, steps - 1)
+    return GradientSample(torch.cat([sampled, again]), 1 + truncation.repeats, grad_steps)
+
+
+def _renoised(generator: Generator, x0: Tensor, seeds: Sequence[int], steps: int, repeats: int) -> Tensor:
+    """Noise the sampled latents anew to the level of the last step, ``[repeats * batch, ...]``.
+
+    Each sample's noise follows in its own stream upon the ``1 + steps`` draws that `sample` may have taken.
+    """
+    level = generator.process.schedule(steps)[0][-1].item()
+    stream = islice(noise_stream(seeds, x0.shape[1:], x0.device), 1 + steps, 1 + steps + repeats)
+    return torch.cat([generator.process.add_noise(x0, noise.to(x0.dtype), level) for noise in stream])
+
+
+def _copies(cond: Conditioning, copies: int) -> Conditioning:
+    return cond if copies == 1 else Conditioning.cat([cond] * copies)
