@@ -125,9 +125,10 @@ def sample(
     """Sample latents for a batch of prompts; decode them with ``generator.decode(trajectory.latents)``.
 
     With ``eta=0`` the result is that of diffusers' own pipeline with `DDIMScheduler`; `eta` may be a number for each
-    step. Each sample depends on its seed and prompt alone. `latents` replaces the initial noise; seeds are then needed for ``eta > 0`` only. `start_step`
-    begins at a later step of the grid, at whose level `latents` are; `exit_step` ends at an earlier one with the clean
-    latents that its prediction implies (`NoiseProcess.clean`). `record` keeps states and per-step log-probabilities.
+    step. Each sample depends on its seed and prompt alone. `latents` replaces the initial noise; seeds are then needed
+    for ``eta > 0`` only. `start_step` begins at a later step of the grid, at whose level `latents` are; `exit_step`
+    ends at an earlier one with the clean latents that its prediction implies (`NoiseProcess.clean`). `record` keeps
+    states and per-step log-probabilities.
 
     `grad_steps` are the step indices whose network call keeps its graph; the predictions of other steps are constants,
     while the linear path from step to step carries the gradient on from the first of them. Nothing before it has a

@@ -38,7 +38,9 @@ def write_pairs(folder: Path, count: int = 12, seed: int = 0) -> Path:
 def run_config(model: str, pairs: Path, output: Path, method: Any = "diffusion_dpo", **changes: Any) -> RunConfig:
     """Return the configuration of a run of four steps; `changes` replace keys of `trainer`, or whole sections."""
     trainer = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "log_every": 1, "checkpoint_every": 2, "warmup": 0}
-    sections = {key: changes.pop(key) for key in ("adapter", "evaluate", "data") if key in changes}
+    sections = {
+        key: changes.pop(key) for key in ("adapter", "evaluate", "data", "rewards", "monitors") if key in changes
+    }
     return RunConfig(
         model=model,
         method={"name": method} if isinstance(method, str) else method,
@@ -88,6 +90,7 @@ class InMemoryPairs:
 class Brightness(Reward):
     """The mean of all pixels, whatever the prompt."""
 
+    name = "brightness"
     differentiable = True
     range = (0.0, 1.0)
 

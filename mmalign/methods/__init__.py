@@ -5,6 +5,7 @@ from mmalign.registry import Registry
 methods = Registry(
     "method",
     {
+        "align_prop": "mmalign.methods.align_prop:AlignProp",
         "ddpo": "mmalign.methods.ddpo:DDPO",
         "prdp": "mmalign.methods.prdp:PRDP",
         "diffusion_dpo": "mmalign.methods.diffusion_dpo:DiffusionDPO",

@@ -53,7 +53,7 @@ class TrajectoryConfig(SamplingConfig):
     """Base of the configurations of methods that learn from recorded trajectories."""
 
     random_steps: tuple[float, float] = (0.0, 1.0)
-    """part of the sampling, 0 its start, in which steps are random and learned from; elsewhere they are deterministic"""
+    """part of the sampling, 0 its start, whose steps are random and learned from; the others are deterministic"""
     updates_per_round: int = Field(1, ge=1)
     """optimiser steps on one round of samples"""
     kl_weight: float = Field(0.0, ge=0)
@@ -104,7 +104,7 @@ class TrajectoryMethod(Method[ConfigT]):
 
     def check(self, process: NoiseProcess) -> None:
         """Refuse a sampler without randomness, or one that the schedule cannot do."""
-        if self.config.eta == 0 and process.prediction != "flow":
+        if self.config.eta == 0:
             raise UserError(
                 f"method.eta is 0, and {self.name} needs a random sampler: without noise a step has no density; "
                 "set method.eta to 1"
