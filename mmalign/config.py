@@ -11,7 +11,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from mmalign.config_checks import Fault, check_recipe, describe_errors, method_class
 from mmalign.config_files import Faults, Tree, dotted, read_tree, write_yaml
@@ -86,11 +94,33 @@ class RewardConfig(StrictModel):
     """what the reward itself takes"""
 
 
+class BudgetConfig(StrictModel):
+    """What a training may cost: it ends with the update that reaches the one limit given."""
+
+    images: int | None = Field(None, ge=1)
+    """images seen: through the denoiser, forward or backward each counting one"""
+    seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """wall time of training, without the looks"""
+    reward_calls: int | None = Field(None, ge=1)
+    """images scored by the rewards that are learned from"""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> BudgetConfig:
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise ValueError(
+                f"given {', '.join(given) or 'no limit'}; give exactly one of images, seconds, reward_calls"
+            )
+        return self
+
+
 class TrainerConfig(StrictModel):
     """The training loop."""
 
     steps: int = Field(1000, ge=1)
     """optimiser steps"""
+    budget: BudgetConfig | None = None
+    """ends the training earlier than `steps`; null: no budget"""
     batch_size: int = Field(8, ge=1)
     """samples of one forward pass on one device (a pair is one sample)"""
     gradient_accumulation: int = Field(1, ge=1)

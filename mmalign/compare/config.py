@@ -38,6 +38,8 @@ class SystemConfig(StrictModel):
     """a model directory (full or LoRA), or a hub id 'organisation/name'"""
     guidance: Guidance | None = None
     """guidance scale of this system alone; null: that of the comparison"""
+    adapter_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """how much of its LoRA adapter: 0 the base, 1 as trained, between: interpolated"""
     trained_on: list[str] | None = None
     """rewards that it was trained on; null: read from the model's directory"""
 

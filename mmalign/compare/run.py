@@ -138,7 +138,7 @@ def _read_systems(config: CompareConfig) -> dict[str, SystemFacts]:
     systems = {}
     for system in sorted(config.systems, key=lambda one: one.name != config.baseline_name):
         guidance = config.guidance if system.guidance is None else system.guidance
-        facts = read_system(system.name, system.model, guidance, system.trained_on)
+        facts = read_system(system.name, system.model, guidance, system.trained_on, system.adapter_scale)
         if facts.remark:
             note(f"{facts.name}: {facts.remark}; state it as trained_on if it was one of the rewards compared")
         systems[facts.name] = facts
