@@ -109,9 +109,10 @@ def read_curves(metrics: list[dict[str, Any]]) -> Curves:
     """Return the numeric series of a training run's lines of metrics."""
     curves: Curves = {}
     for line in metrics:
-        step = line.get("step")
-        for name, value in _numbers(line).items() if isinstance(step, int) else ():
-            if name != "step":
+        values = _numbers(line)
+        if "step" in values:
+            step = int(values.pop("step"))
+            for name, value in values.items():
                 curves.setdefault(name, []).append((step, value))
     return curves
 
@@ -128,7 +129,7 @@ def read_looks(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 def read_cost(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """Return what a training run cost in all, by `COSTS`; empty where that was not counted."""
-    last = next((line for line in reversed(metrics) if _is_counted(line)), {})
+    last: dict[str, Any] = next((line for line in reversed(metrics) if _is_counted(line)), {})
     return {name: value for name, value in _numbers(last).items() if name in COSTS}
 
 
