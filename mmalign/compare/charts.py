@@ -56,8 +56,8 @@ class Axis:
 
 def tick_text(value: float, digits: int) -> str:
     """Write a tick's value with a true minus and no negative zero."""
-    text = f"{abs(value):.{digits}f}"
-    return text if value >= 0 or float(text) == 0 else "\N{MINUS SIGN}" + text
+    text = f"{abs(value):,.{digits}f}"
+    return text if value >= 0 or float(text.replace(",", "")) == 0 else "\N{MINUS SIGN}" + text
 
 
 def interval_mark(axis: Axis, value: float, interval: Sequence[float] | None) -> dict[str, float | None]:

@@ -162,14 +162,14 @@ def test_weights_of_an_earlier_config_do_not_pass_for_those_of_the_run_that_goes
 def test_a_training_of_another_config_is_refused_or_set_aside(
     shared: Path, room: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_systems(comparison(shared, dpo(shared)))
+    train_systems(comparison(shared, dpo(shared, "method.beta=9")))
     file = write(comparison(shared, dpo(shared, "trainer.seed=3", "method.beta=7")), room / "compare.yaml")
     before = (room / "runs" / "dpo" / "metrics.jsonl").read_bytes()
     capsys.readouterr()
     for flags in ([], ["--no-train"]):
         assert main(["compare", file, *flags]) == 2
         error = capsys.readouterr().err
-        assert "system 'dpo': runs/dpo holds another training (method.beta was 5000.0, now 7.0; " in error
+        assert "system 'dpo': runs/dpo holds another training (method.beta was 9.0, now 7.0; " in error
         assert "trainer.seed was 0, now 3); add --retrain" in error and error.count("\n") == 1
     assert (room / "runs" / "dpo" / "metrics.jsonl").read_bytes() == before
     assert main(["compare", file, "--retrain"]) == 0
@@ -202,7 +202,7 @@ def test_faults_of_any_training_are_told_before_the_first_starts(
     with pytest.raises(UserError, match="system 'sft': runs/sft holds no finished training; leave out --no-train"):
         train_systems(comparison(shared, system(shared, "sft")), train=False)
     with pytest.raises(UserError, match="system 'other': .*no such file"):
-        train_systems(comparison(shared, system(shared, "sft"), {"name": "other", "model": "runs/nowhere"}))
+        train_systems(comparison(shared, system(shared, "sft"), {"name": "other", "model": str(room / "gone")}))
     assert not (room / "runs").exists()
 
 
