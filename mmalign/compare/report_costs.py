@@ -11,13 +11,13 @@ from mmalign.compare.systems import LOOK, SystemFacts
 
 AXES = {"images_seen": "images seen", "reward_calls": "reward calls", "seconds": "seconds"}
 """Cost -> how it is written; the first is the one that the report shows at first."""
-_WORDS = AXES | {"images_sampled": "images sampled", "images": "images seen"}
+_BUDGETS = {"images": "images_seen"}  # where a limit is called otherwise than what it limits
 
 
 def describe_cost(cost: Mapping[str, float]) -> str:
-    """Write a cost or a budget: "12,800 images seen, 95 seconds"; what was not used is left out."""
-    parts = [f"{value:,.0f} {_WORDS[name]}" for name, value in cost.items() if value]
-    return ", ".join(parts) or "nothing"
+    """Write a cost, or the one limit of a budget: "12,800 images seen, 95 seconds"; what is zero is left out."""
+    spent = {_BUDGETS.get(name, name): value for name, value in cost.items()}
+    return ", ".join(f"{spent[name]:,.0f} {title}" for name, title in AXES.items() if spent.get(name)) or "nothing"
 
 
 def has_cost_curve(facts: SystemFacts) -> bool:

@@ -206,6 +206,18 @@ def test_faults_of_any_training_are_told_before_the_first_starts(
     assert not (room / "runs").exists()
 
 
+def test_a_training_that_breaks_off_ends_the_comparison(
+    shared: Path, room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = system(shared, "broken", "method=tiny_runs:BreaksAtStepThree", "output=runs/broken")
+    file = write(comparison(shared, system(shared, "sft", "trainer.steps=2"), broken), room / "compare.yaml")
+    assert main(["compare", file]) == 1
+    assert "error: the loss became nan at step 3" in capsys.readouterr().err
+    assert not (room / "out").exists()
+    plans = {one.systems[0]: one.state for one in plan_trainings(comparison(shared, broken))}
+    assert plans == {"broken": "unfinished"}
+
+
 def test_trainings_do_not_share_or_hold_each_others_folders(shared: Path, room: Path) -> None:
     clash = comparison(shared, system(shared, "sft"), system(shared, "more", "trainer.seed=1"))
     with pytest.raises(UserError, match="system 'more': trains into runs/sft as 'sft' does, by another config"):
