@@ -21,7 +21,8 @@ from pipelines.conditioning import Conditioning
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, CARD_FILE = "config.yaml", "README.md"
+_EXPORTS = ("model_index.json", "pytorch_lora_weights.safetensors")
 
 
 class ExportError(RuntimeError):
@@ -62,7 +63,24 @@ def write_config(config: RunConfig, output: Path) -> None:
 
 def write_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> None:
     """Write the model card README.md beside the weights."""
-    write_atomically(output / "README.md", model_card(config, output, facts))
+    write_atomically(output / CARD_FILE, model_card(config, output, facts))
+
+
+def has_export(output: Path) -> bool:
+    """Tell whether a folder holds exported weights, whatever they were trained by."""
+    return any((output / name).is_file() for name in _EXPORTS)
+
+
+def is_finished(output: Path) -> bool:
+    """Tell whether a run's weights are those of the configuration beside them.
+
+    The configuration is written when a run starts and the card, which quotes it, after the weights: as long as a run
+    goes on that began in the folder of an earlier one, the two disagree.
+    """
+    config, card = output / CONFIG_FILE, output / CARD_FILE
+    if not (config.is_file() and card.is_file() and has_export(output)):
+        return False
+    return config.read_text(encoding="utf-8").rstrip() in card.read_text(encoding="utf-8")
 
 
 def check_load_back(

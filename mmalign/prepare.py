@@ -346,9 +346,9 @@ def base_model_name(config: RunConfig) -> str:
 
 
 def set_aside(folder: Path) -> None:
-    """Keep the checkpoints of an earlier run beside those of the new one, in place of still earlier ones."""
+    """Keep what an earlier run left in a folder beside that of the new one, in place of what was kept before."""
     if folder.is_dir():
         previous = folder.with_name(folder.name + ".previous")
         shutil.rmtree(previous, ignore_errors=True)
         folder.replace(previous)
-        note(f"the earlier run's checkpoints are kept in {previous}")
+        note(f"what an earlier run left is kept in {previous}")

@@ -203,7 +203,11 @@ class Generator(ABC):
         return adapters.adapter_disabled(self._lora_layers)
 
     def set_adapter_scale(self, scale: float) -> None:
-        """Multiply the adapter's effect by `scale`."""
+        """Multiply the adapter's effect by `scale`: 0 is the base, 1 as trained, in between they are interpolated."""
+        if not self.has_adapter:
+            raise PipelineError(
+                f"{self.name_or_path} carries no LoRA adapter to scale; give one, or leave the scale out."
+            )
         adapters.set_adapter_scale(self.bare_network, scale)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:

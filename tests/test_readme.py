@@ -12,6 +12,8 @@ import torch
 from tiny_models import build_tiny_sd
 
 from mmalign.cli import main
+from mmalign.compare.config import load_compare_config
+from mmalign.compare.training import plan_trainings
 from rewards import load_reward
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +35,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     for name in ("my_methods", "my_rewards"):
         sys.modules.pop(name, None)
+
+
+def test_the_comparison_that_trains_is_one_that_compare_takes(folder: Path) -> None:
+    text = re.search(r"```yaml\n(# mmalign compare versus.yaml\n.*?)```", README, re.S)
+    assert text is not None
+    (folder / "versus.yaml").write_text(text.group(1))
+    config = load_compare_config("versus.yaml")
+    trainings = {one.systems[0]: one.config for one in plan_trainings(config)}
+    assert {name: (one.method_name, one.output) for name, one in trainings.items()} == {
+        "sft": ("sft", "runs/versus/sft"), "dpo": ("diffusion_dpo", "runs/versus/dpo")
+    }  # fmt: skip
+    assert all(one.trainer.budget and one.trainer.budget.images == 20000 for one in trainings.values())
 
 
 def test_the_method_trains(folder: Path) -> None:

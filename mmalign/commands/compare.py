@@ -1,7 +1,9 @@
 """Compare models fairly: same prompts, same seeds, several rewards, paired intervals, one self-contained report.
 
 Give a YAML config (options override it, `key.path=value` too), or the models themselves; the first is the baseline.
-The same command again draws and scores only what is missing.
+A system of the config names its model, or the training config that makes it (`train`, `overrides`); `budget` then says
+what each training may cost: {images: N} seen, {seconds: S} or {reward_calls: R}.
+The same command again trains, draws and scores only what is missing.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmalign.commands.train import end_training_well
 from mmalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: fp32)")
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first N prompts")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images drawn at once (default: 8)")
+    training = parser.add_argument_group("systems that the config trains").add_mutually_exclusive_group()
+    training.add_argument("--no-train", action="store_true", help="refuse to train: everything must be there already")
+    training.add_argument(
+        "--retrain", action="store_true", help="set aside what was trained by a config that differs, and train it anew"
+    )
     control = parser.add_argument_group("guidance control", "the baseline at its best guidance, as one more system")
     control.add_argument("--guidance-control", type=_numbers, metavar="3,4,6,8", help="guidance scales to try")
     control.add_argument("--control-prompts", metavar="NAME|FILE", help="validation prompts that choose among them")
@@ -67,9 +75,11 @@ def run(args: argparse.Namespace) -> int:
     from mmalign.compare.console import print_summary
     from mmalign.compare.run import compare
 
-    outcome = compare(config)
-    print_summary(outcome.results, outcome.report)
-    return 0
+    def do() -> None:
+        outcome = compare(config, train=not args.no_train, retrain=args.retrain)
+        print_summary(outcome.results, outcome.report)
+
+    return end_training_well(do)
 
 
 def read_arguments(args: argparse.Namespace) -> CompareConfig:

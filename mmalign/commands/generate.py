@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mmalign.errors import UserError
 from mmalign.files import check_output, write_atomically
 from mmalign.progress import track
-from mmalign.resources import find, resolve_model
+from mmalign.resources import find, require_adapter, resolve_model
 
 if TYPE_CHECKING:
     from mmalign.data.prompts import Prompt
@@ -50,7 +50,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the weights")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at once (default 8)")
     parser.add_argument("--adapter", metavar="PATH", help="LoRA file or directory to load on top of MODEL")
-    parser.add_argument("--adapter-scale", type=float, default=1.0, metavar="S", help="strength of the adapter (1)")
+    how_much = "how much of the adapter: 0 the base, 1 as trained (default), between: interpolated"
+    parser.add_argument("--adapter-scale", type=float, default=1.0, metavar="S", help=how_much)
 
 
 def read_prompts(given: str, limit: int | None) -> list[Prompt]:
@@ -88,18 +89,16 @@ def check_sampling(args: argparse.Namespace) -> None:
         raise UserError(f"--eta {args.eta}: must lie between 0 and 1")
     if args.eta and args.solver != "ddim":
         raise UserError(f"--eta {args.eta} needs --solver ddim; '{args.solver}' is deterministic")
-    if args.adapter_scale != 1 and not args.adapter and not _is_adapter(args.model):
-        raise UserError("--adapter-scale needs an adapter: give --adapter PATH, or a MODEL that is one")
+    if not 0 <= args.adapter_scale < math.inf:
+        raise UserError(f"--adapter-scale {args.adapter_scale}: must be a number of at least 0 (0: the base)")
+    if args.adapter_scale != 1 and not args.adapter:
+        require_adapter(
+            args.model, f"--adapter-scale {args.adapter_scale:g}", "give --adapter PATH or a MODEL that is one"
+        )
     check_output(args.out)
     from mmalign.precision import check_precision
 
     check_precision(args.precision, key="--precision")
-
-
-def _is_adapter(model: str) -> bool:
-    from pipelines.load import is_adapter_directory
-
-    return is_adapter_directory(resolve_model(model))
 
 
 def open_generator(args: argparse.Namespace) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from mmalign.config import load_config
 
@@ -28,15 +29,22 @@ def run(args: argparse.Namespace) -> int:
     """Train; returns 0, 1 for a run that broke off, 130 after Ctrl-C."""
     config = load_config(args.config, args.overrides)
     # After the config has been checked, so that a mistake in it is told before the seconds that these imports take.
+    from mmalign.engine import plan, train
+
+    if args.dry_run:
+        print(f"would train, nothing was written:\n{plan(config)}\n  output     {config.output}")
+        return 0
+    return end_training_well(lambda: train(config, resume=args.resume))
+
+
+def end_training_well(do: Callable[[], object]) -> int:
+    """Do something that trains and return the exit code: 0, 1 for a run that broke off, 130 after Ctrl-C."""
     from mmalign.checkpoint import DiskFull
-    from mmalign.engine import TrainingDiverged, TrainingInterrupted, plan, train
+    from mmalign.engine import TrainingDiverged, TrainingInterrupted
     from mmalign.hub import ExportError
 
     try:
-        if args.dry_run:
-            print(f"would train, nothing was written:\n{plan(config)}\n  output     {config.output}")
-            return 0
-        train(config, resume=args.resume)
+        do()
     except (TrainingDiverged, DiskFull, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,7 @@ from typing import Any
 
 WIDTH, HEIGHT = 320, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 26
+_CHARACTER = 6.5  # width of a digit of the ticks
 _MAX_POINTS = 240
 
 
@@ -41,6 +42,8 @@ class Axis:
         low = low if bars and low == 0 else low - padding * span
         high = high if bars and high == 0 else high + padding * span
         step = _round_step((high - low) / count)
+        if math.floor(high / step) - math.ceil(low / step) < 1:  # a single tick tells no scale
+            step = _round_step((high - low) / (2 * count))
         first = math.ceil(low / step - 1e-9)
         ticks = tuple(index * step for index in range(first, math.floor(high / step + 1e-9) + 1))
         return cls(low, high, ticks, max(0, -math.floor(math.log10(step) + 1e-9)))
@@ -56,8 +59,8 @@ class Axis:
 
 def tick_text(value: float, digits: int) -> str:
     """Write a tick's value with a true minus and no negative zero."""
-    text = f"{abs(value):.{digits}f}"
-    return text if value >= 0 or float(text) == 0 else "\N{MINUS SIGN}" + text
+    text = f"{abs(value):,.{digits}f}"
+    return text if value >= 0 or float(text.replace(",", "")) == 0 else "\N{MINUS SIGN}" + text
 
 
 def interval_mark(axis: Axis, value: float, interval: Sequence[float] | None) -> dict[str, float | None]:
@@ -109,10 +112,16 @@ def line_chart(
         "left": _LEFT,
         "right": WIDTH - _RIGHT,
         "bottom": HEIGHT - _BOTTOM,
-        "x_ticks": [{"at": place(tick, 0)[0], "text": tick_text(tick, x_axis.digits)} for tick in x_axis.ticks],
+        "x_ticks": [_x_tick(place(tick, 0)[0], tick_text(tick, x_axis.digits)) for tick in x_axis.ticks],
         "y_ticks": [{"at": place(0, tick)[1], "text": tick_text(tick, y_axis.digits)} for tick in y_axis.ticks],
         "lines": lines,
     }
+
+
+def _x_tick(at: float, text: str) -> dict[str, Any]:
+    """Return a tick of the x axis; a text that would leave the picture ends at its edge."""
+    beyond = at + len(text) * _CHARACTER / 2 > WIDTH
+    return {"at": WIDTH if beyond else at, "anchor": "end" if beyond else "middle", "text": text}
 
 
 def thin_out(points: Sequence[tuple[float, float]], most: int = _MAX_POINTS) -> list[tuple[float, float]]:

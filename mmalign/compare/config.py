@@ -9,7 +9,14 @@
     guidance_control: {guidances: [3, 4, 6, 8], prompts: shapes-validation, rewards: [shapes-correctness]}
     output: runs/demo/compare
 
-The first system is the baseline unless `baseline` names another.
+The first system is the baseline unless `baseline` names another. A system may be trained instead of given, all of
+them under one budget:
+
+    systems:
+      - {name: base, model: assets/shapes-sd}
+      - {name: sft, train: shapes/sft, overrides: [output=runs/versus/sft]}
+      - {name: dpo, train: shapes/diffusion_dpo, overrides: [output=runs/versus/dpo]}
+    budget: {images: 20000}
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmalign.compare.stats import RESAMPLES
-from mmalign.config import Guidance, StrictModel, expand_short_forms, load_schema
+from mmalign.config import BudgetConfig, Guidance, StrictModel, expand_short_forms, load_schema
 from mmalign.errors import UserError, did_you_mean
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -34,10 +41,16 @@ class SystemConfig(StrictModel):
 
     name: str
     """what tables and folders call the system: letters, digits and . _ + -"""
-    model: str
-    """a model directory (full or LoRA), or a hub id 'organisation/name'"""
+    model: str | None = None
+    """a model directory (full or LoRA), or a hub id 'organisation/name'; null: what `train` makes"""
+    train: str | None = None
+    """a training config, file or shipped name, whose output is the system; trained unless it is there already"""
+    overrides: list[str] = []
+    """changes to that config, each key=value"""
     guidance: Guidance | None = None
     """guidance scale of this system alone; null: that of the comparison"""
+    adapter_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """how much of its LoRA adapter: 0 the base, 1 as trained, between: interpolated"""
     trained_on: list[str] | None = None
     """rewards that it was trained on; null: read from the model's directory"""
 
@@ -49,6 +62,15 @@ class SystemConfig(StrictModel):
                 f"'{name}' cannot name a folder; use letters, digits and . _ + -, a letter or digit first"
             )
         return name
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SystemConfig:
+        if (self.model is None) == (self.train is None):
+            given = "both model and train" if self.model else "neither model nor train"
+            raise ValueError(f"'{self.name}' has {given}; give a model that is there, or a config to train one by")
+        if self.overrides and self.train is None:
+            raise ValueError(f"'{self.name}' has overrides and trains nothing; remove them, or give train")
+        return self
 
 
 class RewardEntry(StrictModel):
@@ -114,6 +136,8 @@ class CompareConfig(StrictModel):
     """images drawn at once; does not change them"""
     limit: int | None = Field(None, ge=1)
     """use only the first so many prompts"""
+    budget: BudgetConfig | None = None
+    """what each of the systems trained here may cost, as their `trainer.budget`; null: what their configs say"""
     resamples: int = Field(RESAMPLES, ge=100)
     """bootstrap resamples behind every interval"""
     guidance_control: GuidanceControl | None = None
@@ -132,6 +156,7 @@ class CompareConfig(StrictModel):
         titles = [reward.title for reward in self.rewards]
         _no_duplicates("systems", "name", names)
         _no_duplicates("rewards", "label", titles)
+        self._check_budget()
         if len(names) == 1 and self.guidance_control is None:
             raise ValueError(f"systems: only '{names[0]}'; give a second one, or guidance_control to compare it with")
         if self.baseline is not None and self.baseline not in names:
@@ -142,6 +167,16 @@ class CompareConfig(StrictModel):
                 hint = did_you_mean(reward, titles)
                 raise ValueError(f"guidance_control.rewards: '{reward}' is not among the rewards compared{hint}")
         return self
+
+    def _check_budget(self) -> None:
+        if self.budget is None:
+            return
+        if all(system.train is None for system in self.systems):
+            raise ValueError("budget: no system is trained here; remove it, or give systems a config to `train`")
+        for system in self.systems:
+            own = next((text for text in system.overrides if text.startswith("trainer.budget")), None)
+            if own is not None:
+                raise ValueError(f"systems: '{system.name}' overrides {own}, and budget holds for all; remove one")
 
     @property
     def baseline_name(self) -> str:

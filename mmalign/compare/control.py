@@ -24,17 +24,35 @@ from mmalign.progress import note
 from mmalign.reward_checks import check_reward
 
 
+def control_prompts(config: CompareConfig) -> list[Prompt]:
+    """Return the validation prompts of a comparison's guidance control, none where there is no control.
+
+    Raises:
+        UserError, RewardError: they cannot be read, or the rewards that choose cannot score images of them.
+    """
+    control = config.guidance_control
+    if control is None:
+        return []
+    prompts = load_prompts(control.prompts, control.limit)
+    for entry in config.rewards:
+        if entry.title in control.rewards:
+            check_reward(entry.name, entry.options, [prompt.text for prompt in prompts])
+    return prompts
+
+
 def run_control(
-    config: CompareConfig, control: GuidanceControl, baseline: SystemFacts, test: list[Prompt], models: ModelHolder
+    config: CompareConfig,
+    control: GuidanceControl,
+    baseline: SystemFacts,
+    prompts: list[Prompt],
+    test: list[Prompt],
+    models: ModelHolder,
 ) -> tuple[SystemFacts, dict[str, Any]]:
-    """Sweep the baseline's guidance over the validation prompts.
+    """Sweep the baseline's guidance over the validation prompts (`control_prompts`); `test` are the test's.
 
     Returns the control as a system, and the record of the sweep as results.json and the report show it.
     """
-    prompts = load_prompts(control.prompts, control.limit)
     entries = [entry for entry in config.rewards if entry.title in control.rewards]
-    for entry in entries:
-        check_reward(entry.name, entry.options, [prompt.text for prompt in prompts])
     overlap = len({prompt.text for prompt in prompts} & {prompt.text for prompt in test})
     if overlap:
         note(f"guidance control: {overlap} of the validation prompts are test prompts too, which favours the control")

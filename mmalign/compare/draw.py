@@ -22,8 +22,8 @@ class ModelHolder:
         self._model: str | None = None
         self._generator: Any = None
 
-    def open(self, model: str) -> Any:
-        """Return the generator of a model.
+    def open(self, model: str, adapter_scale: float = 1.0) -> Any:
+        """Return the generator of a model, with so much of its adapter.
 
         Raises:
             PipelineError: it cannot be loaded.
@@ -34,6 +34,8 @@ class ModelHolder:
             self.close()
             self._generator = load_generator(resolve_model(model), dtype=self._dtype, resolve=resolve_model)
             self._model = model
+        if self._generator.has_adapter or adapter_scale != 1:
+            self._generator.set_adapter_scale(adapter_scale)
         return self._generator
 
     def close(self) -> None:
@@ -52,12 +54,17 @@ def draw_system(
     source: ImageStore | None = None,
 ) -> ImageStore:
     """Complete the images of one system under `folder/<name>`; `source` is a store that may hold the same images."""
-    sampling = Sampling(config.steps, system.guidance, config.solver, config.precision)
+    sampling = Sampling(config.steps, system.guidance, config.solver, config.precision, system.adapter_scale)
     texts = [prompt.text for prompt in prompts]
     store = ImageStore(folder / system.name, system.fingerprint, sampling, texts, config.seeds)
     if source is not None:
         store.adopt(source)
-    draw_missing(store, lambda: models.open(system.model), batch_size=config.batch_size, label=f"draw {system.name}")
+    draw_missing(
+        store,
+        lambda: models.open(system.model, system.adapter_scale),
+        batch_size=config.batch_size,
+        label=f"draw {system.name}",
+    )
     return store
 
 

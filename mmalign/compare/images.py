@@ -33,6 +33,14 @@ class Sampling:
     guidance: float
     solver: str = "ddim"
     precision: str = "fp32"
+    adapter_scale: float = 1.0
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as manifests and keys hold them: a scale that scales nothing changes no image."""
+        values = asdict(self)
+        if self.adapter_scale == 1:
+            del values["adapter_scale"]
+        return values
 
 
 class ImageStore:
@@ -53,7 +61,7 @@ class ImageStore:
 
     def key(self, index: int, seed: int) -> str:
         """Return the hash of everything that the image depends on."""
-        made_from = [FORMAT, self.fingerprint, asdict(self.sampling), self.prompts[index], seed]
+        made_from = [FORMAT, self.fingerprint, self.sampling.identity(), self.prompts[index], seed]
         return hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
 
     def missing(self) -> dict[int, list[int]]:
@@ -90,7 +98,7 @@ class ImageStore:
         """Write the manifest."""
         if not self._unsaved:
             return
-        document: dict[str, Any] = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self.sampling)}
+        document: dict[str, Any] = {"format": FORMAT, "fingerprint": self.fingerprint, **self.sampling.identity()}
         document["images"] = dict(sorted(self._known.items()))
         write_atomically(self.folder / "manifest.json", json.dumps(document, indent=1))
         self._unsaved = 0

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mmalign.compare import report_plots, report_tables
+from mmalign.compare import report_costs, report_plots, report_tables
 from mmalign.compare.results import Comparison, describe_delta
 from mmalign.compare.thumbnails import MAX_SIDE, choose_prompts, embed
 from mmalign.files import write_atomically
@@ -47,6 +47,7 @@ def write_report(comparison: Comparison, document: dict[str, Any], config_text: 
         lstrip_blocks=True,
     )
     environment.filters["unbroken"] = unbroken
+    environment.filters["describe_cost"] = report_costs.describe_cost
     page = environment.get_template("report.html.j2").render(
         **page_context(comparison, document),
         config_text=config_text,
@@ -72,6 +73,9 @@ def page_context(comparison: Comparison, document: dict[str, Any]) -> dict[str, 
         "categories": report_plots.categories(document),
         "sweep": report_plots.sweep(comparison),
         "curves": report_plots.curves(comparison),
+        "costs": report_costs.cost_curves(comparison),
+        "scaled": any(facts.adapter_scale != 1 for facts in comparison.systems.values()),
+        "counted": any(facts.cost for facts in comparison.systems.values()),
         "configs": report_tables.config_differences(comparison),
         "gallery": gallery,
         "data": safe_json(_script_data(comparison, document, gallery["shown"])),

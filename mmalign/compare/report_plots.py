@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from mmalign.compare.charts import Axis, bar_mark, interval_mark, line_chart
+from mmalign.compare.report_costs import has_cost_curve
 from mmalign.compare.results import Comparison, describe_delta, signed
+from mmalign.compare.systems import COSTS, LOOK
 
-_UNINTERESTING = {"learning_rate", "epoch", "images_per_second", "memory_gb", "seconds"}
+_UNINTERESTING = {"learning_rate", "epoch", "images_per_second", "memory_gb", *COSTS}
 _FIRST = ("loss", "accuracy", "evaluation", "margin", "reward")
 _MAX_CURVES = 12
 
@@ -103,7 +105,9 @@ def curves(comparison: Comparison) -> list[dict[str, Any]]:
         if facts.control:
             continue
         for metric, points in facts.curves.items():
-            if len(points) > 1 and metric not in _UNINTERESTING:
+            # What is drawn against its cost is not drawn against steps, which cost differently from method to method.
+            elsewhere = metric.startswith(LOOK) and has_cost_curve(facts)
+            if len(points) > 1 and metric not in _UNINTERESTING and not elsewhere:
                 by_metric.setdefault(metric, {})[name] = [(float(step), value) for step, value in points]
 
     def rank(metric: str) -> tuple[int, str]:

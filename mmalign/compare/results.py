@@ -125,9 +125,12 @@ def _system(comparison: Comparison, name: str) -> dict[str, Any]:
         "model": facts.model,
         "fingerprint": facts.fingerprint,
         "guidance": facts.guidance,
+        "adapter_scale": facts.adapter_scale,
         "trained_on": facts.trained_on,
         "rewards": rewards,
     }
+    if facts.cost:
+        system["cost"] = facts.cost
     if facts.remark:
         system["remark"] = facts.remark
     if name != comparison.baseline:

@@ -5,7 +5,7 @@
     <output>/control/       the guidance sweep on the validation prompts, if a guidance control was asked for
     <output>/cache/         scores by image content
 
-Run again, it draws and scores only what is new.
+Systems that are trained here lie where their configs say. Run again, it trains, draws and scores only what is new.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from mmalign.compare.config import (
     load_compare_config,
     make_compare_config,
 )
-from mmalign.compare.control import run_control
+from mmalign.compare.control import control_prompts, run_control
 from mmalign.compare.draw import ModelHolder, draw_system
 from mmalign.compare.images import ImageStore
 from mmalign.compare.results import Comparison, build_results, write_results, write_scores
 from mmalign.compare.scoring import score_all
 from mmalign.compare.systems import SystemFacts, read_system
+from mmalign.compare.training import train_systems
 from mmalign.config import dump_config
 from mmalign.data.prompts import load_prompts
 from mmalign.files import check_output, write_atomically
@@ -60,8 +61,11 @@ class Outcome:
     report: Path
 
 
-def compare(config: CompareConfig) -> Outcome:
+def compare(config: CompareConfig, *, train: bool = True, retrain: bool = False) -> Outcome:
     """Draw, score and compare all systems of `config`, and write report, results and scores into its output.
+
+    Systems that the config trains are trained first, unless they are there already; for `train` and `retrain` see
+    `mmalign.compare.training.train_systems`.
 
     Raises:
         UserError, PipelineError, RewardError: a model, reward or prompt set is not what the config takes it for.
@@ -74,12 +78,13 @@ def compare(config: CompareConfig) -> Outcome:
     prompts = load_prompts(config.prompts, config.limit)
     for reward in config.rewards:
         check_reward(reward.name, reward.options, [prompt.text for prompt in prompts])
-    systems = _read_systems(config)
+    validation = control_prompts(config)
+    systems = _read_systems(config, train_systems(config, train=train, retrain=retrain))
     models = ModelHolder(config.precision)
     sweep = None
     if config.guidance_control is not None:
         baseline = systems[config.baseline_name]
-        control, sweep = run_control(config, config.guidance_control, baseline, prompts, models)
+        control, sweep = run_control(config, config.guidance_control, baseline, validation, prompts, models)
         systems = _insert_after(systems, baseline.name, control)
     stores: dict[str, ImageStore] = {}
     for name in sorted(systems, key=lambda name: name != config.baseline_name):  # the control copies from the baseline
@@ -121,6 +126,7 @@ def describe_settings(config: CompareConfig) -> dict[str, Any]:
         "limit": config.limit,
         "steps": config.steps,
         "guidance": config.guidance,
+        "budget": config.budget.model_dump(exclude_none=True) if config.budget else None,
         "solver": config.solver,
         "precision": config.precision,
         "resamples": config.resamples,
@@ -133,12 +139,12 @@ def describe_settings(config: CompareConfig) -> dict[str, Any]:
     }
 
 
-def _read_systems(config: CompareConfig) -> dict[str, SystemFacts]:
-    """Read the facts of all systems, the baseline first."""
+def _read_systems(config: CompareConfig, models: dict[str, str]) -> dict[str, SystemFacts]:
+    """Read the facts of all systems, whose models are given by name; the baseline comes first."""
     systems = {}
     for system in sorted(config.systems, key=lambda one: one.name != config.baseline_name):
         guidance = config.guidance if system.guidance is None else system.guidance
-        facts = read_system(system.name, system.model, guidance, system.trained_on)
+        facts = read_system(system.name, models[system.name], guidance, system.trained_on, system.adapter_scale)
         if facts.remark:
             note(f"{facts.name}: {facts.remark}; state it as trained_on if it was one of the rewards compared")
         systems[facts.name] = facts

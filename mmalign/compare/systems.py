@@ -12,11 +12,15 @@ import yaml
 from mmalign.config_files import flatten
 from mmalign.data.parquet import read_metadata
 from mmalign.errors import UserError
-from mmalign.resources import find, resolve_model
+from mmalign.resources import find, require_adapter, resolve_model
 from mmalign.tracking import read_metrics
 from pipelines import fingerprint_model
 
 _MAX_LINEAGE = 8
+LOOK = "evaluation/"
+"""What the metrics of a look at fixed prompts start with, before the reward's name."""
+COSTS = ("images_seen", "images_sampled", "reward_calls", "seconds")
+"""What a training run counts: images through the denoiser, images sampled, images scored, wall time without looks."""
 
 Curves = dict[str, list[tuple[int, float]]]
 """Metric -> (step, value) of a training run."""
@@ -26,8 +30,11 @@ Curves = dict[str, list[tuple[int, float]]]
 class SystemFacts:
     """One system of a comparison.
 
-    `run_config` is the flattened resolved configuration of its training ("trainer.steps" -> 400), empty where there
-    was none; `remark` says why `trained_on` may be incomplete; `control` marks the baseline at another guidance.
+    `adapter_scale` is how much of its adapter is used. `run_config` is the flattened resolved configuration of its
+    training ("trainer.steps" -> 400), empty where there was none. `looks` are the evaluations of its training, each a
+    mapping of "evaluation/REWARD" to a mean and of `COSTS` to what the training had cost by then; `cost` is what all
+    of it cost; both are empty where that was not counted. `remark` says why `trained_on` may be incomplete; `control`
+    marks the baseline at another guidance.
     """
 
     name: str
@@ -37,17 +44,26 @@ class SystemFacts:
     trained_on: list[str] = field(default_factory=list)
     run_config: dict[str, Any] = field(default_factory=dict)
     curves: Curves = field(default_factory=dict)
+    looks: list[dict[str, float]] = field(default_factory=list)
+    cost: dict[str, float] = field(default_factory=dict)
+    adapter_scale: float = 1.0
     remark: str = ""
     control: bool = False
 
 
-def read_system(name: str, model: str, guidance: float, trained_on: list[str] | None = None) -> SystemFacts:
+def read_system(
+    name: str, model: str, guidance: float, trained_on: list[str] | None = None, adapter_scale: float = 1.0
+) -> SystemFacts:
     """Collect the facts of a system; `trained_on` overrules what its directory says.
 
     Raises:
-        UserError, PipelineError: the model does not exist, is no model, or its files contradict each other.
+        UserError, PipelineError: the model does not exist, is no model, has no adapter to scale, or its files
+            contradict each other.
     """
     location = resolve_model(model)
+    if adapter_scale != 1:
+        require_adapter(model, f"system '{name}': adapter_scale {adapter_scale:g}", "train it with adapter.kind lora")
+    metrics = read_metrics(Path(location))
     run_config = _run_config(Path(location))
     declared, remark = (trained_on, "") if trained_on is not None else find_trained_on(location)
     return SystemFacts(
@@ -57,7 +73,10 @@ def read_system(name: str, model: str, guidance: float, trained_on: list[str] | 
         fingerprint=fingerprint_model(location, resolve=resolve_model),
         trained_on=list(declared),
         run_config=flatten(run_config),
-        curves=read_curves(Path(location)),
+        curves=read_curves(metrics),
+        looks=read_looks(metrics),
+        cost=read_cost(metrics),
+        adapter_scale=adapter_scale,
         remark=remark,
     )
 
@@ -86,15 +105,41 @@ def find_trained_on(location: str) -> tuple[list[str], str]:
     return list(found), "; ".join(remarks)
 
 
-def read_curves(run: Path) -> Curves:
-    """Return the numeric series of a training run's metrics; empty where there was none."""
+def read_curves(metrics: list[dict[str, Any]]) -> Curves:
+    """Return the numeric series of a training run's lines of metrics."""
     curves: Curves = {}
-    for line in read_metrics(run):
-        step = line.pop("step", None)
-        for name, value in line.items() if isinstance(step, int) else ():
-            if isinstance(value, int | float):
-                curves.setdefault(name, []).append((step, float(value)))
+    for line in metrics:
+        values = _numbers(line)
+        if "step" in values:
+            step = int(values.pop("step"))
+            for name, value in values.items():
+                curves.setdefault(name, []).append((step, value))
     return curves
+
+
+def read_looks(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Return the rewards of every look with what the training had cost by then; empty where that was not counted."""
+    looks = [_numbers(line) for line in metrics if any(name.startswith(LOOK) for name in line)]
+    return [
+        {name: value for name, value in look.items() if name in COSTS or name.startswith(LOOK)}
+        for look in looks
+        if _is_counted(look)
+    ]
+
+
+def read_cost(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """Return what a training run cost in all, by `COSTS`; empty where that was not counted."""
+    last: dict[str, Any] = next((line for line in reversed(metrics) if _is_counted(line)), {})
+    return {name: value for name, value in _numbers(last).items() if name in COSTS}
+
+
+def _is_counted(line: Mapping[str, Any]) -> bool:
+    # Every run logs seconds, but where nothing else is counted they hold the looks and start again on resuming.
+    return "images_seen" in line
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in line.items() if isinstance(value, int | float)}
 
 
 def _run_config(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 from mmalign.compare.charts import Axis, bar_mark, line_chart, thin_out
 from mmalign.compare.console import print_summary
 from mmalign.compare.report import safe_json, write_report
+from mmalign.compare.report_costs import cost_curves
 from mmalign.compare.report_tables import as_latex, as_markdown, config_differences, summary
 from mmalign.compare.results import Comparison, build_results, decimals, signed, write_results
 from mmalign.compare.scoring import RewardFacts
@@ -211,6 +212,67 @@ def test_tables_to_paste(tmp_path: Path) -> None:
     assert sum(line.startswith("| held_out | dpo |") for line in markdown.splitlines()) == 1
     assert "| seen | dpo † |" in markdown
     assert r"held\_out & base" in latex and r"dpo $^\dagger$" in latex and latex.count(r"\midrule") == 3
+
+
+def trained(name: str, calls: int, looks: int = 3, limit: int = 8, **more: Any) -> SystemFacts:
+    """A system of 100 images seen and `calls` reward calls between two looks, whose "seen" rises by 0.1 a look."""
+    costs = [
+        {"images_seen": 100.0 * i, "images_sampled": 0.0, "reward_calls": 1.0 * calls * i, "seconds": 2.0 * i}
+        for i in range(looks)
+    ]
+    seen = [{**cost, "evaluation/seen": 0.5 + 0.1 * i} for i, cost in enumerate(costs)]
+    config = {"method.name": name, "evaluate.limit": limit}
+    return SystemFacts(name, f"runs/{name}", 4.0, "3" * 32, ["seen"], config, {}, seen, costs[-1], **more)
+
+
+def test_held_out_rewards_are_drawn_against_each_cost(tmp_path: Path) -> None:
+    made = comparison(tmp_path)
+    assert cost_curves(made) is None and 'id="costs"' not in render(made, tmp_path)
+    made.systems |= {"prdp": trained("prdp", 7), "sft": trained("sft", 0, looks=5)}
+    made.systems["half"] = trained("half", 7, adapter_scale=0.5)
+    found = cost_curves(made)
+    assert [panel["title"] for panel in found["panels"]] == ["images seen", "reward calls", "seconds"]
+    by_images, by_calls, _ = (panel["charts"][0] for panel in found["panels"])
+    assert (by_images["label"], by_images["trained_on"], by_images["without"]) == ("seen", ["prdp", "sft"], [])
+    prdp, sft = (line["points"] for line in by_images["chart"]["lines"])
+    assert len(prdp) == 3 and len(sft) == 5
+    # Both rise by the same from look to look at the same cost, so one lies on the other.
+    np.testing.assert_allclose(prdp, sft[:3])
+    assert [line["name"] for line in by_calls["chart"]["lines"]] == ["prdp"] and by_calls["without"] == ["sft"]
+    assert found["systems"] == ["prdp", "sft"]
+    assert found["notes"] == [
+        "Left out: half, whose looks were at another adapter scale.",
+        "Left out: dpo, whose training logged no cost with its looks.",
+    ]
+    made.systems["sft"] = trained("sft", 0, limit=16)
+    assert cost_curves(made)["notes"][-1].startswith("The looks differ in evaluate.limit, so")
+
+
+def test_cost_and_adapter_scale_are_shown_and_kept(tmp_path: Path) -> None:
+    made = comparison(tmp_path)
+    facts = trained("dpo", 1500, adapter_scale=0.5)
+    made.systems["dpo"] = facts
+    made.settings = {"budget": {"images": 12000}, "steps": 4, "guidance": 4.0, "solver": "ddim", "precision": "fp32"}
+    systems = build_results(made)["systems"]
+    assert systems["dpo"]["cost"] == {"images_seen": 200, "images_sampled": 0, "reward_calls": 3000, "seconds": 4}
+    assert systems["dpo"]["adapter_scale"] == 0.5 and "cost" not in systems["base"]
+    page = render(made, tmp_path)
+    parse(page)
+    assert "200 images seen, 3,000 reward calls, 4 seconds" in page
+    assert "12,000 images seen by each trained system" in page
+    assert "Adapter scale</th>" in page and '<td class="right">0.5</td>' in page
+    made.systems["dpo"] = SystemFacts("dpo", "runs/dpo", 4.0, "1" * 32)
+    assert "Adapter scale</th>" not in (page := render(made, tmp_path)) and "Cost of training" not in page
+
+
+def test_ticks_tell_a_scale_and_stay_in_the_picture() -> None:
+    for low, high in ((0.755, 0.845), (0.999, 1.001), (-3.0, 4.9), (0.0, 123456.0)):
+        axis = Axis.over([low, high])
+        assert len(axis.ticks) >= 2 and all(axis.low <= tick <= axis.high for tick in axis.ticks)
+    chart = line_chart({"a": [(0, 0.0), (100_000, 1.0)]})
+    last = chart["x_ticks"][-1]
+    assert (last["text"], last["anchor"], last["at"]) == ("100,000", "end", chart["width"])
+    assert chart["x_ticks"][0]["anchor"] == "middle"
 
 
 def test_axes_and_marks() -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 import yaml
 
 from mmalign.compare.systems import find_trained_on, read_curves, read_system
 from mmalign.data.parquet import atomic_parquet
+from mmalign.errors import UserError
+from mmalign.tracking import read_metrics
 
 
 def fake_model(folder: Path, **config: Any) -> Path:
@@ -53,9 +56,39 @@ def test_curves_and_configuration(tmp_path: Path) -> None:
     model = fake_model(tmp_path / "m", model="org/base", method={"name": "sft"}, rewards=[{"name": "clip"}])
     lines = ['{"step": 1, "loss": 0.5}', '{"step": 2, "loss": null, "accuracy": 1}', '{"step": 3, "lo']
     (model / "metrics.jsonl").write_text("\n".join(lines))
-    assert read_curves(model) == {"loss": [(1, 0.5)], "accuracy": [(2, 1.0)]}
+    assert read_curves(read_metrics(model)) == {"loss": [(1, 0.5)], "accuracy": [(2, 1.0)]}
     assert read_system("m", str(model), 4.0).run_config == {
         "model": "org/base",
         "method.name": "sft",
         "rewards.0.name": "clip",
     }
+
+
+def test_looks_and_cost_are_read_where_they_were_counted(tmp_path: Path) -> None:
+    model = fake_model(tmp_path / "m", model="org/base")
+    lines = [
+        {"step": 0, "images_seen": 0, "images_sampled": 0, "reward_calls": 0, "seconds": 0.0, "evaluation/clip": 0.1},
+        {"step": 2, "images_seen": 64, "images_sampled": 8, "reward_calls": 8, "seconds": 1.5, "loss": 0.7},
+        {
+            "step": 2,
+            "images_seen": 64,
+            "images_sampled": 8,
+            "reward_calls": 8,
+            "seconds": 1.5,
+            "evaluation/clip": None,
+        },
+        {"step": 4, "images_seen": 128, "images_sampled": 16, "reward_calls": 16, "seconds": 3.5, "loss": 0.6},
+    ]
+    (model / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    facts = read_system("m", str(model), 4.0)
+    assert facts.cost == {"images_seen": 128, "images_sampled": 16, "reward_calls": 16, "seconds": 3.5}
+    counted = {"images_seen": 0, "images_sampled": 0, "reward_calls": 0, "seconds": 0}
+    assert facts.looks == [
+        {**counted, "evaluation/clip": 0.1},
+        {"images_seen": 64, "images_sampled": 8, "reward_calls": 8, "seconds": 1.5},
+    ]
+    (model / "metrics.jsonl").write_text('{"step": 1, "seconds": 2.0}\n{"step": 1, "evaluation/clip": 0.2}')
+    facts = read_system("m", str(model), 4.0)
+    assert (facts.looks, facts.cost) == ([], {})
+    with pytest.raises(UserError, match="system 'm': adapter_scale 0.5 needs an adapter, .* adapter.kind lora"):
+        read_system("m", str(model), 4.0, adapter_scale=0.5)

@@ -130,7 +130,11 @@ def test_adapter_directory_and_scale(model, adapter, tmp_path, capsys):
     assert (images["tuned"] == images["added"]).all() and (images["off"] == images["base"]).all()
     assert np.abs(images["tuned"] - images["base"]).max() > 3
     assert generate(model, tmp_path / "none", "--adapter-scale", "0.5") == 2
-    assert "--adapter-scale needs an adapter" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"--adapter-scale 0.5 needs an adapter, and {model} is a whole model without one" in error
+    assert "give --adapter PATH or a MODEL that is one, or leave the scale out" in error
+    assert generate(adapter, tmp_path / "tuned", "--adapter-scale", "0.5") == 2
+    assert "adapter_scale 1.0 -> 0.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -145,6 +149,8 @@ def test_adapter_directory_and_scale(model, adapter, tmp_path, capsys):
         ("a ring", ["--eta", "2"], "must lie between 0 and 1"),
         ("a ring", ["--guidance", "-1"], "--guidance -1.0: must be a number of at least 0"),
         ("a ring", ["--guidance", "nan"], "--guidance nan: must be a number of at least 0"),
+        ("a ring", ["--adapter-scale", "-1"], "--adapter-scale -1.0: must be a number of at least 0"),
+        ("a ring", ["--adapter-scale", "inf"], "--adapter-scale inf: must be a number of at least 0"),
         ("a ring", ["--precision", "fp16"], "--precision: fp16 needs a GPU"),
         ("a ring", ["--eta", "1", "--solver", "dpm++"], "needs --solver ddim"),
         ("a ring", ["--adapter", "no/adapter"], "no such file or directory"),

@@ -82,13 +82,23 @@ def test_disabling_within_a_step_keeps_the_policy_gradient(sd15: Generator) -> N
 
 def test_scale_interpolates(sd15: Generator) -> None:
     base = predict(sd15)
+    with pytest.raises(PipelineError, match="carries no LoRA adapter to scale"):
+        sd15.set_adapter_scale(0.5)
     sd15.add_adapter(2)
     train(sd15)
     tuned = predict(sd15)
     sd15.set_adapter_scale(0.0)
     assert torch.allclose(predict(sd15), base, atol=1e-6)
+    sd15.set_adapter_scale(0.25)
+    quarter = predict(sd15)
     sd15.set_adapter_scale(1.0)
     assert torch.equal(predict(sd15), tuned)
+    with torch.no_grad():  # W + scale * B A with scale 1/4 is W + (B / 4) A
+        for name, parameter in sd15.network.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.25)
+    torch.testing.assert_close(predict(sd15), quarter, atol=1e-6, rtol=0)
+    assert min((quarter - base).abs().max(), (quarter - tuned).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("alpha", [None, 6.0])
