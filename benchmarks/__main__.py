@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]`: run the benchmarks and print a table of times, and ratios within the run."""
+"""`python -m benchmarks [NAME ...]`: run the benchmarks and print tables of times with their ratios, and of memory."""
 
 from __future__ import annotations
 
