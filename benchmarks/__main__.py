@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]`: run the benchmarks and print a table of times, and ratios within the run."""
+"""`python -m benchmarks [NAME ...]`: run the benchmarks and print tables of times with their ratios, and of memory."""
 
 from __future__ import annotations
 
@@ -105,18 +105,15 @@ def _print(console: Any, name: str, report: Any) -> None:
     if report.skipped:
         console.print(f"{name}: skipped, {report.skipped}", highlight=False)
         return
-    table = Table("side", title=f"{name}: {report.title}", title_justify="left", title_style="bold")
-    for heading in ("median ms", "images/s"):
+    (first, *headings), rows = report.table()
+    table = Table(first, title=f"{name}: {report.title}", title_justify="left", title_style="bold")
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for side in report.seconds:
-        seconds = report.median(side)
-        table.add_row(side, f"{1000 * seconds:.1f}", f"{report.images / seconds:.1f}")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    for ratio in report.ratios:
-        middle, low, high = report.ratio(ratio)
-        console.print(f"  {ratio}: {middle:.2f} (quartiles {low:.2f} to {high:.2f})", highlight=False)
-    for fact, value in report.facts.items():
-        console.print(f"  {fact}: {value}", highlight=False)
+    for note in report.notes():
+        console.print(f"  {note}", highlight=False)
 
 
 if __name__ == "__main__":

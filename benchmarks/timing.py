@@ -59,6 +59,22 @@ class Report:
         low, middle, high = statistics.quantiles(rounds, n=4, method="inclusive")
         return middle, low, high
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return headings and rows to print."""
+        rows = []
+        for side in self.seconds:
+            seconds = self.median(side)
+            rows.append([side, f"{1000 * seconds:.1f}", f"{self.images / seconds:.1f}"])
+        return ["side", "median ms", "images/s"], rows
+
+    def notes(self) -> list[str]:
+        """Return lines to print below the table: the ratios with their quartiles, and the facts."""
+        lines = []
+        for ratio in self.ratios:
+            middle, low, high = self.ratio(ratio)
+            lines.append(f"{ratio}: {middle:.2f} (quartiles {low:.2f} to {high:.2f})")
+        return lines + [f"{fact}: {value}" for fact, value in self.facts.items()]
+
     def as_json(self) -> dict[str, Any]:
         """Return everything, the single times included, as plain values."""
         return {

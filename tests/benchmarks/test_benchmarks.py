@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import BENCHMARKS, cpu_attention, sampling, scoring, training_step
+from benchmarks import BENCHMARKS, cpu_attention, memory, sampling, scoring, training_step
 from benchmarks.__main__ import main
+from benchmarks.models import write_pipeline
 from benchmarks.timing import Report, Settings, interleave
 
 SMALLEST = Settings(torch.device("cpu"), repeats=1, warmup=0, batch=2, steps=2)
@@ -61,6 +63,42 @@ def test_attention_kernels_agree_and_are_skipped_on_a_gpu() -> None:
     assert list(bf16.seconds) == ["flash", "math"]
     (skipped,) = cpu_attention.measure(Settings(torch.device("cuda")))
     assert skipped.skipped and not skipped.seconds
+
+
+def test_the_peak_of_a_step_is_more_than_what_its_graph_holds(tmp_path: Path) -> None:
+    """A feature map of the first level, 64 channels of 16x16 in bfloat16 for 8 images twice, takes half a MiB."""
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    model = str(write_pipeline(tmp_path))
+    try:
+        peaks = {
+            checkpoint: memory.peak_of_step(model, "cpu", 2, 8, checkpoint, 1)["peak"] for checkpoint in (True, False)
+        }
+    finally:
+        torch.backends.cuda.enable_flash_sdp(flash)
+    assert 10 * memory.MIB < peaks[True] < peaks[False]
+
+
+def test_settings_that_would_not_fit_are_foretold_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"5": 100, "10": 200, "20": 400}
+
+    def answer(command: list[str], **_: object) -> SimpleNamespace:
+        steps = str(json.loads(command[-1])[2])
+        return SimpleNamespace(stdout=json.dumps({"peak": peaks[steps] * memory.MIB, "seconds": 1.5}))
+
+    monkeypatch.setattr(memory.subprocess, "run", answer)
+    monkeypatch.setattr(memory, "_free", lambda device: 1000 * memory.MIB)
+    (report,) = memory.measure(Settings(torch.device("cpu")))
+    headings, rows = report.table()
+    assert headings[:3] == ["sampling steps", "checkpointing, MiB", "checkpointing, s"]
+    assert rows[2] == ["20", "400", "1.5", "400", "1.5"] and rows[3][:2] == ["50", "not run, about 1000"]
+    assert report.notes()[:2] == [f"{side}: 20.00 MiB for each further step" for side in report.peaks]
+    assert report.as_json()["peaks"][memory.PLAIN] == {
+        5: 100 * memory.MIB,
+        10: 200 * memory.MIB,
+        20: 400 * memory.MIB,
+        50: None,
+    }
+    assert report.facts["latents of one step"] == "0.06 MiB"  # 16 images of 4 channels of 16x16 in float32
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
