@@ -127,7 +127,7 @@ def test_all_faults_at_once_each_with_key_given_allowed_and_nearest(recipe: Path
         "trainer.batch_size: given the text 'ten'; allowed: a whole number",
         "trainer.precision: given the text 'bf15'; allowed: fp32, bf16, fp16; did you mean 'bf16'?",
         "trainer.ema: given 2; allowed: less than 1",
-        "trainer.stepz: unknown key; did you mean 'steps'? (known: steps, batch_size",
+        "trainer.stepz: unknown key; did you mean 'steps'? (known: steps, budget",
         "evaluate.every: given 0; allowed: greater than or equal to 1",
         "evaluate.prompts: missing; give a built-in name",
         "evaluate.rewards: missing",
