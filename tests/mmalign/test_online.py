@@ -93,6 +93,26 @@ def test_ratio_is_one_before_the_first_update(model: str) -> None:
     assert float(metrics["clipped"]) == 0.0
 
 
+def test_only_the_random_part_of_the_sampling_is_learned_from(model: str) -> None:
+    run = make_run(model)
+    run.cost.watch(run.generator.network)
+    method = DDPO(DDPOConfig(sampling_steps=4, guidance=1.0, images_per_prompt=3, random_steps=(0.0, 0.5)))
+    (rollout,) = method.collect(run, [prompts(run, "a red circle")])
+    assert (rollout.stds > 0).all(1).tolist() == [True, True, False, False]
+    run.cost.start()
+    method.learn(run, rollout, lambda loss: loss.backward())
+    assert run.cost.images_seen == 2 * 3 + 2 * 3 + 3  # two steps forward and backward, one for the KL
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"eta": 0.0}, "method.eta is 0"), ({"random_steps": (0.5, 0.5)}, "holds none of 4 steps")],
+)
+def test_sampler_without_randomness_is_refused(model: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DDPO(DDPOConfig(sampling_steps=4, **options)).check(make_run(model).process)
+
+
 def test_ratio_that_is_not_one_is_refused_with_the_reason(model: str) -> None:
     run = make_run(model)
     method = DDPO(DDPOConfig(sampling_steps=3, guidance=2.0, images_per_prompt=3))

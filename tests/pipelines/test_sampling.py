@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from pipelines import Generator, PipelineError, gaussian_log_prob, guided_predictor, sample, seeded_noise
+from pipelines.sampling import replay_step
 
 PROMPTS = ["a red circle", "two blue stars above the green square"]
 
@@ -140,6 +141,32 @@ def test_a_later_start_goes_on_and_an_early_exit_ends_in_the_predicted_clean_lat
     assert torch.allclose(early.latents, clean, atol=1e-5) and torch.equal(early.states[:3], whole.states[:3])
     assert early.next_timesteps.tolist() == [*whole.timesteps[1:3].tolist(), -1]
     assert early.stds[2].tolist() == early.log_probs[2].tolist() == [0, 0]
+
+
+def test_noise_can_differ_from_step_to_step(generator: Generator) -> None:
+    """Random where eta is 1, deterministic from there on: as going on without noise from where the noise ended."""
+    cond, options = generator.encode_prompts(PROMPTS), {"steps": 4, "guidance": 2.0, "seeds": [3, 4], "record": True}
+    mixed = sample(generator, cond, eta=[1.0, 1.0, 0.0, 0.0], **options)
+    random = sample(generator, cond, eta=1.0, **options)
+    assert mixed.states is not None and random.states is not None and mixed.stds is not None
+    torch.testing.assert_close(mixed.states[:3], random.states[:3], rtol=0, atol=0)
+    assert (mixed.stds > 0).all(1).tolist() == [True, True, False, False]
+    tail = sample(generator, cond, steps=4, guidance=2.0, latents=mixed.states[2], start_step=2)
+    torch.testing.assert_close(mixed.latents, tail.latents, rtol=0, atol=1e-6)
+
+
+def test_replayed_steps_are_the_recorded_ones(generator: Generator) -> None:
+    cond = generator.encode_prompts(PROMPTS)
+    recorded = sample(generator, cond, steps=3, guidance=2.0, eta=0.7, seeds=[3, 4], record=True)
+    assert recorded.means is not None and recorded.log_probs is not None
+    predict = guided_predictor(generator, cond, 2.0)
+    with torch.no_grad():
+        for index in range(3):
+            mean, _, log_prob = replay_step(generator.process, recorded, index, predict, eta=0.7)
+            assert torch.equal(mean, recorded.means[index]) and torch.equal(log_prob, recorded.log_probs[index])
+        second = guided_predictor(generator, cond[[1]], 2.0)
+        mean, _, _ = replay_step(generator.process, recorded, 1, second, eta=0.7, rows=torch.tensor([1]))
+    torch.testing.assert_close(mean, recorded.means[1, [1]], rtol=1e-5, atol=1e-6)
 
 
 def test_log_prob_is_the_mean_over_dimensions() -> None:
