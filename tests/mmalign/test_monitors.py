@@ -50,7 +50,7 @@ def grey(distance: float) -> Tensor:
 
 
 def test_over_optimisation_is_said_at_the_third_look_below() -> None:
-    monitors = make()
+    monitors = make(action="stop")
     learn(monitors)
     # The margin is 0.2 of a quarter of 0.78, so 0.039; the median step of the looks is 0.
     looks = [0.78, 0.78, 0.77, 0.74, 0.74, 0.73]
@@ -59,10 +59,10 @@ def test_over_optimisation_is_said_at_the_third_look_below() -> None:
         alarms = monitors.alarms()
         assert bool(alarms) == (index == 5), index
         if alarms:
-            assert alarms[0].name == "over_optimisation" and not alarms[0].stop
-            # 17 lines of 0.8 after a start of 0.6: the running mean is 0.8 - 0.2 * 0.8^17 = 0.7955.
+            assert alarms[0].name == "over_optimisation" and alarms[0].stop
+            # 17 lines of 0.8 after a start of 0.6: the running mean is 0.8 - 0.2 * 0.7^17 = 0.7995.
             assert alarms[0].sentence.startswith(
-                "step 100: the training reward shapes-clip rose from 0.6 to 0.795 while the held-out "
+                "step 100: the training reward shapes-clip rose from 0.6 to 0.8 while the held-out "
                 "shapes-correctness fell from 0.78 to 0.73 (3 looks in a row): over-optimisation"
             )
 
@@ -103,11 +103,11 @@ def test_memorising_is_another_sentence() -> None:
     monitors = make()
     learn(monitors)
     alarms: list[Alarm] = []
-    for step, score in enumerate([0.60, 0.61, 0.60, 0.62]):  # the training gain is 0.1955, a quarter of it 0.049
+    for step, score in enumerate([0.60, 0.61, 0.60, 0.62]):  # the training gain is 0.1995, a quarter of it 0.05
         monitors.look(step, {TRAINED: score, HELD_OUT: 0.8})
         alarms += monitors.alarms()
     assert [alarm.name for alarm in alarms] == ["memorising"]
-    assert "shapes-clip rose from 0.6 to 0.795 on the training prompts and went from 0.6 to 0.6" in alarms[0].sentence
+    assert "shapes-clip rose from 0.6 to 0.8 on the training prompts and went from 0.6 to 0.6" in alarms[0].sentence
     learning = make()
     learn(learning)
     assert fire(learning, held_out(learning, TRAINED), [0.60, 0.66, 0.66, 0.70, 0.70]) == []
@@ -151,25 +151,40 @@ def test_collapse_warns_once_until_it_has_recovered() -> None:
         values = monitors.pictures(step, grey(distance), PROMPTS)
         assert values["monitor/diversity"] == pytest.approx(distance, rel=1e-5)
 
-    start, collapsed, half_way = [0.4, 0.38, 0.42], [0.1] * 3, [0.25] * 5  # 0.25: within bounds, but not recovered
-    assert fire(monitors, observe, [*start, 0.1, 0.1, 0.4, *collapsed]) == [(8, "diversity")]
-    assert fire(monitors, observe, [*half_way, *collapsed]) == []
-    assert fire(monitors, observe, [0.35] * 3 + collapsed) == [(5, "diversity")]
+    # The running mean after n lines at 0.1 is 0.1 + 0.3 * 0.7^n, below half the start from n = 4 on.
+    assert fire(monitors, observe, [0.42, 0.38, 0.4, 0.1, 0.1, 0.1]) == []
+    assert fire(monitors, observe, [0.1] * 4) == [(2, "diversity")]
+    assert fire(monitors, observe, [0.25] * 12 + [0.1] * 8) == []  # 0.25 is within bounds, but no recovery
+    assert fire(monitors, observe, [0.4] * 8) == []
+    # From 0.4 - 0.3 * 0.7^8 = 0.383 it needs n = 3: 0.1 + 0.283 * 0.7^3 = 0.197, and then two more.
+    assert fire(monitors, observe, [0.1] * 8) == [(4, "diversity")]
+
+
+def test_a_few_bad_batches_are_no_collapse() -> None:
+    usual = [0.34, 0.22, 0.32, 0.25, 0.17, 0.42, 0.34, 0.19, 0.39, 0.34]  # ten batches of Shapes, four prompts each
+    draw = random.Random(0)
+    for run in range(40):
+        monitors = make()
+        for step, distance in enumerate(draw.choices(usual, k=60)):
+            monitors.pictures(step, grey(distance), PROMPTS)
+        assert monitors.alarms() == [], run
 
 
 def test_saturation_and_high_frequency() -> None:
-    smooth = torch.linspace(0.2, 0.8, 32).expand(4, 3, 32, 32)
-    clipped = torch.where(torch.arange(32) < 10, 1.0, smooth)
-    board = (torch.arange(32)[:, None] + torch.arange(32)) % 2
-    for name, bad in (("saturation", clipped), ("high_frequency", smooth + 0.2 * board - 0.1)):
+    smooth = (0.5 + 0.3 * torch.cos(2 * torch.pi * torch.arange(32) / 32)).expand(4, 3, 32, 32)
+    clipped = torch.where(torch.arange(32) < 10, 1.0, smooth)  # 10 / 32 (1 - 0.7^n) passes 0.2 at n = 3
+    board = (torch.arange(32)[:, None] + torch.arange(32)) % 2 - 0.5
+    # Variances 0.1^2 and 0.3^2 / 2 make 18.2 %, of which 30 % are above the threshold of 1 % at n = 1.
+    for name, bad, due in (("saturation", clipped, 7), ("high_frequency", smooth + 0.2 * board, 5)):
         monitors = make(action="stop")
-        for step in range(6):
-            assert monitors.alarms() == []
-            values = monitors.pictures(step, bad if step > 2 else smooth, PROMPTS)
-        alarms = [alarm for alarm in monitors.alarms() if alarm.name == name]
-        assert len(alarms) == 1 and alarms[0].stop and alarms[0].step == 5
-        assert values["monitor/saturation"] == pytest.approx(10 / 32 if name == "saturation" else 0)
-    assert "2" in alarms[0].sentence
+
+        def observe(step: int, level: float, bad: Tensor = bad, monitors: Monitors = monitors) -> None:
+            monitors.pictures(step, bad if level else smooth, PROMPTS)
+
+        raised = [alarm for alarm in fire(monitors, observe, [0.0] * 3 + [1.0] * 8) if alarm[1] == name]
+        assert raised == [(due, name)]
+    values = monitors.pictures(11, smooth + 0.2 * board, PROMPTS)
+    assert values["monitor/high_frequency"] == pytest.approx(0.01 / 0.055, rel=1e-4)
 
 
 def test_runaway_updates() -> None:
@@ -181,7 +196,12 @@ def test_runaway_updates() -> None:
     assert kl == [(13, "kl")]
     limits = make(kl_limit=0.1, patience=1)
     assert fire(limits, lambda s, v: limits.metrics(s, {"kl": v}), [0.05, 0.09, 0.11]) == [(2, "kl")]
-    assert fire(limits, lambda s, v: limits.metrics(s, {"log_ratio_max": v}), [0.9, 1.1]) == [(1, "ratio")]
+    limits.metrics(7, {"log_ratio_max": 0.9})
+    limits.metrics(8, {"log_ratio_max": 1.1})
+    (alarm,) = limits.alarms()
+    assert alarm.sentence.startswith(
+        "step 8: the largest |log| of an importance ratio is 1.1, more than 1 (1 line in a row): the policy has left"
+    )
 
 
 def test_the_growth_of_a_warm_up_and_the_noise_of_a_maximum_are_no_runaway() -> None:
@@ -235,7 +255,8 @@ def test_what_is_not_a_number_is_passed_over() -> None:
         monitors.look(step, {HELD_OUT: nan}, {HELD_OUT: nan})
         assert monitors.pictures(step, torch.full((4, 3, 8, 8), nan), PROMPTS) == {}
         story(plain, step)
-    assert monitors.alarms() == plain.alarms() != []
+    raised = monitors.alarms()
+    assert raised == plain.alarms() and raised and not raised[0].stop
     assert monitors.state_dict() == plain.state_dict()
     broken = grey(0.4).clone()
     broken[0] = nan
