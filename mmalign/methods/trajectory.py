@@ -30,6 +30,8 @@ from pipelines.noise import NoiseProcess
 from pipelines.sampling import Trajectory, replay_step
 
 RATIO_TOLERANCE = 1e-4
+WATCHED = 4
+"""Images a batch on which the KL to the reference is measured where it is only watched."""
 
 
 class RatioError(RuntimeError):
@@ -84,6 +86,10 @@ class Rollout:
         """The standard deviation of each recorded step; 0 where the sampler is deterministic."""
         assert self.trajectory.stds is not None
         return self.trajectory.stds
+
+    def random_steps(self) -> list[int]:
+        """Return the steps that have a density, which is what can be learned from."""
+        return (self.stds > 0).all(1).nonzero().flatten().tolist()
 
 
 ConfigT = TypeVar("ConfigT", bound=TrajectoryConfig)
@@ -156,19 +162,18 @@ class TrajectoryMethod(Method[ConfigT]):
             samples, trajectory, scores.total, scores.parts, trajectory.log_probs, run.step, trajectory.log_probs
         )
         if self.whole_reference or c.kl_weight:
-            means, _, found = zip(*(self._reference(run, rollout, i) for i in range(c.sampling_steps)), strict=True)
-            rollout.reference_means, rollout.reference_log_probs = torch.stack(means), torch.stack(found)
+            with run.reference.active():
+                rollout.reference_means, rollout.reference_log_probs = self._replay_all(run, rollout)
         return rollout
 
     def learn(self, run: Run, batch: Rollout, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
         """Differentiate the objective by the log-probs, then compute one sampling step after another with a graph."""
         c, fresh = self.config, batch.drawn_at == run.step
-        present = batch.old_log_probs if fresh else self.replay_all(run, batch)
+        present = batch.old_log_probs if fresh else self.policy_log_probs(run, batch)
         batch.log_probs = present.clone().requires_grad_()
         output = self.loss(run, batch)
         (weights,) = torch.autograd.grad(output.loss, batch.log_probs)
-        weights = weights * (batch.stds > 0)
-        random_steps = (batch.stds > 0).any(1).nonzero().flatten().tolist()
+        random_steps = batch.random_steps()
         everything = torch.arange(weights.shape[1], device=weights.device)
         # At least one step is computed, so that there is always a gradient, if only of zeros.
         for index in [i for i in random_steps if c.kl_weight or bool(weights[i].any())] or random_steps[:1]:
@@ -199,15 +204,16 @@ class TrajectoryMethod(Method[ConfigT]):
     def _kl(self, run: Run, batch: Rollout) -> Tensor:
         """Return the KL of a sampling step to the reference's in nats per dimension, of one random step if need be."""
         assert batch.trajectory.means is not None
-        steps = (batch.stds > 0).all(1).nonzero().flatten().tolist()
-        if batch.reference_means is None:
-            drawn = torch.randint(len(steps), (1,), generator=run.random("kl", run.step, batch.samples.ids[0]))
-            steps = [steps[int(drawn)]]
-            reference = {index: self._reference(run, batch, index)[0] for index in steps}
-        else:
-            reference = {index: batch.reference_means[index] for index in steps}
-        means, stds = batch.trajectory.means, batch.stds
-        return torch.stack([gaussian_kl(means[i], reference[i], stds[i]).mean() for i in steps]).mean()
+        means, stds, steps = batch.trajectory.means, batch.stds, batch.random_steps()
+        if batch.reference_means is not None:
+            return gaussian_kl(
+                means[steps].flatten(0, 1), batch.reference_means[steps].flatten(0, 1), stds[steps].flatten()
+            ).mean()
+        index = steps[int(torch.randint(len(steps), (1,), generator=run.random("kl", run.step, batch.samples.ids[0])))]
+        rows = torch.arange(min(WATCHED, len(batch.rewards)), device=stds.device)
+        with run.reference.active():
+            reference = self._replay(run, batch, index, rows)[0]
+        return gaussian_kl(means[index, rows], reference, stds[index, rows]).mean()
 
     def _replay(
         self, run: Run, batch: Rollout, index: int, rows: Int[Tensor, " rows"] | None = None
@@ -217,14 +223,18 @@ class TrajectoryMethod(Method[ConfigT]):
         predict = guided_predictor(run.generator, cond, self.config.guidance, autocast=run.autocast)
         return replay_step(run.process, batch.trajectory, index, predict, eta=self.etas()[index], rows=rows)
 
-    @torch.no_grad()
-    def replay_all(self, run: Run, batch: Rollout) -> Float[Tensor, "steps batch"]:
-        """Return the log-probs of all recorded steps under the network as it is now, without a graph."""
-        return torch.stack([self._replay(run, batch, index)[2] for index in range(len(batch.old_log_probs))])
+    def policy_log_probs(self, run: Run, batch: Rollout) -> Float[Tensor, "steps batch"]:
+        """Return the log-probs of the recorded steps under the network as it is now, without a graph."""
+        return self._replay_all(run, batch)[1]
 
-    def _reference(self, run: Run, batch: Rollout, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        with run.reference.active():
-            return self._replay(run, batch, index)
+    @torch.no_grad()
+    def _replay_all(self, run: Run, batch: Rollout) -> tuple[Tensor, Tensor]:
+        """Return means and log-probs of all steps; a deterministic one keeps its mean and has the log-prob 0."""
+        assert batch.trajectory.means is not None
+        means, log_probs = batch.trajectory.means.clone(), torch.zeros_like(batch.old_log_probs)
+        for index in batch.random_steps():
+            means[index], _, log_probs[index] = self._replay(run, batch, index)
+        return means, log_probs
 
 
 def _check_ratio(log_prob: Tensor, old: Tensor) -> None:
