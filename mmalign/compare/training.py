@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmalign.compare.config import CompareConfig, SystemConfig
+from mmalign.compare.systems import read_cost
 from mmalign.config import BudgetConfig, RunConfig, load_config
 from mmalign.config_files import Faults, flatten
 from mmalign.errors import UserError
@@ -19,6 +20,7 @@ from mmalign.hub import CONFIG_FILE, has_export, is_finished
 from mmalign.prepare import set_aside
 from mmalign.progress import note
 from mmalign.resources import resolve_model
+from mmalign.tracking import read_metrics
 
 State = Literal["absent", "unfinished", "finished", "different"]
 
@@ -147,13 +149,25 @@ def _look_into(run: RunConfig) -> tuple[State, list[str]]:
         return "different", [str(error).splitlines()[0]]
     wanted = _values(run)
     differences = [
-        f"{key} was {found.get(key, '(absent)')}, now {wanted.get(key, '(absent)')}"
+        (key, f"{key} was {found.get(key, '(absent)')}, now {wanted.get(key, '(absent)')}")
         for key in dict.fromkeys([*wanted, *found])
         if found.get(key) != wanted.get(key)
     ]
-    if differences:
-        return "different", differences
+    if differences and not (is_finished(output) and _within_budget(run, differences)):
+        return "different", [text for _, text in differences]
     return ("finished" if is_finished(output) else "unfinished"), []
+
+
+def _within_budget(run: RunConfig, differences: list[tuple[str, str]]) -> bool:
+    """Tell whether a run of another budget, or of none, did all its steps and cost no more than the present one."""
+    if any(not key.startswith("trainer.budget") for key, _ in differences):
+        return False
+    metrics = read_metrics(Path(run.output))
+    cost, done = read_cost(metrics), max((line.get("step", 0) for line in metrics), default=0)
+    if not cost or done < run.trainer.steps:
+        return False
+    limit = {} if run.trainer.budget is None else run.trainer.budget.model_dump(exclude_none=True)
+    return all(cost["images_seen" if unit == "images" else unit] <= allowed for unit, allowed in limit.items())
 
 
 def _values(run: RunConfig) -> dict[str, object]:

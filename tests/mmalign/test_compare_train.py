@@ -132,6 +132,15 @@ def test_the_budget_is_an_override_of_every_trained_system(shared: Path, room: P
     assert [one.config.trainer.budget for one in plan_trainings(comparison(shared, dpo(shared)))] == [None]
 
 
+def test_a_run_that_stayed_within_the_budget_is_found(shared: Path, room: Path) -> None:
+    """SFT: 4 steps of 2 images, forward and backward each counting one, are 16 images seen."""
+    train_systems(comparison(shared, system(shared, "sft")))
+    assert losses(room / "runs" / "sft", "images_seen")[4] == 16
+    for limit, state in ((16, "finished"), (15, "different")):
+        (training,) = plan_trainings(comparison(shared, system(shared, "sft"), budget={"images": limit}))
+        assert training.state == state
+
+
 def test_an_unfinished_training_goes_on_to_the_same_weights(
     shared: Path, room: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
