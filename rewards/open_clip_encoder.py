@@ -52,7 +52,7 @@ class OpenClipEncoder(Encoder):
         """Count tokens; open_clip's tokenizers either wrap transformers' or encode without start and end."""
         wrapped = getattr(self.tokenizer, "tokenizer", None)
         if wrapped is not None:
-            return [len(wrapped(text, verbose=False)["input_ids"]) for text in texts]
+            return [len(ids) for ids in wrapped(list(texts), verbose=False)["input_ids"]]
         return [len(self.tokenizer.encode(text)) + 2 for text in texts]
 
 
