@@ -13,8 +13,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rewards.encoders import Encoder
 from rewards.errors import RewardError, choices
@@ -46,7 +47,26 @@ class OpenClipEncoder(Encoder):
 
     def embed_texts(self, texts: list[str]) -> Float[Tensor, "batch features"]:
         """Embed texts, cut at the context, the end token kept."""
-        return self.model.encode_text(self.tokenizer(texts).to(next(self.parameters()).device))
+        tokens = self.tokenizer(texts)
+        length = self._needed(tokens)
+        tokens = tokens[:, :length].to(next(self.parameters()).device)
+        if length == self.context:
+            return self.model.encode_text(tokens)
+        positions, mask = self.model.positional_embedding, self.model.attn_mask
+        cut = {"positional_embedding": positions[:length], "attn_mask": mask[:length, :length]}
+        return functional_call(self.model, cut, kwargs={"text": tokens})[1]
+
+    def _needed(self, tokens: Int64[Tensor, "batch context"]) -> int:
+        """Return how many tokens the embeddings depend on.
+
+        A text that is pooled at its end token, and where no token sees a later one, needs none of its padding, which
+        for an ordinary prompt are four fifths of the context of CLIP.
+        """
+        pool = getattr(self.model, "text_pool_type", None)
+        if pool not in ("argmax", "eos") or self.model.attn_mask is None:
+            return self.context
+        ends = tokens if pool == "argmax" else (tokens == self.model.text_eos_id).int()
+        return int(ends.argmax(dim=-1).max()) + 1
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Count tokens; open_clip's tokenizers either wrap transformers' or encode without start and end."""
