@@ -7,13 +7,13 @@ for the `openai` weights, which were trained with QuickGELU, and only warns. Her
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -45,35 +45,39 @@ class OpenClipEncoder(Encoder):
         """Embed preprocessed images."""
         return self.model.encode_image(pixels)
 
-    def embed_texts(self, texts: list[str]) -> Float[Tensor, "batch features"]:
-        """Embed texts, cut at the context, the end token kept."""
-        tokens = self.tokenizer(texts)
-        length = self._needed(tokens)
-        tokens = tokens[:, :length].to(next(self.parameters()).device)
-        if length == self.context:
-            return self.model.encode_text(tokens)
-        positions, mask = self.model.positional_embedding, self.model.attn_mask
-        cut = {"positional_embedding": positions[:length], "attn_mask": mask[:length, :length]}
-        return functional_call(self.model, cut, kwargs={"text": tokens})[1]
-
-    def _needed(self, tokens: Int64[Tensor, "batch context"]) -> int:
-        """Return how many tokens the embeddings depend on.
+    def tokenize(self, texts: list[str]) -> tuple[dict[str, Tensor], list[int]]:
+        """Return the tokens that embeddings depend on, and how many the whole texts have.
 
         A text that is pooled at its end token, and where no token sees a later one, needs none of its padding, which
-        for an ordinary prompt are four fifths of the context of CLIP.
+        is most of CLIP's context for an ordinary prompt.
         """
+        ids = self.tokenizer(texts)
         pool = getattr(self.model, "text_pool_type", None)
         if pool not in ("argmax", "eos") or self.model.attn_mask is None:
-            return self.context
-        ends = tokens if pool == "argmax" else (tokens == self.model.text_eos_id).int()
-        return int(ends.argmax(dim=-1).max()) + 1
+            return {"text": ids}, [self._count(text) for text in texts]
+        ends = (ids if pool == "argmax" else (ids == self.model.text_eos_id).int()).argmax(dim=-1) + 1
+        # Whether a text that fills the context was cut, its tokens no longer tell.
+        counts = [
+            end if end < self.context else self._count(text) for end, text in zip(ends.tolist(), texts, strict=True)
+        ]
+        return {"text": ids[:, : int(ends.max())]}, counts
 
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
+    def embed_tokens(self, tokens: dict[str, Tensor]) -> Float[Tensor, "batch features"]:
+        """Embed what `tokenize` returned."""
+        text = tokens["text"].to(next(self.parameters()).device)
+        length = text.shape[1]
+        if length == self.context:
+            return self.model.encode_text(text)
+        positions, mask = self.model.positional_embedding, self.model.attn_mask
+        cut = {"positional_embedding": positions[:length], "attn_mask": mask[:length, :length]}
+        return functional_call(self.model, cut, kwargs={"text": text}, tie_weights=False)[1]
+
+    def _count(self, text: str) -> int:
         """Count tokens; open_clip's tokenizers either wrap transformers' or encode without start and end."""
         wrapped = getattr(self.tokenizer, "tokenizer", None)
-        if wrapped is not None:
-            return [len(ids) for ids in wrapped(list(texts), verbose=False)["input_ids"]]
-        return [len(self.tokenizer.encode(text)) + 2 for text in texts]
+        return (
+            len(self.tokenizer.encode(text)) + 2 if wrapped is None else len(wrapped(text, verbose=False)["input_ids"])
+        )
 
 
 def load_open_clip(

@@ -44,15 +44,16 @@ def score_items(
 ) -> Generator[Scored, None, None]:
     """Yield every item with its scores, in order.
 
-    Items are decoded by `workers` threads: two batches ahead of rewards on a GPU; a batch at a time before rewards on
-    a CPU, which want every core for themselves. A batch is `batch_size` media, or fewer where they are large. What
-    cannot be decoded, lacks a prompt that a reward needs, or is refused by a reward comes with its error, and the
-    others of its batch with their scores.
+    Items are decoded by `workers` threads: two batches ahead of the rewards; or a batch at a time, before the rewards,
+    where these compute on a CPU with as many threads as it has cores, and would wait for those lent out. A batch is
+    `batch_size` media, or fewer where they are large. What cannot be decoded, lacks a prompt that a reward needs, or
+    is refused by a reward comes with its error, and the others of its batch with their scores.
     """
     needs_prompt = next((entry.name for entry in rewards if "prompts" in entry.reward.needs), None)
     batch: list[tuple[Item, Tensor | str]] = []
     pixels = 0
-    overlap = any(entry.reward.device.type != "cpu" for entry in rewards)
+    on_cpu = all(entry.reward.device.type == "cpu" for entry in rewards)
+    overlap = not on_cpu or torch.get_num_threads() < (os.cpu_count() or 1)
     ahead = 2 * batch_size if overlap else batch_size
     for item, decoded in decode_ahead(items, modality, ahead, workers, frames, overlap=overlap):
         if needs_prompt is not None and item.prompt is None and isinstance(decoded, Tensor):

@@ -48,7 +48,8 @@ def test_decoding_is_in_threads_and_in_order(monkeypatch, overlap):
     assert most > 1
 
 
-def test_rewards_on_a_cpu_do_not_share_it_with_decoding(monkeypatch):
+@pytest.mark.parametrize("spare", [0, 1])
+def test_rewards_on_a_cpu_share_with_decoding_only_the_cores_they_spare(monkeypatch, spare):
     events = []
 
     def noted(media, *rest):
@@ -61,7 +62,9 @@ def test_rewards_on_a_cpu_do_not_share_it_with_decoding(monkeypatch):
             return media[:, 0].mean((1, 2))
 
     monkeypatch.setattr(engine, "decode", noted)
+    monkeypatch.setattr(engine.os, "cpu_count", lambda: torch.get_num_threads() + spare)
     items = [Item(str(number), bytes([number])) for number in range(10)]
     scored = list(engine.score_items(items, [WeightedReward("r", 1.0, Noting(device="cpu"))], batch_size=4, workers=2))
     assert [one.scores["r"] for one in scored] == pytest.approx([number / 255 for number in range(10)])
-    assert events == ["decode"] * 4 + ["score"] + ["decode"] * 4 + ["score"] + ["decode"] * 2 + ["score"]
+    in_turn = ["decode"] * 4 + ["score"] + ["decode"] * 4 + ["score"] + ["decode"] * 2 + ["score"]
+    assert (events == in_turn) == (spare == 0)

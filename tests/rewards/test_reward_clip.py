@@ -137,6 +137,7 @@ def test_the_text_tower_sees_padding_only_where_it_matters(write_clip, tmp_path,
     encoder.model.ln_final.register_forward_hook(lambda module, given, result: lengths.append(result.shape[1]))
     with torch.no_grad():
         ours = unit(encoder.embed_texts(texts))
+        assert encoder.tokenize([*texts, "cat " * 14, "cat " * 15])[1] == [7, 3, 16, 17]
         tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(texts)
         expected = open_clip.create_model(f"local-dir:{tmp_path}").eval().encode_text(tokens, normalize=True)
     assert lengths == [seen]
