@@ -75,9 +75,9 @@ class OpenClipEncoder(Encoder):
     def _count(self, text: str) -> int:
         """Count tokens; open_clip's tokenizers either wrap transformers' or encode without start and end."""
         wrapped = getattr(self.tokenizer, "tokenizer", None)
-        return (
-            len(self.tokenizer.encode(text)) + 2 if wrapped is None else len(wrapped(text, verbose=False)["input_ids"])
-        )
+        if wrapped is None:
+            return len(self.tokenizer.encode(text)) + 2
+        return len(wrapped(text, verbose=False)["input_ids"])
 
 
 def load_open_clip(
