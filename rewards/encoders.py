@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -45,12 +45,16 @@ class Encoder(nn.Module, ABC):
         """Embed preprocessed images."""
 
     @abstractmethod
-    def embed_texts(self, texts: list[str]) -> Float[Tensor, "batch features"]:
-        """Embed texts, cut at the context."""
+    def tokenize(self, texts: list[str]) -> tuple[dict[str, Tensor], list[int]]:
+        """Return the tokens of texts, cut at the context, and how many each whole text has, start and end included."""
 
     @abstractmethod
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Count the tokens of whole texts, with the start and end tokens."""
+    def embed_tokens(self, tokens: dict[str, Tensor]) -> Float[Tensor, "batch features"]:
+        """Embed what `tokenize` returned."""
+
+    def embed_texts(self, texts: list[str]) -> Float[Tensor, "batch features"]:
+        """Embed texts, cut at the context, the end token kept."""
+        return self.embed_tokens(self.tokenize(texts)[0])
 
     def embed_media(
         self, media: Float[Tensor, "batch 3 height width"], mode: str = "differentiable"
@@ -79,7 +83,8 @@ class EncoderReward(TwoTowerReward):
 
     def use(self, encoder: Encoder) -> None:
         """Take an encoder to the reward's device and dtype."""
-        self.encoder = encoder.to(self.device, self.dtype)
+        # A convolutional image tower is a quarter faster on a CPU when its channels come last; others do not care.
+        self.encoder = encoder.to(self.device, self.dtype, memory_format=torch.channels_last)
         self.source = encoder.source
         self.truncation = Truncation(self.name, encoder.context)
 
@@ -90,8 +95,9 @@ class EncoderReward(TwoTowerReward):
     def encode_prompts(self, prompts: list[str]) -> Float[Tensor, "batch features"]:
         """Embed prompts, prefix first, by the text tower; what exceeds its context is cut with a warning."""
         texts = [self.prefix + prompt for prompt in prompts]
-        self.truncation.note(texts, self.encoder.token_counts(texts))
-        return self.encoder.embed_texts(texts)
+        tokens, counts = self.encoder.tokenize(texts)
+        self.truncation.note(texts, counts)
+        return self.encoder.embed_tokens(tokens)
 
     def compare(self, cosine: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
         """The cosine is the score."""

@@ -6,7 +6,6 @@ transformers takes the highest token id instead, which is the same place. That c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -54,19 +53,20 @@ class HfEncoder(Encoder):
         """Embed preprocessed images."""
         return features(self.model.get_image_features(pixel_values=pixels))
 
-    def embed_texts(self, texts: list[str]) -> Float[Tensor, "batch features"]:
-        """Embed texts, cut at the context, the end token kept."""
+    def tokenize(self, texts: list[str]) -> tuple[dict[str, Tensor], list[int]]:
+        """Return the tokens of texts, cut at the context, the end token kept, and how many the whole texts have."""
         tokens = self.tokenizer(
             texts, padding=self.family.padding, truncation=True, max_length=self.context, return_tensors="pt"
-        ).to(next(self.parameters()).device)
+        )
         given = {"input_ids": tokens["input_ids"]}
         if self.family.mask:
             given["attention_mask"] = tokens["attention_mask"]
-        return features(self.model.get_text_features(**given))
+        return given, [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
 
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Count tokens, with start and end tokens."""
-        return [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+    def embed_tokens(self, tokens: dict[str, Tensor]) -> Float[Tensor, "batch features"]:
+        """Embed what `tokenize` returned."""
+        device = next(self.parameters()).device
+        return features(self.model.get_text_features(**{name: ids.to(device) for name, ids in tokens.items()}))
 
 
 def load_hf_encoder(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from rewards.errors import RewardError
@@ -31,12 +31,15 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Return an image as 8-bit RGB: EXIF orientation applied, transparency laid over white, 16 bits scaled to 8.
 
     The one rule for training data and rewards alike. It deviates from CLIP's original preprocessing, which drops the
-    alpha channel and so scores whatever colours a drawing program left under what nobody sees.
+    alpha channel and so scores whatever colours a drawing program left under what nobody sees. An image that is so
+    already is returned itself.
 
     Raises:
         ValueError: the image has 32 bits a channel, of which nobody knows what is white. OSError: it is damaged.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -44,19 +47,24 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_image(source: Image.Image | str | PathLike[str]) -> Float[Tensor, "3 height width"]:
     """Return a PIL image or an image file as float32 in [0, 1], by `upright_rgb`; 8 bits a channel survive exactly."""
+    return read_levels(source).float().div_(255)
+
+
+def read_levels(source: Image.Image | str | PathLike[str]) -> UInt8[Tensor, "3 height width"]:
+    """Return the 8-bit levels of a PIL image or an image file, or raise `RewardError` with the reason."""
     name = "the PIL image" if isinstance(source, Image.Image) else str(source)
     try:
         if isinstance(source, Image.Image):
-            return image_levels(source).float().div(255)
+            return image_levels(source)
         if not Path(source).is_file():
             raise RewardError(f"no such image file: {source}")
         with Image.open(source) as image:
-            return image_levels(image).float().div(255)
+            return image_levels(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, RewardError):
             raise
@@ -105,11 +113,16 @@ def read_media(media: Any, modality: str, name: str = "media") -> list[tuple[lis
         raise RewardError(f"{name} is empty")
     groups: dict[tuple, tuple[list[int], list[Tensor]]] = {}
     for position, item in enumerate(media):
+        # Images stay bytes until they are stacked: a quarter of what floats would move.
         tensor = _read_item(item, modality, f"{name}[{position}]")
         positions, tensors = groups.setdefault((tensor.shape, tensor.dtype, tensor.device), ([], []))
         positions.append(position)
         tensors.append(tensor)
-    return [(positions, torch.stack(tensors)) for positions, tensors in groups.values()]
+    return [(positions, _as_floats(torch.stack(tensors))) for positions, tensors in groups.values()]
+
+
+def _as_floats(media: Tensor) -> Tensor:
+    return media.float().div_(255) if media.dtype == torch.uint8 else media
 
 
 def _read_item(item: Any, modality: str, name: str) -> Tensor:
@@ -119,5 +132,5 @@ def _read_item(item: Any, modality: str, name: str) -> Tensor:
     if modality != "image":
         raise RewardError(f"{name} is a {type(item).__name__}; {modality}s are given as tensors [F, 3, H, W]")
     if isinstance(item, (Image.Image, str, PathLike)):
-        return load_image(item)
+        return read_levels(item)
     raise RewardError(f"{name} is a {type(item).__name__}; allowed: tensor, PIL image, path")

@@ -7,7 +7,7 @@ for the `openai` weights, which were trained with QuickGELU, and only warns. Her
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rewards.encoders import Encoder
 from rewards.errors import RewardError, choices
@@ -44,16 +45,39 @@ class OpenClipEncoder(Encoder):
         """Embed preprocessed images."""
         return self.model.encode_image(pixels)
 
-    def embed_texts(self, texts: list[str]) -> Float[Tensor, "batch features"]:
-        """Embed texts, cut at the context, the end token kept."""
-        return self.model.encode_text(self.tokenizer(texts).to(next(self.parameters()).device))
+    def tokenize(self, texts: list[str]) -> tuple[dict[str, Tensor], list[int]]:
+        """Return the tokens that embeddings depend on, and how many the whole texts have.
 
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        A text that is pooled at its end token, and where no token sees a later one, needs none of its padding, which
+        is most of CLIP's context for an ordinary prompt.
+        """
+        ids = self.tokenizer(texts)
+        pool = getattr(self.model, "text_pool_type", None)
+        if pool not in ("argmax", "eos") or self.model.attn_mask is None:
+            return {"text": ids}, [self._count(text) for text in texts]
+        ends = (ids if pool == "argmax" else (ids == self.model.text_eos_id).int()).argmax(dim=-1) + 1
+        # Whether a text that fills the context was cut, its tokens no longer tell.
+        counts = [
+            end if end < self.context else self._count(text) for end, text in zip(ends.tolist(), texts, strict=True)
+        ]
+        return {"text": ids[:, : int(ends.max())]}, counts
+
+    def embed_tokens(self, tokens: dict[str, Tensor]) -> Float[Tensor, "batch features"]:
+        """Embed what `tokenize` returned."""
+        text = tokens["text"].to(next(self.parameters()).device)
+        length = text.shape[1]
+        if length == self.context:
+            return self.model.encode_text(text)
+        positions, mask = self.model.positional_embedding, self.model.attn_mask
+        cut = {"positional_embedding": positions[:length], "attn_mask": mask[:length, :length]}
+        return functional_call(self.model, cut, kwargs={"text": text}, tie_weights=False)[1]
+
+    def _count(self, text: str) -> int:
         """Count tokens; open_clip's tokenizers either wrap transformers' or encode without start and end."""
         wrapped = getattr(self.tokenizer, "tokenizer", None)
-        if wrapped is not None:
-            return [len(wrapped(text, verbose=False)["input_ids"]) for text in texts]
-        return [len(self.tokenizer.encode(text)) + 2 for text in texts]
+        if wrapped is None:
+            return len(self.tokenizer.encode(text)) + 2
+        return len(wrapped(text, verbose=False)["input_ids"])
 
 
 def load_open_clip(

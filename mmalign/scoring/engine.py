@@ -1,4 +1,4 @@
-"""Score a stream of items by several rewards in one pass: threads decode ahead, each medium once for all rewards."""
+"""Score a stream of items by several rewards in one pass: threads decode, each medium once for all rewards."""
 
 from __future__ import annotations
 
@@ -44,14 +44,18 @@ def score_items(
 ) -> Generator[Scored, None, None]:
     """Yield every item with its scores, in order.
 
-    Items are decoded by `workers` threads, two batches ahead of the rewards; a batch is `batch_size` media, or fewer
-    where they are large. What cannot be decoded, lacks a prompt that a reward needs, or is refused by a reward comes
-    with its error, and the others of its batch with their scores.
+    Items are decoded by `workers` threads: two batches ahead of the rewards; or a batch at a time, before the rewards,
+    where these compute on a CPU with as many threads as it has cores, and would wait for those lent out. A batch is
+    `batch_size` media, or fewer where they are large. What cannot be decoded, lacks a prompt that a reward needs, or
+    is refused by a reward comes with its error, and the others of its batch with their scores.
     """
     needs_prompt = next((entry.name for entry in rewards if "prompts" in entry.reward.needs), None)
     batch: list[tuple[Item, Tensor | str]] = []
     pixels = 0
-    for item, decoded in decode_ahead(items, modality, 2 * batch_size, workers, frames):
+    on_cpu = all(entry.reward.device.type == "cpu" for entry in rewards)
+    overlap = not on_cpu or torch.get_num_threads() < (os.cpu_count() or 1)
+    ahead = 2 * batch_size if overlap else batch_size
+    for item, decoded in decode_ahead(items, modality, ahead, workers, frames, overlap=overlap):
         if needs_prompt is not None and item.prompt is None and isinstance(decoded, Tensor):
             decoded = f"has no prompt, and reward '{needs_prompt}' needs one"
         batch.append((item, decoded))
@@ -64,9 +68,19 @@ def score_items(
 
 
 def decode_ahead(
-    items: Iterable[Item], modality: str, ahead: int, workers: int | None = None, frames: Frames = ALL_FRAMES
+    items: Iterable[Item],
+    modality: str,
+    ahead: int,
+    workers: int | None = None,
+    frames: Frames = ALL_FRAMES,
+    *,
+    overlap: bool = True,
 ) -> Iterator[tuple[Item, Tensor | str]]:
-    """Yield items, in order, with their 8-bit tensor or the reason why there is none."""
+    """Yield items, in order, with their 8-bit tensor or the reason why there is none.
+
+    `ahead` items are being decoded or wait to be taken; without `overlap` they are so many at a time, and none is
+    begun before the last of them was dealt with.
+    """
     coming = iter(items)
     workers = workers or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
@@ -76,13 +90,13 @@ def decode_ahead(
             for item in islice(coming, count):
                 pending.append((item, pool.submit(_decode, *_read(item), modality, frames)))
 
-        start(max(ahead, workers))
+        start(ahead)
         try:
             while pending:
                 item, future = pending.popleft()
-                decoded = future.result()
-                start(1)
-                yield item, decoded
+                yield item, future.result()
+                if overlap or not pending:
+                    start(ahead - len(pending))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -7,8 +7,6 @@ import io
 import json
 import math
 import tarfile
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +20,8 @@ from mmalign.cli import main
 from mmalign.data.parquet import read_metadata
 from mmalign.errors import UserError
 from mmalign.scoring import engine, results
-from mmalign.scoring.chosen import WeightedReward, fingerprint_reward, read_choices
+from mmalign.scoring.chosen import fingerprint_reward, read_choices
 from mmalign.scoring.decode import Frames, decode
-from mmalign.scoring.engine import score_items
-from mmalign.scoring.items import Item
 from rewards import Reward, register
 
 
@@ -440,36 +436,6 @@ def test_scores_are_those_of_the_reward_itself(tmp_path, monkeypatch):
     register(Corner)
     assert score(".", rewards="test-corner") == 0
     assert column("test-corner") == pytest.approx([Corner()([path]).item() for path in paths], abs=1e-6)
-
-
-def test_decoding_is_ahead_in_threads_and_in_order(monkeypatch):
-    active, most, lock = 0, 0, threading.Lock()
-
-    def slow(media, *rest):
-        nonlocal active, most
-        with lock:
-            active, most = active + 1, max(most, active + 1)
-        time.sleep(0.02 if media[0] % 2 else 0.002)
-        with lock:
-            active -= 1
-        return torch.full((3, 1, 1), media[0], dtype=torch.uint8)
-
-    monkeypatch.setattr(engine, "decode", slow)
-    pulled = 0
-
-    def items():
-        nonlocal pulled
-        for number in range(40):
-            pulled += 1
-            yield Item(str(number), bytes([number]))
-
-    stream = score_items(items(), [WeightedReward("r", 1.0, Redness(device="cpu"))], batch_size=4, workers=4)
-    first = next(stream)
-    assert pulled == 4 + 8  # a batch and two more ahead, and not the whole list
-    scored = [first, *stream]
-    assert [one.item.name for one in scored] == [str(number) for number in range(40)]
-    assert [one.scores["r"] for one in scored] == pytest.approx([number / 255 for number in range(40)])
-    assert most > 1
 
 
 def write_animation(path: Path, frames: int) -> None:

@@ -8,6 +8,7 @@ from contract import check_contract
 
 from rewards import RewardError, load_reward
 from rewards.clip import ClipReward
+from rewards.two_tower import unit
 
 
 @pytest.fixture
@@ -116,6 +117,31 @@ def test_reference_preprocessing_is_close_and_refuses_gradients(clip, clip_direc
 
 def test_tokenizer_golden(clip):
     assert clip.encoder.tokenizer(["a photo of a cat"])[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({}, 7),
+        ({"pool_type": "eos", "eos_id": 49407}, 7),
+        ({"no_causal_mask": True}, 16),
+        ({"pool_type": "last"}, 16),
+    ],
+)
+def test_the_text_tower_sees_padding_only_where_it_matters(write_clip, tmp_path, options, seen):
+    import open_clip
+
+    write_clip(tmp_path, **options)
+    encoder = load_reward("clip", weights=tmp_path, device="cpu").encoder
+    lengths, texts = [], ["a photo of a cat", "dog"]
+    encoder.model.ln_final.register_forward_hook(lambda module, given, result: lengths.append(result.shape[1]))
+    with torch.no_grad():
+        ours = unit(encoder.embed_texts(texts))
+        assert encoder.tokenize([*texts, "cat " * 14, "cat " * 15])[1] == [7, 3, 16, 17]
+        tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(texts)
+        expected = open_clip.create_model(f"local-dir:{tmp_path}").eval().encode_text(tokens, normalize=True)
+    assert lengths == [seen]
+    assert torch.allclose(ours, expected, atol=1e-6) and expected.std(dim=0).max() > 0.01
 
 
 def test_long_prompts_are_cut_warned_of_once_and_counted(clip, images):

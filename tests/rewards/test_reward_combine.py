@@ -448,7 +448,7 @@ def test_files_are_read_once(tmp_path, monkeypatch):
     for path, size in zip(paths, [(4, 4), (6, 2)], strict=True):
         Image.new("RGB", size, (51, 102, 153)).save(path)
     opened = []
-    load = rewards.media.load_image
-    monkeypatch.setattr(rewards.media, "load_image", lambda source: opened.append(source) or load(source))
+    load = rewards.media.read_levels
+    monkeypatch.setattr(rewards.media, "read_levels", lambda source: opened.append(source) or load(source))
     assert red_green()(paths).tolist() == pytest.approx([0.6, 0.6])
     assert opened == paths
