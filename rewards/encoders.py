@@ -84,7 +84,7 @@ class EncoderReward(TwoTowerReward):
     def use(self, encoder: Encoder) -> None:
         """Take an encoder to the reward's device and dtype."""
         # A convolutional image tower is a quarter faster on a CPU when its channels come last; others do not care.
-        self.encoder = encoder.to(self.device, self.dtype, memory_format=torch.channels_last)
+        self.encoder = encoder.to(self.device, self.dtype).to(memory_format=torch.channels_last)
         self.source = encoder.source
         self.truncation = Truncation(self.name, encoder.context)
 
