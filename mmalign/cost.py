@@ -59,15 +59,15 @@ class Cost:
             for name, count in counts.items():
                 setattr(self, name, getattr(self, name) + count)
 
-    def totals(self, processes: int = 1) -> dict[str, float]:
-        """Return all counters; the counts of `processes` that do equal work are added up, the seconds are not."""
-        counts: dict[str, float] = {name: getattr(self, name) * processes for name in COUNTERS}
-        return {**counts, "seconds": self.seconds}
+    def counts(self) -> dict[str, float]:
+        """Return the counters and the seconds of this process."""
+        return {**{name: float(getattr(self, name)) for name in COUNTERS}, "seconds": self.seconds}
 
-    def load(self, totals: dict[str, float], processes: int = 1) -> None:
-        """Go on from what `totals` returned."""
+    def load(self, totals: dict[str, float], rank: int = 0, processes: int = 1) -> None:
+        """Go on from the totals of a run, shared out among its processes."""
         for name in COUNTERS:
-            setattr(self, name, int(totals[name]) // processes)
+            share, rest = divmod(int(totals[name]), processes)
+            setattr(self, name, share + (rank < rest))
         self._seconds = totals["seconds"]
 
     def _on_forward(self, network: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

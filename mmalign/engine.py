@@ -51,6 +51,7 @@ from mmalign.prepare import (
     set_aside,
 )
 from mmalign.progress import Track, memory_gigabytes, note, track
+from mmalign.ranks import gather
 from mmalign.seeds import derive_seed
 from mmalign.tracking import MetricBuffer, Metrics
 from mmalign.validation import save_grid
@@ -131,6 +132,7 @@ class Trainer:
         self.recipe = recipe(config, parts.data_id, parts.model_id, accelerator.num_processes)
         self.images_per_step = self.feed.per_step * self.method.images_per_sample
         self.cost = self.run.cost
+        self.totals = self.cost.counts()
         self.round: Any = ()
         self.buffer = MetricBuffer()
         self._clock = (0, 0.0)  # step and time of the last line of metrics
@@ -167,9 +169,8 @@ class Trainer:
 
     def facts(self) -> dict[str, Any]:
         """Return what the model card says about the training as it went."""
-        totals = self.cost.totals(self.accelerator.num_processes)
         facts: dict[str, Any] = {"steps": self.run.step}
-        facts |= {name.replace("_", " "): f"{int(totals[name]):,}" for name in COUNTERS if totals[name]}
+        facts |= {name.replace("_", " "): f"{int(self.totals[name]):,}" for name in COUNTERS if self.totals[name]}
         if self.best:
             facts["exported weights"] = f"step {self.best.step}, the best by {self.best.reward} on held-out prompts"
         return facts
@@ -179,11 +180,16 @@ class Trainer:
         if self.settings.budget is None:
             return False
         ((unit, allowed),) = self.settings.budget.model_dump(exclude_none=True).items()
-        processes = self.accelerator.num_processes
-        used = self.cost.totals(processes)["images_seen" if unit == "images" else unit]
-        if processes > 1:  # clocks differ, and all ranks must stop together
-            used = float(self.accelerator.reduce(torch.tensor(used, device=self.accelerator.device), "mean"))
-        return used >= allowed
+        return self._count()["images_seen" if unit == "images" else unit] >= allowed
+
+    def _count(self) -> dict[str, float]:
+        """Return what all ranks have used: counts added up, the seconds of the slowest."""
+        self.totals = self.cost.counts()
+        if self.accelerator.num_processes > 1:
+            everyone = gather(self.totals)
+            self.totals = {name: sum(one[name] for one in everyone) for name in COUNTERS}
+            self.totals["seconds"] = max(one["seconds"] for one in everyone)
+        return self.totals
 
     def _update(self, step: int) -> None:
         """One optimiser step."""
@@ -282,7 +288,7 @@ class Trainer:
             "epoch": step / self.feed.steps_per_epoch,
             "images_per_second": (step - since) * self.images_per_step / max(now - then, 1e-9),
             "memory_gb": memory_gigabytes()[0],
-            **self.cost.totals(self.accelerator.num_processes),
+            **self._count(),
         }
         if self.monitors is not None and self.run.shown is not None:
             values |= self.monitors.pictures(step, *self.run.shown)
@@ -313,14 +319,14 @@ class Trainer:
         """Evaluate on the fixed prompts; on the first rank, while the others wait."""
         if self.validation is None:
             return
-        step, scores = self.run.step, [dict[str, float]()]
+        step, scores, totals = self.run.step, [dict[str, float]()], self._count()
         with self.cost.paused(), self.averaged():
             if self.accelerator.is_main_process:
                 scores[0], spreads, picture = self.validation.look(self.run)
                 if self.monitors is not None:
                     self.monitors.look(step, scores[0], spreads)
                 save_grid(picture, self.output, step)
-                self.metrics.log(step, scores[0] | self.cost.totals(self.accelerator.num_processes))
+                self.metrics.log(step, scores[0] | totals)
                 self.metrics.log_image(step, "evaluation", picture)
                 note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores[0].items()))
             self.accelerator.wait_for_everyone()
@@ -329,6 +335,7 @@ class Trainer:
                 self.best.look(step, scores[0])
 
     def _save(self) -> None:
+        self._count()
         with self.cost.paused():
             if self.accelerator.is_main_process:
                 save_checkpoint(self.checkpoints, self._checkpoint(), self.settings.keep_checkpoints)
@@ -339,7 +346,7 @@ class Trainer:
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": optimizer_tensors(self.optimizer, list(self.parameters)),
         }
-        values: dict[str, Any] = {"cost": self.cost.totals(), "method": self.method.state_dict()}
+        values: dict[str, Any] = {"cost": self.totals, "method": self.method.state_dict()}
         if self.monitors is not None:
             values["monitors"] = self.monitors.state_dict()
         if self.ema:
@@ -373,7 +380,7 @@ class Trainer:
             self.ema.load(saved.tensors["ema"], saved.values["ema_updates"])
         if self.best:
             self.best.load(saved.values["best"], saved.tensors["best"])
-        self.cost.load(saved.values["cost"])
+        self.cost.load(saved.values["cost"], self.accelerator.process_index, self.accelerator.num_processes)
         self.method.load_state_dict(saved.values["method"])
         if self.monitors is not None:
             self.monitors.load_state_dict(saved.values["monitors"])

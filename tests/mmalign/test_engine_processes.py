@@ -5,21 +5,41 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from tiny_models import build_tiny_sd
-from tiny_runs import losses, run_config, write_pairs
+from tiny_runs import BRIGHTNESS, losses, online_config, run_config, write_pairs
 
-from mmalign.config import dump_config
+from mmalign.config import RunConfig, dump_config
 from mmalign.engine import train
 
 
+def pairs_config(folder: Path, output: str, **changes: Any) -> RunConfig:
+    data = folder / "data"
+    pairs = data / "pairs.jsonl" if data.exists() else write_pairs(data)
+    return run_config(str(folder / "sd"), pairs, folder / output, **changes)
+
+
+def prompts_config(folder: Path, output: str, **changes: Any) -> RunConfig:
+    """DDPO with advantages over all ranks, looks that may stop the run, and monitors that may too."""
+    method = {"name": "ddpo", "sampling_steps": 2, "images_per_prompt": 2, "guidance": 1.0, "updates_per_round": 2}
+    looks = {"prompts": str(folder / output / "prompts.txt"), "every": 2, "rewards": [BRIGHTNESS], "steps": 2}
+    stop = {"early_stop": {"reward": BRIGHTNESS, "patience": 9}}
+    monitors = {"action": "stop"}
+    return online_config(
+        str(folder / "sd"), folder / output, method, evaluate={**looks, **stop}, monitors=monitors, **changes
+    )
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_accumulation(tmp_path: Path) -> None:
-    model, pairs = build_tiny_sd(tmp_path / "sd"), write_pairs(tmp_path / "data")
-    config = run_config(model, pairs, tmp_path / "two")
+@pytest.mark.parametrize("make", [pairs_config, prompts_config], ids=["diffusion_dpo", "ddpo"])
+def test_two_processes_train_as_one_with_accumulation(tmp_path: Path, make: Callable[..., RunConfig]) -> None:
+    build_tiny_sd(tmp_path / "sd", vae="tiny")
+    config = make(tmp_path, "two")
     (tmp_path / "config.yaml").write_text(dump_config(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     path = os.pathsep.join(sys.path)
@@ -28,9 +48,10 @@ def test_two_processes_train_as_one_with_accumulation(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count(f"the model is in {tmp_path / 'two'}") == 1
-    train(run_config(model, pairs, tmp_path / "one", gradient_accumulation=2))
+    train(make(tmp_path, "one", gradient_accumulation=2))
     assert list(losses(tmp_path / "two")) == [1, 2, 3, 4]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-6)
+    assert losses(tmp_path / "two", "images_seen") == losses(tmp_path / "one", "images_seen")
     name = "pytorch_lora_weights.safetensors"
     one, two = (load_file(tmp_path / folder / name) for folder in ("one", "two"))
     for key, tensor in one.items():

@@ -13,9 +13,10 @@ from tiny_models import build_tiny_sd
 from tiny_runs import BRIGHTNESS, Brightness, losses, online_config
 
 from mmalign.batches import PromptBatch
-from mmalign.config import RunConfig, load_config
+from mmalign.config import DataConfig, RunConfig, load_config
 from mmalign.config_files import Faults
 from mmalign.cost import Cost
+from mmalign.data.prompt_cache import build_prompt_cache
 from mmalign.engine import train
 from mmalign.errors import UserError
 from mmalign.methods.ddpo import DDPO, DDPOConfig
@@ -144,23 +145,22 @@ def test_cost_counts_every_pass_through_the_denoiser(model: str) -> None:
     run.cost.start()
     method = DDPO(DDPOConfig(sampling_steps=3, guidance=2.0, images_per_prompt=2))
     (rollout,) = method.collect(run, [prompts(run, "a red circle", "a star")])
-    assert run.cost.totals()["images_seen"] == 2 * 4 * 3
+    assert run.cost.counts()["images_seen"] == 2 * 4 * 3
     method.learn(run, rollout, lambda loss: loss.backward())
-    assert run.cost.totals()["images_seen"] == 3 * (2 * 4 * 3) + 2 * 4
+    assert run.cost.counts()["images_seen"] == 3 * (2 * 4 * 3) + 2 * 4
     assert (run.cost.images_sampled, run.cost.reward_calls) == (4, 4)
     with run.cost.paused():
         method.collect(run, [prompts(run, "a red circle")])
     assert run.cost.images_sampled == 4
 
 
-def test_cost_survives_a_checkpoint_with_other_processes() -> None:
-    cost, resumed = Cost(), Cost()
-    cost.start()
-    cost.add(images_seen=12, reward_calls=4)
-    totals = cost.totals(processes=2)
-    assert (totals["images_seen"], totals["reward_calls"]) == (24, 8)
-    resumed.load(totals, processes=4)
-    assert (resumed.images_seen, resumed.reward_calls) == (6, 2)
+def test_cost_is_shared_out_among_the_processes_of_a_resumed_run() -> None:
+    totals = {"images_seen": 25.0, "images_sampled": 8.0, "reward_calls": 8.0, "seconds": 3.5}
+    ranks = [Cost() for _ in range(4)]
+    for rank, cost in enumerate(ranks):
+        cost.load(totals, rank, 4)
+    assert [cost.images_seen for cost in ranks] == [7, 6, 6, 6]
+    assert {cost.counts()["seconds"] for cost in ranks} == {3.5}
 
 
 class Counting(Reward):
@@ -270,6 +270,31 @@ def test_best_weights_are_exported_when_the_held_out_reward_falls(model: str, tm
     biggest = max(float(p.detach().abs().max()) for n, p in generator.network.named_parameters() if "lora_B" in n)
     assert biggest == 0.0  # the adapter of step 0
     assert "best by" in (tmp_path / "README.md").read_text()
+
+
+def test_alarm_ends_the_run_when_the_config_says_so(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The KL is 0 at the first step and above any small limit at the second."""
+    options = {"name": "ddpo", "sampling_steps": 2, "images_per_prompt": 2, "guidance": 1.0}
+    monitors = {"action": "stop", "patience": 1, "kl_limit": 1e-12}
+    train(online_config(model, tmp_path, options, monitors=monitors, learning_rate=1e-2))
+    assert list(losses(tmp_path)) == [1, 2]
+    assert "warning: step 2: the distance to the reference is" in capsys.readouterr().err
+    assert set(losses(tmp_path, "monitor/saturation")) == {1, 2}
+
+
+def test_repeated_prompts_get_noise_of_their_own(model: str, tmp_path: Path) -> None:
+    generator = load_generator(model, device="cpu")
+    data = DataConfig(prompts="unused", cache=str(tmp_path))
+    cached = build_prompt_cache(["a star", "a red circle", "a star"], generator, data)
+    batch = cached.batch([2, 0, 1], epoch=3, seed=0)
+    assert batch.prompts == ["a star", "a star", "a red circle"]
+    assert batch.ids == ["a star#1", "a star#0", "a red circle#0"]
+    expected = generator.encode_prompts(batch.prompts).prompt_embeds
+    torch.testing.assert_close(batch.cond.prompt_embeds, expected, rtol=1e-5, atol=1e-5)
+    seeds = Run(generator).seeds(batch.repeat(2).ids, batch.epoch)
+    assert len(set(seeds)) == 6
 
 
 def _prompt_file(folder: Path) -> Path:
