@@ -6,6 +6,7 @@ Style of every message: what was given, what is allowed, the nearest match, the 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -16,10 +17,13 @@ class UserError(Exception):
 def nearest(given: str, allowed: Iterable[str]) -> str | None:
     """Return the entry of `allowed` that `given` was most probably meant to be, or None if nothing is close.
 
-    Close is a similar spelling in any case, or else a word that contains what was given ("dpo": "diffusion_dpo").
+    Close is a name of which what was given is a whole part ("dpo": "diffusion_dpo", not "ddpo"), or else a similar
+    spelling in any case, or else a word that contains it.
     """
     by_lower = {word.lower(): word for word in allowed}
-    matches = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.6)
+    matches = [word for word in by_lower if given.lower() in re.split(r"[^a-z0-9]+", word) and given.lower() != word]
+    if len(matches) != 1:
+        matches = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.6)
     if not matches and len(given) > 2:
         matches = sorted(word for word in by_lower if given.lower() in word)
     return by_lower[matches[0]] if matches else None

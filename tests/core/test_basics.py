@@ -19,6 +19,7 @@ from mmalign.seeds import derive_seed
 def test_nearest_match() -> None:
     assert nearest("PickScor", ["pickscore", "clip"]) == "pickscore"
     assert nearest("dpo", ["sft", "diffusion_dpo"]) == "diffusion_dpo"
+    assert nearest("dpo", ["ddpo", "diffusion_dpo"]) == "diffusion_dpo"
     assert nearest("zzz", ["pickscore", "clip"]) is None
     assert did_you_mean("clop", ["clip"]) == "; did you mean 'clip'?"
     assert did_you_mean("zzz", ["clip"]) == ""
