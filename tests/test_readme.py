@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -30,10 +31,10 @@ def example(name: str, text: str = README) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("my_methods", "my_rewards"):  # another test may have made a module of that name
+    for name in ("my_methods", "my_online", "my_rewards"):  # another test may have made a module of that name
         sys.modules.pop(name, None)
     yield tmp_path
-    for name in ("my_methods", "my_rewards"):
+    for name in ("my_methods", "my_online", "my_rewards"):
         sys.modules.pop(name, None)
 
 
@@ -69,6 +70,22 @@ def test_the_method_trains(folder: Path) -> None:
     )  # fmt: skip
     assert code_out == 0
     assert '"gap"' in (folder / "run" / "metrics.jsonl").read_text()
+
+
+def test_the_online_method_of_the_contributors_guide_trains(folder: Path) -> None:
+    (folder / "my_online.py").write_text(example("reinforce", (ROOT / "CONTRIBUTING.md").read_text()))
+    (folder / "prompts.txt").write_text("a red square\na blue star\n")
+    model = build_tiny_sd(folder / "model", vae="tiny")
+    code_out = main(
+        ["train", "shapes/ddpo", "method={name: 'my_online:Reinforce', sampling_steps: 2, guidance: 1.0}",
+         f"model={model}", "data.prompts=prompts.txt", f"data.cache={folder / 'cache'}", "trainer.steps=2",
+         "trainer.batch_size=2", "trainer.precision=fp32", "trainer.log_every=1", "evaluate=null", "output=run",
+         "rewards=[jpeg-compressibility]"]
+    )  # fmt: skip
+    assert code_out == 0
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["log_ratio_max"] == 0 and lines[1]["kl"] > 0
 
 
 def test_the_reward_scores(folder: Path) -> None:
