@@ -2,6 +2,7 @@
 
 from mmalign.losses.denoising import denoising_error
 from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
+from mmalign.losses.mapo import mapo, mapo_likelihood, mapo_logit
 from mmalign.losses.policy_gradient import clamped_policy_gradient, clipped_policy_gradient, gaussian_kl
 from mmalign.losses.prdp import prdp
 
@@ -12,5 +13,8 @@ __all__ = [
     "diffusion_dpo",
     "diffusion_dpo_logit",
     "gaussian_kl",
+    "mapo",
+    "mapo_likelihood",
+    "mapo_logit",
     "prdp",
 ]

@@ -9,6 +9,7 @@ methods = Registry(
         "ddpo": "mmalign.methods.ddpo:DDPO",
         "prdp": "mmalign.methods.prdp:PRDP",
         "diffusion_dpo": "mmalign.methods.diffusion_dpo:DiffusionDPO",
+        "mapo": "mmalign.methods.mapo:MaPO",
         "sft": "mmalign.methods.sft:SFT",
     },
     "mmalign.methods",

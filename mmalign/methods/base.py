@@ -106,10 +106,12 @@ class Method(ABC, Generic[ConfigT]):
         self.config = config
 
     def check(self, process: NoiseProcess) -> None:
-        """Raise a UserError for a configuration that does not fit the model's noise process; by default there is none.
+        """Raise a UserError for a configuration that does not fit the model's noise process; called before encoding.
 
-        Called before the data is encoded.
+        By default that is a range of timesteps that the schedule has not.
         """
+        if isinstance(self.config, TimestepRange):
+            self.config.timestep_bounds(process.num_train_timesteps)
 
     def describe(self) -> str:
         """Return the conventions in one line, printed before training: what a number such as beta means here."""

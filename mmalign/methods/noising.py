@@ -1,0 +1,77 @@
+"""How a stored pair gets to a noise level before its errors are taken: what the methods that learn from pairs share.
+
+Both sides of a pair share the prompt and the timestep, and go through a network in one forward pass of 2B images, the
+chosen ones first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from mmalign.batches import PairBatch
+from mmalign.losses import denoising_error
+from mmalign.methods.base import TimestepRange
+from mmalign.run import Run
+from pipelines.conditioning import Conditioning
+
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Images at a noise level and the output that a perfect network would give for them."""
+
+    x_t: Float[Tensor, "batch *latent"]
+    t: Shaped[Tensor, " batch"]
+    target: Float[Tensor, "batch *latent"]
+    cond: Conditioning
+
+    def errors(self, predict: Predict) -> Float[Tensor, " batch"]:
+        """Return the mean squared error of each image under `run.predict` or `run.reference.predict`."""
+        return denoising_error(predict(self.x_t, self.t, self.cond), self.target)
+
+    def pair_errors(self, predict: Predict) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+        """Return the errors of the chosen and of the rejected images, for what a function of pairs made."""
+        chosen, rejected = self.errors(predict).chunk(2)
+        return chosen, rejected
+
+
+def noise_pairs(run: Run, batch: PairBatch, timesteps: TimestepRange) -> Noised:
+    """Return both sides of each pair at one random timestep with the same Gaussian noise."""
+    latents, t, cond = _both_sides(run, batch, timesteps)
+    noise = run.noise_like(batch.chosen, batch.ids, batch.epoch).repeat(2, *[1] * (latents.ndim - 1))
+    return Noised(run.process.add_noise(latents, noise, t), t, run.process.target(latents, noise, t), cond)
+
+
+def _both_sides(run: Run, batch: PairBatch, timesteps: TimestepRange) -> tuple[Tensor, Tensor, Conditioning]:
+    t = run.timesteps(batch, *timesteps.timestep_bounds(run.process.num_train_timesteps)).repeat(2)
+    return torch.cat([batch.chosen, batch.rejected]), t, Conditioning.cat([batch.cond, batch.cond])
+
+
+def pair_metrics(
+    policy: tuple[Tensor, ...], reference: tuple[Tensor, ...], logit: Float[Tensor, " pairs"]
+) -> dict[str, Tensor]:
+    """Return the metrics of a pairwise loss from (chosen, rejected) errors and logits, all [B].
+
+    Both sides' raw errors are there because their difference hides likelihood displacement: the logit can rise while
+    the policy denoises both images worse.
+    """
+    chosen, rejected = (error.detach() for error in policy)
+    return {
+        "accuracy": pair_accuracy(logit.detach()),
+        "logit": logit.detach().mean(),
+        "policy_chosen": chosen.mean(),
+        "policy_rejected": rejected.mean(),
+        "reference_chosen": reference[0].mean(),
+        "reference_rejected": reference[1].mean(),
+    }
+
+
+def pair_accuracy(logit: Float[Tensor, " pairs"]) -> Tensor:
+    """Return the share of pairs in the right order; a tie counts one half, so it reads 0.5 at the start, not 0."""
+    return ((logit > 0).float() + 0.5 * (logit == 0).float()).mean()

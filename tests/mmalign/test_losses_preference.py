@@ -1,0 +1,75 @@
+"""The objectives of the preference methods beside Diffusion-DPO as numbers worked out by hand, in float64."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal, localcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmalign.losses import mapo, mapo_likelihood, mapo_logit
+
+
+def double(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------------------- MaPO
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-300, 1e-12, 1e-4, 0.19, 0.2, 0.21, 1.0, 50.0, 5000.0])
+def test_mapo_likelihood_and_its_slope_are_exact_everywhere(error: float) -> None:
+    x = double(error).requires_grad_()
+    value = mapo_likelihood(x, snr=0.5)
+    value.backward()
+    expected, slope = _mapo_likelihood_in_many_digits(error) if error > 1e-200 else (1.0, -0.25)
+    assert value.item() == pytest.approx(expected, rel=1e-13, abs=1e-300)
+    assert x.grad is not None and x.grad.item() == pytest.approx(slope, rel=1e-11, abs=1e-300)
+
+
+def _mapo_likelihood_in_many_digits(error: float) -> tuple[float, float]:
+    """f(e) = x / (exp(x) - 1) with x = e/2, and df/de = 1/2 * (1 / (exp(x) - 1) - x exp(x) / (exp(x) - 1)^2)."""
+    with localcontext() as context:
+        context.prec = 80
+        x = Decimal(error) / 2
+        rest = x.exp() - 1
+        return float(x / rest), float((1 / rest - x * x.exp() / rest**2) / 2)
+
+
+def test_mapo_likelihood_falls_from_one_to_zero() -> None:
+    errors = torch.linspace(0, 20, 2001, dtype=torch.float64)
+    values = mapo_likelihood(errors)
+    assert values[0] == 1 and (values.diff() < 0).all() and 0 < values[-1] < 1e-3
+    single = mapo_likelihood(errors.float())
+    torch.testing.assert_close(single.double(), values, rtol=1e-5, atol=1e-9)
+
+
+def test_mapo_of_equal_errors_is_the_error_and_beta_log_two() -> None:
+    chosen, rejected = double(0.3, 0.02).requires_grad_(), double(0.3, 0.02).requires_grad_()
+    loss = mapo(chosen, rejected, beta=0.1, snr=0.5, scale=1000.0)
+    assert loss.tolist() == pytest.approx([0.3 + 0.1 * math.log(2), 0.02 + 0.1 * math.log(2)], rel=1e-14)
+    loss.sum().backward()
+    # d/d(error) of -beta log sigmoid(z) at z = 0 is -beta/2 * scale * f'(error), f' = d/de [e/2 / (exp(e/2) - 1)].
+    slope = [1 / 2 * (1 / math.expm1(e / 2) - e / 2 * math.exp(e / 2) / math.expm1(e / 2) ** 2) for e in (0.3, 0.02)]
+    assert chosen.grad is not None and rejected.grad is not None
+    assert chosen.grad.tolist() == pytest.approx([1 - 50 * s for s in slope], rel=1e-9)
+    assert rejected.grad.tolist() == pytest.approx([50 * s for s in slope], rel=1e-9)
+
+
+def test_mapo_logit_turns_round_with_the_sides_and_prefers_the_smaller_error() -> None:
+    better, worse = double(0.1, 0.05), double(0.12, 0.5)
+    z = mapo_logit(better, worse)
+    assert (z > 0).all()
+    torch.testing.assert_close(mapo_logit(worse, better), -z, rtol=1e-14, atol=0)
+    f = lambda e: 0.5 * e / math.expm1(0.5 * e)  # noqa: E731
+    assert z.tolist() == pytest.approx([1000 * (f(0.1) - f(0.12)), 1000 * (f(0.05) - f(0.5))], rel=1e-10)
+    expected = [e + 0.3 * math.log1p(math.exp(-v)) for e, v in zip((0.1, 0.05), z.tolist(), strict=True)]
+    assert mapo(better, worse, beta=0.3).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_mapo_refuses_nonsense() -> None:
+    for options in ({"beta": 0.0}, {"scale": -1.0}, {"snr": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            mapo(double(0.1), double(0.2), **options)  # type: ignore[arg-type]
