@@ -201,6 +201,7 @@ def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], PairT
     method = build_method(config)
     check(config, method, accelerator.device)
     source = open_source(config, method)
+    method.check_data(source)
     check_enough(len(source), config, accelerator.num_processes, method.needs.source)
     generator = load_model(config, accelerator.device)
     method.check(generator.process)

@@ -5,6 +5,7 @@ from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
 from mmalign.losses.mapo import mapo, mapo_likelihood, mapo_logit
 from mmalign.losses.policy_gradient import clamped_policy_gradient, clipped_policy_gradient, gaussian_kl
 from mmalign.losses.prdp import prdp
+from mmalign.losses.smpo import smpo, smpo_weight
 
 __all__ = [
     "clamped_policy_gradient",
@@ -17,4 +18,6 @@ __all__ = [
     "mapo_likelihood",
     "mapo_logit",
     "prdp",
+    "smpo",
+    "smpo_weight",
 ]

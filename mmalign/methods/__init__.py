@@ -9,8 +9,10 @@ methods = Registry(
         "ddpo": "mmalign.methods.ddpo:DDPO",
         "prdp": "mmalign.methods.prdp:PRDP",
         "diffusion_dpo": "mmalign.methods.diffusion_dpo:DiffusionDPO",
+        "inpo": "mmalign.methods.inpo:InPO",
         "mapo": "mmalign.methods.mapo:MaPO",
         "sft": "mmalign.methods.sft:SFT",
+        "smpo": "mmalign.methods.smpo:SmPO",
     },
     "mmalign.methods",
 )

@@ -113,6 +113,12 @@ class Method(ABC, Generic[ConfigT]):
         if isinstance(self.config, TimestepRange):
             self.config.timestep_bounds(process.num_train_timesteps)
 
+    def check_data(self, source: Any) -> None:
+        """Raise a UserError for data that lack what the method learns from; by default it needs nothing special.
+
+        `source` is what the recipe names, read but not encoded, such as a `PairTable`; called before a weight is read.
+        """
+
     def describe(self) -> str:
         """Return the conventions in one line, printed before training: what a number such as beta means here."""
         return self.name

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Shaped
+from pydantic import Field
 from torch import Tensor
 
 from mmalign.batches import PairBatch
 from mmalign.losses import denoising_error
 from mmalign.methods.base import TimestepRange
 from mmalign.run import Run
+from pipelines import invert
 from pipelines.conditioning import Conditioning
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -46,6 +49,40 @@ def noise_pairs(run: Run, batch: PairBatch, timesteps: TimestepRange) -> Noised:
     latents, t, cond = _both_sides(run, batch, timesteps)
     noise = run.noise_like(batch.chosen, batch.ids, batch.epoch).repeat(2, *[1] * (latents.ndim - 1))
     return Noised(run.process.add_noise(latents, noise, t), t, run.process.target(latents, noise, t), cond)
+
+
+class InversionConfig(TimestepRange):
+    """Base of the configurations of methods that reach a noise level by DDIM inversion instead of by random noise."""
+
+    inversion_steps: int = Field(10, ge=1)
+    """steps from the image to its noise level, each at least one more forward pass of both sides"""
+    fidelity: Literal["paper", "code"] = "paper"
+    """paper: the inversion ends exactly at the timestep; code: on the published codes' coarse grid below it"""
+
+
+def invert_pairs(run: Run, batch: PairBatch, config: InversionConfig, *, renoise: int = 0, eta: float = 0.0) -> Noised:
+    """Return both sides of each pair at one random timestep, led there by the present policy, without a gradient.
+
+    The target is the noise that leads from the clean image to where the inversion ended, so it differs from image to
+    image. `renoise` and `eta` are those of `pipelines.invert`. On the code's grid the images lie at a level below the
+    timestep that the networks are told (arithmetic in `docs/methods.md`); the noise is the one that `add_noise` would
+    have needed at that timestep.
+    """
+    latents, t, cond = _both_sides(run, batch, config)
+    x_t = invert(
+        run.generator,
+        cond,
+        latents,
+        t=t,
+        steps=config.inversion_steps,
+        renoise=renoise,
+        grid="exact" if config.fidelity == "paper" else "floor",
+        eta=eta,
+        seeds=run.seeds(batch.ids, batch.epoch, "inversion") * 2,
+        autocast=run.autocast,
+    )
+    noise = run.process.implied_noise(latents, x_t, t)
+    return Noised(x_t, t, run.process.target(latents, noise, t), cond)
 
 
 def _both_sides(run: Run, batch: PairBatch, timesteps: TimestepRange) -> tuple[Tensor, Tensor, Conditioning]:

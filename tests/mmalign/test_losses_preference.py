@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.losses import mapo, mapo_likelihood, mapo_logit
+from mmalign.losses import diffusion_dpo, mapo, mapo_likelihood, mapo_logit, smpo, smpo_weight
 
 
 def double(*values: float) -> Tensor:
@@ -73,3 +73,45 @@ def test_mapo_refuses_nonsense() -> None:
     for options in ({"beta": 0.0}, {"scale": -1.0}, {"snr": 0.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             mapo(double(0.1), double(0.2), **options)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------------- SmPO
+
+
+def test_smpo_weight_is_ten_tanh_of_the_pickscore_gap() -> None:
+    gaps = double(-0.05, 0.0, 0.01, 0.02, 0.05, 10.0)
+    weights = smpo_weight(gaps)
+    assert weights.tolist() == pytest.approx([10 * math.tanh(g / (2 * 0.16658)) for g in gaps.tolist()], rel=1e-12)
+    # 2 p - 1 for p the first of the softmax of both scores, rescaled to 0..1 over the data, times ten
+    scores = (0.21 + gaps[2:5] - 0.11544) / (0.28202 - 0.11544), (0.21 - 0.11544) / (0.28202 - 0.11544)
+    p = [math.exp(s) / (math.exp(s) + math.exp(scores[1])) for s in scores[0].tolist()]
+    assert weights[2:5].tolist() == pytest.approx([10 * (2 * one - 1) for one in p], rel=1e-12)
+    assert weights[2:5].tolist() == pytest.approx([0.30, 0.60, 1.49], abs=0.005)
+    assert weights[0] == -weights[4] and weights[1] == 0 and weights[5] == pytest.approx(10)
+
+
+def test_smpo_of_equal_scores_costs_log_two_and_teaches_nothing() -> None:
+    errors = [double(e).requires_grad_() for e in (0.1, 0.3, 0.2, 0.25)]
+    loss = smpo(*errors, smpo_weight(double(0.0)), beta=2000.0)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-15)
+    assert all(error.grad is not None and error.grad.item() == 0 for error in errors)
+
+
+def test_smpo_at_weight_one_is_dpo_and_at_minus_one_dpo_of_the_swapped_pair() -> None:
+    errors = [double(e, e / 2) for e in (0.1, 0.103, 0.101, 0.102)]
+    swapped = [errors[1], errors[0], errors[3], errors[2]]
+    one = smpo_weight(double(1.0, 0.2), gamma=1.0, scale=1e-9)
+    assert one.tolist() == [1.0, 1.0]
+    torch.testing.assert_close(smpo(*errors, one, beta=700.0), diffusion_dpo(*errors, beta=700.0), rtol=0, atol=0)
+    torch.testing.assert_close(
+        smpo(*errors, -one, beta=700.0), diffusion_dpo(*swapped, beta=700.0), rtol=1e-14, atol=0
+    )
+
+
+def test_smpo_refuses_nonsense() -> None:
+    one = double(1.0)
+    with pytest.raises(ValueError, match="beta"):
+        smpo(one, one, one, one, one, beta=0.0)
+    with pytest.raises(ValueError, match="scale"):
+        smpo_weight(one, scale=0.0)
