@@ -16,12 +16,12 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, StrictInt, model_validator
 from torch import Tensor
 
-from mmalign.batches import PairBatch, PromptBatch
+from mmalign.batches import LabelBatch, PairBatch, PromptBatch
 from mmalign.errors import UserError
 from mmalign.run import Run
 from pipelines.noise import NoiseProcess
 
-__all__ = ["LossOutput", "Method", "MethodConfig", "Needs", "PairBatch", "PromptBatch", "TimestepRange"]
+__all__ = ["LabelBatch", "LossOutput", "Method", "MethodConfig", "Needs", "PairBatch", "PromptBatch", "TimestepRange"]
 
 
 @dataclass(frozen=True)

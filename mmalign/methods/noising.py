@@ -1,4 +1,4 @@
-"""How a stored pair gets to a noise level before its errors are taken: what the methods that learn from pairs share.
+"""How stored images get to a noise level before their errors are taken: what the offline preference methods share.
 
 Both sides of a pair share the prompt and the timestep, and go through a network in one forward pass of 2B images, the
 chosen ones first.
@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.batches import PairBatch
+from mmalign.batches import LabelBatch, PairBatch
 from mmalign.losses import denoising_error
 from mmalign.methods.base import TimestepRange
 from mmalign.run import Run
@@ -49,6 +49,14 @@ def noise_pairs(run: Run, batch: PairBatch, timesteps: TimestepRange) -> Noised:
     latents, t, cond = _both_sides(run, batch, timesteps)
     noise = run.noise_like(batch.chosen, batch.ids, batch.epoch).repeat(2, *[1] * (latents.ndim - 1))
     return Noised(run.process.add_noise(latents, noise, t), t, run.process.target(latents, noise, t), cond)
+
+
+def noise_images(run: Run, batch: LabelBatch, timesteps: TimestepRange) -> Noised:
+    """Return each labelled image at a random timestep with Gaussian noise of its own."""
+    t = run.timesteps(batch, *timesteps.timestep_bounds(run.process.num_train_timesteps))
+    noise = run.noise_like(batch.images, batch.ids, batch.epoch)
+    x_t, target = run.process.add_noise(batch.images, noise, t), run.process.target(batch.images, noise, t)
+    return Noised(x_t, t, target, batch.cond)
 
 
 class InversionConfig(TimestepRange):

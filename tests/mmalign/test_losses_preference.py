@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal, localcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mmalign.losses import diffusion_dpo, mapo, mapo_likelihood, mapo_logit, smpo, smpo_weight
+from mmalign.losses import (
+    diffusion_dpo,
+    diffusion_kto,
+    kto_reference_point,
+    mapo,
+    mapo_likelihood,
+    mapo_logit,
+    smpo,
+    smpo_weight,
+)
 
 
 def double(*values: float) -> Tensor:
@@ -115,3 +125,70 @@ def test_smpo_refuses_nonsense() -> None:
         smpo(one, one, one, one, one, beta=0.0)
     with pytest.raises(ValueError, match="scale"):
         smpo_weight(one, scale=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- Diffusion-KTO
+
+UTILITIES = {
+    "kahneman-tversky": lambda v: 1 / (1 + math.exp(-v)),
+    "loss-averse": lambda v: -math.log1p(math.exp(-v)),
+    "risk-seeking": lambda v: math.log1p(math.exp(v)),
+}
+
+
+@pytest.mark.parametrize("utility", UTILITIES)
+def test_kto_by_hand(utility: Any) -> None:
+    gains, good = double(0.002, -0.001, 0.004, 0.003), torch.tensor([True, True, False, False])
+    point = kto_reference_point(gains)
+    assert point.item() == pytest.approx(0.002, rel=1e-14)
+    loss = diffusion_kto(
+        gains, good, point, beta=1000.0, utility=utility, desirable_weight=1.5, undesirable_weight=0.5
+    )
+    u = UTILITIES[utility]
+    v = [0.0, -3.0, -2.0, -1.0]  # +-1000 (gain - 0.002)
+    expected = [weight * (1 - u(one)) for weight, one in zip((1.5, 1.5, 0.5, 0.5), v, strict=True)]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("utility", "value"),
+    [("kahneman-tversky", 0.5), ("loss-averse", 1 + math.log(2)), ("risk-seeking", 1 - math.log(2))],
+)
+def test_kto_of_policy_equal_to_reference(utility: Any, value: float) -> None:
+    gain = double(0.0, 0.0).requires_grad_()
+    loss = diffusion_kto(gain, torch.tensor([True, False]), kto_reference_point(gain), beta=1000.0, utility=utility)
+    assert loss.tolist() == pytest.approx([value] * 2, abs=1e-15)
+    loss.sum().backward()
+    assert gain.grad is not None  # U'(0) is 1/4 for the sigmoid and 1/2 for the others; the label turns the sign
+    slope = 250.0 if utility == "kahneman-tversky" else 500.0
+    assert gain.grad.tolist() == pytest.approx([-slope, slope], rel=1e-12)
+
+
+def test_kto_reference_point_is_never_below_zero_and_has_no_gradient() -> None:
+    gain = double(-0.004, -0.002).requires_grad_()
+    good = torch.tensor([True, True])
+    point = kto_reference_point(gain)
+    assert point.item() == pytest.approx(-0.003) and not point.requires_grad
+    loss = diffusion_kto(gain, good, point, beta=500.0)
+    assert loss.tolist() == pytest.approx([1 - 1 / (1 + math.exp(2)), 1 - 1 / (1 + math.exp(1))], rel=1e-12)
+    # a point that the caller forgot to detach has none either: the slope is U' alone, not U' (1 - 1/B)
+    leaky = diffusion_kto(gain, good, gain.mean() + 1.0, beta=500.0).sum()
+    v = [500 * (g - 0.997) for g in (-0.004, -0.002)]
+    (slope,) = torch.autograd.grad(leaky, gain)
+    assert slope.tolist() == pytest.approx([-500 * math.exp(one) / (1 + math.exp(one)) ** 2 for one in v], rel=1e-9)
+
+
+def test_kto_of_good_images_alone_pulls_hardest_at_the_average() -> None:
+    gain = double(0.001, 0.003, 0.002).requires_grad_()
+    loss = diffusion_kto(gain, torch.tensor([True] * 3), kto_reference_point(gain), beta=3000.0)
+    loss.sum().backward()
+    assert loss[2].item() == pytest.approx(0.5) and loss[0] > 0.5 > loss[1]
+    assert gain.grad is not None and gain.grad.abs().argmax() == 2 and gain.grad[0] == pytest.approx(gain.grad[1])
+
+
+def test_kto_refuses_nonsense() -> None:
+    gain, good = double(0.0), torch.tensor([True])
+    with pytest.raises(ValueError, match="beta"):
+        diffusion_kto(gain, good, gain.mean(), beta=0.0)
+    with pytest.raises((ValueError, TypeError), match="kahneman-tversky"):
+        diffusion_kto(gain, good, gain.mean(), beta=1.0, utility="greedy")  # type: ignore[arg-type]

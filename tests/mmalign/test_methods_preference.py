@@ -17,7 +17,7 @@ from tiny_models import build_tiny_sd
 from tiny_runs import InMemoryPairs, losses, run_config, write_pairs
 from torch import Tensor
 
-from mmalign.batches import PairBatch
+from mmalign.batches import LabelBatch, PairBatch
 from mmalign.data.images import encode_png
 from mmalign.engine import train
 from mmalign.errors import UserError
@@ -76,6 +76,12 @@ def make_pairs(count: int = 3) -> PairBatch:
     return replace(batch, chosen=batch.chosen.double(), rejected=batch.rejected.double(), margins=margins)
 
 
+def make_labels(count: int) -> LabelBatch:
+    """The chosen and rejected images of pairs, as good and bad ones in turn."""
+    batch = InMemoryPairs(count).batch(range(count), 1, 0)
+    return LabelBatch(batch.chosen.double(), torch.arange(count) % 2 == 0, batch.cond, batch.ids, epoch=1)
+
+
 def errors_by_hand(run: Run, batch: PairBatch, predict: Any, low: int = 0, high: int = 1000) -> list[Tensor]:
     """Errors of the chosen and of the rejected side, each in a forward pass of its own."""
     noise, t = run.noise_like(batch.chosen, batch.ids, batch.epoch), run.timesteps(batch, low, high)
@@ -99,7 +105,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradient_equals_finite_differences(model: str, name: str) -> None:
-    run, method, batch = make_run(model), make_method(name, **OPTIONS[name]), make_pairs()
+    run, method = make_run(model), make_method(name, **OPTIONS[name])
+    batch = make_labels(4) if method.needs.source == "labels" else make_pairs()
     parameters = list(run.generator.trainable_parameters())
     source = torch.Generator().manual_seed(2)
     direction = [torch.randn(p.shape, generator=source, dtype=p.dtype) for p in parameters]
@@ -206,6 +213,40 @@ def test_smpo_learns_from_the_scores_of_labelled_pairs(model: str, tmp_path: Pat
     # margins 0.2, 0.3, 0.4, 0.5, each once a step; weight tanh(margin)
     mean = sum(math.tanh(margin) for margin in (0.2, 0.3, 0.4, 0.5)) / 4
     assert losses(output, "weight") == pytest.approx({1: mean, 2: mean}, rel=1e-6)
+
+
+def test_kto_is_its_formula_and_starts_at_one_half(model: str) -> None:
+    run, batch = make_run(model), make_labels(4)
+    method = make_method(
+        "diffusion_kto", beta=5.0, utility="loss-averse", undesirable_weight=2.0, timesteps=(0.2, 0.9)
+    )
+    output = method.loss(run, batch)
+    noise, t = run.noise_like(batch.images, batch.ids, 1), run.timesteps(batch, 200, 900)
+    x_t, target = run.process.add_noise(batch.images, noise, t), run.process.target(batch.images, noise, t)
+    policy, reference = (
+        (predict(x_t, t, batch.cond) - target).square().mean(dim=(1, 2, 3))
+        for predict in (run.predict, run.reference.predict)
+    )
+    gain = reference - policy
+    centred = 5.0 * (gain - max(gain.mean().item(), 0.0)) * torch.tensor([1, -1, 1, -1])
+    expected = (torch.tensor([1, 2, 1, 2]) * (1 - torch.nn.functional.logsigmoid(centred))).mean()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert float(output.metrics["gain"]) == pytest.approx(gain.mean().item())
+    start = make_method("diffusion_kto").loss(make_run(model, 0.0), batch)
+    assert start.loss.item() == 0.5 and start.metrics["reference_point"] == 0 and start.metrics["accuracy"] == 0.5
+
+
+def test_kto_learns_from_pairs_and_from_a_table_of_labels(model: str, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs", 4)
+    table = pairs.parent / "labels.csv"
+    table.write_text("image,caption,label\n0-chosen.png,a red circle,good\n1-rejected.png,a red circle,bad\n")
+    for index, source in enumerate((pairs, table)):
+        config = run_config(model, pairs, tmp_path / f"out{index}", "diffusion_kto", steps=2, data=labels_of(source))
+        assert set(losses(train(config), "reference_point")) == {1, 2}
+
+
+def labels_of(source: Path) -> dict[str, Any]:
+    return {"pairs": None, "labels": str(source)}
 
 
 RUNS: dict[str, dict[str, Any]] = {
