@@ -7,6 +7,7 @@ from mmalign.losses.mapo import mapo, mapo_likelihood, mapo_logit
 from mmalign.losses.policy_gradient import clamped_policy_gradient, clipped_policy_gradient, gaussian_kl
 from mmalign.losses.prdp import prdp
 from mmalign.losses.smpo import smpo, smpo_weight
+from mmalign.losses.tpo import tdpo, tdpo_logit
 
 __all__ = [
     "clamped_policy_gradient",
@@ -23,4 +24,6 @@ __all__ = [
     "prdp",
     "smpo",
     "smpo_weight",
+    "tdpo",
+    "tdpo_logit",
 ]

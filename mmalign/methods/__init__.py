@@ -14,6 +14,7 @@ methods = Registry(
         "mapo": "mmalign.methods.mapo:MaPO",
         "sft": "mmalign.methods.sft:SFT",
         "smpo": "mmalign.methods.smpo:SmPO",
+        "tpo": "mmalign.methods.tpo:TPO",
     },
     "mmalign.methods",
 )

@@ -192,3 +192,32 @@ def test_kto_refuses_nonsense() -> None:
         diffusion_kto(gain, good, gain.mean(), beta=0.0)
     with pytest.raises((ValueError, TypeError), match="kahneman-tversky"):
         diffusion_kto(gain, good, gain.mean(), beta=1.0, utility="greedy")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------------- TDPO
+
+
+def test_tdpo_without_a_bound_is_dpo_of_the_two_captions_errors() -> None:
+    errors = [double(e, e / 3) for e in (0.1, 0.104, 0.101, 0.103)]
+    torch.testing.assert_close(tdpo(*errors, beta=900.0), diffusion_dpo(*errors, beta=900.0), rtol=0, atol=0)
+    same = tdpo(errors[0], errors[0], errors[2], errors[2], beta=900.0)
+    assert same.tolist() == [math.log(2)] * 2
+
+
+def test_tdpo_bound_stops_the_rejected_caption_and_it_alone() -> None:
+    reference = double(0.1, 0.1, 0.1)
+    chosen, rejected = double(0.1, 0.1, 0.1).requires_grad_(), double(0.105, 0.125, 5.0).requires_grad_()
+    z = tdpo_logit(chosen, rejected, reference, reference, beta=1000.0, rejected_rise=0.02)
+    assert z.tolist() == pytest.approx([2.5, 10.0, 10.0], rel=1e-12)  # 500 times the rise, at most 500 * 0.02
+    tdpo(chosen, rejected, reference, reference, beta=1000.0, rejected_rise=0.02).sum().backward()
+    assert chosen.grad is not None and rejected.grad is not None
+    pull = [500 / (1 + math.exp(one)) for one in (2.5, 10.0, 10.0)]
+    assert chosen.grad.tolist() == pytest.approx(pull, rel=1e-10)
+    assert rejected.grad.tolist() == pytest.approx([-pull[0], 0.0, 0.0], rel=1e-10)
+
+
+def test_tdpo_refuses_nonsense() -> None:
+    one = double(1.0)
+    for options in ({"beta": 0.0}, {"beta": 1.0, "rejected_rise": 0.0}):
+        with pytest.raises(ValueError, match="positive"):
+            tdpo(one, one, one, one, **options)

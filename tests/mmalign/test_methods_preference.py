@@ -18,6 +18,7 @@ from tiny_runs import InMemoryPairs, losses, run_config, write_pairs
 from torch import Tensor
 
 from mmalign.batches import LabelBatch, PairBatch
+from mmalign.cli import main
 from mmalign.data.images import encode_png
 from mmalign.engine import train
 from mmalign.errors import UserError
@@ -79,7 +80,9 @@ def make_pairs(count: int = 3) -> PairBatch:
 def make_labels(count: int) -> LabelBatch:
     """The chosen and rejected images of pairs, as good and bad ones in turn."""
     batch = InMemoryPairs(count).batch(range(count), 1, 0)
-    return LabelBatch(batch.chosen.double(), torch.arange(count) % 2 == 0, batch.cond, batch.ids, epoch=1)
+    rejected = InMemoryPairs(2 * count).batch(range(count, 2 * count), 1, 0).cond
+    good = torch.arange(count) % 2 == 0
+    return LabelBatch(batch.chosen.double(), good, batch.cond, batch.ids, epoch=1, rejected_cond=rejected)
 
 
 def errors_by_hand(run: Run, batch: PairBatch, predict: Any, low: int = 0, high: int = 1000) -> list[Tensor]:
@@ -247,6 +250,45 @@ def test_kto_learns_from_pairs_and_from_a_table_of_labels(model: str, tmp_path: 
 
 def labels_of(source: Path) -> dict[str, Any]:
     return {"pairs": None, "labels": str(source)}
+
+
+def caption_errors(run: Run, batch: LabelBatch, predict: Any) -> list[Tensor]:
+    """Errors under the fitting and under the other caption, each in a forward pass of its own."""
+    noise, t = run.noise_like(batch.images, batch.ids, 1), run.timesteps(batch)
+    x_t, target = run.process.add_noise(batch.images, noise, t), run.process.target(batch.images, noise, t)
+    return [(predict(x_t, t, c) - target).square().mean(dim=(1, 2, 3)) for c in (batch.cond, batch.rejected_cond)]
+
+
+def test_tpo_objectives_on_separate_forward_passes(model: str) -> None:
+    run, batch = make_run(model), make_labels(3)
+    policy, reference = (caption_errors(run, batch, predict) for predict in (run.predict, run.reference.predict))
+    output = make_method("tpo", beta=5.0).loss(run, batch)
+    assert output.loss.item() == pytest.approx(diffusion_dpo(*policy, *reference, beta=5.0).mean().item(), rel=1e-10)
+    gain = torch.cat(reference) - torch.cat(policy)
+    signed = (gain - max(gain.mean().item(), 0.0)) * torch.tensor([1, 1, 1, -1, -1, -1])
+    output = make_method("tpo", beta=5.0, objective="tkto").loss(run, batch)
+    assert output.loss.item() == pytest.approx((1 - torch.sigmoid(5.0 * signed)).mean().item(), rel=1e-10)
+    start = make_run(model, 0.0)
+    assert make_method("tpo").loss(start, batch).loss.item() == pytest.approx(math.log(2), abs=1e-15)
+    assert make_method("tpo", objective="tkto").loss(start, batch).loss.item() == 0.5
+
+
+def test_equal_captions_teach_nothing(model: str) -> None:
+    run, batch = make_run(model), make_labels(3)
+    output = make_method("tpo", beta=2000.0).loss(run, replace(batch, rejected_cond=batch.cond))
+    assert output.metrics["logit"] == 0 and output.loss.item() == pytest.approx(math.log(2), abs=1e-15)
+    gradients = torch.autograd.grad(output.loss, list(run.generator.trainable_parameters()))
+    # Both sides' gradients are opposite to the bit, and add up in an order that torch chooses.
+    assert max(gradient.abs().max().item() for gradient in gradients) < 1e-12
+
+
+def test_tpo_trains_on_perturbed_captions_and_refuses_labels_without_them(model: str, tmp_path: Path) -> None:
+    pairs, captions = write_pairs(tmp_path / "pairs", 4), tmp_path / "captions.parquet"
+    with pytest.raises(UserError, match="8 images .* 8 have no caption_rejected and 4 are bad.*pairs perturb"):
+        train(run_config("no/such-model", pairs, tmp_path / "out", "tpo", data=labels_of(pairs)))
+    assert main(["pairs", "perturb", str(pairs), "--out", str(captions)]) == 0
+    output = train(run_config(model, pairs, tmp_path / "out", "tpo", steps=2, data=labels_of(captions)))
+    assert set(losses(output, "policy_rejected")) == {1, 2}
 
 
 RUNS: dict[str, dict[str, Any]] = {
