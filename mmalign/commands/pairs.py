@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     label.add_argument("images", metavar="DIR", help="what `mmalign pairs sample` wrote")
     label.add_argument("--reward", required=True, metavar="R,R2:0.5", help="rewards, with weights other than 1")
     label.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="the pairs")
-    label.add_argument("--mode", choices=("best-worst", "bradley-terry"), default="best-worst", help="who wins")
+    modes = ("best-worst", "bradley-terry", "calibrated")
+    label.add_argument(
+        "--mode", choices=modes, default="best-worst", help="who wins; calibrated: scores are win rates"
+    )
     label.add_argument("--temperature", type=float, default=1.0, help="of Bradley-Terry (default %(default)s)")
     label.add_argument("--label-noise", type=float, default=0.0, metavar="P", help="flip labels with probability P")
     label.add_argument("--min-margin", type=float, default=0.0, metavar="M", help="leave out pairs closer than this")

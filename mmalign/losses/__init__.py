@@ -1,5 +1,6 @@
 """Every objective as a pure function on tensors: no models, no configuration, no state; imports torch alone."""
 
+from mmalign.losses.capo import capo, capo_logit, noise_level_weight
 from mmalign.losses.denoising import denoising_error
 from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
 from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
@@ -10,6 +11,8 @@ from mmalign.losses.smpo import smpo, smpo_weight
 from mmalign.losses.tpo import tdpo, tdpo_logit
 
 __all__ = [
+    "capo",
+    "capo_logit",
     "clamped_policy_gradient",
     "clipped_policy_gradient",
     "denoising_error",
@@ -21,6 +24,7 @@ __all__ = [
     "mapo",
     "mapo_likelihood",
     "mapo_logit",
+    "noise_level_weight",
     "prdp",
     "smpo",
     "smpo_weight",

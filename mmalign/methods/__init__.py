@@ -6,6 +6,7 @@ methods = Registry(
     "method",
     {
         "align_prop": "mmalign.methods.align_prop:AlignProp",
+        "capo": "mmalign.methods.capo:CaPO",
         "ddpo": "mmalign.methods.ddpo:DDPO",
         "prdp": "mmalign.methods.prdp:PRDP",
         "diffusion_dpo": "mmalign.methods.diffusion_dpo:DiffusionDPO",

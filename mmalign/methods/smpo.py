@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from mmalign.errors import UserError
 from mmalign.losses import diffusion_dpo_logit, smpo, smpo_weight
 from mmalign.losses.smpo import PICKSCORE_SPAN
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch
@@ -51,13 +49,7 @@ class SmPO(Method[SmPOConfig]):
 
     def check_data(self, source: PairTable) -> None:
         """Refuse pairs without scores."""
-        lacking = sum(map(math.isnan, source.margins()))
-        if lacking:
-            raise UserError(
-                f"method '{self.name}' weighs each pair by its scores, and {lacking} of {len(source)} pairs of "
-                f"{source.name} have none (score_0, score_1); make pairs by `mmalign pairs label --reward NAME`, or "
-                "choose method diffusion_dpo"
-            )
+        source.require_margins(self.name)
 
     def describe(self) -> str:
         """Return what beta and the weights mean, and how images are noised."""

@@ -221,3 +221,42 @@ def test_tdpo_refuses_nonsense() -> None:
     for options in ({"beta": 0.0}, {"beta": 1.0, "rejected_rise": 0.0}):
         with pytest.raises(ValueError, match="positive"):
             tdpo(one, one, one, one, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- CaPO
+
+
+def test_capo_is_zero_exactly_where_the_implicit_rewards_fit() -> None:
+    reference = double(0.2, 0.2, 0.2)
+    margin = double(0.3, -0.4, 1.0)
+    chosen = (reference - margin / 500.0).requires_grad_()  # beta 1000: z = 500 * (reference - policy) of chosen
+    loss = capo(chosen, reference, reference, reference, margin, beta=1000.0)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([0.0] * 3, abs=1e-20)
+    assert chosen.grad is not None and chosen.grad.abs().max() < 1e-8
+    start = double(0.2, 0.2, 0.2).requires_grad_()
+    loss = capo(start, reference, reference, reference, margin, beta=1000.0)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([0.09, 0.16, 1.0], rel=1e-12)
+    assert start.grad is not None and start.grad.tolist() == pytest.approx([300.0, -400.0, 1000.0], rel=1e-12)
+
+
+def test_capo_of_certain_labels_is_ipo() -> None:
+    errors = [double(e, e / 2) for e in (0.1, 0.1003, 0.1001, 0.1002)]
+    ipo = diffusion_dpo(*errors, beta=350.0, loss_type="ipo")
+    torch.testing.assert_close(capo(*errors, double(1.0, 1.0), beta=700.0), 700.0**2 * ipo, rtol=1e-12, atol=0)
+
+
+def test_capo_weight_of_the_noise_level() -> None:
+    alpha, sigma = double(0.6, 0.8, 2**-0.5), double(0.8, 0.6, 2**-0.5)
+    weight = noise_level_weight(alpha, sigma, bias=0.5)
+    # sigmoid(b - log(a^2/s^2)) = s^2 e^b / (s^2 e^b + a^2)
+    expected = [s * s * math.exp(0.5) / (s * s * math.exp(0.5) + a * a) for a, s in ((0.6, 0.8), (0.8, 0.6), (1, 1))]
+    assert weight.tolist() == pytest.approx(expected, rel=1e-12) and weight[0] > weight[2] > weight[1]
+    errors = [double(e, e, e) for e in (0.1, 0.1003, 0.1001, 0.1002)]
+    z = diffusion_dpo_logit(*errors, beta=700.0)
+    torch.testing.assert_close(capo_logit(*errors, beta=700.0, weight=weight), weight * z)
+    loss = capo(*errors, double(0.5, 0.5, 0.5), beta=700.0, weight=weight)
+    torch.testing.assert_close(loss, (0.5 - weight * z) ** 2)
+    with pytest.raises(ValueError, match="beta"):
+        capo(*errors, z, beta=0.0)

@@ -100,6 +100,7 @@ def write_png(seed: int) -> bytes:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "capo": {"beta": 5.0, "level_bias": 0.5},
     "diffusion_dpo": {"beta": 5.0},
     "mapo": {},
     "smpo": {"beta": 5.0, "noising": "gaussian"},
@@ -202,15 +203,33 @@ def test_smpo_needs_scores_and_says_so_before_anything_is_read(model: str, tmp_p
         train(run_config("no/such-model", pairs, tmp_path / "out", "smpo"))
 
 
-def test_smpo_learns_from_the_scores_of_labelled_pairs(model: str, tmp_path: Path) -> None:
+def test_capo_is_its_formula_and_takes_calibrated_scores_alone(model: str, tmp_path: Path) -> None:
+    run, batch = make_run(model), make_pairs()
+    output = make_method("capo", beta=5.0, level_bias=0.5).loss(run, batch)
+    policy, reference = (errors_by_hand(run, batch, predict) for predict in (run.predict, run.reference.predict))
+    t = run.timesteps(batch)
+    snr = (run.process.alpha(t) / run.process.sigma(t)).flatten().double() ** 2
+    z = 2.5 * ((reference[0] - policy[0]) - (reference[1] - policy[1])) / (1 + snr * math.exp(-0.5))
+    assert output.loss.item() == pytest.approx((batch.margins - z).square().mean().item(), rel=1e-6)
+    plain = make_method("capo").loss(make_run(model, 0.0), batch)
+    assert plain.loss.item() == pytest.approx(batch.margins.square().mean().item(), rel=1e-12)
+    write_scored_pairs(tmp_path / "pairs.parquet", [0.2, -1.5])
+    with pytest.raises(UserError, match="in 0..1, and .* has a margin of 1.7; .*--mode calibrated"):
+        train(run_config("no/such-model", tmp_path / "pairs.parquet", tmp_path / "out", "capo"))
+
+
+def write_scored_pairs(path: Path, rejected: list[float]) -> None:
+    """Pairs in Pick-a-Pic's columns whose chosen image scores 0.2."""
     rows = []
-    for index in range(4):
-        sides = [write_png(seed=2 * index + side) for side in (0, 1)]
-        rows.append(
-            {"caption": "a red circle", "label_0": 1.0, "label_1": 0.0, "score_0": 0.2, "score_1": -index / 10}
-        )
-        rows[-1] |= {f"jpg_{side}": data for side, data in enumerate(sides)}
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    for index, score in enumerate(rejected):
+        sides = {f"jpg_{side}": write_png(seed=2 * index + side) for side in (0, 1)}
+        labels = {"label_0": 1.0, "label_1": 0.0, "score_0": 0.2, "score_1": score}
+        rows.append({"caption": "a red circle", **labels, **sides})
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_smpo_learns_from_the_scores_of_labelled_pairs(model: str, tmp_path: Path) -> None:
+    write_scored_pairs(tmp_path / "pairs.parquet", [0.0, -0.1, -0.2, -0.3])
     method = {"name": "smpo", "inversion_steps": 2, "scale": 0.5, "gamma": 1.0}
     output = train(run_config(model, tmp_path / "pairs.parquet", tmp_path / "out", method, steps=2, batch_size=4))
     # margins 0.2, 0.3, 0.4, 0.5, each once a step; weight tanh(margin)
