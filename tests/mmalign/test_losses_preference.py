@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 
 from mmalign.losses import (
+    capo,
+    capo_logit,
     diffusion_dpo,
+    diffusion_dpo_logit,
     diffusion_kto,
     kto_reference_point,
     mapo,
     mapo_likelihood,
     mapo_logit,
+    noise_level_weight,
     smpo,
     smpo_weight,
+    tdpo,
+    tdpo_logit,
 )
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from tiny_models import build_tiny_sd
+from tiny_models import build_tiny_sd, build_tiny_sdxl
 from tiny_runs import InMemoryPairs, losses, run_config, write_pairs
 from torch import Tensor
 
@@ -308,6 +308,28 @@ def test_tpo_trains_on_perturbed_captions_and_refuses_labels_without_them(model:
     assert main(["pairs", "perturb", str(pairs), "--out", str(captions)]) == 0
     output = train(run_config(model, pairs, tmp_path / "out", "tpo", steps=2, data=labels_of(captions)))
     assert set(losses(output, "policy_rejected")) == {1, 2}
+
+
+@pytest.mark.parametrize("family", ["epsilon, full", "xl, lora"])
+def test_every_method_trains_every_family(family: str, tmp_path: Path) -> None:
+    xl = family.startswith("xl")
+    generator = load_generator((build_tiny_sdxl if xl else build_tiny_sd)(tmp_path / "model"), device="cpu")
+    texts = generator.encode_prompts(["a red circle", "two blue stars", "a square"])
+    if xl:
+        generator.add_adapter(4, seed=1)
+    else:
+        generator.network.requires_grad_(True)
+    run = Run(generator, reference=Reference(generator, "adapter" if xl else "copy"))
+    pairs, labels = InMemoryPairs(3).batch(range(3), 0, 0), make_labels(3)
+    pairs = replace(pairs, cond=texts, margins=torch.tensor([0.1, 0.2, 0.3]))
+    labels = replace(labels, images=labels.images.float(), cond=texts, rejected_cond=texts[[1, 2, 0]])
+    for name in ("capo", "diffusion_kto", "inpo", "mapo", "smpo", "tpo"):
+        method = make_method(name, **({"inversion_steps": 2} if name in ("inpo", "smpo") else {}))
+        output = method.loss(run, labels if method.needs.source == "labels" else pairs)
+        output.loss.backward()
+        parameters = list(generator.trainable_parameters())
+        assert output.loss.isfinite() and any(p.grad is not None and p.grad.any() for p in parameters), name
+        generator.network.zero_grad(set_to_none=True)
 
 
 RUNS: dict[str, dict[str, Any]] = {
