@@ -132,26 +132,23 @@ def read_labels(source: str, config: DataConfig) -> LabelTable:
     Raises:
         UserError: no such source, a missing column, a label that is neither good nor bad, or an empty source.
     """
-    path = Path(source).expanduser()
-    labels: _Labels
-    if path.suffix.lower() not in TABLE_SUFFIXES:
-        labels = _pair_labels(source, config)
-    else:
-        path = find(source)
-        found = _columns(path)
-        if (
-            LABEL_COLUMN not in found
-            and REJECTED_COLUMN not in found
-            and path.suffix.lower() in (".parquet", ".jsonl")
-        ):
-            labels = _pair_labels(source, config)
-        else:
-            columns = _Columns(found, config.caption_column, str(path))
-            labels = (_ParquetLabels if path.suffix.lower() == ".parquet" else _ListedLabels)(path, columns)
-    table = LabelTable(labels, config.limit)
+    table = LabelTable(_open(source, config), config.limit)
     if not len(table):
         raise UserError(f"{source}: holds no labelled images")
     return table
+
+
+def _open(source: str, config: DataConfig) -> _Labels:
+    suffix = Path(source).suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        return _pair_labels(source, config)
+    path = find(source)
+    found = _columns(path)
+    labelled = LABEL_COLUMN in found or REJECTED_COLUMN in found
+    if not labelled and suffix in (".parquet", ".jsonl"):  # in which pairs come too
+        return _pair_labels(source, config)
+    columns = _Columns(found, config.caption_column, str(path))
+    return _ParquetLabels(path, columns) if suffix == ".parquet" else _ListedLabels(path, columns)
 
 
 def _columns(path: Path) -> Sequence[str]:
