@@ -1,4 +1,5 @@
-"""Build preference data: `sample` draws several images for each prompt, `label` turns them into pairs by a reward.
+"""Build preference data: `sample` draws several images for each prompt, `label` turns them into pairs by a reward,
+`perturb` gives good images captions that do not fit them.
 
 An interrupted `sample` goes on where it stopped; the pairs are a parquet file with the columns of Pick-a-Pic.
 """
@@ -22,8 +23,8 @@ from mmalign.progress import track
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `mmalign pairs sample` and `mmalign pairs label`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="sample|label")
+    """Declare the arguments of `mmalign pairs sample`, `label` and `perturb`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="sample|label|perturb")
     sample = actions.add_parser("sample", help="draw images: DIR/images.parquet")
     add_sampling_arguments(sample)
     sample.add_argument("--images-per-prompt", type=positive, default=4, metavar="N", help="default %(default)s")
@@ -32,17 +33,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     label.add_argument("images", metavar="DIR", help="what `mmalign pairs sample` wrote")
     label.add_argument("--reward", required=True, metavar="R,R2:0.5", help="rewards, with weights other than 1")
     label.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="the pairs")
-    label.add_argument("--mode", choices=("best-worst", "bradley-terry"), default="best-worst", help="who wins")
+    modes = ("best-worst", "bradley-terry", "calibrated")
+    label.add_argument(
+        "--mode", choices=modes, default="best-worst", help="who wins; calibrated: scores are win rates"
+    )
     label.add_argument("--temperature", type=float, default=1.0, help="of Bradley-Terry (default %(default)s)")
     label.add_argument("--label-noise", type=float, default=0.0, metavar="P", help="flip labels with probability P")
     label.add_argument("--min-margin", type=float, default=0.0, metavar="M", help="leave out pairs closer than this")
     label.add_argument("--pairs-per-prompt", type=positive, default=1, metavar="K", help="default %(default)s")
     label.add_argument("--seed", type=int, default=0, help="of draws, noise and sides (default %(default)s)")
+    perturb = actions.add_parser("perturb", help="write captions that do not fit, beside those that do")
+    perturb.add_argument(
+        "source", metavar="FILE|DIR", help="pairs (their chosen images), or a table of labelled images"
+    )
+    perturb.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="the images, for data.labels")
+    perturb.add_argument(
+        "--contrast",
+        metavar="shapes|rules|FILE",
+        help="rules of Shapes, which check that no edited caption is true (default), rules of English, or a JSON file",
+    )
+    perturb.add_argument("--endpoint", metavar="URL", help="ask a language model instead, such as .../v1")
+    perturb.add_argument("--llm", metavar="NAME", help="the model behind the endpoint")
+    perturb.add_argument(
+        "--api-key-env", metavar="VARIABLE", help="environment variable that holds the endpoint's key"
+    )
+    perturb.add_argument("--answers", metavar="DIR", help="keep the model's answers here, to pay for none twice")
+    perturb.add_argument("--limit", type=positive, metavar="N", help="no more than this many images")
+    perturb.add_argument("--seed", type=int, default=0, help="of the edits drawn (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do the action that was asked for."""
-    return _sample(args) if args.action == "sample" else _label(args)
+    return {"sample": _sample, "label": _label, "perturb": _perturb}[args.action](args)
 
 
 def _sample(args: argparse.Namespace) -> int:
@@ -76,10 +98,14 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_out(out: Path) -> None:
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: pairs are written as parquet; name the file {out.stem}.parquet")
+    check_output(out, folder=False)
+
+
 def _label(args: argparse.Namespace) -> int:
-    if args.out.suffix != ".parquet":
-        raise UserError(f"--out {args.out}: pairs are written as parquet; name the file {args.out.stem}.parquet")
-    check_output(args.out, folder=False)
+    _check_out(args.out)
     if args.mode == "best-worst" and args.temperature != 1.0:
         raise UserError("--temperature belongs to --mode bradley-terry; best-worst draws nothing")
 
@@ -102,3 +128,31 @@ def _label(args: argparse.Namespace) -> int:
         counts = labelling.label_pairs(images, rewards, args.out, settings, progress=job.advance)
     print(f"{counts}: {args.out}")
     return 0
+
+
+def _perturb(args: argparse.Namespace) -> int:
+    _check_out(args.out)
+    source = _contrast(args)
+
+    from mmalign.config import DataConfig
+    from mmalign.data.labels import read_labels
+    from mmalign.data.perturbing import perturb_captions
+
+    table = read_labels(args.source, DataConfig(labels=args.source, limit=args.limit))
+    with track(len(table), "perturb") as job:
+        counts = perturb_captions(table, args.out, source, seed=args.seed, progress=job.advance)
+    print(f"{counts}: {args.out}")
+    return 0
+
+
+def _contrast(args: argparse.Namespace) -> str | dict[str, object]:
+    """Return where the rejected captions come from, as `edits_of` takes it."""
+    if args.endpoint is None:
+        given = [f"--{name}" for name in ("llm", "api_key_env", "answers") if getattr(args, name) is not None]
+        if given:
+            raise UserError(f"{given[0].replace('_', '-')} belongs to --endpoint; give both or neither")
+        return args.contrast or "shapes"
+    if args.contrast is not None or args.llm is None:
+        raise UserError("--endpoint asks a language model: give its name by --llm, and no --contrast")
+    options = {"api_key_env": args.api_key_env, "cache": args.answers}
+    return {"endpoint": args.endpoint, "model": args.llm, **{k: v for k, v in options.items() if v is not None}}

@@ -1,6 +1,7 @@
-"""Turn sampled images into preference pairs by a reward: best against worst, or Bradley-Terry draws.
+"""Turn sampled images into preference pairs by a reward: best against worst, Bradley-Terry draws, Pareto frontiers.
 
-Bradley-Terry (1952): P(i is preferred to j) = sigmoid((score_i - score_j) / temperature).
+Bradley-Terry (1952): P(i is preferred to j) = sigmoid((score_i - score_j) / temperature). Frontiers and calibrated
+scores: `mmalign.data.calibration`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from mmalign.data.calibration import Merits, frontier_pairs, win_rates
 from mmalign.data.parquet import (
     ForwardReader,
     RowWriter,
@@ -60,11 +62,13 @@ class LabelSettings:
     """How pairs are chosen and labelled.
 
     `best-worst` pairs the best image of a prompt with its worst, the second best with the second worst and so on;
-    `bradley-terry` draws pairs at random and lets a coin weighted by the scores decide, as people do. Then every label
+    `bradley-terry` draws pairs at random and lets a coin weighted by the scores decide, as people do; `calibrated`
+    takes win rates for scores, the mean over the rewards, and draws pairs between the best and the worst frontier
+    (a reward's weight times its score, over `temperature`, is what the win rates are made of). Then every label
     is flipped with probability `label_noise`. Pairs of equal score are left out, and those closer than `min_margin`.
     """
 
-    mode: Literal["best-worst", "bradley-terry"] = "best-worst"
+    mode: Literal["best-worst", "bradley-terry", "calibrated"] = "best-worst"
     temperature: float = 1.0
     label_noise: float = 0.0
     min_margin: float = 0.0
@@ -179,8 +183,8 @@ def label_pairs(
         stream = score_items(_items(images), rewards, batch_size=batch_size)
         for _, group in groupby(stream, key=lambda scored: scored.item.extra["prompt_id"]):
             members = list(group)
-            scores = [_total(scored, rewards, quiet=NOT_FINITE in counts.left_out) for scored in members]
-            _label_prompt([scored.item.extra for scored in members], scores, settings, counts, writer)
+            parts = [_weighted(scored, rewards, quiet=NOT_FINITE in counts.left_out) for scored in members]
+            _label_prompt([scored.item.extra for scored in members], parts, settings, counts, writer)
             if progress is not None:
                 progress(len(members))
         if not counts.kept:
@@ -203,7 +207,8 @@ def _items(images: Path) -> Iterator[Item]:
         yield Item(f"image of '{row['prompt']}'", row["image"], row["prompt"], extra=row)
 
 
-def _total(scored: Scored, rewards: Sequence[WeightedReward], *, quiet: bool) -> float:
+def _weighted(scored: Scored, rewards: Sequence[WeightedReward], *, quiet: bool) -> list[float]:
+    """Return weight x reward for each; more is better."""
     if scored.error:
         raise UserError(f"{scored.item.name}: {scored.error}")
     broken = [(name, value) for name, value in scored.scores.items() if not math.isfinite(value)]
@@ -212,24 +217,29 @@ def _total(scored: Scored, rewards: Sequence[WeightedReward], *, quiet: bool) ->
             f"reward '{broken[0][0]}' gave {broken[0][1]} for an {scored.item.name}; "
             "prompts with such a score are left out, and counted at the end"
         )
-    return weighted_total(scored.scores, rewards)
+    return [weighted_total(scored.scores, [entry]) for entry in rewards]
 
 
 def _label_prompt(
     group: Sequence[Mapping[str, Any]],
-    scores: Sequence[float],
+    parts: Merits,
     settings: LabelSettings,
     counts: LabelCounts,
     writer: RowWriter,
 ) -> None:
     counts.prompts += 1
     counts.images += len(group)
-    if len(group) < 2 or not all(map(math.isfinite, scores)):
+    if len(group) < 2 or not all(math.isfinite(part) for row in parts for part in row):
         counts.left_out[SINGLE if len(group) < 2 else NOT_FINITE] += 1
         return
+    if settings.mode == "calibrated":
+        parts = win_rates(parts, settings.temperature)
+        scores = [math.fsum(row) / len(row) for row in parts]
+    else:
+        scores = [sum(row) for row in parts]
     kept_before, reason = counts.kept, TIE
     uids = [f"{row['prompt_id']}-{row['seed']:016x}" for row in group]
-    for better, worse in _choose(scores, group[0]["prompt_id"], settings):
+    for better, worse in _choose(scores, parts, group[0]["prompt_id"], settings):
         margin = scores[better] - scores[worse]
         if margin == 0 or margin < settings.min_margin:
             counts.pairs_left_out += 1
@@ -246,13 +256,15 @@ def _label_prompt(
         counts.left_out[reason] += 1
 
 
-def _choose(scores: Sequence[float], name: str, settings: LabelSettings) -> list[tuple[int, int]]:
+def _choose(scores: Sequence[float], parts: Merits, name: str, settings: LabelSettings) -> list[tuple[int, int]]:
     """Return index pairs (higher score, lower score) of one prompt's images."""
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     if settings.mode == "best-worst":
         pairs = [(order[rank], order[-1 - rank]) for rank in range(len(order) // 2)]
     else:
         pairs = list(combinations(order, 2))
+        if settings.mode == "calibrated":
+            pairs = [(upper, lower) for upper, lower in frontier_pairs(parts) if scores[upper] > scores[lower]]
         random.Random(derive_seed(settings.seed, "draw", name)).shuffle(pairs)
     return pairs[: settings.pairs_per_prompt]
 
@@ -260,7 +272,7 @@ def _choose(scores: Sequence[float], name: str, settings: LabelSettings) -> list
 def _is_upset(margin: float, name: str, settings: LabelSettings) -> bool:
     """Tell whether the image of lower score is labelled as preferred."""
     flipped = uniform(settings.seed, "noise", name) < settings.label_noise
-    if settings.mode == "best-worst":
+    if settings.mode != "bradley-terry":
         return flipped
     upset_probability = 1.0 / (1.0 + math.exp(min(margin / settings.temperature, 700.0)))
     return flipped != (uniform(settings.seed, "preference", name) < upset_probability)

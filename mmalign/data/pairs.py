@@ -119,9 +119,28 @@ class PairTable:
         """Return where the prompt of a pair stands in `prompts`, which holds each prompt once."""
         return self._prompt_of[index]
 
+    def texts(self, index: int) -> tuple[str, ...]:
+        """Return the texts of a pair: its prompt alone."""
+        return (self.prompts[self._prompt_of[index]],)
+
     def margins(self) -> list[float]:
         """Return the margin of every pair, NaN where the source has no scores."""
         return list(self._margins)
+
+    def require_margins(self, method: str) -> list[float]:
+        """Return the margin of every pair, for a method that learns from them.
+
+        Raises:
+            UserError: a pair has no scores.
+        """
+        lacking = sum(map(math.isnan, self._margins))
+        if lacking:
+            raise UserError(
+                f"method '{method}' learns from the scores of each pair, and {lacking} of {len(self)} pairs of "
+                f"{self.name} have none (score_0, score_1); make pairs by `mmalign pairs label --reward NAME`, or "
+                "choose method diffusion_dpo"
+            )
+        return self.margins()
 
     def _keep(self, candidate: Candidate, config: DataConfig) -> bool:
         counts = self.counts

@@ -1,16 +1,33 @@
 """Every objective as a pure function on tensors: no models, no configuration, no state; imports torch alone."""
 
+from mmalign.losses.capo import capo, capo_logit, noise_level_weight
 from mmalign.losses.denoising import denoising_error
 from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
+from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
+from mmalign.losses.mapo import mapo, mapo_likelihood, mapo_logit
 from mmalign.losses.policy_gradient import clamped_policy_gradient, clipped_policy_gradient, gaussian_kl
 from mmalign.losses.prdp import prdp
+from mmalign.losses.smpo import smpo, smpo_weight
+from mmalign.losses.tpo import tdpo, tdpo_logit
 
 __all__ = [
+    "capo",
+    "capo_logit",
     "clamped_policy_gradient",
     "clipped_policy_gradient",
     "denoising_error",
     "diffusion_dpo",
     "diffusion_dpo_logit",
+    "diffusion_kto",
     "gaussian_kl",
+    "kto_reference_point",
+    "mapo",
+    "mapo_likelihood",
+    "mapo_logit",
+    "noise_level_weight",
     "prdp",
+    "smpo",
+    "smpo_weight",
+    "tdpo",
+    "tdpo_logit",
 ]

@@ -6,10 +6,16 @@ methods = Registry(
     "method",
     {
         "align_prop": "mmalign.methods.align_prop:AlignProp",
+        "capo": "mmalign.methods.capo:CaPO",
         "ddpo": "mmalign.methods.ddpo:DDPO",
         "prdp": "mmalign.methods.prdp:PRDP",
         "diffusion_dpo": "mmalign.methods.diffusion_dpo:DiffusionDPO",
+        "diffusion_kto": "mmalign.methods.diffusion_kto:DiffusionKTO",
+        "inpo": "mmalign.methods.inpo:InPO",
+        "mapo": "mmalign.methods.mapo:MaPO",
         "sft": "mmalign.methods.sft:SFT",
+        "smpo": "mmalign.methods.smpo:SmPO",
+        "tpo": "mmalign.methods.tpo:TPO",
     },
     "mmalign.methods",
 )

@@ -1,0 +1,88 @@
+"""TPO: preference between captions of one image (arXiv 2509.25771); objectives: `mmalign.losses.tpo`, `diffusion_kto`.
+
+The image, its noise and its timestep are the same on both sides; what differs is the caption, one that fits and one
+that does not (`mmalign pairs perturb` writes them). TDPO compares the two, TKTO takes each by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmalign import ranks
+from mmalign.errors import UserError
+from mmalign.losses import diffusion_kto, kto_reference_point, tdpo, tdpo_logit
+from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
+from mmalign.methods.noising import Noised, noise_images, pair_metrics
+from mmalign.run import Run
+from pipelines.conditioning import Conditioning
+
+if TYPE_CHECKING:
+    from mmalign.data.labels import LabelTable
+
+
+class TPOConfig(TimestepRange):
+    """Configuration of `tpo`; errors are means over latent dimensions."""
+
+    beta: float = Field(2000.0, gt=0)
+    """how closely the policy is held to the reference; tdpo has the half factor of diffusion_dpo, tkto has none"""
+    objective: Literal["tdpo", "tkto"] = "tdpo"
+    """tdpo: the fitting caption against the other; tkto: each by itself, as a good and a bad sample"""
+    rejected_rise: float | None = Field(None, gt=0)
+    """tdpo: rise of the error under the rejected caption beyond which it is pushed no further; null: no bound"""
+
+
+class TPO(Method[TPOConfig]):
+    """Denoise an image better under its caption than under one that does not fit it."""
+
+    name: ClassVar[str] = "tpo"
+    Config = TPOConfig
+    needs: ClassVar[Needs] = Needs(source="labels", reference=True)
+    images_per_sample = 2
+
+    def check_data(self, source: LabelTable) -> None:
+        """Refuse images without a rejected caption, and bad ones."""
+        lacking, bad = sum(index < 0 for index in source.rejected_indices()), source.labels().count(False)
+        if lacking or bad:
+            raise UserError(
+                f"method 'tpo' compares two captions of good images, and of {len(source)} images of {source.name} "
+                f"{lacking} have no caption_rejected and {bad} are bad; write them by `mmalign pairs perturb "
+                f"{source.name} --out FILE.parquet` and give data.labels=FILE.parquet"
+            )
+
+    def describe(self) -> str:
+        """Return what beta means here."""
+        c = self.config
+        if c.objective == "tkto":
+            return f"tpo: tkto, beta={c.beta:g}, mean-reduced, no half factor, kahneman-tversky"
+        bound = "no bound" if c.rejected_rise is None else f"bound {c.rejected_rise:g}"
+        return f"tpo: tdpo, beta={c.beta:g}, mean-reduced, half factor on, {bound} on the rejected caption's error"
+
+    def loss(self, run: Run, batch: LabelBatch) -> LossOutput:
+        """Return the mean loss of the images; in the metrics chosen and rejected are the two captions."""
+        c = self.config
+        assert batch.rejected_cond is not None, "check_data has seen a rejected caption for every image"
+        one = noise_images(run, batch, c)
+        both = Noised(
+            one.x_t.repeat(2, *[1] * (one.x_t.ndim - 1)),
+            one.t.repeat(2),
+            one.target.repeat(2, *[1] * (one.target.ndim - 1)),
+            Conditioning.cat([batch.cond, batch.rejected_cond]),
+        )
+        policy, reference = both.pair_errors(run.predict), both.pair_errors(run.reference.predict)
+        rise = math.inf if c.rejected_rise is None else c.rejected_rise
+        logit = tdpo_logit(*policy, *reference, beta=c.beta, rejected_rise=rise)
+        if c.objective == "tdpo":
+            loss = tdpo(*policy, *reference, beta=c.beta, rejected_rise=rise).mean()
+        else:
+            loss = self._tkto(torch.cat(reference) - torch.cat(policy))
+        return LossOutput(loss, pair_metrics(policy, reference, logit))
+
+    def _tkto(self, gain: Tensor) -> Tensor:
+        good = torch.arange(len(gain), device=gain.device) < len(gain) // 2
+        point = ranks.mean(kto_reference_point(gain))
+        return diffusion_kto(gain, good, point, beta=self.config.beta).mean()
