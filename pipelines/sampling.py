@@ -291,8 +291,8 @@ def inversion_grid(
     of the sampler's grid below `t`, and stay at the last of them.
     """
     if t is None:
-        grid, next_grid = process.schedule(steps)
-        return next_grid.flip(0), grid.flip(0)
+        levels, next_levels = process.schedule(steps)
+        return next_levels.flip(0), levels.flip(0)
     if steps < 1:
         raise PipelineError(f"steps must be at least 1, got {steps}.")
     end = torch.as_tensor(t).double().cpu()
