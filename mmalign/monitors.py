@@ -34,7 +34,7 @@ LEAST_RATIO = 1e-3
 """A log-ratio never counts as running away below this: ten times the rounding that a ratio of exactly 1 may have."""
 LEAST_HIGH_FREQUENCY = 0.01
 """A rise of the high-frequency share never counts below this, since flat pictures start near 0."""
-NOISE_MARGIN = 3.0
+NOISE_MARGIN = 3.25
 """A held-out reward must fall by more than so many times its noise from look to look."""
 PREFIX = "evaluation/"
 _ON_LOOKS = ("over_optimisation", "memorising")
@@ -288,6 +288,11 @@ class Monitors:
 
 
 def _noise(values: Sequence[float]) -> float:
-    """Return the standard deviation of normal noise around a slow course, from the median step between neighbours."""
-    steps = [abs(b - a) for a, b in zip(values, values[1:], strict=False)]
-    return statistics.median(steps) * 1.4826 / math.sqrt(2) if steps else 0.0
+    """Return the standard deviation of normal noise around a course, the smaller of two estimates.
+
+    From the median step between neighbours, which a jump leaves as it is, and from the median distance of a value to
+    the line between its neighbours, which a steady fall does.
+    """
+    steps = [abs(b - a) / math.sqrt(2) for a, b in zip(values, values[1:], strict=False)]
+    bends = [abs(a - 2 * b + c) / math.sqrt(6) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    return 1.4826 * min(map(statistics.median, filter(None, (steps, bends))), default=0.0)
