@@ -41,7 +41,7 @@ def truth(topic: str, subject: Sequence[str], tracks: Sequence[Track], size: int
 
     Values: direction left, right, up, down, still; speed, first, last the name of a shape (speed: or equal); growth
     grows, shrinks, same; recolouring "red to blue" or same; motion straight, bounces, shakes, still; presence always,
-    appears, disappears, hides, flashes; colour a colour; shape (the subject is a colour) a shape; count one, two, three.
+    appears, disappears, hides, flashes; colour a colour; shape (its subject is a colour) a shape; count a number word.
     """
     if topic == "count":
         number = sum(any(track) for track in tracks)
