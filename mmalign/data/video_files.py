@@ -35,7 +35,9 @@ def write_video(path: Path, video: UInt8[Tensor, "frames 3 height width"], fps: 
     if kind == "mp4" and (height % 2 or width % 2):
         raise UserError(f"{path}: an MP4 needs even sides, not {width}x{height}; write an .mkv")
     container_name, codec, pixels, options = CODECS[kind]
-    with replacing(path) as aside, av.open(str(aside), "w", format=container_name) as container:
+    # Without the flag a file holds a random identifier, and the same frames never give the same bytes.
+    exact = {"fflags": "+bitexact"}
+    with replacing(path) as aside, av.open(str(aside), "w", format=container_name, options=exact) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=dict(options))
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         for frame in video.permute(0, 2, 3, 1).contiguous().cpu().numpy():
