@@ -2,7 +2,7 @@
 
 VENV   ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3 python; do $$p -c "" 2>/dev/null && command -v $$p && break; done)
-EXTRAS ?= dev,tensorboard
+EXTRAS ?= dev,tensorboard,video
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.mmalign-ready
 

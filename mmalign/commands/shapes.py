@@ -3,6 +3,7 @@
 mmalign shapes draw --count 48 --out world.png
 mmalign shapes read picture.png --prompt "a red circle above a blue square"
 mmalign shapes check-oracle --count 5000
+mmalign shapes videos --count 200 --split test --out runs/shapes-videos
 mmalign shapes train-base --out runs/shapes-sd
 mmalign shapes agreement runs/samples --rewards shapes-clip
 """
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check-oracle", help="measure how often the oracle reads freshly drawn scenes right")
     check.add_argument("--count", type=int, default=4000)
     check.add_argument("--seed", type=int, default=7)
+    _add_videos(actions)
     actions.add_parser("words", help="print every word that prompts may use")
     prompts = actions.add_parser("prompts", help="write the test, validation and training prompt sets again")
     prompts.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -67,6 +69,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     agreement.add_argument("--option", action="append", default=[], metavar="REWARD.KEY=VALUE", help="repeatable")
 
 
+def _add_videos(actions: argparse._SubParsersAction) -> None:
+    videos = actions.add_parser("videos", help="draw videos with questions: files, videos.parquet, questions.parquet")
+    videos.add_argument("--count", type=int, default=100, metavar="N", help="at least so many videos, twins together")
+    videos.add_argument("--split", default="train", help="train, validation or test (default %(default)s)")
+    videos.add_argument("--seed", type=int, default=0)
+    videos.add_argument("--frames", default="8", metavar="N|A,B", help="frames a video, 8 to 16; drawn from a list")
+    videos.add_argument("--size", type=int, default=48, help="pixels a side, 32 to 48 (default %(default)s)")
+    videos.add_argument("--fps", type=float, default=4.0, help="frames a second in the files (default %(default)s)")
+    videos.add_argument(
+        "--format", default="mkv", help="mkv (FFV1, lossless) or mp4 (H.264, plays everywhere); default %(default)s"
+    )
+    videos.add_argument(
+        "--sheet", type=Path, metavar="FILE.png", help="also draw a family of every topic as one picture"
+    )
+    videos.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+
 def run(args: argparse.Namespace) -> int:
     """Do the action that was asked for."""
     if hasattr(args, "out"):
@@ -74,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     return {
         "draw": _draw, "read": _read, "check-oracle": _check_oracle, "words": _words,
         "prompts": _prompts, "train-base": _train_base, "train-clip": _train_clip,
-        "agreement": _agreement,
+        "agreement": _agreement, "videos": _videos,
     }[args.action](args)  # fmt: skip
 
 
@@ -133,6 +152,24 @@ def _check_oracle(args: argparse.Namespace) -> int:
     for row in check_oracle(args.count, args.seed):
         table.add_row(row.quality, row.scene, str(row.scenes), f"{100 * row.right / row.scenes:.1f} %")
     Console().print(table)
+    return 0
+
+
+def _videos(args: argparse.Namespace) -> int:
+    from mmalign.shapes.contact_sheet import contact_sheet
+    from mmalign.shapes.video_set import check_request, write_video_set
+
+    frames = check_request(args.count, args.split, args.frames, args.size, args.format, args.fps)
+    if args.sheet:
+        check_output(args.sheet, "--sheet", folder=False)
+    videos, questions = write_video_set(
+        args.out, args.count, split=args.split, seed=args.seed, frames=frames, size=args.size, suffix=args.format,
+        fps=args.fps,
+    )  # fmt: skip
+    if args.sheet:
+        args.sheet.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(split=args.split, seed=args.seed, size=args.size).save(args.sheet)
+    print(f"{videos} videos, {questions} questions: {args.out}")
     return 0
 
 
