@@ -41,8 +41,8 @@ class Best:
         self.misses += 1
         if self.exhausted:
             note(
-                f"step {step}: {self.reward} has not risen above {self.sign * self.value:.4f} (step {self.step}) for "
-                f"{self.misses} looks; stopping, with the weights of step {self.step}"
+                f"step {step}: {self.reward} has not got better than {self.sign * self.value:.4f} (step {self.step}) "
+                f"for {self.misses} looks; stopping, with the weights of step {self.step}"
             )
 
     @contextmanager
@@ -59,9 +59,11 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """Return the plain values of a checkpoint; the weights are `self.weights`."""
-        return {"step": self.step, "value": self.value, "misses": self.misses}
+        return {"reward": self.reward, "step": self.step, "value": self.value, "misses": self.misses}
 
     def load(self, values: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint, if it was the same reward that was watched."""
+        if values.get("reward") != self.reward:
+            return
         self.step, self.value, self.misses = values["step"], values["value"], values["misses"]
         self.weights = {name: tensor.to(self.parameters[name].device) for name, tensor in weights.items()}

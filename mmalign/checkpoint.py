@@ -23,7 +23,7 @@ from torch import Tensor
 from mmalign.errors import UserError
 from mmalign.progress import note
 
-FORMAT = 1
+FORMAT = 2
 _PARTIAL, _ABANDONED = ".partial", ".abandoned"
 
 

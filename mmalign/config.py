@@ -103,7 +103,7 @@ class BudgetConfig(StrictModel):
     images: int | None = Field(None, ge=1)
     """images seen: through the denoiser, forward or backward each counting one"""
     seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """wall time of training, without the looks"""
+    """wall time of training, without looks and saving"""
     reward_calls: int | None = Field(None, ge=1)
     """images scored by the rewards that are learned from"""
 

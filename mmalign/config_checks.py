@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args
 
@@ -100,6 +101,9 @@ def _check_rewards(values: dict[str, Any], method: Any) -> Iterator[Fault]:
         yield Fault(
             ("rewards",), f"method '{values['method']['name']}' needs at least one; see `mmalign list rewards`"
         )
+    repeated = [name for name, count in Counter(name for _, name in named).items() if count > 1]
+    if repeated:
+        yield Fault(("rewards",), f"'{repeated[0]}' occurs more than once; give it one weight")
     evaluated = _mapping(values, "evaluate").get("rewards")
     if isinstance(evaluated, list):
         named += [(("evaluate", "rewards", i), name) for i, name in enumerate(evaluated)]

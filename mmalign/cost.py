@@ -17,7 +17,7 @@ class Cost:
 
     images_seen
         Images that went through the denoiser, forward or backward: each direction counts one, a guided call two for
-        each image, what gradient checkpointing computes again counts again where whole calls are recomputed.
+        each image. What gradient checkpointing computes again does not count: it is a matter of memory, not of method.
     images_sampled, reward_calls
         Images drawn, and images scored (an image scored by two rewards counts two).
     seconds

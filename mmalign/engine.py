@@ -29,7 +29,7 @@ from mmalign.checkpoint import (
 )
 from mmalign.cost import COUNTERS
 from mmalign.ema import EMA
-from mmalign.errors import UserError
+from mmalign.errors import TrainingDiverged, UserError
 from mmalign.export import export, verify
 from mmalign.interrupt import StopRequest, graceful_stop
 from mmalign.optim import (
@@ -58,10 +58,6 @@ from mmalign.validation import save_grid
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss or gradient is not finite; nothing was saved after it."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -141,7 +137,8 @@ class Trainer:
         """Run the remaining steps; on return the network holds the last step's weights."""
         settings, run = self.settings, self.run
         run.step = self._restore(resume)
-        self.finished = run.step >= settings.steps or self._spent() or (self.best is not None and self.best.exhausted)
+        self._count()
+        self.finished = run.step >= settings.steps or self._spent() or self._exhausted()
         self.output.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             hub.write_config(self.config, self.output)
@@ -165,13 +162,13 @@ class Trainer:
 
     def delivered(self) -> AbstractContextManager[None]:
         """Return the context in which the network holds what is exported: the best look's weights, or the last."""
-        return self.best.applied() if self.best else self.averaged()
+        return self.best.applied() if self.best and self.best.weights else self.averaged()
 
     def facts(self) -> dict[str, Any]:
         """Return what the model card says about the training as it went."""
         facts: dict[str, Any] = {"steps": self.run.step}
         facts |= {name.replace("_", " "): f"{int(self.totals[name]):,}" for name in COUNTERS if self.totals[name]}
-        if self.best:
+        if self.best and self.best.weights:
             facts["exported weights"] = f"step {self.best.step}, the best by {self.best.reward} on held-out prompts"
         return facts
 
@@ -215,6 +212,7 @@ class Trainer:
         """Return what this step learns from: what is dealt, or the round of samples that the method has collected."""
         number, update = divmod(step, self.method.updates_per_round)
         if update == 0:
+            self.round = ()  # two rounds need not fit into memory together
             collected = self.method.collect(self.run, self.feed.micro_batches(number))
             self.round = collected if self.method.updates_per_round == 1 else list(collected)
         return self.round
@@ -231,20 +229,24 @@ class Trainer:
         every = settings.checkpoint_every
         saving = stopping or (between and step // every > (step - updates) // every)
         looking = self.validation is not None and step % self.validation.config.every == 0
-        self.finished = step >= settings.steps or (between and self._spent())
+        self.finished = step >= settings.steps or (between and (self._spent() or self._exhausted()))
         # Reading the metrics finds what is not finite: always before anything is looked at or saved.
         if self.finished or saving or looking or step % settings.log_every == 0:
             job.advance(0, **self._log())
             self.finished |= between and self._alarmed()
         if self.validation is not None and (looking or self.finished):
             self._look()
-            self.finished |= between and (self._alarmed() or (self.best is not None and self.best.exhausted))
+            self.finished |= between and (self._alarmed() or self._exhausted())
         if saving or self.finished:
             self._save()
         if looking or saving:
             self._clock = (step, time.monotonic())
         if stopping and not self.finished:
             raise TrainingInterrupted(f"stopped after step {step}; run the same command again to go on from there")
+
+    def _exhausted(self) -> bool:
+        """Whether the looks call for an early stop."""
+        return self.best is not None and self.best.exhausted
 
     def _alarmed(self) -> bool:
         """Say what the monitors have found, and return whether it ends the run."""
@@ -285,13 +287,14 @@ class Trainer:
         now = time.monotonic()
         values |= {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "epoch": step / self.feed.steps_per_epoch,
+            "epoch": step / self.method.updates_per_round / self.feed.steps_per_epoch,
             "images_per_second": (step - since) * self.images_per_step / max(now - then, 1e-9),
             "memory_gb": memory_gigabytes()[0],
             **self._count(),
         }
         if self.monitors is not None and self.run.shown is not None:
             values |= self.monitors.pictures(step, *self.run.shown)
+            self.run.shown = None  # each picture once, and its memory back
             self.monitors.metrics(step, {"kl": values.get("distance", math.nan), **values})
         self.metrics.log(step, values)
         self._clock = (step, now)
@@ -353,7 +356,7 @@ class Trainer:
             tensors["ema"] = self.ema.shadow
             values["ema_updates"] = self.ema.updates
         if self.best:
-            tensors["best"] = self.best.weights
+            tensors |= {"best": self.best.weights} if self.best.weights else {}
             values["best"] = self.best.state()
         if self.accelerator.scaler is not None:
             values["scaler"] = self.accelerator.scaler.state_dict()
@@ -379,7 +382,7 @@ class Trainer:
         if self.ema:
             self.ema.load(saved.tensors["ema"], saved.values["ema_updates"])
         if self.best:
-            self.best.load(saved.values["best"], saved.tensors["best"])
+            self.best.load(saved.values.get("best", {}), saved.tensors.get("best", {}))
         self.cost.load(saved.values["cost"], self.accelerator.process_index, self.accelerator.num_processes)
         self.method.load_state_dict(saved.values["method"])
         if self.monitors is not None:

@@ -14,6 +14,10 @@ class UserError(Exception):
     """The user's input is wrong; the command line prints the message as one line and exits with code 2."""
 
 
+class TrainingDiverged(RuntimeError):
+    """What a run computes has stopped to mean anything; nothing was saved after it."""
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str | None:
     """Return the entry of `allowed` that `given` was most probably meant to be, or None if nothing is close.
 

@@ -57,7 +57,9 @@ class Prepared:
         if self.method.needs.source != "prompts":
             return None
         looked_at = self.validation.rewards if self.validation else {}
-        lower = [name for name, reward in looked_at.items() if not reward.higher_is_better]
+        # What is learned with a negative weight is meant to fall.
+        lower = {name for name, reward in looked_at.items() if not reward.higher_is_better}
+        lower ^= {one.name for one in config.rewards if one.weight < 0}
         return Monitors(config.monitors, [one.name for one in config.rewards], lower_is_better=lower)
 
     def make_best(self, parameters: dict[str, Any]) -> Best | None:

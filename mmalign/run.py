@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmalign.batches import LabelBatch, PairBatch
 from mmalign.cost import Cost
+from mmalign.errors import TrainingDiverged
 from mmalign.reference import Reference
 from mmalign.scoring.chosen import WeightedReward
 from mmalign.scoring.live import LiveRewards
@@ -70,6 +71,22 @@ class Run:
         # no graph.
         with self.autocast():
             return self.generator.predict(x_t, t, cond).float()
+
+    def decode(
+        self, latents: Float[Tensor, "batch channels h w"], *, checkpoint: bool = False
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return the images of latents that the policy has sampled.
+
+        Raises:
+            TrainingDiverged: a latent is not finite.
+        """
+        if not bool(latents.detach().isfinite().all()):
+            raise TrainingDiverged(
+                f"after step {self.step} the model samples what is not finite; lower trainer.learning_rate, or use "
+                "trainer.precision bf16 or fp32, and run the same command again: it goes on from the last checkpoint"
+            )
+        images: Tensor = self.generator.decode_checkpointed(latents) if checkpoint else self.generator.decode(latents)
+        return images
 
     def show(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
         """Leave images in [0, 1] that the method made where the monitors find them, and count them."""

@@ -79,7 +79,7 @@ class AlignProp(Method[AlignPropConfig]):
             run.generator,
             samples.cond,
             truncation=self.truncation,
-            rng=run.random("truncation", run.step, samples.ids[0], samples.epoch),
+            rng=run.random("truncation", run.step),
             seeds=run.seeds(samples.ids, samples.epoch),
             steps=c.sampling_steps,
             guidance=c.guidance,
@@ -87,8 +87,7 @@ class AlignProp(Method[AlignPropConfig]):
             checkpoint=c.checkpoint,
             autocast=run.autocast,
         )
-        decode = run.generator.decode_checkpointed if c.checkpoint else run.generator.decode
-        images, prompts = decode(drawn.latents), samples.prompts * drawn.repeats
+        images, prompts = run.decode(drawn.latents, checkpoint=c.checkpoint), samples.prompts * drawn.repeats
         run.show(images, prompts)
         scores = run.score(images, prompts)
         gain = scores.total if c.target is None else scores.total.clamp(max=c.target)
@@ -98,8 +97,7 @@ class AlignProp(Method[AlignPropConfig]):
             "distance": distance,
             "trained_steps": float(len(drawn.grad_steps)),
         }
-        if len(scores.parts) > 1:
-            metrics |= {f"reward/{name}": score.mean() for name, score in scores.parts.items()}
+        metrics |= {f"reward/{name}": score.mean() for name, score in scores.parts.items()}
         loss = -gain.mean()
         return LossOutput(loss + c.distance_weight * distance if c.distance_weight else loss, metrics)
 
@@ -108,7 +106,8 @@ class AlignProp(Method[AlignPropConfig]):
         trained = self.config.distance_weight > 0
         count = len(latents) if trained else min(WATCHED, len(latents))
         ids, epoch, x0, cond = samples.ids[:count], samples.epoch, latents[:count], samples.cond[:count]
-        t = run.process.sample_timesteps(count, generator=run.random("distance", run.step, ids[0])).to(x0.device)
+        drawn = (run.random("distance", name, epoch) for name in ids)
+        t = torch.cat([run.process.sample_timesteps(1, generator=source) for source in drawn]).to(x0.device)
         x_t = run.process.add_noise(x0, run.noise_like(x0, ids, epoch, "distance"), t)
         with torch.set_grad_enabled(trained):
             return denoising_error(run.predict(x_t, t, cond), run.reference.predict(x_t, t, cond)).mean()

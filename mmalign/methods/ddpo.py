@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmalign.advantages import PromptStatistics, group_advantages
 from mmalign.batches import PromptBatch
@@ -35,7 +35,15 @@ class DDPOConfig(TrajectoryConfig):
     advantage_clip: float = Field(5.0, gt=0)
     """advantages are cut to this range"""
     timestep_fraction: float = Field(1.0, gt=0, le=1)
-    """share of the sampling steps, drawn anew at every update, that is learned from"""
+    """share of the random sampling steps, drawn anew at every update, that is learned from"""
+
+    @model_validator(mode="after")
+    def _has_something_to_compare(self) -> DDPOConfig:
+        if self.min_count > self.buffer_size:
+            raise ValueError(f"min_count {self.min_count} is more than buffer_size {self.buffer_size} remembers")
+        if self.advantage == "group" and self.images_per_prompt < 2:
+            raise ValueError("advantage: group compares the images of a prompt; give images_per_prompt of at least 2")
+        return self
 
 
 class DDPO(TrajectoryMethod[DDPOConfig]):
@@ -80,9 +88,10 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
         """Return the clipped objective, a mean over images and the steps learned from."""
         c = self.config
         assert batch.advantages is not None
-        count = max(1, round(c.timestep_fraction * len(batch.log_probs)))
-        order = torch.randperm(len(batch.log_probs), generator=run.random("steps", run.step, batch.samples.ids[0]))
-        steps = order[:count].sort().values.to(batch.log_probs.device)
+        random_steps = torch.tensor(batch.random_steps())
+        count = max(1, round(c.timestep_fraction * len(random_steps)))
+        order = torch.randperm(len(random_steps), generator=run.random("steps", run.step))
+        steps = random_steps[order[:count].sort().values].to(batch.log_probs.device)
         now, old = batch.log_probs[steps], batch.old_log_probs[steps]
         losses = clipped_policy_gradient(now, old, batch.advantages.expand_as(now), clip=c.clip)
         clipped = ((now.detach() - old).exp() - 1).abs() > c.clip

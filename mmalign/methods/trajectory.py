@@ -3,7 +3,7 @@
 An objective that is a function of the log-probabilities of the sampling steps needs no graph of the whole trajectory.
 Its derivative with respect to each log-probability is taken first, on numbers alone; then every sampling step is
 computed again, one at a time, with its own graph, and weighted by that derivative. The gradient is exactly that of
-the objective, and memory does not grow with the number of steps.
+the objective, and memory does not grow with the number of steps but for the recorded latents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmalign.batches import PromptBatch
-from mmalign.errors import UserError
+from mmalign.errors import TrainingDiverged, UserError
 from mmalign.losses import gaussian_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.run import Run
@@ -34,7 +34,7 @@ WATCHED = 4
 """Images a batch on which the KL to the reference is measured where it is only watched."""
 
 
-class RatioError(RuntimeError):
+class RatioError(TrainingDiverged):
     """Sampling and learning do not compute the same log-probabilities, so no importance ratio means anything."""
 
 
@@ -59,24 +59,26 @@ class TrajectoryConfig(SamplingConfig):
     updates_per_round: int = Field(1, ge=1)
     """optimiser steps on one round of samples"""
     kl_weight: float = Field(0.0, ge=0)
-    """adds this many times the KL divergence to the reference, a mean over sampling steps and dimensions"""
+    """adds this many times the KL divergence to the reference, a mean over random sampling steps and dimensions"""
 
 
 @dataclass
 class Rollout:
     """Samples of one micro-batch, prompt by prompt, with what is known of their steps; log-probs are means over dims.
 
-    `old_log_probs` are the policy's at the start of the round, `log_probs` those of the present policy (set before
-    `loss` is called, and what it is differentiated by); `reference_log_probs` those of the frozen starting point.
+    `old_means` and `old_log_probs` are the policy's at the start of the round, `log_probs` those of the present policy
+    (set before `loss` is called, and what it is differentiated by); `reference_log_probs` those of the frozen starting
+    point.
     """
 
     samples: PromptBatch
     trajectory: Trajectory
     rewards: Float[Tensor, " batch"]
     parts: dict[str, Float[Tensor, " batch"]]
+    old_means: Float[Tensor, "steps batch *latent"]
     old_log_probs: Float[Tensor, "steps batch"]
-    drawn_at: int
     log_probs: Float[Tensor, "steps batch"]
+    drawn_at: int
     reference_log_probs: Float[Tensor, "steps batch"] | None = None
     reference_means: Float[Tensor, "steps batch *latent"] | None = None
     advantages: Float[Tensor, " batch"] | None = None
@@ -115,12 +117,13 @@ class TrajectoryMethod(Method[ConfigT]):
                 f"method.eta is 0, and {self.name} needs a random sampler: without noise a step has no density; "
                 "set method.eta to 1"
             )
-        if not any(self.etas()):
+        levels, nothing = process.schedule(self.config.sampling_steps), torch.zeros(1, 1, 1, 1)
+        steps = zip(*(level.tolist() for level in levels), self.etas(), strict=True)
+        if not any(float(process.reverse_step(nothing, nothing, t, t_next, eta)[1]) for t, t_next, eta in steps):
             raise UserError(
-                f"method.random_steps {list(self.config.random_steps)} holds none of {self.config.sampling_steps} "
-                "steps; 0 <= start < end <= 1 is needed, such as [0.0, 0.5]"
+                f"method.random_steps {list(self.config.random_steps)} holds none of the {self.config.sampling_steps} "
+                "steps that have noise; 0 <= start < end <= 1 is needed, such as [0.0, 0.5] (the last may have none)"
             )
-        process.check_steps(self.config.sampling_steps)
 
     @abstractmethod
     def loss(self, run: Run, batch: Rollout) -> LossOutput:
@@ -154,22 +157,29 @@ class TrajectoryMethod(Method[ConfigT]):
                 record=True,
                 autocast=run.autocast,
             )
-        images = run.generator.decode(trajectory.latents)
+        images = run.decode(trajectory.latents)
         run.show(images, samples.prompts)
         scores = run.score(images, samples.prompts)
-        assert trajectory.log_probs is not None
+        assert trajectory.log_probs is not None and trajectory.means is not None
         rollout = Rollout(
-            samples, trajectory, scores.total, scores.parts, trajectory.log_probs, run.step, trajectory.log_probs
+            samples=samples,
+            trajectory=trajectory,
+            rewards=scores.total,
+            parts=scores.parts,
+            old_means=trajectory.means,
+            old_log_probs=trajectory.log_probs,
+            log_probs=trajectory.log_probs,
+            drawn_at=run.step,
         )
         if self.whole_reference or c.kl_weight:
             with run.reference.active():
-                rollout.reference_means, rollout.reference_log_probs = self._replay_all(run, rollout)
+                rollout.reference_means, rollout.reference_log_probs = self.replay_all(run, rollout)
         return rollout
 
     def learn(self, run: Run, batch: Rollout, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
         """Differentiate the objective by the log-probs, then compute one sampling step after another with a graph."""
         c, fresh = self.config, batch.drawn_at == run.step
-        present = batch.old_log_probs if fresh else self.policy_log_probs(run, batch)
+        present = batch.old_log_probs if fresh else self.replay_all(run, batch)[1]
         batch.log_probs = present.clone().requires_grad_()
         output = self.loss(run, batch)
         (weights,) = torch.autograd.grad(output.loss, batch.log_probs)
@@ -197,19 +207,17 @@ class TrajectoryMethod(Method[ConfigT]):
         if not fresh:
             return metrics
         metrics |= {"reward": batch.rewards.mean(), "reward_std": batch.rewards.std(correction=0)}
-        if len(batch.parts) > 1:
-            metrics |= {f"reward/{name}": score.mean() for name, score in batch.parts.items()}
+        metrics |= {f"reward/{name}": score.mean() for name, score in batch.parts.items()}
         return {**metrics, "kl": self._kl(run, batch)}
 
     def _kl(self, run: Run, batch: Rollout) -> Tensor:
         """Return the KL of a sampling step to the reference's in nats per dimension, of one random step if need be."""
-        assert batch.trajectory.means is not None
-        means, stds, steps = batch.trajectory.means, batch.stds, batch.random_steps()
+        means, stds, steps = batch.old_means, batch.stds, batch.random_steps()
         if batch.reference_means is not None:
             return gaussian_kl(
                 means[steps].flatten(0, 1), batch.reference_means[steps].flatten(0, 1), stds[steps].flatten()
             ).mean()
-        index = steps[int(torch.randint(len(steps), (1,), generator=run.random("kl", run.step, batch.samples.ids[0])))]
+        index = steps[int(torch.randint(len(steps), (1,), generator=run.random("kl", run.step)))]
         rows = torch.arange(min(WATCHED, len(batch.rewards)), device=stds.device)
         with run.reference.active():
             reference = self._replay(run, batch, index, rows)[0]
@@ -223,13 +231,14 @@ class TrajectoryMethod(Method[ConfigT]):
         predict = guided_predictor(run.generator, cond, self.config.guidance, autocast=run.autocast)
         return replay_step(run.process, batch.trajectory, index, predict, eta=self.etas()[index], rows=rows)
 
-    def policy_log_probs(self, run: Run, batch: Rollout) -> Float[Tensor, "steps batch"]:
-        """Return the log-probs of the recorded steps under the network as it is now, without a graph."""
-        return self._replay_all(run, batch)[1]
-
     @torch.no_grad()
-    def _replay_all(self, run: Run, batch: Rollout) -> tuple[Tensor, Tensor]:
-        """Return means and log-probs of all steps; a deterministic one keeps its mean and has the log-prob 0."""
+    def replay_all(
+        self, run: Run, batch: Rollout
+    ) -> tuple[Float[Tensor, "steps batch *latent"], Float[Tensor, "steps batch"]]:
+        """Return means and log-probs of the recorded steps under the network as it is now, without a graph.
+
+        A deterministic step keeps its mean and has the log-prob 0.
+        """
         assert batch.trajectory.means is not None
         means, log_probs = batch.trajectory.means.clone(), torch.zeros_like(batch.old_log_probs)
         for index in batch.random_steps():

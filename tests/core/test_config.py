@@ -167,11 +167,15 @@ def test_a_missing_key_says_what_to_give(tmp_path: Path) -> None:
         (["data.pairs=null"], "method 'diffusion_dpo' learns from pairs; give data.pairs"),
         (["data={prompts: x.txt}"], "learns from pairs, not from prompts; give data.pairs instead"),
         (["rewards=[clip]"], "takes no rewards; remove `rewards`"),
+        (
+            ["method=prdp", "data={prompts: p}", "rewards=[clip, {name: clip, weight: 2}]"],
+            "'clip' occurs more than once",
+        ),
         (["adapter.kind=full", "adapter.rank=4"], "adapter.rank: belongs to kind: lora"),
         (["trainer.warmup=500"], "500 steps of warm-up in a run of 400"),
         (["trainer.warmup=3.5"], "a fraction of the steps below 1, or a whole number"),
         (["evaluate={prompts: x, every: 5, rewards: [clop]}"], "did you mean 'clip'?"),
-        (["method={beta: 3}"], "method.name: missing; give the method's name (known: align_prop, ddpo, diffusion_dpo"),
+        (["method={beta: 3}"], "method.name: missing; give the method's name (known: align_prop, "),
         (["method.timesteps=[0.9, 0.1]"], "fractions must satisfy 0 <= low < high <= 1"),
     ],
 )

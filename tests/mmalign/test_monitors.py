@@ -70,7 +70,7 @@ def test_over_optimisation_is_said_at_the_third_look_below() -> None:
 def test_a_steady_fall_is_no_noise() -> None:
     monitors = make()
     learn(monitors)
-    # Every look lies on the line between its neighbours, so 0.2 of the spread (0.8 / 4) counts: beyond at looks 2 to 4.
+    # Every look lies on the line between its neighbours, so 0.2 of the spread (0.8 / 4) counts: beyond from look 2.
     falling = [0.8 - 0.03 * k for k in range(9)]
     assert fire(monitors, held_out(monitors), falling) == [(4, "over_optimisation")]
 

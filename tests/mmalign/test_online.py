@@ -18,7 +18,7 @@ from mmalign.config_files import Faults
 from mmalign.cost import Cost
 from mmalign.data.prompt_cache import build_prompt_cache
 from mmalign.engine import train
-from mmalign.errors import UserError
+from mmalign.errors import TrainingDiverged, UserError
 from mmalign.methods.ddpo import DDPO, DDPOConfig
 from mmalign.methods.prdp import PRDP, PRDPConfig
 from mmalign.methods.trajectory import RatioError
@@ -103,11 +103,17 @@ def test_only_the_random_part_of_the_sampling_is_learned_from(model: str) -> Non
     run.cost.start()
     method.learn(run, rollout, lambda loss: loss.backward())
     assert run.cost.images_seen == 2 * 3 + 2 * 3 + 3  # two steps forward and backward, one for the KL
+    rollout.log_probs = rollout.old_log_probs.clone().requires_grad_()
+    rollout.advantages = torch.tensor([1.0, -2.0, 0.5])
+    (weights,) = torch.autograd.grad(method.loss(run, rollout).loss, rollout.log_probs)
+    # -A rho has the derivative -A at rho = 1; the mean is over two steps of three images.
+    expected = torch.tensor([[-1.0, 2.0, -0.5]] * 2 + [[0.0, 0.0, 0.0]] * 2) / 6
+    torch.testing.assert_close(weights, expected)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"eta": 0.0}, "method.eta is 0"), ({"random_steps": (0.5, 0.5)}, "holds none of 4 steps")],
+    [({"eta": 0.0}, "method.eta is 0"), ({"random_steps": (0.5, 0.5)}, "holds none of the 4 steps that have noise")],
 )
 def test_sampler_without_randomness_is_refused(model: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -135,7 +141,8 @@ def test_offline_prdp_draws_from_the_reference_and_asks_the_policy(model: str) -
     torch.testing.assert_close(drawn.trajectory.latents, by_reference.trajectory.latents, rtol=0, atol=0)
     torch.testing.assert_close(drawn.reference_log_probs, drawn.trajectory.log_probs, rtol=0, atol=1e-6)
     assert float((drawn.old_log_probs - drawn.reference_log_probs).abs().max()) > 1e-4
-    offline.learn(run, drawn, lambda loss: loss.backward())  # the ratio to the policy's own log-probs is 1
+    metrics = offline.learn(run, drawn, lambda loss: loss.backward())  # the ratio to the policy's own log-probs is 1
+    assert float(metrics["kl"]) > 1e-6  # of the policy, which is not the reference
 
 
 def test_cost_counts_every_pass_through_the_denoiser(model: str) -> None:
@@ -233,7 +240,7 @@ def test_small_step_makes_the_better_images_of_a_prompt_likelier(model: str, met
     with torch.no_grad():
         for parameter in run.generator.trainable_parameters():
             parameter.sub_(1e-3 * parameter.grad / gradients.norm())
-    change = (method.policy_log_probs(run, rollout) - rollout.old_log_probs).sum(0).view(2, 6)
+    change = (method.replay_all(run, rollout)[1] - rollout.old_log_probs).sum(0).view(2, 6)
     rewards = rollout.rewards.view(2, 6)
     gain = ((rewards - rewards.mean(1, keepdim=True)) * change).sum(1)
     assert float(gain.sum()) > 0.0
@@ -282,6 +289,47 @@ def test_alarm_ends_the_run_when_the_config_says_so(
     assert list(losses(tmp_path)) == [1, 2]
     assert "warning: step 2: the distance to the reference is" in capsys.readouterr().err
     assert set(losses(tmp_path, "monitor/saturation")) == {1, 2}
+
+
+def test_early_stop_in_the_middle_of_a_round_waits_for_its_end(model: str, tmp_path: Path) -> None:
+    """An unchanged model cannot get better than its first look: step 3 is a miss, and step 4 ends the round."""
+    options = {"name": "ddpo", "sampling_steps": 2, "images_per_prompt": 2, "guidance": 1.0, "updates_per_round": 2}
+    looks = {"prompts": str(_prompt_file(tmp_path)), "every": 3, "rewards": [BRIGHTNESS], "steps": 2}
+    stop = {"early_stop": {"reward": BRIGHTNESS, "patience": 1}}
+    config = online_config(
+        model, tmp_path / "run", options, steps=8, learning_rate=1e-12, evaluate={**looks, **stop, "guidance": 1.0}
+    )
+    train(config)
+    assert max(losses(tmp_path / "run")) == 4
+
+
+def test_early_stop_may_be_asked_for_when_resuming(model: str, tmp_path: Path) -> None:
+    options = {"name": "ddpo", "sampling_steps": 2, "images_per_prompt": 2, "guidance": 1.0}
+    looks = {"prompts": str(_prompt_file(tmp_path)), "every": 2, "rewards": [BRIGHTNESS], "steps": 2, "guidance": 1.0}
+    train(online_config(model, tmp_path, options, steps=2, evaluate=looks))
+    seen = losses(tmp_path, "images_seen")[2]
+    assert f"{int(seen):,}" in (tmp_path / "README.md").read_text()
+    stop = {"early_stop": {"reward": BRIGHTNESS, "patience": 9}}
+    train(online_config(model, tmp_path, options, steps=4, evaluate={**looks, **stop}))
+    assert max(losses(tmp_path)) == 4
+
+
+def test_samples_that_are_not_finite_break_the_run_off(model: str) -> None:
+    run = make_run(model)
+    with pytest.raises(TrainingDiverged, match="after step 0 the model samples what is not finite"):
+        run.decode(torch.full((1, 4, 8, 8), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_count": 32}, "min_count 32 is more than buffer_size 16"),
+        ({"advantage": "group"}, "give images_per_prompt of at least 2"),
+    ],
+)
+def test_advantages_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DDPOConfig(**options)
 
 
 def test_repeated_prompts_get_noise_of_their_own(model: str, tmp_path: Path) -> None:
