@@ -62,8 +62,8 @@ class Family:
 def kinds_of(scenes: Sequence[VideoScene]) -> set[Kind]:
     """Every (colour, shape) that is seen at some time in some scene."""
     actors = [actor for scene in scenes for actor in scene.actors]
-    later = {(actor.end_colour, actor.shape) for actor in actors if actor.end_colour}
-    return {(actor.colour, actor.shape) for actor in actors} | later  # type: ignore[arg-type]
+    later = {(colour, actor.shape) for actor in actors if (colour := actor.end_colour)}
+    return {(actor.colour, actor.shape) for actor in actors} | later
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,9 @@ class _Stage:
 
     def relocate(self, actor: Actor) -> Actor:
         """The same actor at another place along its lane."""
-        return replace(actor, **{"x" if actor.direction in ("left", "right") else "y": self.spot()})
+        if actor.direction in ("left", "right"):
+            return replace(actor, x=self.spot())
+        return replace(actor, y=self.spot())
 
 
 def _direction(stage: _Stage) -> tuple[tuple[str, ...], Members]:
