@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pipelines.conditioning import Conditioning
@@ -35,6 +35,33 @@ class PairBatch:
             rejected=self.rejected.to(device),
             cond=self.cond.to(device=device),
             margins=None if self.margins is None else self.margins.to(device),
+        )
+
+
+@dataclass
+class LabelBatch:
+    """A batch of single images, each good or bad for its prompt, encoded."""
+
+    images: Float[Tensor, "batch *latent"]
+    desirable: Bool[Tensor, " batch"]
+    cond: Conditioning
+    ids: list[str]
+    epoch: int = 0
+    rejected_cond: Conditioning | None = None
+    """A caption for each image that does not fit it; None if the data have none."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> LabelBatch:
+        """Return the batch on another device."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            desirable=self.desirable.to(device),
+            cond=self.cond.to(device=device),
+            rejected_cond=None if self.rejected_cond is None else self.rejected_cond.to(device=device),
         )
 
 

@@ -47,7 +47,7 @@ class DataConfig(StrictModel):
     prompts: str | None = None
     """prompts of an online method: a built-in name or a CSV, TSV, JSONL or TXT file"""
     labels: str | None = None
-    """single images with a label good or bad"""
+    """single images, each good or bad: a parquet, JSONL, CSV or TSV file; or pairs (chosen good, rejected bad)"""
     caption_column: str = "caption"
     """the column that holds the prompt"""
     ties: Literal["drop", "keep"] = "drop"

@@ -7,18 +7,18 @@ from typing import Any, Protocol
 
 import torch
 
-from mmalign.batches import PairBatch, PromptBatch
+from mmalign.batches import LabelBatch, PairBatch, PromptBatch
 from mmalign.seeds import derive_seed
 
 
 class Samples(Protocol):
-    """What a run learns from, encoded: `CachedPairs` or `CachedPrompts` of `mmalign.data`."""
+    """What a run learns from, encoded: `CachedPairs`, `CachedLabels` or `CachedPrompts` of `mmalign.data`."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
         ...
 
-    def batch(self, indices: Sequence[int], epoch: int, seed: int) -> PairBatch | PromptBatch:
+    def batch(self, indices: Sequence[int], epoch: int, seed: int) -> PairBatch | LabelBatch | PromptBatch:
         """Return these samples; what is random in them depends on (seed, id, epoch) alone."""
         ...
 

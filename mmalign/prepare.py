@@ -32,8 +32,11 @@ from mmalign.validation import Validation, check_evaluation
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
-    from mmalign.data.cache import CachedPairs
+    from mmalign.data.cache import CachedImages
+    from mmalign.data.labels import LabelTable
     from mmalign.data.pairs import PairTable
+
+    Source = PairTable | LabelTable | list[str]
 
 
 @dataclass
@@ -116,11 +119,6 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
     Raises:
         UserError: names the key and the fix.
     """
-    if method.needs.source == "labels":
-        raise UserError(
-            f"method '{config.method_name}' learns from labels, and `mmalign train` deals out pairs or prompts; "
-            "choose another method (`mmalign list methods`)"
-        )
     if config.trainer.steps % method.updates_per_round:
         raise UserError(
             f"trainer.steps {config.trainer.steps} must be a multiple of method.updates_per_round "
@@ -141,8 +139,9 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
         )
 
 
-def open_source(config: RunConfig, method: Method[Any]) -> PairTable | list[str]:
-    """Return what is learned from, not yet encoded: the table of pairs or the prompts; prints the counts."""
+def open_source(config: RunConfig, method: Method[Any]) -> Source:
+    """Return what is learned from, not yet encoded: the table of pairs or labels or the prompts; prints the counts."""
+    from mmalign.data.labels import read_labels
     from mmalign.data.pairs import read_pairs
     from mmalign.data.prompts import load_prompts
 
@@ -152,9 +151,13 @@ def open_source(config: RunConfig, method: Method[Any]) -> PairTable | list[str]
             check_reward(reward.name, reward.options, prompts)
         note(f"{config.data.prompts}: {len(prompts)} prompts")
         return prompts
-    table = read_pairs(str(config.data.pairs), config.data)
-    note(f"{config.data.pairs}: {table.counts}")
-    return table
+    if method.needs.source == "labels":
+        labels = read_labels(str(config.data.labels), config.data)
+        note(f"{config.data.labels}: {labels.counts}")
+        return labels
+    pairs = read_pairs(str(config.data.pairs), config.data)
+    note(f"{config.data.pairs}: {pairs.counts}")
+    return pairs
 
 
 def load_model(config: RunConfig, device: Any) -> Any:
@@ -196,11 +199,12 @@ def make_trainable(generator: Any, config: RunConfig) -> None:
     generator.network.train()
 
 
-def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], PairTable | list[str], Any]:
+def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], Source, Any]:
     """Check the recipe, cheapest things first, and return method, what it learns from, and generator."""
     method = build_method(config)
     check(config, method, accelerator.device)
     source = open_source(config, method)
+    method.check_data(source)
     check_enough(len(source), config, accelerator.num_processes, method.needs.source)
     generator = load_model(config, accelerator.device)
     method.check(generator.process)
@@ -268,29 +272,35 @@ def check_enough(samples: int, config: RunConfig, world_size: int, unit: str = "
         )
 
 
-def encode(source: PairTable | list[str], generator: Any, config: RunConfig, accelerator: Any) -> tuple[Any, str]:
+def encode(source: Source, generator: Any, config: RunConfig, accelerator: Any) -> tuple[Any, str]:
     """Return what is learned from, encoded, and an identifier of its content.
 
     On several ranks the first encodes and the others read what it wrote.
     """
     from mmalign.data.cache import build_pair_cache
+    from mmalign.data.label_cache import build_label_cache
+    from mmalign.data.labels import LabelTable
     from mmalign.data.prompt_cache import build_prompt_cache
 
     with accelerator.main_process_first():
         if isinstance(source, list):
             prompts = build_prompt_cache(source, generator, config.data)
             return prompts, hashlib.blake2b(repr(source).encode(), digest_size=16).hexdigest()
-        with track(len(source), "encode", unit="pairs") as job:
-            pairs = build_pair_cache(source, generator, config.data, progress=job.advance)
-        return pairs, data_id(source, pairs)
+        samples: CachedImages
+        if isinstance(source, LabelTable):
+            with track(len(source), "encode", unit="images") as job:
+                samples = build_label_cache(source, generator, config.data, progress=job.advance)
+        else:
+            with track(len(source), "encode", unit="pairs") as job:
+                samples = build_pair_cache(source, generator, config.data, progress=job.advance)
+        return samples, data_id(source, samples)
 
 
-def data_id(table: PairTable, pairs: CachedPairs) -> str:
-    """Return 32 hex digits that identify the pairs in their order: id, prompt and content of either side."""
+def data_id(table: PairTable | LabelTable, samples: CachedImages) -> str:
+    """Return 32 hex digits that identify the data in their order: ids, texts, content of images, margin or label."""
     digest = hashlib.blake2b(digest_size=16)
-    for index, (pair_id, slots) in enumerate(zip(pairs.ids, pairs.slots[:, :, 0].tolist(), strict=True)):
-        parts = (pair_id, table.prompts[table.prompt_index(index)], *(pairs.latent_keys[slot] for slot in slots))
-        digest.update(repr(parts).encode())
+    for index, name in enumerate(samples.ids):
+        digest.update(repr((name, *table.texts(index), *samples.facts(index))).encode())
     return digest.hexdigest()
 
 
@@ -310,7 +320,7 @@ def make_plan(config: RunConfig, method: Method[Any], samples: int, generator: A
         trainable=sum(p.numel() for p in generator.trainable_parameters()),
         parameters=sum(p.numel() for p in generator.network.parameters()),
         warmup=warmup_steps(trainer.warmup, trainer.steps),
-        data=f"{samples} {method.needs.source} of {config.data.pairs or config.data.prompts}"
+        data=f"{samples} {method.needs.source} of {config.data.pairs or config.data.labels or config.data.prompts}"
         + (f", {left} left over in each pass" if left else ""),
     )
 
@@ -324,7 +334,7 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
     stays as it was.
     """
     values = config.model_dump(mode="json", exclude={"output", "evaluate", "monitors", "attention"})
-    values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "prompts", "cache")}
+    values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "labels", "prompts", "cache")}
     trainer = values["trainer"]
     for key in ("budget", "log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
         del trainer[key]

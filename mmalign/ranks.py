@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 ObjectT = TypeVar("ObjectT")
 
@@ -25,3 +26,12 @@ def gather(mine: ObjectT) -> list[ObjectT]:
     everyone: list[ObjectT] = [mine] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     return everyone
+
+
+def mean(mine: Tensor) -> Tensor:
+    """Return the mean of what every process passed, element by element, without a gradient."""
+    if not _several():
+        return mine.detach()
+    total = mine.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mmalign.batches import PairBatch
+from mmalign.batches import LabelBatch, PairBatch
 from mmalign.cost import Cost
 from mmalign.reference import Reference
 from mmalign.scoring.chosen import WeightedReward
@@ -98,11 +98,13 @@ class Run:
             torch.randn(row.shape, generator=source, out=row)
         return noise.to(x.device)
 
-    def timesteps(self, batch: PairBatch, low: int = 0, high: int | None = None) -> Shaped[Tensor, " batch"]:
+    def timesteps(
+        self, batch: PairBatch | LabelBatch, low: int = 0, high: int | None = None
+    ) -> Shaped[Tensor, " batch"]:
         """Return one training timestep a sample in [low, high), from (seed, id, epoch) as for `noise_like`."""
         source = torch.Generator()
         drawn = []
         for seed in self.seeds(batch.ids, batch.epoch, "timestep"):
             source.manual_seed(seed)
             drawn.append(self.process.sample_timesteps(1, generator=source, low=low, high=high))
-        return torch.cat(drawn).to(batch.chosen.device)
+        return torch.cat(drawn).to(batch.cond.prompt_embeds.device)

@@ -79,6 +79,13 @@ class NoiseProcess(ABC):
         alpha, sigma = self._coefficients(t, x0)
         return alpha * x0 + sigma * noise
 
+    def implied_noise(
+        self, x0: Float[Tensor, "batch *dims"], x_t: Float[Tensor, "batch *dims"], t: Timestep
+    ) -> Float[Tensor, "batch *dims"]:
+        """Return the noise for which ``add_noise(x0, noise, t)`` is `x_t`; `t` must not be clean (sigma > 0)."""
+        alpha, sigma = self._coefficients(t, x0)
+        return (x_t - alpha * x0) / sigma
+
     def target(
         self, x0: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], t: Timestep
     ) -> Float[Tensor, "batch *dims"]:

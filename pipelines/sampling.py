@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -24,6 +24,7 @@ from pipelines.guidance import Autocast, Predictor, guided_predictor
 from pipelines.noise import NoiseProcess
 
 SOLVERS = ("ddim", "dpm++")
+GRIDS = ("exact", "floor")
 
 
 @dataclass
@@ -149,7 +150,7 @@ def sample(
         drawn = None if noise is None else next(noise)
         x = drawn if latents is None else latents[part]
         assert x is not None
-        x = x.to(generator.device, torch.float64 if generator.dtype == torch.float64 else torch.float32)
+        x = x.to(generator.device, _precision(generator))
         against = negative if negative is None or len(negative) == 1 else negative[part]
         predict = guided_predictor(generator, cond[part], guidance, against, autocast=autocast, checkpoint=checkpoint)
         if solver == "dpm++":
@@ -280,11 +281,14 @@ def _dpm_solver(generator: Generator, predict: Predictor, x: Tensor, steps: int)
     return Trajectory(x, grid, torch.cat([grid[1:], grid.new_tensor([-1])]))
 
 
-def inversion_grid(process: Any, steps: int, t: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+def inversion_grid(
+    process: Any, steps: int, t: int | Tensor | None = None, grid: Literal["exact", "floor"] = "exact"
+) -> tuple[Tensor, Tensor]:
     """Return the ascending levels that `invert` leaves from and goes to, each ``[steps]`` or ``[steps, batch]``.
 
     Without `t` this is the sampler's own grid turned round. With `t` the levels are spread evenly from clean (-1) and
-    end exactly at `t`; with a tensor of timesteps each sample has its own grid.
+    end exactly at `t`; with a tensor of timesteps each sample has its own grid. With ``grid="floor"`` they are those
+    of the sampler's grid below `t`, and stay at the last of them.
     """
     if t is None:
         grid, next_grid = process.schedule(steps)
@@ -294,6 +298,10 @@ def inversion_grid(process: Any, steps: int, t: int | Tensor | None = None) -> t
     end = torch.as_tensor(t).double().cpu()
     if bool((end < 0).any()) or bool((end >= process.num_train_timesteps + (process.prediction == "flow")).any()):
         raise PipelineError(f"t must lie in 0..{process.num_train_timesteps - 1}, got {t}.")
+    if choose("grid", grid, GRIDS) == "floor":
+        sources, targets = (levels.reshape(-1, *[1] * end.ndim) for levels in inversion_grid(process, steps))
+        floor = torch.where(targets < end, targets, -1).amax(0)
+        return torch.minimum(sources, floor), torch.minimum(targets, floor)
     fraction = (torch.arange(steps + 1, dtype=torch.float64) / steps).reshape(-1, *[1] * end.ndim)
     if process.prediction == "flow":
         levels = end * fraction
@@ -312,31 +320,48 @@ def invert(
     renoise: int = 0,
     guidance: float = 1.0,
     negative: Conditioning | None = None,
+    grid: Literal["exact", "floor"] = "exact",
+    eta: float = 0.0,
+    seeds: Sequence[int] | None = None,
+    autocast: Autocast = nullcontext,
 ) -> Float[Tensor, "batch channels height width"]:
     """Return the noisy latents at `t` from which deterministic DDIM leads back to `latents` (no gradients).
 
     DDIM inversion (arXiv 2010.02502): each step assumes that the noise predicted at its end point is the one predicted
     at its start, so the error falls as `steps` grow. `renoise` repeats a step that often with the mean of the
     predictions at its start and at its successive end points, all at the target timestep (ReNoise, arXiv 2403.14602;
-    ``renoise=1`` is what SmPO does). The last level is exactly `t` (default: the top of the sampler's grid).
+    ``renoise=1`` is what SmPO does). The last level is exactly `t` (default: the top of the sampler's grid), or with
+    ``grid="floor"`` the sampler's highest below `t`, as in the published codes of SmPO and InPO.
+
+    `eta` adds to each step that many times the noise that the sampler's step back would add, drawn from `seeds`, one
+    a sample. `autocast` makes the context of each network call.
     """
     if renoise < 0:
         raise PipelineError(f"renoise must be 0 or more, got {renoise}.")
     if len(latents) != len(cond):
         raise PipelineError(f"invert got {len(latents)} latents but {len(cond)} prompts.")
+    if eta and (seeds is None or len(seeds) != len(latents)):
+        raise PipelineError(f"invert with eta {eta} needs seeds, one integer a sample.")
     process = generator.process
-    sources, targets = inversion_grid(process, steps, t)
-    predict = guided_predictor(generator, cond, guidance, negative)
-    x = latents.to(generator.device, torch.float32)
+    sources, targets = inversion_grid(process, steps, t, grid)
+    predict = guided_predictor(generator, cond, guidance, negative, autocast=autocast)
+    x = latents.to(generator.device, _precision(generator))
+    draws = noise_stream(seeds, latents.shape[1:], x.device) if eta and seeds is not None else None
     sources, targets = (levels.to(x.device).reshape(steps, -1).expand(-1, len(x)) for levels in (sources, targets))
     with torch.no_grad():
         for source, target in zip(sources, targets, strict=True):
-            guess, total = x, torch.zeros_like(x)
+            guess, total, seen = x, torch.zeros_like(x), target.clamp_min(0)
             for repeat in range(renoise + 1):
-                total = total + process.to_noise(guess, predict(guess, target), target)
+                total = total + process.to_noise(guess, predict(guess, seen), target)
                 guess = process.forward_step(x, total / (repeat + 1), source, target)
-            x = guess
+            if draws is not None:
+                guess = guess + process.reverse_step(guess, total, target, source, eta)[1] * next(draws)
+            x = torch.where((target > source).reshape(-1, *[1] * (x.ndim - 1)), guess, x)
     return x
+
+
+def _precision(generator: Generator) -> torch.dtype:
+    return torch.float64 if generator.dtype == torch.float64 else torch.float32
 
 
 def _check_batch(

@@ -1,17 +1,17 @@
-"""Preference pairs encoded once: image latents and prompt embeddings on disk, dealt out as `PairBatch`.
+"""Stored preferences encoded once: image latents and prompt embeddings on disk, pairs dealt out as `PairBatch`.
 
-Each unique image and prompt is encoded once, even if pairs share it or a later run has more pairs. The mean and the
-standard deviation of the posterior are stored rather than a sample, so every epoch draws anew; the empty prompt is
-stored too, for caption dropout. Afterwards the encoders are not needed any more (`generator.free_encoders()`).
+Each unique image and prompt is encoded once, even if samples share it or a later run has more of them. The mean and
+the standard deviation of the posterior are stored rather than a sample, so every epoch draws anew; the empty prompt
+is stored too, for caption dropout. Afterwards the encoders are not needed any more (`generator.free_encoders()`).
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,11 +20,13 @@ from torch import Tensor
 from mmalign.batches import PairBatch
 from mmalign.config import DataConfig
 from mmalign.data.images import Media, image_size, open_image, read_bytes
-from mmalign.data.pairs import PairTable
+from mmalign.data.pairs import PairRecord, PairTable
 from mmalign.data.store import MEMORY_LIMIT, Rows, TensorStore, content_key
 from mmalign.data.transforms import Decision, PairTransform, uniform
 from mmalign.seeds import derive_seed
 from pipelines.conditioning import Conditioning
+
+RecordT = TypeVar("RecordT", covariant=True)
 
 
 def default_cache_dir() -> Path:
@@ -44,79 +46,122 @@ def build_pair_cache(
 ) -> CachedPairs:
     """Encode what the cache does not hold yet and return the pairs ready for training.
 
-    `data` gives `resolution` (None: the generator's own), `crop`, `flip` and `caption_dropout`. `progress` is called
-    with the number of pairs newly done. Up to `memory_limit` bytes of latents, and as many of embeddings, are kept in
-    memory; more is memory-mapped. An interrupted call loses at most the last shard.
+    The arguments are those of `encode_table`.
 
     Raises:
         UserError: an image cannot be read; the message names the pair and the side.
+    """
+    margins = torch.tensor(table.margins(), dtype=torch.float32)
+    return CachedPairs(
+        **encode_table(table, _pair_sides, generator, data, cache_dir, progress, batch_size, memory_limit),
+        margins=None if bool(margins.isnan().all()) else margins,
+    )
+
+
+def _pair_sides(record: PairRecord) -> dict[str, Media]:
+    return {f"pair '{record.id}', chosen": record.chosen, f"pair '{record.id}', rejected": record.rejected}
+
+
+class Table(Protocol[RecordT]):
+    """Records in order, each with an id, images and a prompt; `prompts` holds each prompt once."""
+
+    name: str
+    ids: list[str]
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        ...
+
+    def __iter__(self) -> Iterator[RecordT]:
+        """Yield every record, its images encoded bytes or paths."""
+        ...
+
+    def prompt_index(self, index: int) -> int:
+        """Return where the prompt of a record stands in `prompts`."""
+        ...
+
+
+def encode_table(
+    table: Table[RecordT],
+    sides: Callable[[RecordT], Mapping[str, Media]],
+    generator: Any,
+    data: DataConfig,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+    batch_size: int = 16,
+    memory_limit: int = MEMORY_LIMIT,
+) -> dict[str, Any]:
+    """Encode the prompts and images that the cache does not hold yet and return the fields of `CachedImages`.
+
+    `sides` returns the images of a record under the names that an error calls them by. `data` gives `resolution`
+    (None: the generator's own), `crop`, `flip` and `caption_dropout`. `progress` is called with the number of records
+    newly done. Up to `memory_limit` bytes of latents, and as many of embeddings, are kept in memory; more is
+    memory-mapped. An interrupted call loses at most the last shard.
+
+    Raises:
+        UserError: an image cannot be read.
     """
     folder = Path(cache_dir or data.cache or default_cache_dir()).expanduser()
     transform = PairTransform(data.resolution or generator.image_size, data.crop)
     prompts = PromptEncoder(folder, generator, batch_size).encode(table.prompts, memory_limit)
     images = _ImageEncoder(folder, generator, transform, batch_size, flips=(False, True) if data.flip else (False,))
     slots = array("q")
-    for record in table:
-        decision = transform.decide(record.id)
-        for side, media in (("chosen", record.chosen), ("rejected", record.rejected)):
-            slots.extend(images.add(media, decision, f"{table.name}: pair '{record.id}', {side}"))
+    for name, record in zip(table.ids, table, strict=True):
+        decision = transform.decide(name)
+        for where, media in sides(record).items():
+            slots.extend(images.add(media, decision, f"{table.name}: {where}"))
         if progress is not None:
             progress(1)
-    latents = images.finish(memory_limit)
-    margins = torch.tensor(table.margins(), dtype=torch.float32)
-    return CachedPairs(
-        ids=table.ids,
-        latents=latents,
-        latent_keys=images.keys,
-        slots=torch.tensor(slots, dtype=torch.long).reshape(len(table), 2, len(images.flips)),
-        prompts=prompts,
-        prompt_slots=torch.tensor([table.prompt_index(index) for index in range(len(table))]),
-        empty_slot=len(table.prompts),
-        margins=None if bool(margins.isnan().all()) else margins,
-        resolution=transform.resolution,
-        caption_dropout=data.caption_dropout,
-    )
+    return {
+        "ids": table.ids,
+        "latents": images.finish(memory_limit),
+        "latent_keys": images.keys,
+        "slots": torch.tensor(slots, dtype=torch.long).reshape(len(table), -1, len(images.flips)),
+        "prompts": prompts,
+        "prompt_slots": torch.tensor([table.prompt_index(index) for index in range(len(table))]),
+        "empty_slot": len(table.prompts),
+        "resolution": transform.resolution,
+        "caption_dropout": data.caption_dropout,
+    }
 
 
-@dataclass
-class CachedPairs:
-    """Encoded pairs. Slots number the distinct encodings: `slots[pair, side, flip]`, side 0 is chosen.
+@dataclass(kw_only=True)
+class CachedImages:
+    """Encoded images and prompts. Slots number the distinct encodings: `slots[sample, side, flip]`.
 
     What is random in a batch (posterior sample, flip, caption dropout) depends on (seed, id or image, epoch) alone,
-    never on the other pairs of the batch; flip and dropout are drawn once per pair and hold for both sides.
+    never on the rest of the batch; flip and dropout are drawn once per sample and hold for all its sides.
     """
 
     ids: list[str]
     latents: Rows
     latent_keys: list[str]
-    slots: Int[Tensor, "pairs 2 flips"]
+    slots: Int[Tensor, "samples sides flips"]
     prompts: Rows
-    prompt_slots: Int[Tensor, " pairs"]
+    prompt_slots: Int[Tensor, " samples"]
     empty_slot: int
-    margins: Float[Tensor, " pairs"] | None
     resolution: int
     caption_dropout: float = 0.0
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
+        """Return the number of samples."""
         return len(self.ids)
 
-    def batch(self, indices: Sequence[int], epoch: int, seed: int) -> PairBatch:
-        """Return these pairs, in this order, on the CPU in float32 (embeddings in the dtype they were encoded in)."""
-        pairs = torch.as_tensor(indices, dtype=torch.long)
-        ids = [self.ids[index] for index in pairs.tolist()]
-        flips = torch.tensor([self._flipped(name, epoch, seed) for name in ids], dtype=torch.long)
-        return PairBatch(
-            chosen=self._draw(self.slots[pairs, 0, flips], epoch, seed),
-            rejected=self._draw(self.slots[pairs, 1, flips], epoch, seed),
-            cond=self._condition(pairs, ids, epoch, seed),
-            ids=ids,
-            epoch=epoch,
-            margins=None if self.margins is None else self.margins[pairs],
-        )
+    def facts(self, index: int) -> tuple[str | float, ...]:
+        """Return what identifies a sample besides its id and prompt: the content of its images, then the rest."""
+        return tuple(self.latent_keys[slot] for slot in self.slots[index, :, 0].tolist())
 
-    def _flipped(self, pair_id: str, epoch: int, seed: int) -> bool:
-        return self.slots.shape[2] == 2 and uniform(seed, "flip", pair_id, epoch) < 0.5
+    def _sides(self, indices: Sequence[int], epoch: int, seed: int) -> tuple[list[str], list[Tensor], Tensor]:
+        """Return ids, the latents of each side, and the indices as a tensor, on the CPU in float32."""
+        rows = torch.as_tensor(indices, dtype=torch.long)
+        ids = [self.ids[index] for index in rows.tolist()]
+        flips = torch.tensor([self._flipped(name, epoch, seed) for name in ids], dtype=torch.long)
+        sides = range(self.slots.shape[1])
+        return ids, [self._draw(self.slots[rows, side, flips], epoch, seed) for side in sides], rows
+
+    def _flipped(self, name: str, epoch: int, seed: int) -> bool:
+        return self.slots.shape[2] == 2 and uniform(seed, "flip", name, epoch) < 0.5
 
     def _draw(self, slots: Int[Tensor, " batch"], epoch: int, seed: int) -> Float[Tensor, "batch *latent"]:
         """Return a sample of each image's posterior, from (seed, image, epoch); the mean if the VAE has no spread."""
@@ -130,14 +175,38 @@ class CachedPairs:
             torch.randn(row.shape, generator=source, out=row)
         return latents.addcmul_(rows["std"].float(), noise)
 
-    def _condition(self, pairs: Int[Tensor, " batch"], ids: list[str], epoch: int, seed: int) -> Conditioning:
+    def _condition(self, slots: Int[Tensor, " batch"], ids: list[str], epoch: int, seed: int) -> Conditioning:
         dropped = torch.tensor([uniform(seed, "caption", name, epoch) < self.caption_dropout for name in ids])
-        tensors = self.prompts[torch.where(dropped, self.empty_slot, self.prompt_slots[pairs])]
+        tensors = self.prompts[torch.where(dropped, self.empty_slot, slots)]
         if "time_ids" in tensors:
-            # SDXL is told the size of the training images: one row a pair, which holds for both sides.
+            # SDXL is told the size of the training images: one row a sample, which holds for all its sides.
             size = float(self.resolution)
             tensors["time_ids"][:] = torch.tensor([size, size, 0.0, 0.0, size, size])
         return Conditioning.from_tensors(tensors)
+
+
+@dataclass(kw_only=True)
+class CachedPairs(CachedImages):
+    """Encoded pairs; side 0 is chosen, side 1 rejected."""
+
+    margins: Float[Tensor, " pairs"] | None
+
+    def batch(self, indices: Sequence[int], epoch: int, seed: int) -> PairBatch:
+        """Return these pairs, in this order, on the CPU in float32 (embeddings in the dtype they were encoded in)."""
+        ids, (chosen, rejected), rows = self._sides(indices, epoch, seed)
+        return PairBatch(
+            chosen=chosen,
+            rejected=rejected,
+            cond=self._condition(self.prompt_slots[rows], ids, epoch, seed),
+            ids=ids,
+            epoch=epoch,
+            margins=None if self.margins is None else self.margins[rows],
+        )
+
+    def facts(self, index: int) -> tuple[str | float, ...]:
+        """Return the content of both images and the margin, if the data have any."""
+        margin = () if self.margins is None else (float(self.margins[index]),)
+        return *super().facts(index), *margin
 
 
 class PromptEncoder:

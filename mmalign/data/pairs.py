@@ -119,6 +119,10 @@ class PairTable:
         """Return where the prompt of a pair stands in `prompts`, which holds each prompt once."""
         return self._prompt_of[index]
 
+    def texts(self, index: int) -> tuple[str, ...]:
+        """Return the texts of a pair: its prompt alone."""
+        return (self.prompts[self._prompt_of[index]],)
+
     def margins(self) -> list[float]:
         """Return the margin of every pair, NaN where the source has no scores."""
         return list(self._margins)

@@ -58,7 +58,7 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _as_media(value: object, folder: Path, where: str) -> Media:
+def as_media(value: object, folder: Path, where: str) -> Media:
     """Return an image cell as media: bytes, a path, or the {"bytes", "path"} of `datasets`' Image feature."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -98,7 +98,7 @@ class ParquetPairs:
             self._reader, self._open = ForwardReader(self._files[index], IMAGE_COLUMNS), index
         local, path = row - self._starts[index], self._files[index]
         cells = self._reader.row(local)
-        first, second = (_as_media(cells[name], path.parent, f"{path}: row {local}, {name}") for name in IMAGE_COLUMNS)
+        first, second = (as_media(cells[name], path.parent, f"{path}: row {local}, {name}") for name in IMAGE_COLUMNS)
         return first, second
 
 
@@ -130,7 +130,7 @@ class HubPairs:
     def images(self, row: int) -> tuple[Media, Media]:
         """Return both images of a row."""
         cells = self._images[row]
-        first, second = (_as_media(cells[name], Path(), f"{self.name}: row {row}, {name}") for name in IMAGE_COLUMNS)
+        first, second = (as_media(cells[name], Path(), f"{self.name}: row {row}, {name}") for name in IMAGE_COLUMNS)
         return first, second
 
 

@@ -2,8 +2,11 @@
 
 from mmalign.losses.denoising import denoising_error
 from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
+from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
+from mmalign.losses.mapo import mapo, mapo_likelihood, mapo_logit
 from mmalign.losses.policy_gradient import clamped_policy_gradient, clipped_policy_gradient, gaussian_kl
 from mmalign.losses.prdp import prdp
+from mmalign.losses.smpo import smpo, smpo_weight
 
 __all__ = [
     "clamped_policy_gradient",
@@ -11,6 +14,13 @@ __all__ = [
     "denoising_error",
     "diffusion_dpo",
     "diffusion_dpo_logit",
+    "diffusion_kto",
     "gaussian_kl",
+    "kto_reference_point",
+    "mapo",
+    "mapo_likelihood",
+    "mapo_logit",
     "prdp",
+    "smpo",
+    "smpo_weight",
 ]

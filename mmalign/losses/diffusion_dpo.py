@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-LossType = Literal["sigmoid", "ipo", "hinge"]
+LossType = Literal["sigmoid", "robust", "ipo", "hinge"]
 
 
 def diffusion_dpo_logit(
@@ -55,10 +55,13 @@ def diffusion_dpo(
     * "sigmoid": f(z) = -log sigmoid(z); log 2 where policy = reference;
     * "hinge":   f(z) = max(0, 1 - z), the SLiC form (arXiv 2305.10425);
     * "ipo":     f(z) = (z/beta - 1/(2 beta))**2, arXiv 2310.12036 eq. 17 with z/beta for the margin (which keeps the
-      half), so the optimum is at z = 1/2 for any beta; values scale with 1/beta**2, compare them at equal beta only.
+      half), so the optimum is at z = 1/2 for any beta; values scale with 1/beta**2, compare them at equal beta only;
+    * "robust":  f(z) = -log sigmoid(z) with the correction for wrong labels below.
 
     `label_smoothing` e in [0, 0.5) is the probability that a label is wrong: (1 - e) f(z) + e f(-z), which for
-    "sigmoid" is conservative DPO (Mitchell, "A note on DPO with noisy preferences", 2023).
+    "sigmoid" is conservative DPO (Mitchell, "A note on DPO with noisy preferences", 2023). "robust" is rDPO
+    (arXiv 2403.00409), ((1 - e) f(z) - e f(-z)) / (1 - 2 e): its mean over labels that are wrong with
+    probability e is f(z) of the right label exactly, for every policy. It can be negative and has no lower bound.
 
     Raises:
         ValueError: beta is not positive, the smoothing is outside [0, 0.5), or `loss_type` is not known.
@@ -71,14 +74,17 @@ def diffusion_dpo(
     right = _pair_loss(z, beta, loss_type)
     if label_smoothing == 0:
         return right
-    return (1 - label_smoothing) * right + label_smoothing * _pair_loss(-z, beta, loss_type)
+    wrong = _pair_loss(-z, beta, loss_type)
+    if loss_type == "robust":
+        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+    return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
 def _pair_loss(z: Tensor, beta: float, loss_type: str) -> Tensor:
-    if loss_type == "sigmoid":
+    if loss_type in ("sigmoid", "robust"):
         return -F.logsigmoid(z)
     if loss_type == "hinge":
         return torch.relu(1 - z)
     if loss_type == "ipo":
         return (z / beta - 1 / (2 * beta)).square()
-    raise ValueError(f"loss_type={loss_type!r} is not known; allowed: 'sigmoid', 'ipo', 'hinge'")
+    raise ValueError(f"loss_type={loss_type!r} is not known; allowed: 'sigmoid', 'robust', 'ipo', 'hinge'")

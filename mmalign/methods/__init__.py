@@ -9,7 +9,11 @@ methods = Registry(
         "ddpo": "mmalign.methods.ddpo:DDPO",
         "prdp": "mmalign.methods.prdp:PRDP",
         "diffusion_dpo": "mmalign.methods.diffusion_dpo:DiffusionDPO",
+        "diffusion_kto": "mmalign.methods.diffusion_kto:DiffusionKTO",
+        "inpo": "mmalign.methods.inpo:InPO",
+        "mapo": "mmalign.methods.mapo:MaPO",
         "sft": "mmalign.methods.sft:SFT",
+        "smpo": "mmalign.methods.smpo:SmPO",
     },
     "mmalign.methods",
 )

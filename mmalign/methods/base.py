@@ -16,12 +16,12 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, StrictInt, model_validator
 from torch import Tensor
 
-from mmalign.batches import PairBatch, PromptBatch
+from mmalign.batches import LabelBatch, PairBatch, PromptBatch
 from mmalign.errors import UserError
 from mmalign.run import Run
 from pipelines.noise import NoiseProcess
 
-__all__ = ["LossOutput", "Method", "MethodConfig", "Needs", "PairBatch", "PromptBatch", "TimestepRange"]
+__all__ = ["LabelBatch", "LossOutput", "Method", "MethodConfig", "Needs", "PairBatch", "PromptBatch", "TimestepRange"]
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,17 @@ class Method(ABC, Generic[ConfigT]):
         self.config = config
 
     def check(self, process: NoiseProcess) -> None:
-        """Raise a UserError for a configuration that does not fit the model's noise process; by default there is none.
+        """Raise a UserError for a configuration that does not fit the model's noise process; called before encoding.
 
-        Called before the data is encoded.
+        By default that is a range of timesteps that the schedule has not.
+        """
+        if isinstance(self.config, TimestepRange):
+            self.config.timestep_bounds(process.num_train_timesteps)
+
+    def check_data(self, source: Any) -> None:
+        """Raise a UserError for data that lack what the method learns from; by default it needs nothing special.
+
+        `source` is what the recipe names, read but not encoded, such as a `PairTable`; called before a weight is read.
         """
 
     def describe(self) -> str:

@@ -10,7 +10,6 @@ from typing import ClassVar
 from mmalign.losses import denoising_error
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, TimestepRange
 from mmalign.run import Run
-from pipelines.noise import NoiseProcess
 
 
 class SFTConfig(TimestepRange):
@@ -23,10 +22,6 @@ class SFT(Method[SFTConfig]):
     name: ClassVar[str] = "sft"
     Config = SFTConfig
     needs: ClassVar[Needs] = Needs(source="pairs")
-
-    def check(self, process: NoiseProcess) -> None:
-        """Refuse a range of timesteps that the schedule has not."""
-        self.config.timestep_bounds(process.num_train_timesteps)
 
     def describe(self) -> str:
         """Return the convention of the loss."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmalign.losses import denoising_error, diffusion_dpo, diffusion_dpo_logit
 
 BETA = 2000.0
-LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+LOSS_TYPES = ("sigmoid", "robust", "ipo", "hinge")
 
 
 @pytest.fixture
@@ -87,6 +87,54 @@ def test_ipo_is_least_at_logit_one_half_for_any_beta() -> None:
         loss.backward()
         assert policy.grad is not None
         assert loss.item() == pytest.approx(0, abs=1e-12) and policy.grad.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_robust_loss_is_on_average_over_wrong_labels_the_loss_of_the_right_one(errors: list[Tensor]) -> None:
+    policy_c, policy_r, reference_c, reference_r = errors
+    swapped = [policy_r, policy_c, reference_r, reference_c]
+    options = {"beta": BETA, "loss_type": "robust", "label_smoothing": 0.3}
+    mean = 0.7 * diffusion_dpo(*errors, **options) + 0.3 * diffusion_dpo(*swapped, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(mean, diffusion_dpo(*errors, beta=BETA), rtol=1e-12, atol=1e-12)
+    # conservative DPO has another mean: it is a different target, not a correction
+    options["loss_type"] = "sigmoid"
+    mean = 0.7 * diffusion_dpo(*errors, **options) + 0.3 * diffusion_dpo(*swapped, **options)  # type: ignore[arg-type]
+    assert (mean - diffusion_dpo(*errors, beta=BETA)).abs().max() > 0.1
+
+
+def test_robust_loss_by_hand_and_its_slope_never_turns() -> None:
+    zero = torch.zeros(1, dtype=torch.float64)
+    for z in (-30.0, 0.0, 2.0, 30.0):
+        policy = torch.full((1,), -z, dtype=torch.float64, requires_grad=True)  # beta 2: z = -policy
+        loss = diffusion_dpo(policy, zero, zero, zero, beta=2.0, loss_type="robust", label_smoothing=0.2)
+        right, wrong = math.log1p(math.exp(-z)), math.log1p(math.exp(z))
+        assert loss.item() == pytest.approx((0.8 * right - 0.2 * wrong) / 0.6, rel=1e-12)
+        loss.backward()
+        sigmoid = 1 / (1 + math.exp(-z))
+        assert policy.grad is not None
+        assert policy.grad.item() == pytest.approx((0.8 * (1 - sigmoid) + 0.2 * sigmoid) / 0.6, rel=1e-12)
+    free = diffusion_dpo(zero, zero, zero, zero, beta=2.0, loss_type="robust")
+    assert free.item() == pytest.approx(math.log(2))
+
+
+def test_hinge_has_its_corner_at_logit_one_and_a_constant_slope_below() -> None:
+    zero = torch.zeros(1, dtype=torch.float64)
+    for z, value, slope in ((-50.0, 51.0, 1.0), (0.0, 1.0, 1.0), (0.999, 0.001, 1.0), (1.001, 0.0, 0.0)):
+        policy = torch.full((1,), -z, dtype=torch.float64, requires_grad=True)
+        loss = diffusion_dpo(policy, zero, zero, zero, beta=2.0, loss_type="hinge")
+        loss.backward()
+        assert policy.grad is not None
+        assert loss.item() == pytest.approx(value, abs=1e-12) and policy.grad.item() == pytest.approx(slope)
+
+
+def test_ipo_pushes_back_beyond_its_margin_and_is_finite_far_out() -> None:
+    zero = torch.zeros(1, dtype=torch.float64)
+    for z in (-1e6, 0.0, 0.25, 0.75, 1e6):
+        policy = torch.full((1,), -z, dtype=torch.float64, requires_grad=True)
+        loss = diffusion_dpo(policy, zero, zero, zero, beta=2.0, loss_type="ipo")
+        loss.backward()
+        assert policy.grad is not None
+        assert loss.item() == pytest.approx((z / 2 - 1 / 4) ** 2, rel=1e-12)
+        assert policy.grad.item() == pytest.approx(-(z / 2 - 1 / 4), rel=1e-12)
 
 
 def test_smoothed_labels_are_best_fitted_at_the_log_odds() -> None:

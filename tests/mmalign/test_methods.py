@@ -18,7 +18,8 @@ from mmalign.feed import Feed
 from mmalign.losses import diffusion_dpo
 from mmalign.methods import methods
 from mmalign.methods.base import MethodConfig, TimestepRange
-from mmalign.methods.diffusion_dpo import DiffusionDPO, DiffusionDPOConfig, pair_metrics
+from mmalign.methods.diffusion_dpo import DiffusionDPO, DiffusionDPOConfig
+from mmalign.methods.noising import pair_metrics
 from mmalign.methods.sft import SFT, SFTConfig
 from mmalign.precision import autocast, round_frozen
 from mmalign.reference import Reference

@@ -62,6 +62,47 @@ def test_per_sample_timesteps_equal_one_at_a_time(sd15: Generator) -> None:
         assert torch.allclose(alone[0], both[row], atol=1e-5)
 
 
+@pytest.mark.parametrize(("steps", "noise", "image"), [(5, 0.76, 0.13), (10, 0.865, 0.068)])
+def test_floor_grid_is_that_of_the_published_codes(sd15: Generator, steps: int, noise: float, image: float) -> None:
+    t = torch.arange(2, 1000)
+    sources, targets = inversion_grid(sd15.process, steps, t, "floor")
+    # diffusers' inverse scheduler goes to 1, 1 + T/steps, ...; the codes take its levels below t and stop
+    assert targets[-1].tolist() == [1 + (level - 2) // (1000 // steps) * (1000 // steps) for level in t.tolist()]
+    assert torch.equal(sources[1:], targets[:-1]) and (sources[0] == -1).all()
+    # what is labelled t is a' x0 + b' noise with these means over t
+    alpha, sigma = sd15.process.alpha(t).flatten().double(), sd15.process.sigma(t).flatten().double()
+    reached = targets[-1]
+    at, st = sd15.process.alpha(reached).flatten().double(), sd15.process.sigma(reached).flatten().double()
+    assert (st / sigma).mean().item() == pytest.approx(noise, abs=0.006)
+    assert ((at - alpha) / sigma).mean().item() == pytest.approx(image, abs=0.006)
+
+
+def test_floor_grid_leaves_alone_what_is_below_its_first_level(sd15: Generator) -> None:
+    cond = sd15.encode_prompts(PROMPTS)
+    clean = torch.randn(2, *sd15.latent_shape, generator=torch.Generator().manual_seed(0))
+    x = invert(sd15, cond, clean, t=torch.tensor([1, 700]), steps=5, grid="floor")
+    assert torch.equal(x[0], clean[0])
+    alone = invert(sd15, cond[1], clean[1:], t=601, steps=4, grid="floor")  # 1, 251, 501
+    assert not torch.allclose(alone[0], x[1])
+    whole = invert(sd15, cond[1], clean[1:], steps=5)  # 1, 201, 401, 601, 801
+    cut = invert(sd15, cond[1], clean[1:], t=802, steps=5, grid="floor")
+    assert torch.equal(whole, cut)
+
+
+def test_noise_in_the_inversion_has_the_spread_of_the_sampler_s_own(sd15: Generator) -> None:
+    cond, clean = sd15.encode_prompts(PROMPTS), torch.zeros(2, *sd15.latent_shape)
+    plain = invert(sd15, cond, clean, t=500, steps=1)
+    noisy = invert(sd15, cond, clean, t=500, steps=1, eta=0.5, seeds=[3, 4])
+    drawn = torch.randn(sd15.latent_shape, generator=torch.Generator().manual_seed(4))
+    # eq. 16 of arXiv 2010.02502 between level 500 and the clean one
+    a, s = float(sd15.process.alpha(500)), float(sd15.process.sigma(500))
+    a0, s0 = float(sd15.process.alpha(-1)), float(sd15.process.sigma(-1))
+    std = 0.5 * s0 / s * (1 - (a / a0) ** 2) ** 0.5
+    torch.testing.assert_close(noisy[1] - plain[1], std * drawn, rtol=1e-3, atol=1e-5)
+    with pytest.raises(PipelineError, match="needs seeds"):
+        invert(sd15, cond, clean, t=500, steps=1, eta=0.5)
+
+
 def test_wrong_arguments(sd15: Generator) -> None:
     cond, clean = sd15.encode_prompts(PROMPTS), torch.zeros(2, *sd15.latent_shape)
     with pytest.raises(PipelineError, match="t must lie in 0..999"):

@@ -1,0 +1,246 @@
+"""Single images that are good or bad for their caption, from a table of them or from any source of pairs.
+
+A table is a parquet, JSONL, CSV or TSV file with an image (bytes or a path), a caption and a label in each row;
+instead of a label, or besides it, `caption_rejected` may hold a caption that does not fit the image. Pairs give two
+rows each: chosen is good, rejected is bad.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from mmalign.config import DataConfig
+from mmalign.data.images import Media
+from mmalign.data.pairs import PairTable, read_pairs
+from mmalign.data.parquet import ForwardReader, iterate_columns, open_parquet
+from mmalign.data.source import choose_caption_column, missing_columns
+from mmalign.data.tabular import ID_COLUMNS, as_media
+from mmalign.errors import UserError
+from mmalign.resources import find
+from mmalign.scoring.tables import TABLE_SUFFIXES, column, file_columns, read_rows
+
+LABEL_COLUMN, REJECTED_COLUMN = "label", "caption_rejected"
+_WORDS = {"good": True, "true": True, "1": True, "bad": False, "false": False, "0": False}
+
+
+@dataclass(frozen=True)
+class LabelRecord:
+    """An image that is good or bad for `prompt`; `rejected_prompt` is a caption that does not fit it."""
+
+    prompt: str
+    image: Media
+    id: str
+    good: bool
+    rejected_prompt: str | None = None
+
+
+class _Row(NamedTuple):
+    prompt: str
+    id: str
+    good: bool
+    rejected_prompt: str | None = None
+
+
+class _Labels(Protocol):
+    """A readable source of labels."""
+
+    name: str
+
+    def rows(self) -> Iterator[_Row]:
+        """Yield every row in order, without touching the images."""
+        ...
+
+    def image(self, row: int) -> Media:
+        """Return the image of a row; rising row numbers are the cheap order."""
+        ...
+
+
+class LabelTable:
+    """The labelled images of one source: a compact index in memory, the images wherever they are."""
+
+    def __init__(self, source: _Labels, limit: int | None = None) -> None:
+        """Index the source; called by `read_labels`."""
+        self.name = source.name
+        self.ids: list[str] = []
+        self._source = source
+        self._prompt_of, self._rejected_of = array("l"), array("l")
+        self._good = array("b")
+        seen: dict[str, int] = {}
+        for row in source.rows():
+            if limit is not None and len(self) >= limit:
+                break
+            self.ids.append(row.id)
+            self._good.append(row.good)
+            self._prompt_of.append(seen.setdefault(row.prompt, len(seen)))
+            rejected = row.rejected_prompt
+            self._rejected_of.append(-1 if rejected is None else seen.setdefault(rejected, len(seen)))
+        self.prompts = list(seen)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._good)
+
+    def __iter__(self) -> Iterator[LabelRecord]:
+        """Yield every image in the order of the source."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> LabelRecord:
+        """Return one image; it comes as bytes or as a path, not decoded."""
+        rejected = self._rejected_of[index]
+        return LabelRecord(
+            prompt=self.prompts[self._prompt_of[index]],
+            image=self._source.image(index),
+            id=self.ids[index],
+            good=bool(self._good[index]),
+            rejected_prompt=None if rejected < 0 else self.prompts[rejected],
+        )
+
+    @property
+    def counts(self) -> str:
+        """The numbers of good and bad images, and of rejected captions, in words."""
+        good, rejected = sum(self._good), sum(index >= 0 for index in self._rejected_of)
+        captions = f", {rejected} with a rejected caption" if rejected else ""
+        return f"{len(self)} images, {good} good and {len(self) - good} bad{captions}"
+
+    def prompt_index(self, index: int) -> int:
+        """Return where the prompt of an image stands in `prompts`, which holds each prompt once."""
+        return self._prompt_of[index]
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """Return the prompt of an image and its rejected caption, if it has one."""
+        places = (self._prompt_of[index], self._rejected_of[index])
+        return tuple(self.prompts[place] for place in places if place >= 0)
+
+    def rejected_indices(self) -> list[int]:
+        """Return where the rejected caption of each image stands in `prompts`; -1: it has none."""
+        return list(self._rejected_of)
+
+    def labels(self) -> list[bool]:
+        """Return for each image whether it is good."""
+        return [bool(good) for good in self._good]
+
+
+def read_labels(source: str, config: DataConfig) -> LabelTable:
+    """Return the labelled images of a table, or those of any source that `read_pairs` reads; no image is read yet.
+
+    `config` gives `caption_column` and `limit`, and for pairs their filters.
+
+    Raises:
+        UserError: no such source, a missing column, a label that is neither good nor bad, or an empty source.
+    """
+    path = Path(source).expanduser()
+    labels: _Labels
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        labels = _pair_labels(source, config)
+    else:
+        path = find(source)
+        found = _columns(path)
+        if (
+            LABEL_COLUMN not in found
+            and REJECTED_COLUMN not in found
+            and path.suffix.lower() in (".parquet", ".jsonl")
+        ):
+            labels = _pair_labels(source, config)
+        else:
+            columns = _Columns(found, config.caption_column, str(path))
+            labels = (_ParquetLabels if path.suffix.lower() == ".parquet" else _ListedLabels)(path, columns)
+    table = LabelTable(labels, config.limit)
+    if not len(table):
+        raise UserError(f"{source}: holds no labelled images")
+    return table
+
+
+def _columns(path: Path) -> Sequence[str]:
+    if path.suffix.lower() == ".parquet":
+        return list(open_parquet(path).schema_arrow.names)
+    return list(next(iter(read_rows(path)), {}))
+
+
+class _Columns:
+    """Which columns of a table hold what."""
+
+    def __init__(self, found: Sequence[str], caption: str, source: str) -> None:
+        self.source = source
+        self.caption = choose_caption_column(found, caption, source)
+        image = column(found, ("jpg", *file_columns("image")))
+        if image is None:
+            raise missing_columns(source, ["image"], found)
+        self.image = image
+        if LABEL_COLUMN not in found and REJECTED_COLUMN not in found:
+            raise missing_columns(source, [LABEL_COLUMN], found, "; it says good or bad")
+        self.identifier = next((name for name in ID_COLUMNS if name in found), None)
+        optional = (LABEL_COLUMN, REJECTED_COLUMN, self.identifier)
+        self.small = [self.caption, *(name for name in optional if name is not None and name in found)]
+
+    def row(self, number: int, record: Any) -> _Row:
+        where, prompt = f"{self.source}: row {number}", record.get(self.caption)
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{where} has no text in column '{self.caption}' ({prompt!r})")
+        rejected = record.get(REJECTED_COLUMN) or None
+        given = record.get(LABEL_COLUMN)
+        good = True if given is None and rejected is not None else _WORDS.get(_word(given))
+        if good is None:
+            raise UserError(f"{where}: label {given!r}; allowed: good, bad, true, false, 1, 0")
+        identifier = record.get(self.identifier) if self.identifier else None
+        return _Row(prompt, str(number if identifier is None else identifier), good, rejected)
+
+
+def _word(label: object) -> str:
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip().lower()
+
+
+class _ParquetLabels:
+    def __init__(self, path: Path, columns: _Columns) -> None:
+        self.name, self._path, self._columns = str(path), path, columns
+        self._reader = ForwardReader(path, [columns.image])
+
+    def rows(self) -> Iterator[_Row]:
+        number = 0
+        for batch in iterate_columns(self._path, self._columns.small):
+            for record in batch.to_pylist():
+                yield self._columns.row(number, record)
+                number += 1
+
+    def image(self, row: int) -> Media:
+        cell = self._reader.row(row)[self._columns.image]
+        return as_media(cell, self._path.parent, f"{self.name}: row {row}, {self._columns.image}")
+
+
+class _ListedLabels:
+    def __init__(self, path: Path, columns: _Columns) -> None:
+        self.name, self._path, self._columns = str(path), path, columns
+        self._records = list(read_rows(path))
+
+    def rows(self) -> Iterator[_Row]:
+        return (self._columns.row(number, record) for number, record in enumerate(self._records))
+
+    def image(self, row: int) -> Media:
+        cell = self._records[row].get(self._columns.image)
+        return as_media(cell, self._path.parent, f"{self.name}: row {row}, {self._columns.image}")
+
+
+def _pair_labels(source: str, config: DataConfig) -> _PairLabels:
+    if config.ties == "keep":
+        raise UserError("data.ties keep: an image of a pair without a winner is neither good nor bad; remove it")
+    return _PairLabels(read_pairs(source, config.model_copy(update={"limit": None})))
+
+
+class _PairLabels:
+    """Row 2 i is the chosen image of pair i, row 2 i + 1 the rejected one."""
+
+    def __init__(self, table: PairTable) -> None:
+        self.name, self._table = table.name, table
+
+    def rows(self) -> Iterator[_Row]:
+        for index, name in enumerate(self._table.ids):
+            prompt = self._table.prompts[self._table.prompt_index(index)]
+            yield _Row(prompt, f"{name}/chosen", True)
+            yield _Row(prompt, f"{name}/rejected", False)
+
+    def image(self, row: int) -> Media:
+        record = self._table[row // 2]
+        return record.rejected if row % 2 else record.chosen

@@ -1,0 +1,76 @@
+"""Diffusion-KTO on unpaired labels (arXiv 2404.04465); the objective itself is `mmalign.losses.diffusion_kto`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmalign import ranks
+from mmalign.losses import diffusion_kto, kto_reference_point
+from mmalign.losses.diffusion_kto import Utility
+from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
+from mmalign.methods.noising import noise_images
+from mmalign.run import Run
+
+
+class DiffusionKTOConfig(TimestepRange):
+    """Configuration of `diffusion_kto`; errors are means over latent dimensions, without a half factor."""
+
+    beta: float = Field(1000.0, gt=0)
+    """how closely the policy is held to the reference (errors are means over latent dimensions)"""
+    utility: Utility = "kahneman-tversky"
+    """how gains and losses count: an S-shaped sigmoid, loss-averse (concave) or risk-seeking (convex)"""
+    desirable_weight: float = Field(1.0, gt=0)
+    """weight of the good images"""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """weight of the bad images"""
+
+
+class DiffusionKTO(Method[DiffusionKTOConfig]):
+    """Denoise good images better than the reference does and bad ones worse, without pairs."""
+
+    name: ClassVar[str] = "diffusion_kto"
+    Config = DiffusionKTOConfig
+    needs: ClassVar[Needs] = Needs(source="labels", reference=True)
+
+    def describe(self) -> str:
+        """Return what beta means here."""
+        c = self.config
+        return (
+            f"diffusion_kto: beta={c.beta:g}, mean-reduced, no half factor, {c.utility}, weights good "
+            f"{c.desirable_weight:g}, bad {c.undesirable_weight:g}"
+        )
+
+    def loss(self, run: Run, batch: LabelBatch) -> LossOutput:
+        """Return the mean loss of the images; the reference point is the mean over all processes' images."""
+        c = self.config
+        noised = noise_images(run, batch, c)
+        policy = noised.errors(run.predict)
+        gain = noised.errors(run.reference.predict) - policy
+        point = ranks.mean(kto_reference_point(gain))
+        loss = diffusion_kto(
+            gain,
+            batch.desirable,
+            point,
+            beta=c.beta,
+            utility=c.utility,
+            desirable_weight=c.desirable_weight,
+            undesirable_weight=c.undesirable_weight,
+        ).mean()
+        return LossOutput(loss, label_metrics(gain.detach(), batch.desirable, policy.detach(), point))
+
+
+def label_metrics(gain: Tensor, desirable: Tensor, policy: Tensor, point: Tensor) -> dict[str, Tensor]:
+    """Return what to watch of labelled images; accuracy: the share whose gain has the sign of the label, ties half."""
+    signed = torch.where(desirable, gain, -gain)
+    return {
+        "accuracy": ((signed > 0).float() + 0.5 * (signed == 0).float()).mean(),
+        "gain": gain.mean(),
+        "signed_gain": signed.mean(),
+        "reference_point": point.clamp_min(0),
+        "policy_error": policy.mean(),
+        "desirable": desirable.float().mean(),
+    }
