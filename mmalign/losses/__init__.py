@@ -1,6 +1,7 @@
 """Every objective as a pure function on tensors: no models, no configuration, no state; imports torch alone."""
 
 from mmalign.losses.denoising import denoising_error
+from mmalign.losses.dense_dpo import dense_logit, discounted_probabilities, list_mle
 from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
 from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
 from mmalign.losses.mapo import mapo, mapo_likelihood, mapo_logit
@@ -12,11 +13,14 @@ __all__ = [
     "clamped_policy_gradient",
     "clipped_policy_gradient",
     "denoising_error",
+    "dense_logit",
     "diffusion_dpo",
     "diffusion_dpo_logit",
     "diffusion_kto",
+    "discounted_probabilities",
     "gaussian_kl",
     "kto_reference_point",
+    "list_mle",
     "mapo",
     "mapo_likelihood",
     "mapo_logit",

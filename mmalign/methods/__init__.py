@@ -7,11 +7,12 @@ methods = Registry(
     {
         "align_prop": "mmalign.methods.align_prop:AlignProp",
         "ddpo": "mmalign.methods.ddpo:DDPO",
-        "prdp": "mmalign.methods.prdp:PRDP",
+        "dense_dpo": "mmalign.methods.dense_dpo:DenseDPO",
         "diffusion_dpo": "mmalign.methods.diffusion_dpo:DiffusionDPO",
         "diffusion_kto": "mmalign.methods.diffusion_kto:DiffusionKTO",
         "inpo": "mmalign.methods.inpo:InPO",
         "mapo": "mmalign.methods.mapo:MaPO",
+        "prdp": "mmalign.methods.prdp:PRDP",
         "sft": "mmalign.methods.sft:SFT",
         "smpo": "mmalign.methods.smpo:SmPO",
     },

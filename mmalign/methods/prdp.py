@@ -60,7 +60,7 @@ class PRDP(TrajectoryMethod[PRDPConfig]):
         rollouts = super().collect(run, batches)
         if self.config.mode == "offline":
             for rollout in rollouts:
-                rollout.old_log_probs = self.policy_log_probs(run, rollout)
+                rollout.old_log_probs = self.replayed_log_probs(run, rollout)
         return rollouts
 
     def loss(self, run: Run, batch: Rollout) -> LossOutput:

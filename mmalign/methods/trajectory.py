@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -80,6 +80,8 @@ class Rollout:
     reference_log_probs: Float[Tensor, "steps batch"] | None = None
     reference_means: Float[Tensor, "steps batch *latent"] | None = None
     advantages: Float[Tensor, " batch"] | None = None
+    wanted: Bool[Tensor, "steps batch"] | None = None
+    """The log-probs that the present update looks at; all if not set."""
 
     @property
     def stds(self) -> Float[Tensor, "steps batch"]:
@@ -169,7 +171,7 @@ class TrajectoryMethod(Method[ConfigT]):
     def learn(self, run: Run, batch: Rollout, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
         """Differentiate the objective by the log-probs, then compute one sampling step after another with a graph."""
         c, fresh = self.config, batch.drawn_at == run.step
-        present = batch.old_log_probs if fresh else self.policy_log_probs(run, batch)
+        present = batch.old_log_probs if fresh else self.replayed_log_probs(run, batch)
         batch.log_probs = present.clone().requires_grad_()
         output = self.loss(run, batch)
         (weights,) = torch.autograd.grad(output.loss, batch.log_probs)
@@ -223,17 +225,20 @@ class TrajectoryMethod(Method[ConfigT]):
         predict = guided_predictor(run.generator, cond, self.config.guidance, autocast=run.autocast)
         return replay_step(run.process, batch.trajectory, index, predict, eta=self.etas()[index], rows=rows)
 
-    def policy_log_probs(self, run: Run, batch: Rollout) -> Float[Tensor, "steps batch"]:
-        """Return the log-probs of the recorded steps under the network as it is now, without a graph."""
+    def replayed_log_probs(self, run: Run, batch: Rollout) -> Float[Tensor, "steps batch"]:
+        """Return the log-probs of the wanted steps under the network as it is now, without a graph."""
         return self._replay_all(run, batch)[1]
 
     @torch.no_grad()
     def _replay_all(self, run: Run, batch: Rollout) -> tuple[Tensor, Tensor]:
-        """Return means and log-probs of all steps; a deterministic one keeps its mean and has the log-prob 0."""
+        """Return means and log-probs of all wanted steps; others, and deterministic ones, keep what was recorded."""
         assert batch.trajectory.means is not None
-        means, log_probs = batch.trajectory.means.clone(), torch.zeros_like(batch.old_log_probs)
+        means, log_probs = batch.trajectory.means.clone(), batch.old_log_probs.clone()
         for index in batch.random_steps():
-            means[index], _, log_probs[index] = self._replay(run, batch, index)
+            if batch.wanted is None or bool(batch.wanted[index].all()):
+                means[index], _, log_probs[index] = self._replay(run, batch, index)
+            elif len(rows := batch.wanted[index].nonzero().flatten()):
+                means[index, rows], _, log_probs[index, rows] = self._replay(run, batch, index, rows)
         return means, log_probs
 
 

@@ -233,7 +233,7 @@ def test_small_step_makes_the_better_images_of_a_prompt_likelier(model: str, met
     with torch.no_grad():
         for parameter in run.generator.trainable_parameters():
             parameter.sub_(1e-3 * parameter.grad / gradients.norm())
-    change = (method.policy_log_probs(run, rollout) - rollout.old_log_probs).sum(0).view(2, 6)
+    change = (method.replayed_log_probs(run, rollout) - rollout.old_log_probs).sum(0).view(2, 6)
     rewards = rollout.rewards.view(2, 6)
     gain = ((rewards - rewards.mean(1, keepdim=True)) * change).sum(1)
     assert float(gain.sum()) > 0.0
