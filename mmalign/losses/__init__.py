@@ -3,11 +3,13 @@
 from mmalign.losses.denoising import denoising_error
 from mmalign.losses.dense_dpo import dense_logit, discounted_probabilities, list_mle
 from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
+from mmalign.losses.diffusion_dro import diffusion_dro
 from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
 from mmalign.losses.mapo import mapo, mapo_likelihood, mapo_logit
 from mmalign.losses.policy_gradient import clamped_policy_gradient, clipped_policy_gradient, gaussian_kl
 from mmalign.losses.prdp import prdp
 from mmalign.losses.smpo import smpo, smpo_weight
+from mmalign.losses.spo import dynamic_threshold, spo, spo_logit, step_preference
 
 __all__ = [
     "clamped_policy_gradient",
@@ -16,8 +18,10 @@ __all__ = [
     "dense_logit",
     "diffusion_dpo",
     "diffusion_dpo_logit",
+    "diffusion_dro",
     "diffusion_kto",
     "discounted_probabilities",
+    "dynamic_threshold",
     "gaussian_kl",
     "kto_reference_point",
     "list_mle",
@@ -27,4 +31,7 @@ __all__ = [
     "prdp",
     "smpo",
     "smpo_weight",
+    "spo",
+    "spo_logit",
+    "step_preference",
 ]

@@ -15,6 +15,7 @@ methods = Registry(
         "prdp": "mmalign.methods.prdp:PRDP",
         "sft": "mmalign.methods.sft:SFT",
         "smpo": "mmalign.methods.smpo:SmPO",
+        "spo": "mmalign.methods.spo:SPO",
     },
     "mmalign.methods",
 )
