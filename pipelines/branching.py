@@ -81,7 +81,7 @@ def sample_branching(
     noise, stds = noise_stream(seeds, generator.latent_shape, generator.device), step_stds(process, etas)
     grid, next_grid = process.schedule(steps)
     on_device, levels = grid.to(generator.device), grid.tolist()
-    x = next(noise)
+    x = next(noise).to(torch.float64 if generator.dtype == torch.float64 else torch.float32)
     output = predictors[1](x, on_device[0].expand(count))
     for index, (t, t_next) in enumerate(zip(levels, next_grid.tolist(), strict=True)):
         mean, std = process.reverse_step(x, output, t, t_next, etas[index])

@@ -9,6 +9,7 @@ methods = Registry(
         "ddpo": "mmalign.methods.ddpo:DDPO",
         "dense_dpo": "mmalign.methods.dense_dpo:DenseDPO",
         "diffusion_dpo": "mmalign.methods.diffusion_dpo:DiffusionDPO",
+        "diffusion_dro": "mmalign.methods.diffusion_dro:DiffusionDRO",
         "diffusion_kto": "mmalign.methods.diffusion_kto:DiffusionKTO",
         "inpo": "mmalign.methods.inpo:InPO",
         "mapo": "mmalign.methods.mapo:MaPO",

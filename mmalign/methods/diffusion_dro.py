@@ -17,15 +17,14 @@ from torch import Tensor
 
 from mmalign.batches import PairBatch
 from mmalign.losses import denoising_error, diffusion_dro
-from mmalign.methods.base import LossOutput, Method, Needs
-from mmalign.methods.trajectory import SamplingConfig
+from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.run import Run
 from pipelines import sample
 from pipelines.conditioning import Conditioning
 from pipelines.noise import NoiseProcess
 
 
-class DiffusionDROConfig(SamplingConfig):
+class DiffusionDROConfig(MethodConfig):
     """Configuration of `diffusion_dro`; errors are means over latent dimensions, and there is no beta."""
 
     sampling_steps: int = Field(20, ge=1)
