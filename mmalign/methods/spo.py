@@ -130,6 +130,7 @@ class SPO(SamplingMethod[SPOConfig]):
         return LossOutput(
             batch.share * losses.mean(),
             {
+                "loss": losses.detach().mean(),
                 "reward": batch.rewards.mean(),
                 "valid": batch.valid.float().mean(),
                 "accuracy": pair_accuracy(logit),

@@ -171,7 +171,7 @@ def test_a_missing_key_says_what_to_give(tmp_path: Path) -> None:
         (["trainer.warmup=500"], "500 steps of warm-up in a run of 400"),
         (["trainer.warmup=3.5"], "a fraction of the steps below 1, or a whole number"),
         (["evaluate={prompts: x, every: 5, rewards: [clop]}"], "did you mean 'clip'?"),
-        (["method={beta: 3}"], "method.name: missing; give the method's name (known: align_prop, ddpo, diffusion_dpo"),
+        (["method={beta: 3}"], "method.name: missing; give the method's name (known: align_prop, ddpo, dense_dpo"),
         (["method.timesteps=[0.9, 0.1]"], "fractions must satisfy 0 <= low < high <= 1"),
     ],
 )
