@@ -83,7 +83,7 @@ class DenseDPO(TrajectoryMethod[DenseDPOConfig]):
         logit = dense_logit(log_ratio, counts[:, rows], scale=c.scale, clip=clip).view_as(images)
         reward = batch.rewards[images]
         seen = log_ratio.detach()[counts[:, rows] > 0].abs()
-        ranked = logit.detach().gather(1, reward.argsort(1, descending=True, stable=True))
+        ranked = logit.detach().gather(1, reward.argsort(dim=1, descending=True, stable=True))
         steps = ranked[:, :-1] - ranked[:, 1:]
         return LossOutput(
             list_mle(logit, reward).mean(),
