@@ -31,8 +31,8 @@ class Branching:
     `clean` are the clean latents predicted from each candidate; `std` is that of the step, the same for all samples.
     """
 
-    t: float
-    t_next: float
+    t: int | float
+    t_next: int | float
     eta: float
     std: float
     state: Float[Tensor, "batch *latent"]

@@ -25,7 +25,7 @@ def discounted_probabilities(steps: int, gamma: float) -> Float[Tensor, " steps"
     """
     if not 0 < gamma <= 1 or steps < 1:
         raise ValueError(f"gamma={gamma} must lie in (0, 1] and steps={steps} be at least 1")
-    weights = gamma ** torch.arange(steps, dtype=torch.float64)
+    weights = torch.pow(gamma, torch.arange(steps, dtype=torch.float64))
     return weights / weights.sum()
 
 

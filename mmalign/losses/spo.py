@@ -57,7 +57,7 @@ def spo_logit(
     if not beta > 0 or not 0 < clip < 1:
         raise ValueError(f"beta={beta} must be positive and clip={clip} lie in (0, 1)")
     ratios = torch.stack([best, worst]).to(torch.promote_types(best.dtype, torch.float32)).exp()
-    log_best, log_worst = ratios.clamp(1 - clip, 1 + clip).log()
+    log_best, log_worst = ratios.clamp(1 - clip, 1 + clip).log().unbind()
     return beta * (log_best - log_worst)
 
 
