@@ -116,12 +116,15 @@ class Run:
         return noise.to(x.device)
 
     def timesteps(
-        self, batch: PairBatch | LabelBatch, low: int = 0, high: int | None = None
+        self, batch: PairBatch | LabelBatch, low: int = 0, high: int | None = None, *, discount: float = 1.0
     ) -> Shaped[Tensor, " batch"]:
-        """Return one training timestep a sample in [low, high), from (seed, id, epoch) as for `noise_like`."""
+        """Return one training timestep a sample in [low, high), from (seed, id, epoch) as for `noise_like`.
+
+        `discount` is that of `NoiseProcess.sample_timesteps`.
+        """
         source = torch.Generator()
         drawn = []
         for seed in self.seeds(batch.ids, batch.epoch, "timestep"):
             source.manual_seed(seed)
-            drawn.append(self.process.sample_timesteps(1, generator=source, low=low, high=high))
+            drawn.append(self.process.sample_timesteps(1, generator=source, low=low, high=high, discount=discount))
         return torch.cat(drawn).to(batch.cond.prompt_embeds.device)

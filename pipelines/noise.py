@@ -177,16 +177,30 @@ class NoiseProcess(ABC):
         """Return the sampling grid and the level each step leads to, ``-1`` for the end (both on the CPU)."""
 
     def sample_timesteps(
-        self, n: int, *, generator: torch.Generator | None = None, low: int = 0, high: int | None = None
+        self,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        low: int = 0,
+        high: int | None = None,
+        discount: float = 1.0,
     ) -> Shaped[Tensor, " n"]:
-        """Draw `n` training timesteps uniformly from ``low <= level < high`` (on the generator's device)."""
+        """Draw `n` training timesteps from ``low <= level < high`` (on the generator's device).
+
+        Uniformly, or with ``discount < 1`` each level so many times as likely as the next noisier one.
+        """
         high = self.num_train_timesteps if high is None else high
         if not 0 <= low < high <= self.num_train_timesteps:
             raise PipelineError(
                 f"timesteps must satisfy 0 <= low < high <= {self.num_train_timesteps}, got low={low}, high={high}."
             )
+        if not 0.0 < discount <= 1.0:
+            raise PipelineError(f"discount must lie in (0, 1], got {discount}; 1 draws all levels alike.")
         device = generator.device if generator is not None else None
-        return torch.randint(low, high, (n,), generator=generator, device=device)
+        if discount == 1.0:
+            return torch.randint(low, high, (n,), generator=generator, device=device)
+        weights = discount ** torch.arange(high - 1 - low, -1, -1, dtype=torch.float64, device=device)
+        return low + torch.multinomial(weights, n, replacement=True, generator=generator)
 
     def check_steps(self, steps: int) -> None:
         """Raise `PipelineError` unless a sampling grid of so many steps can be made."""
@@ -252,10 +266,16 @@ class FlowProcess(NoiseProcess):
         return grid, torch.cat([grid[1:], grid.new_tensor([-1.0])])
 
     def sample_timesteps(
-        self, n: int, *, generator: torch.Generator | None = None, low: int = 0, high: int | None = None
+        self,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        low: int = 0,
+        high: int | None = None,
+        discount: float = 1.0,
     ) -> Shaped[Tensor, " n"]:
-        """Draw `n` of the scheduler's (shifted) levels uniformly; `low` and `high` count levels from clean."""
-        index = super().sample_timesteps(n, generator=generator, low=low, high=high)
+        """Draw `n` of the scheduler's (shifted) levels; `low` and `high` count levels from clean."""
+        index = super().sample_timesteps(n, generator=generator, low=low, high=high, discount=discount)
         return self._levels.to(index.device)[index]
 
     def _coefficients(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:

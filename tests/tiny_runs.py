@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mmalign.batches import PairBatch
 from mmalign.config import RunConfig
 from mmalign.methods.sft import SFT
+from mmalign.reference import Reference
+from mmalign.run import Run
+from pipelines import load_generator
 from pipelines.conditioning import Conditioning
 from rewards import Reward
 
@@ -106,3 +110,32 @@ class BreaksAtStepThree(SFT):
         if run.step == 2:
             output.loss = output.loss * float("nan")
         return output
+
+
+class ExactReference(Reference):
+    """The reference in the network's own precision."""
+
+    def predict(self, x_t: Any, t: Any, cond: Any) -> Tensor:
+        with self.active():
+            return self.generator.predict(x_t, t, cond)
+
+
+class ExactRun(Run):
+    """A run in the network's own precision, for finite differences in float64."""
+
+    def predict(self, x_t: Any, t: Any, cond: Any) -> Tensor:
+        return self.generator.predict(x_t, t, cond)
+
+
+def exact_run(model: str, scale: float = 0.05, **options: Any) -> Run:
+    """A run in float64 whose policy has moved from the reference by `scale`."""
+    generator = load_generator(model, device="cpu", dtype=torch.float64)
+    generator.unconditional()
+    generator.add_adapter(4, seed=1)
+    generator.network.double()
+    source = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in generator.trainable_parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=source))
+    generator.network.train()
+    return ExactRun(generator, reference=ExactReference(generator, "adapter"), **options)

@@ -25,6 +25,10 @@ class DiffusionDPOConfig(TimestepRange):
     """sigmoid: DPO; robust: unbiased under wrong labels; ipo: regression to a margin; hinge: flat beyond logit 1"""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """assumed probability that a label is wrong"""
+    discount: float = Field(1.0, gt=0, le=1)
+    """dense reward: a timestep's probability falls by this factor for each sampling step away from pure noise"""
+    discount_steps: int = Field(50, ge=1)
+    """sampling steps that the schedule has for `discount`"""
     sft_weight: float = Field(0.0, ge=0)
     """adds this many times the policy's error on the chosen image, against likelihood displacement"""
 
@@ -54,12 +58,15 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
             extras.append(f"label_smoothing={c.label_smoothing:g}")
         if c.sft_weight:
             extras.append(f"sft_weight={c.sft_weight:g}")
+        if c.discount < 1:
+            extras.append(f"timesteps discounted by {c.discount:g} a step of {c.discount_steps}")
         return f"diffusion_dpo: beta={c.beta:g}, mean-reduced, half factor on, {', '.join(extras)}"
 
     def loss(self, run: Run, batch: PairBatch) -> LossOutput:
         """Return the mean loss of the pairs; metrics hold the errors of both models on both sides."""
         c = self.config
-        noised = noise_pairs(run, batch, c)
+        discount = c.discount ** (c.discount_steps / run.process.num_train_timesteps)
+        noised = noise_pairs(run, batch, c, discount=discount)
         policy = noised.pair_errors(run.predict)
         reference = noised.pair_errors(run.reference.predict)
         loss = diffusion_dpo(

@@ -44,9 +44,9 @@ class Noised:
         return chosen, rejected
 
 
-def noise_pairs(run: Run, batch: PairBatch, timesteps: TimestepRange) -> Noised:
-    """Return both sides of each pair at one random timestep with the same Gaussian noise."""
-    latents, t, cond = _both_sides(run, batch, timesteps)
+def noise_pairs(run: Run, batch: PairBatch, timesteps: TimestepRange, *, discount: float = 1.0) -> Noised:
+    """Return both sides of each pair at one random timestep with the same Gaussian noise; see `Run.timesteps`."""
+    latents, t, cond = _both_sides(run, batch, timesteps, discount)
     noise = run.noise_like(batch.chosen, batch.ids, batch.epoch).repeat(2, *[1] * (latents.ndim - 1))
     return Noised(run.process.add_noise(latents, noise, t), t, run.process.target(latents, noise, t), cond)
 
@@ -93,8 +93,10 @@ def invert_pairs(run: Run, batch: PairBatch, config: InversionConfig, *, renoise
     return Noised(x_t, t, run.process.target(latents, noise, t), cond)
 
 
-def _both_sides(run: Run, batch: PairBatch, timesteps: TimestepRange) -> tuple[Tensor, Tensor, Conditioning]:
-    t = run.timesteps(batch, *timesteps.timestep_bounds(run.process.num_train_timesteps)).repeat(2)
+def _both_sides(
+    run: Run, batch: PairBatch, timesteps: TimestepRange, discount: float = 1.0
+) -> tuple[Tensor, Tensor, Conditioning]:
+    t = run.timesteps(batch, *timesteps.timestep_bounds(run.process.num_train_timesteps), discount=discount).repeat(2)
     return torch.cat([batch.chosen, batch.rejected]), t, Conditioning.cat([batch.cond, batch.cond])
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -51,13 +51,18 @@ class SamplingConfig(MethodConfig):
     """images drawn of each prompt of a batch"""
 
 
-class TrajectoryConfig(SamplingConfig):
-    """Base of the configurations of methods that learn from recorded trajectories."""
+class RandomSamplingConfig(SamplingConfig):
+    """Base of the configurations of methods that learn from the random steps of their samples."""
 
     random_steps: tuple[float, float] = (0.0, 1.0)
     """part of the sampling, 0 its start, whose steps are random and learned from; the others are deterministic"""
     updates_per_round: int = Field(1, ge=1)
     """optimiser steps on one round of samples"""
+
+
+class TrajectoryConfig(RandomSamplingConfig):
+    """Base of the configurations of methods that learn from recorded trajectories."""
+
     kl_weight: float = Field(0.0, ge=0)
     """adds this many times the KL divergence to the reference, a mean over random sampling steps and dimensions"""
 
@@ -82,6 +87,8 @@ class Rollout:
     reference_log_probs: Float[Tensor, "steps batch"] | None = None
     reference_means: Float[Tensor, "steps batch *latent"] | None = None
     advantages: Float[Tensor, " batch"] | None = None
+    wanted: Bool[Tensor, "steps batch"] | None = None
+    """The log-probs that the present update looks at; all if not set."""
 
     @property
     def stds(self) -> Float[Tensor, "steps batch"]:
@@ -94,17 +101,14 @@ class Rollout:
         return (self.stds > 0).all(1).nonzero().flatten().tolist()
 
 
+SamplingT = TypeVar("SamplingT", bound=RandomSamplingConfig)
 ConfigT = TypeVar("ConfigT", bound=TrajectoryConfig)
 
 
-class TrajectoryMethod(Method[ConfigT]):
-    """Base of methods that learn from the log-probabilities of their own samples; `loss` is given a `Rollout`."""
+class SamplingMethod(Method[SamplingT]):
+    """Base of methods whose samples have random steps: which ones they are, and what cannot be sampled."""
 
-    needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="blackbox")
-    whole_reference: ClassVar[bool] = False
-    """Whether the reference's log-probs are wanted at every step; otherwise one step a round is enough to watch by."""
-
-    def __init__(self, config: ConfigT) -> None:
+    def __init__(self, config: SamplingT) -> None:
         """Keep the configuration."""
         super().__init__(config)
         self.images_per_sample = config.images_per_prompt
@@ -125,6 +129,20 @@ class TrajectoryMethod(Method[ConfigT]):
                 "steps that have noise; 0 <= start < end <= 1 is needed, such as [0.0, 0.5] (the last may have none)"
             )
 
+    def etas(self) -> list[float]:
+        """Return the noise of each sampling step: eta in the random part, 0 elsewhere."""
+        c = self.config
+        low, high = (round(share * c.sampling_steps) for share in c.random_steps)
+        return [c.eta if low <= index < high else 0.0 for index in range(c.sampling_steps)]
+
+
+class TrajectoryMethod(SamplingMethod[ConfigT]):
+    """Base of methods that learn from the log-probabilities of their own samples; `loss` is given a `Rollout`."""
+
+    needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="blackbox")
+    whole_reference: ClassVar[bool] = False
+    """Whether the reference's log-probs are wanted at every step; otherwise one step a round is enough to watch by."""
+
     @abstractmethod
     def loss(self, run: Run, batch: Rollout) -> LossOutput:
         """Return the objective as a function of `batch.log_probs`; terms of the network itself belong to `learn`."""
@@ -132,12 +150,6 @@ class TrajectoryMethod(Method[ConfigT]):
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[Rollout]:
         """Draw and score the samples of one round with the present policy."""
         return [self._draw(run, batch.repeat(self.config.images_per_prompt)) for batch in batches]
-
-    def etas(self) -> list[float]:
-        """Return the noise of each sampling step: eta in the random part, 0 elsewhere."""
-        c = self.config
-        low, high = (round(share * c.sampling_steps) for share in c.random_steps)
-        return [c.eta if low <= index < high else 0.0 for index in range(c.sampling_steps)]
 
     def sampler(self, run: Run) -> AbstractContextManager[None]:
         """Return the context in which samples are drawn; by default they are the policy's own."""
@@ -237,12 +249,15 @@ class TrajectoryMethod(Method[ConfigT]):
     ) -> tuple[Float[Tensor, "steps batch *latent"], Float[Tensor, "steps batch"]]:
         """Return means and log-probs of the recorded steps under the network as it is now, without a graph.
 
-        A deterministic step keeps its mean and has the log-prob 0.
+        A deterministic step, and one that is not wanted, keeps what was recorded.
         """
         assert batch.trajectory.means is not None
-        means, log_probs = batch.trajectory.means.clone(), torch.zeros_like(batch.old_log_probs)
+        means, log_probs = batch.trajectory.means.clone(), batch.old_log_probs.clone()
         for index in batch.random_steps():
-            means[index], _, log_probs[index] = self._replay(run, batch, index)
+            if batch.wanted is None or bool(batch.wanted[index].all()):
+                means[index], _, log_probs[index] = self._replay(run, batch, index)
+            elif len(rows := batch.wanted[index].nonzero().flatten()):
+                means[index, rows], _, log_probs[index, rows] = self._replay(run, batch, index, rows)
         return means, log_probs
 
 

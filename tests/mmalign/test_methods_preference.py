@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import build_tiny_sd, build_tiny_sdxl
-from tiny_runs import InMemoryPairs, losses, run_config, write_pairs
+from tiny_runs import InMemoryPairs, exact_run, losses, run_config, write_pairs
 from torch import Tensor
 
 from mmalign.batches import LabelBatch, PairBatch
@@ -26,43 +26,14 @@ from mmalign.losses import diffusion_dpo, mapo
 from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.noising import InversionConfig, invert_pairs
-from mmalign.reference import Reference
 from mmalign.run import Run
-from pipelines import invert, load_generator
+from pipelines import invert
 from pipelines.conditioning import Conditioning
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_tiny_sd(tmp_path_factory.mktemp("models") / "sd", prediction_type="v_prediction", vae="tiny")
-
-
-class ExactReference(Reference):
-    """The reference in the network's own precision."""
-
-    def predict(self, x_t: Any, t: Any, cond: Any) -> Tensor:
-        with self.active():
-            return self.generator.predict(x_t, t, cond)
-
-
-class ExactRun(Run):
-    """A run in the network's own precision, for finite differences in float64."""
-
-    def predict(self, x_t: Any, t: Any, cond: Any) -> Tensor:
-        return self.generator.predict(x_t, t, cond)
-
-
-def make_run(model: str, scale: float = 0.05) -> Run:
-    """A run in float64 whose policy has moved from the reference by `scale`."""
-    generator = load_generator(model, device="cpu", dtype=torch.float64)
-    generator.add_adapter(4, seed=1)
-    generator.network.double()
-    source = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in generator.trainable_parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=source))
-    generator.network.train()
-    return ExactRun(generator, reference=ExactReference(generator, "adapter"))
 
 
 def make_method(name: str, **options: Any) -> Method[Any]:
@@ -109,7 +80,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradient_equals_finite_differences(model: str, name: str) -> None:
-    run, method = make_run(model), make_method(name, **OPTIONS[name])
+    run, method = exact_run(model), make_method(name, **OPTIONS[name])
     batch = make_labels(4) if method.needs.source == "labels" else make_pairs()
     parameters = list(run.generator.trainable_parameters())
     source = torch.Generator().manual_seed(2)
@@ -131,7 +102,7 @@ def test_gradient_equals_finite_differences(model: str, name: str) -> None:
 
 
 def test_mapo_is_its_formula_on_separate_forward_passes_and_keeps_no_reference(model: str) -> None:
-    run, batch = make_run(model), make_pairs()
+    run, batch = exact_run(model), make_pairs()
     method = make_method("mapo", beta=0.3, snr=0.7, timesteps=(0.2, 0.9))
     output = method.loss(run, batch)
     chosen, rejected = errors_by_hand(run, batch, run.predict, 200, 900)
@@ -142,7 +113,7 @@ def test_mapo_is_its_formula_on_separate_forward_passes_and_keeps_no_reference(m
 
 
 def test_smpo_with_gaussian_noise_and_weight_one_is_diffusion_dpo(model: str) -> None:
-    run, batch = make_run(model), replace(make_pairs(), margins=torch.tensor([1.0, 0.2, 3.0]))
+    run, batch = exact_run(model), replace(make_pairs(), margins=torch.tensor([1.0, 0.2, 3.0]))
     ours = make_method("smpo", beta=5.0, gamma=1.0, scale=1e-9, noising="gaussian").loss(run, batch)
     theirs = make_method("diffusion_dpo", beta=5.0).loss(run, batch)
     assert ours.loss.item() == theirs.loss.item() != pytest.approx(math.log(2), abs=1e-3)
@@ -153,7 +124,7 @@ def test_smpo_with_gaussian_noise_and_weight_one_is_diffusion_dpo(model: str) ->
 
 
 def test_smpo_pairs_of_equal_scores_have_no_gradient_whatever_the_noise(model: str) -> None:
-    run, batch = make_run(model), replace(make_pairs(), margins=torch.zeros(3))
+    run, batch = exact_run(model), replace(make_pairs(), margins=torch.zeros(3))
     for noising in ("gaussian", "inversion"):
         output = make_method("smpo", noising=noising, inversion_steps=2).loss(run, batch)
         assert output.loss.item() == pytest.approx(math.log(2), abs=1e-15) and output.metrics["weight"] == 0
@@ -163,7 +134,7 @@ def test_smpo_pairs_of_equal_scores_have_no_gradient_whatever_the_noise(model: s
 
 @pytest.mark.parametrize("fidelity", ["paper", "code"])
 def test_inverted_pairs_learn_the_noise_of_their_own_trajectory(model: str, fidelity: Any) -> None:
-    run, batch = make_run(model), make_pairs()
+    run, batch = exact_run(model), make_pairs()
     noised = invert_pairs(run, batch, InversionConfig(inversion_steps=3, fidelity=fidelity), renoise=1)
     t, latents = noised.t, torch.cat([batch.chosen, batch.rejected])
     assert torch.equal(t[:3], run.timesteps(batch)) and torch.equal(t[:3], t[3:])
@@ -178,7 +149,7 @@ def test_inverted_pairs_learn_the_noise_of_their_own_trajectory(model: str, fide
 
 
 def test_inpo_is_dpo_of_the_inverted_pairs_and_repeats_itself(model: str) -> None:
-    run, batch = make_run(model), make_pairs()
+    run, batch = exact_run(model), make_pairs()
     method = make_method("inpo", beta=5.0, inversion_steps=3)
     noised = invert_pairs(run, batch, method.config)
     policy, reference = noised.pair_errors(run.predict), noised.pair_errors(run.reference.predict)
@@ -193,7 +164,7 @@ def test_inpo_is_dpo_of_the_inverted_pairs_and_repeats_itself(model: str) -> Non
 
 @pytest.mark.parametrize("name", ["smpo", "inpo"])
 def test_policy_equal_to_reference_costs_log_two(model: str, name: str) -> None:
-    output = make_method(name, inversion_steps=2).loss(make_run(model, 0.0), make_pairs())
+    output = make_method(name, inversion_steps=2).loss(exact_run(model, 0.0), make_pairs())
     assert output.loss.item() == pytest.approx(math.log(2), abs=1e-15) and output.metrics["logit"] == 0
 
 
@@ -238,7 +209,7 @@ def test_smpo_learns_from_the_scores_of_labelled_pairs(model: str, tmp_path: Pat
 
 
 def test_kto_is_its_formula_and_starts_at_one_half(model: str) -> None:
-    run, batch = make_run(model), make_labels(4)
+    run, batch = exact_run(model), make_labels(4)
     method = make_method(
         "diffusion_kto", beta=5.0, utility="loss-averse", undesirable_weight=2.0, timesteps=(0.2, 0.9)
     )
@@ -254,7 +225,7 @@ def test_kto_is_its_formula_and_starts_at_one_half(model: str) -> None:
     expected = (torch.tensor([1, 2, 1, 2]) * (1 - torch.nn.functional.logsigmoid(centred))).mean()
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     assert float(output.metrics["gain"]) == pytest.approx(gain.mean().item())
-    start = make_method("diffusion_kto").loss(make_run(model, 0.0), batch)
+    start = make_method("diffusion_kto").loss(exact_run(model, 0.0), batch)
     assert start.loss.item() == 0.5 and start.metrics["reference_point"] == 0 and start.metrics["accuracy"] == 0.5
 
 

@@ -1,0 +1,124 @@
+"""Diffusion-DRO: expert images ranked above the policy's own (arXiv 2510.18353); `mmalign.losses.diffusion_dro`.
+
+The expert images are the chosen sides of the pairs. The policy's own are drawn anew for every round, by the policy as
+it is then; what it predicts along the way is what its own images are judged by, so no copy of its weights is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from mmalign.batches import PairBatch
+from mmalign.losses import denoising_error, diffusion_dro
+from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
+from mmalign.run import Run
+from pipelines import sample
+from pipelines.conditioning import Conditioning
+from pipelines.noise import NoiseProcess
+
+
+class DiffusionDROConfig(MethodConfig):
+    """Configuration of `diffusion_dro`; errors are means over latent dimensions, and there is no beta."""
+
+    sampling_steps: int = Field(20, ge=1)
+    """steps of the DDIM sampler, whose levels are the timesteps that are trained on"""
+    guidance: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """classifier-free guidance scale of the policy's own images; predictions are taken without"""
+    eta: float = Field(0.0, ge=0, le=1)
+    """noise of the sampler: 0 deterministic, 1 as in DDPM"""
+    margin: float = Field(1e-3, ge=0)
+    """by how much the expert's gain must exceed the policy's own before a pair costs nothing"""
+    updates_per_round: int = Field(1, ge=1)
+    """optimiser steps on one round of samples, each at other timesteps; with 1 the policy's own only open the hinge"""
+
+
+@dataclass
+class Ranking:
+    """Pairs with trajectories of their prompts: state, timestep and prediction of the policy for each update."""
+
+    pairs: PairBatch
+    drawn_at: int
+    timesteps: Int[Tensor, "updates batch"]
+    states: Float[Tensor, "updates batch *latent"]
+    predictions: Float[Tensor, "updates batch *latent"]
+
+
+class DiffusionDRO(Method[DiffusionDROConfig]):
+    """Denoise expert images better, and better than the policy's own; no reward, no beta."""
+
+    name: ClassVar[str] = "diffusion_dro"
+    Config = DiffusionDROConfig
+    needs: ClassVar[Needs] = Needs(source="pairs", reference=True)
+    images_per_sample = 2
+
+    def __init__(self, config: DiffusionDROConfig) -> None:
+        """Keep the configuration."""
+        super().__init__(config)
+        self.updates_per_round = config.updates_per_round
+
+    def check(self, process: NoiseProcess) -> None:
+        """Refuse a number of steps that the schedule does not have."""
+        process.check_steps(self.config.sampling_steps)
+
+    def describe(self) -> str:
+        """Return the margin and how the policy's own images are made."""
+        c = self.config
+        return (
+            f"diffusion_dro: hinge with margin {c.margin:g} on mean errors, own images in {c.sampling_steps} steps at "
+            f"guidance {c.guidance:g}, {c.updates_per_round} updates a round"
+        )
+
+    def collect(self, run: Run, batches: Iterable[PairBatch]) -> list[Ranking]:
+        """Let the policy draw an image for every pair's prompt, and keep what its updates will look at."""
+        return [self._draw(run, batch) for batch in batches]
+
+    @torch.no_grad()
+    def _draw(self, run: Run, batch: PairBatch) -> Ranking:
+        c, rows = self.config, torch.arange(len(batch))
+        trajectory = sample(
+            run.generator,
+            batch.cond,
+            steps=c.sampling_steps,
+            guidance=c.guidance,
+            eta=c.eta,
+            seeds=run.seeds(batch.ids, batch.epoch),
+            record=True,
+            autocast=run.autocast,
+        )
+        run.cost.add(images_sampled=len(batch))
+        assert trajectory.states is not None
+        source = run.random("levels", run.step, batch.ids[0])
+        index = torch.randint(c.sampling_steps, (c.updates_per_round, len(batch)), generator=source)
+        device = trajectory.states.device
+        timesteps, states = trajectory.timesteps[index].to(device), trajectory.states[index, rows]
+        predictions = torch.stack([run.predict(x, t, batch.cond) for x, t in zip(states, timesteps, strict=True)])
+        return Ranking(batch, run.step, timesteps, states, predictions)
+
+    def loss(self, run: Run, batch: Ranking) -> LossOutput:
+        """Return the mean hinge; both images of a pair go through a network in one call, at the same timestep."""
+        pairs, update = batch.pairs, run.step - batch.drawn_at
+        t = batch.timesteps[update]
+        noise = run.noise_like(pairs.chosen, pairs.ids, pairs.epoch, f"noise {update}")
+        x_t = torch.cat([run.process.add_noise(pairs.chosen, noise, t), batch.states[update]])
+        target = torch.cat([run.process.target(pairs.chosen, noise, t), batch.predictions[update]])
+        cond, both = Conditioning.cat([pairs.cond, pairs.cond]), t.repeat(2)
+        policy, reference = (
+            denoising_error(predict(x_t, both, cond), target).chunk(2)
+            for predict in (run.predict, run.reference.predict)
+        )
+        losses = diffusion_dro(policy[0], reference[0], policy[1], reference[1], margin=self.config.margin)
+        return LossOutput(
+            losses.mean(),
+            {
+                "active": (losses.detach() > 0).float().mean(),
+                "expert_gain": (reference[0] - policy[0].detach()).mean(),
+                "own_gain": (reference[1] - policy[1].detach()).mean(),
+            },
+        )

@@ -1,0 +1,146 @@
+"""SPO: step-by-step preference on the policy's own samples (arXiv 2406.04314); objective: `mmalign.losses.spo`.
+
+At every random sampling step several candidates are drawn from the same state and scored; the best is preferred over
+the worst, so both sides of a pair have the same past. Steps are judged by the rewards of the decoded clean image that
+the network predicts from a candidate; a reward that reads noisy latents overrides `SPO.step_scores`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mmalign.batches import PromptBatch
+from mmalign.losses import dynamic_threshold, gaussian_kl, spo, spo_logit, step_preference
+from mmalign.methods.base import LossOutput, Needs
+from mmalign.methods.noising import pair_accuracy
+from mmalign.methods.trajectory import RandomSamplingConfig, SamplingMethod
+from mmalign.run import Run
+from pipelines.branching import Branching, sample_branching, step_stds
+from pipelines.guidance import guided_predictor
+from pipelines.sampling import gaussian_log_prob
+
+
+class SPOConfig(RandomSamplingConfig):
+    """Configuration of `spo`; ratios are of densities per latent dimension, as in the authors' code."""
+
+    candidates: int = Field(4, ge=2)
+    """continuations drawn and scored at each random step"""
+    beta: float = Field(10.0, gt=0)
+    """factor from the difference of log-ratios to the logit"""
+    clip: float = Field(0.1, gt=0, lt=1)
+    """ratios to the reference outside 1 +- clip give no gradient"""
+    threshold: tuple[float, float] = (0.3, 0.3)
+    """softmax gap of best and worst that a pair must exceed, at the sampler's least and at its largest noise"""
+    score_scale: float = Field(1.0, gt=0)
+    """factor on the rewards before the softmax, to make logits of them"""
+
+    @model_validator(mode="after")
+    def _thresholds_are_gaps(self) -> SPOConfig:
+        if not all(0 <= one < 1 for one in self.threshold):
+            raise ValueError(f"threshold {list(self.threshold)}: gaps of probabilities must satisfy 0 <= gap < 1")
+        return self
+
+
+@dataclass
+class StepPairs:
+    """One sampling step of every chain of a micro-batch: its candidates are the best and the worst."""
+
+    samples: PromptBatch
+    step: Branching
+    valid: Bool[Tensor, " batch"]
+    """Which chains have a best and a worst that differ enough."""
+    share: float
+    """One over the number of steps of the micro-batch: its steps add up to a mean."""
+    rewards: Float[Tensor, " batch"]
+    """Those of the finished images, which nothing is learned from."""
+
+
+class SPO(SamplingMethod[SPOConfig]):
+    """Prefer, step by step, the better of a few continuations of the policy's own samples; any reward will do."""
+
+    name: ClassVar[str] = "spo"
+    Config = SPOConfig
+    needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="blackbox")
+
+    def describe(self) -> str:
+        """Return what beta, the clip and the threshold are measured in."""
+        c = self.config
+        low, high = c.threshold
+        gap = f"{low:g}" if low == high else f"{low:g}..{high:g} by the step's noise"
+        return (
+            f"spo: beta={c.beta:g}, clip={c.clip:g} on ratios per dimension, best against worst of {c.candidates} "
+            f"where the softmax of {c.score_scale:g} x reward differs by {gap}, guidance {c.guidance:g}"
+        )
+
+    def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[StepPairs]:
+        """Draw branching chains with the present policy, score their steps, and keep the best and the worst."""
+        return [pairs for batch in batches for pairs in self._draw(run, batch.repeat(self.config.images_per_prompt))]
+
+    def step_scores(self, run: Run, samples: PromptBatch, step: Branching) -> Float[Tensor, "candidates batch"]:
+        """Return the score of each candidate: the reward of the image that the policy predicts from it."""
+        decoded = (run.generator.decode(clean) for clean in step.clean)
+        return torch.stack([run.score(images, samples.prompts).total for images in decoded])
+
+    @torch.no_grad()
+    def _draw(self, run: Run, samples: PromptBatch) -> list[StepPairs]:
+        c, etas = self.config, self.etas()
+        stds = [std for std in step_stds(run.process, etas) if std > 0]
+        found: list[tuple[Branching, Tensor]] = []
+
+        def judge(step: Branching) -> None:
+            threshold = dynamic_threshold(step.std, (min(stds), max(stds)), c.threshold)
+            best, worst, valid = step_preference(c.score_scale * self.step_scores(run, samples, step), threshold)
+            found.append((step.pick(best, worst), valid))
+
+        latents = sample_branching(
+            run.generator,
+            samples.cond,
+            etas=etas,
+            candidates=c.candidates,
+            seeds=run.seeds(samples.ids, samples.epoch),
+            visit=judge,
+            guidance=c.guidance,
+            autocast=run.autocast,
+        )
+        images = run.generator.decode(latents)
+        run.show(images, samples.prompts)
+        rewards = run.score(images, samples.prompts).total
+        return [StepPairs(samples, step, valid, 1 / len(found), rewards) for step, valid in found]
+
+    def loss(self, run: Run, batch: StepPairs) -> LossOutput:
+        """Return the step's part of the mean over chains and steps; pairs that do not count are zeros in it."""
+        c, step = self.config, batch.step
+        with run.reference.active():
+            reference = self._mean(run, batch)
+        policy = self._mean(run, batch)
+        std = policy.new_full((len(policy),), step.std)
+        best, worst = (
+            gaussian_log_prob(candidate, policy, std) - gaussian_log_prob(candidate, reference, std)
+            for candidate in step.candidates
+        )
+        losses = spo(best, worst, batch.valid, beta=c.beta, clip=c.clip)
+        logit = spo_logit(best.detach(), worst.detach(), beta=c.beta, clip=c.clip)
+        return LossOutput(
+            batch.share * losses.mean(),
+            {
+                "loss": losses.detach().mean(),
+                "reward": batch.rewards.mean(),
+                "valid": batch.valid.float().mean(),
+                "accuracy": pair_accuracy(logit),
+                "kl": gaussian_kl(policy.detach(), reference, std).mean(),
+            },
+        )
+
+    def _mean(self, run: Run, batch: StepPairs) -> Float[Tensor, "batch *latent"]:
+        """Return the mean of the recorded step under the network as it is now."""
+        step = batch.step
+        predict = guided_predictor(run.generator, batch.samples.cond, self.config.guidance, autocast=run.autocast)
+        output = predict(step.state, torch.as_tensor(step.t, device=step.state.device).expand(len(step.state)))
+        return run.process.reverse_step(step.state, output, step.t, step.t_next, step.eta)[0]
