@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 from jaxtyping import UInt8
 from torch import Tensor
@@ -38,7 +39,8 @@ def write_video(path: Path, video: UInt8[Tensor, "frames 3 height width"], fps: 
     # Without the flag a file holds a random identifier, and the same frames never give the same bytes.
     exact = {"fflags": "+bitexact"}
     with replacing(path) as aside, av.open(str(aside), "w", format=container_name, options=exact) as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=dict(options))
+        rate = Fraction(fps).limit_denominator(1000)
+        stream = cast("av.VideoStream", container.add_stream(codec, rate=rate, options=dict(options)))
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         for frame in video.permute(0, 2, 3, 1).contiguous().cpu().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

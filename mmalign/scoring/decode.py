@@ -101,7 +101,7 @@ def _from_container(data: bytes | Path, frames: Frames) -> Tensor:
         import av
     except ImportError:
         raise UserError('reading video files needs PyAV: pip install "mmalign[video]"') from None
-    with av.open(io.BytesIO(data) if isinstance(data, bytes) else str(data)) as container:
+    with av.open(io.BytesIO(data) if isinstance(data, bytes) else str(data), "r") as container:
         if not container.streams.video:
             raise UserError("holds no video stream")
         stream = container.streams.video[0]

@@ -63,7 +63,7 @@ def kinds_of(scenes: Sequence[VideoScene]) -> set[Kind]:
     """Every (colour, shape) that is seen at some time in some scene."""
     actors = [actor for scene in scenes for actor in scene.actors]
     later = {(actor.end_colour, actor.shape) for actor in actors if actor.end_colour}
-    return {(actor.colour, actor.shape) for actor in actors} | later  # type: ignore[arg-type]
+    return {(actor.colour, actor.shape) for actor in actors} | later
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class _Stage:
 
     def relocate(self, actor: Actor) -> Actor:
         """The same actor at another place along its lane."""
-        return replace(actor, **{"x" if actor.direction in ("left", "right") else "y": self.spot()})
+        spot, across = self.spot(), actor.direction in ("left", "right")
+        return replace(actor, x=spot if across else actor.x, y=actor.y if across else spot)
 
 
 def _direction(stage: _Stage) -> tuple[tuple[str, ...], Members]:

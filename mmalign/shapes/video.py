@@ -143,12 +143,14 @@ def reverse(scene: VideoScene) -> VideoScene:
 def _backwards(actor: Actor, scene: VideoScene) -> Actor:
     along, (dx, dy) = steps_along(actor.manner, scene.frames), DIRECTIONS[actor.direction]
     turn = along[-1] != 0
-    start = {
-        "x": (actor.x + dx * along[-1] * actor.speed) % scene.size,
-        "y": (actor.y + dy * along[-1] * actor.speed) % scene.size,
-    }
     shown = actor.shown and tuple((scene.frames - last, scene.frames - first) for first, last in reversed(actor.shown))
-    changed = replace(actor, **start, shown=shown, direction=OPPOSITE[actor.direction] if turn else actor.direction)
+    changed = replace(
+        actor,
+        x=(actor.x + dx * along[-1] * actor.speed) % scene.size,
+        y=(actor.y + dy * along[-1] * actor.speed) % scene.size,
+        direction=OPPOSITE[actor.direction] if turn else actor.direction,
+        shown=shown,
+    )
     if actor.end_radius is not None:
         changed = replace(changed, radius=actor.end_radius, end_radius=actor.radius)
     if actor.end_colour is not None:
