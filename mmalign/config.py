@@ -224,6 +224,31 @@ class MonitorConfig(StrictModel):
     """largest distance to the reference, in the method's own units"""
 
 
+class RoundsConfig(StrictModel):
+    """Iterated training: sample with the tuned model, label by rewards, train again."""
+
+    count: int = Field(ge=1)
+    """how often"""
+    prompts: str
+    """a built-in name of `mmalign list prompts`, or a file"""
+    reward: str
+    """what labels the images, as for `mmalign pairs label`: NAME or NAME,OTHER:0.5"""
+    limit: int | None = Field(None, ge=1)
+    """use only the first prompts"""
+    images_per_prompt: int = Field(4, ge=2)
+    """images drawn of each prompt; the best and the worst make a pair"""
+    steps: int = Field(50, ge=1)
+    """sampling steps"""
+    guidance: Guidance = 7.5
+    """classifier-free guidance scale; 1: none"""
+    solver: Literal["ddim", "dpm++"] = "ddim"
+    """sampler"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """type of the weights while sampling"""
+    batch_size: int = Field(8, ge=1)
+    """images at once while sampling"""
+
+
 class RunConfig(StrictModel):
     """One training run, as `mmalign train` takes it."""
 
@@ -241,6 +266,8 @@ class RunConfig(StrictModel):
     """rewards that the method learns from; only for methods that take them"""
     trainer: TrainerConfig = TrainerConfig()
     """the training loop"""
+    rounds: RoundsConfig | None = None
+    """repeat sampling, labelling and training; only for methods that learn from pairs or labels, null: train once"""
     evaluate: EvaluateConfig | None = None
     """a look at a few prompts while training; null: none"""
     monitors: MonitorConfig = MonitorConfig()

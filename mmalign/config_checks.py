@@ -71,6 +71,12 @@ def _check_source(values: dict[str, Any], method: Any) -> Iterator[Fault]:
     given = [source for source in SOURCES if data.get(source) is not None]
     needed = method.needs.source if method else None
     name = values["method"]["name"] if method else ""
+    if _mapping(values, "rounds"):
+        if needed == "prompts":
+            yield Fault(("rounds",), f"method '{name}' draws its own samples as it goes; remove rounds")
+        for source in given:
+            yield Fault(("data", source), f"rounds make the {needed or 'data'} themselves; set it to null")
+        return
     if len(given) > 1:
         keys = " and ".join(f"data.{source}" for source in given)
         keep = f"keep data.{needed}, which method '{name}' learns from" if needed else "keep one"

@@ -78,6 +78,10 @@ def train(config: RunConfig, *, resume: str = "auto") -> Path:
         TrainingInterrupted: Ctrl-C; the run goes on from the checkpoint it saved.
     """
     config = complete(config)
+    if config.rounds is not None:
+        from mmalign.rounds import train_in_rounds
+
+        return train_in_rounds(config, resume)
     accelerator = make_accelerator(config)
     flash = torch.backends.cuda.flash_sdp_enabled()
     try:
@@ -98,7 +102,13 @@ def train(config: RunConfig, *, resume: str = "auto") -> Path:
 
 
 def plan(config: RunConfig) -> Plan:
-    """Check everything, read the data's index and the model, and return what `train` would do; nothing is written."""
+    """Check everything, read the data's index and the model, and return what `train` would do; nothing is written.
+
+    Raises:
+        UserError: the configuration cannot work, or trains in rounds, whose data do not exist yet.
+    """
+    if config.rounds is not None:
+        raise UserError("rounds make their data as they go, so there is nothing to look into before they are trained")
     accelerator = make_accelerator(config, watched=False)
     method, source, generator = open_inputs(config, accelerator)
     make_trainable(generator, config)

@@ -335,7 +335,7 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
     change, their number may not. With a constant schedule `steps` may change as long as the warm-up, counted in steps,
     stays as it was.
     """
-    values = config.model_dump(mode="json", exclude={"output", "evaluate", "monitors", "attention"})
+    values = config.model_dump(mode="json", exclude={"output", "evaluate", "monitors", "attention", "rounds"})
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "labels", "prompts", "cache")}
     trainer = values["trainer"]
     for key in ("budget", "log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):

@@ -43,7 +43,9 @@ def run_config(model: str, pairs: Path, output: Path, method: Any = "diffusion_d
     """Return the configuration of a run of four steps; `changes` replace keys of `trainer`, or whole sections."""
     trainer = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "log_every": 1, "checkpoint_every": 2, "warmup": 0}
     sections = {
-        key: changes.pop(key) for key in ("adapter", "evaluate", "data", "rewards", "monitors") if key in changes
+        key: changes.pop(key)
+        for key in ("adapter", "evaluate", "data", "rewards", "monitors", "rounds")
+        if key in changes
     }
     return RunConfig(
         model=model,

@@ -31,6 +31,11 @@ def run(args: argparse.Namespace) -> int:
     # After the config has been checked, so that a mistake in it is told before the seconds that these imports take.
     from mmalign.engine import plan, train
 
+    if args.dry_run and config.rounds is not None:
+        from mmalign.rounds import describe_rounds
+
+        print(f"would train, nothing was written:\n  {describe_rounds(config.rounds)}\n  output     {config.output}")
+        return 0
     if args.dry_run:
         print(f"would train, nothing was written:\n{plan(config)}\n  output     {config.output}")
         return 0

@@ -1,0 +1,133 @@
+"""Iterated training: the tuned model draws images, rewards label them, and the next training learns from the pairs.
+
+Round 1 starts from `model`, every later one from what the round before exported; the reference of a round is where it
+starts. What is finished is kept: the same call again goes on in the round, and in the part of it, that was broken off.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign.config import dump_config
+from mmalign.errors import UserError
+from mmalign.hub import CONFIG_FILE, is_finished
+from mmalign.prepare import build_method, set_aside
+from mmalign.progress import note, track
+from mmalign.resources import resolve_model
+from mmalign.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from mmalign.config import RoundsConfig, RunConfig
+
+FOLDER = "rounds"
+PAIRS_FILE = "pairs.parquet"
+
+
+def describe_rounds(rounds: RoundsConfig) -> str:
+    """Return in one line what a round's data are made of."""
+    limit = f" (the first {rounds.limit})" if rounds.limit else ""
+    return (
+        f"{rounds.count} rounds, each from {rounds.images_per_prompt} images of the prompts {rounds.prompts}{limit}, "
+        f"labelled by {rounds.reward}"
+    )
+
+
+def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
+    """Train `config.rounds.count` times and return the folder of the last model, `config.output`.
+
+    Earlier rounds, and the samples and pairs of all, lie in `rounds/N` within it. `resume` is "auto" or "never".
+
+    Raises:
+        UserError: the configuration cannot work; and what `mmalign.engine.train` raises.
+    """
+    rounds, output = config.rounds, Path(config.output)
+    assert rounds is not None
+    if resume not in ("auto", "never"):
+        raise UserError(f"--resume {resume}: with rounds, a checkpoint belongs to one of them; allowed: auto, never")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("rounds sample and label in one process; start them with `mmalign train`, without a launcher")
+    if resume == "never":
+        set_aside(output / FOLDER)
+    note(describe_rounds(rounds))
+    model = config.model
+    for number in range(1, rounds.count + 1):
+        folder = output / FOLDER / str(number)
+        note(f"── round {number} of {rounds.count}, from {model}")
+        pairs = _make_pairs(config, rounds, model, folder, number)
+        last = number == rounds.count
+        trained = _train_once(config, model, pairs, output if last else folder / "model", resume if last else "auto")
+        if not last:
+            model = str(_whole_model(config, trained, folder / "merged"))
+    return output
+
+
+def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Path, number: int) -> Path:
+    """Complete the samples and the pairs of a round, and return the file of pairs."""
+    from mmalign.data.build import IMAGES_FILE, SampleSettings, sample_images
+    from mmalign.data.labelling import LabelSettings, image_prompts, label_pairs
+    from mmalign.data.parquet import open_parquet, read_metadata
+    from mmalign.data.prompts import load_prompts
+    from mmalign.scoring.chosen import load_weighted_rewards, parse_rewards
+    from pipelines import fingerprint_model, load_generator
+
+    weights, path = parse_rewards(rounds.reward), resolve_model(model)
+    settings = SampleSettings(
+        model=model,
+        fingerprint=fingerprint_model(path, resolve=resolve_model),
+        steps=rounds.steps,
+        guidance=rounds.guidance,
+        solver=rounds.solver,
+        precision=rounds.precision,
+        seed=derive_seed(config.trainer.seed, "round", number),
+    )
+
+    def open_generator() -> Any:
+        return load_generator(path, dtype=rounds.precision, resolve=resolve_model)
+
+    prompts = load_prompts(rounds.prompts, rounds.limit)
+    samples, pairs = folder / "samples", folder / PAIRS_FILE
+    counts = (rounds.images_per_prompt, rounds.batch_size)
+    sample_images(open_generator, prompts, samples, settings, images_per_prompt=counts[0], batch_size=counts[1])
+    images, labelling = samples / IMAGES_FILE, LabelSettings(seed=config.trainer.seed)
+    made_from = {
+        "rewards": [{"name": name, "weight": weight} for name, weight in weights.items()],
+        "labelling": asdict(labelling),
+        "sampling": asdict(settings),
+    }
+    if pairs.is_file() and read_metadata(pairs) == made_from:
+        return pairs
+    rewards = load_weighted_rewards(weights, image_prompts(images))
+    with track(open_parquet(images).metadata.num_rows, "label") as job:
+        note(str(label_pairs(images, rewards, pairs, labelling, progress=job.advance)))
+    return pairs
+
+
+def _train_once(config: RunConfig, model: str, pairs: Path, output: Path, resume: str) -> Path:
+    """Train on one round's pairs, unless that is done, and return the folder of the export."""
+    from mmalign.engine import train
+
+    source = build_method(config).needs.source
+    data = config.data.model_copy(update={source: str(pairs)})
+    one = config.model_copy(update={"rounds": None, "model": model, "data": data, "output": str(output)})
+    if resume == "auto" and is_finished(output) and (output / CONFIG_FILE).read_text("utf-8") == dump_config(one):
+        note(f"trained already, in {output}")
+        return output
+    return train(one, resume=resume)
+
+
+def _whole_model(config: RunConfig, trained: Path, merged: Path) -> Path:
+    """Return a model to start from: the export itself, or for an adapter, its base with the adapter merged in."""
+    from pipelines import load_generator
+
+    if config.adapter.kind == "full":
+        return trained
+    unfinished = merged.with_name(merged.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    load_generator(str(trained), device="cpu", resolve=resolve_model).save(unfinished)
+    shutil.rmtree(merged, ignore_errors=True)
+    unfinished.replace(merged)
+    return merged
