@@ -18,22 +18,29 @@ class TrainingDiverged(RuntimeError):
     """What a run computes has stopped to mean anything; nothing was saved after it."""
 
 
-def nearest(given: str, allowed: Iterable[str]) -> str | None:
-    """Return the entry of `allowed` that `given` was most probably meant to be, or None if nothing is close.
+def close_to(given: str, allowed: Iterable[str]) -> list[str]:
+    """Return the entries of `allowed` that `given` was most probably meant to be, none if nothing is close.
 
-    Close is a name of which what was given is a whole part ("dpo": "diffusion_dpo", not "ddpo"), or else a similar
-    spelling in any case, or else a word that contains it.
+    They are the names of which what was given is a whole part ("dpo": "diffusion_dpo", not "ddpo"); or else the most
+    similar spelling in any case, exchanged letters before others; or else the first word that contains it.
     """
     by_lower = {word.lower(): word for word in allowed}
-    matches = [word for word in by_lower if given.lower() in re.split(r"[^a-z0-9]+", word) and given.lower() != word]
-    if len(matches) != 1:
-        matches = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.6)
-    if not matches and len(given) > 2:
-        matches = sorted(word for word in by_lower if given.lower() in word)
-    return by_lower[matches[0]] if matches else None
+    lower = given.lower()
+    whole = [word for word in by_lower if lower in re.split(r"[^a-z0-9]+", word) and lower != word]
+    if whole:
+        return [by_lower[word] for word in whole]
+    similar = difflib.get_close_matches(lower, by_lower, n=3, cutoff=0.6)
+    similar.sort(key=lambda word: sorted(word) != sorted(lower))
+    inside = sorted(word for word in by_lower if lower in word) if len(given) > 2 else []
+    return [by_lower[word] for word in (similar or inside)[:1]]
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str | None:
+    """Return the first entry of `close_to`, or None if nothing is close."""
+    return next(iter(close_to(given, allowed)), None)
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the nearest match, or an empty string: made to be appended to a message."""
-    match = nearest(given, allowed)
-    return f"; did you mean '{match}'?" if match else ""
+    """Return "; did you mean 'x' or 'y'?" for what is close, or an empty string: made to be appended to a message."""
+    matches = close_to(given, allowed)
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""

@@ -20,6 +20,10 @@ def test_nearest_match() -> None:
     assert nearest("PickScor", ["pickscore", "clip"]) == "pickscore"
     assert nearest("dpo", ["sft", "diffusion_dpo"]) == "diffusion_dpo"
     assert nearest("dpo", ["ddpo", "diffusion_dpo"]) == "diffusion_dpo"
+    assert nearest("diffusion_dop", ["diffusion_dro", "diffusion_dpo"]) == "diffusion_dpo"
+    assert (
+        did_you_mean("dpo", ["ddpo", "dense_dpo", "diffusion_dpo"]) == "; did you mean 'dense_dpo' or 'diffusion_dpo'?"
+    )
     assert nearest("zzz", ["pickscore", "clip"]) is None
     assert did_you_mean("clop", ["clip"]) == "; did you mean 'clip'?"
     assert did_you_mean("zzz", ["clip"]) == ""

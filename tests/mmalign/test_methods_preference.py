@@ -26,8 +26,9 @@ from mmalign.losses import diffusion_dpo, mapo
 from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.noising import InversionConfig, invert_pairs
+from mmalign.reference import Reference
 from mmalign.run import Run
-from pipelines import invert
+from pipelines import invert, load_generator
 from pipelines.conditioning import Conditioning
 
 
@@ -175,14 +176,14 @@ def test_smpo_needs_scores_and_says_so_before_anything_is_read(model: str, tmp_p
 
 
 def test_capo_is_its_formula_and_takes_calibrated_scores_alone(model: str, tmp_path: Path) -> None:
-    run, batch = make_run(model), make_pairs()
+    run, batch = exact_run(model), make_pairs()
     output = make_method("capo", beta=5.0, level_bias=0.5).loss(run, batch)
     policy, reference = (errors_by_hand(run, batch, predict) for predict in (run.predict, run.reference.predict))
     t = run.timesteps(batch)
     snr = (run.process.alpha(t) / run.process.sigma(t)).flatten().double() ** 2
     z = 2.5 * ((reference[0] - policy[0]) - (reference[1] - policy[1])) / (1 + snr * math.exp(-0.5))
     assert output.loss.item() == pytest.approx((batch.margins - z).square().mean().item(), rel=1e-6)
-    plain = make_method("capo").loss(make_run(model, 0.0), batch)
+    plain = make_method("capo").loss(exact_run(model, 0.0), batch)
     assert plain.loss.item() == pytest.approx(batch.margins.square().mean().item(), rel=1e-12)
     write_scored_pairs(tmp_path / "pairs.parquet", [0.2, -1.5])
     with pytest.raises(UserError, match="in 0..1, and .* has a margin of 1.7; .*--mode calibrated"):
@@ -250,7 +251,7 @@ def caption_errors(run: Run, batch: LabelBatch, predict: Any) -> list[Tensor]:
 
 
 def test_tpo_objectives_on_separate_forward_passes(model: str) -> None:
-    run, batch = make_run(model), make_labels(3)
+    run, batch = exact_run(model), make_labels(3)
     policy, reference = (caption_errors(run, batch, predict) for predict in (run.predict, run.reference.predict))
     output = make_method("tpo", beta=5.0).loss(run, batch)
     assert output.loss.item() == pytest.approx(diffusion_dpo(*policy, *reference, beta=5.0).mean().item(), rel=1e-10)
@@ -258,13 +259,13 @@ def test_tpo_objectives_on_separate_forward_passes(model: str) -> None:
     signed = (gain - max(gain.mean().item(), 0.0)) * torch.tensor([1, 1, 1, -1, -1, -1])
     output = make_method("tpo", beta=5.0, objective="tkto").loss(run, batch)
     assert output.loss.item() == pytest.approx((1 - torch.sigmoid(5.0 * signed)).mean().item(), rel=1e-10)
-    start = make_run(model, 0.0)
+    start = exact_run(model, 0.0)
     assert make_method("tpo").loss(start, batch).loss.item() == pytest.approx(math.log(2), abs=1e-15)
     assert make_method("tpo", objective="tkto").loss(start, batch).loss.item() == 0.5
 
 
 def test_equal_captions_teach_nothing(model: str) -> None:
-    run, batch = make_run(model), make_labels(3)
+    run, batch = exact_run(model), make_labels(3)
     output = make_method("tpo", beta=2000.0).loss(run, replace(batch, rejected_cond=batch.cond))
     assert output.metrics["logit"] == 0 and output.loss.item() == pytest.approx(math.log(2), abs=1e-15)
     gradients = torch.autograd.grad(output.loss, list(run.generator.trainable_parameters()))
