@@ -44,18 +44,22 @@ def score_items(
 ) -> Generator[Scored, None, None]:
     """Yield every item with its scores, in order.
 
-    Items are decoded by `workers` threads: two batches ahead of the rewards; or a batch at a time, before the rewards,
-    where these compute on a CPU with as many threads as it has cores, and would wait for those lent out. A batch is
-    `batch_size` media, or fewer where they are large. What cannot be decoded, lacks a prompt that a reward needs, or
-    is refused by a reward comes with its error, and the others of its batch with their scores.
+    Items are decoded by `workers` threads, two batches ahead of the rewards; or one after the other by this thread,
+    where the rewards compute on a CPU with as many threads as it has cores, which leave no core to others even while
+    they wait. A batch is `batch_size` media, or fewer where they are large. What cannot be decoded, lacks a prompt
+    that a reward needs, or is refused by a reward comes with its error, and the others of its batch with their scores.
     """
     needs_prompt = next((entry.name for entry in rewards if "prompts" in entry.reward.needs), None)
     batch: list[tuple[Item, Tensor | str]] = []
     pixels = 0
     on_cpu = all(entry.reward.device.type == "cpu" for entry in rewards)
     overlap = not on_cpu or torch.get_num_threads() < (os.cpu_count() or 1)
-    ahead = 2 * batch_size if overlap else batch_size
-    for item, decoded in decode_ahead(items, modality, ahead, workers, frames, overlap=overlap):
+    decoding = (
+        decode_ahead(items, modality, 2 * batch_size, workers, frames)
+        if overlap
+        else ((item, _decode(*_read(item), modality, frames)) for item in items)
+    )
+    for item, decoded in decoding:
         if needs_prompt is not None and item.prompt is None and isinstance(decoded, Tensor):
             decoded = f"has no prompt, and reward '{needs_prompt}' needs one"
         batch.append((item, decoded))
@@ -73,14 +77,8 @@ def decode_ahead(
     ahead: int,
     workers: int | None = None,
     frames: Frames = ALL_FRAMES,
-    *,
-    overlap: bool = True,
 ) -> Iterator[tuple[Item, Tensor | str]]:
-    """Yield items, in order, with their 8-bit tensor or the reason why there is none.
-
-    `ahead` items are being decoded or wait to be taken; without `overlap` they are so many at a time, and none is
-    begun before the last of them was dealt with.
-    """
+    """Yield items, in order, with their 8-bit tensor or the reason why there is none; `ahead` of them are begun."""
     coming = iter(items)
     workers = workers or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
@@ -95,8 +93,7 @@ def decode_ahead(
             while pending:
                 item, future = pending.popleft()
                 yield item, future.result()
-                if overlap or not pending:
-                    start(ahead - len(pending))
+                start(1)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
