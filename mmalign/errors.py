@@ -21,7 +21,7 @@ def nearest(given: str, allowed: Iterable[str]) -> str | None:
     spelling in any case, or else a word that contains it.
     """
     by_lower = {word.lower(): word for word in allowed}
-    matches = [word for word in by_lower if given.lower() in re.split(r"[^a-z0-9]+", word) and given.lower() != word]
+    matches = _with_part(given, by_lower)
     if len(matches) != 1:
         matches = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.6)
     if not matches and len(given) > 2:
@@ -30,6 +30,19 @@ def nearest(given: str, allowed: Iterable[str]) -> str | None:
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the nearest match, or an empty string: made to be appended to a message."""
+    """Return "; did you mean 'x'?" for the nearest match, or an empty string: made to be appended to a message.
+
+    Two or three names with a part that is just what was given are all named.
+    """
+    allowed = list(allowed)
+    alike = _with_part(given, allowed)
+    if 2 <= len(alike) <= 3:
+        return f"; did you mean {' or '.join(map(repr, sorted(alike)))}?"
     match = nearest(given, allowed)
     return f"; did you mean '{match}'?" if match else ""
+
+
+def _with_part(given: str, allowed: Iterable[str]) -> list[str]:
+    """Return the other names of which what was given is a whole part, in any case."""
+    part = given.lower()
+    return [word for word in allowed if part != word.lower() and part in re.split(r"[^a-z0-9]+", word.lower())]
