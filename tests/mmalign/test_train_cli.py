@@ -66,7 +66,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         ("trainer.batch_sise=4", ["trainer.batch_sise", "batch_size"]),
         ("trainer.steps=many", ["trainer.steps", "whole number"]),
         ("method.bta=3", ["method.bta", "did you mean 'beta'"]),
-        ("method.name=diffusion_dop", ["did you mean 'diffusion_dpo'"]),
+        ("method.name=difusion_dpo", ["did you mean 'diffusion_dpo'"]),
         ("method.timesteps=[0.9, 0.1]", ["timesteps", "low < high"]),
         ("method.timesteps=[0, 2000]", ["[0, 2000)", "1000"]),
         ("data.pairs=nowhere.parquet", ["nowhere.parquet"]),
