@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from mmalign.advantages import PromptStatistics, group_advantages
 from mmalign.batches import PromptBatch
-from mmalign.losses import clipped_policy_gradient
+from mmalign.losses import clamped_policy_gradient, clipped_policy_gradient
 from mmalign.methods.base import LossOutput
 from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
 from mmalign.ranks import gather, rank
@@ -26,6 +26,8 @@ class DDPOConfig(TrajectoryConfig):
 
     clip: float = Field(1e-4, gt=0)
     """importance ratios outside 1 +- clip give no gradient where that would push them further"""
+    ratio: Literal["clipped", "clamped"] = "clipped"
+    """clipped: PPO's bound, the worse of the ratio and its clip; clamped: DPOK's, the ratio cut on both sides"""
     advantage: Literal["running", "group"] = "running"
     """reward against the prompt's running mean and deviation, or against the images of the prompt in this round"""
     buffer_size: int = Field(16, ge=2)
@@ -93,7 +95,8 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
         order = torch.randperm(len(random_steps), generator=run.random("steps", run.step))
         steps = random_steps[order[:count].sort().values].to(batch.log_probs.device)
         now, old = batch.log_probs[steps], batch.old_log_probs[steps]
-        losses = clipped_policy_gradient(now, old, batch.advantages.expand_as(now), clip=c.clip)
+        objective = clipped_policy_gradient if c.ratio == "clipped" else clamped_policy_gradient
+        losses = objective(now, old, batch.advantages.expand_as(now), clip=c.clip)
         clipped = ((now.detach() - old).exp() - 1).abs() > c.clip
         return LossOutput(losses.mean(), {"clipped": clipped.float().mean()})
 

@@ -120,6 +120,19 @@ def test_sampler_without_randomness_is_refused(model: str, options: dict[str, An
         DDPO(DDPOConfig(sampling_steps=4, **options)).check(make_run(model).process)
 
 
+def test_clamped_ratio_learns_nothing_beyond_the_clip_on_either_side(model: str) -> None:
+    """Ratios e^0.02 with a clip of 0.01, advantages -1 and 1: PPO keeps the gradient of the first, DPOK of none."""
+    run, weights = make_run(model), {}
+    for ratio in ("clipped", "clamped"):
+        method = DDPO(DDPOConfig(sampling_steps=2, guidance=1.0, images_per_prompt=2, clip=0.01, ratio=ratio))
+        (rollout,) = method.collect(run, [prompts(run, "a red circle")])
+        rollout.advantages = torch.tensor([-1.0, 1.0])
+        rollout.log_probs = (rollout.old_log_probs + 0.02).requires_grad_()
+        (weights[ratio],) = torch.autograd.grad(method.loss(run, rollout).loss, rollout.log_probs)
+    assert (weights["clipped"] != 0).tolist() == [[True, False], [True, False]]
+    assert not weights["clamped"].any()
+
+
 def test_ratio_that_is_not_one_is_refused_with_the_reason(model: str) -> None:
     run = make_run(model)
     method = DDPO(DDPOConfig(sampling_steps=3, guidance=2.0, images_per_prompt=3))
