@@ -71,7 +71,7 @@ class Cost:
         self._seconds = totals["seconds"]
 
     def _on_forward(self, network: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        first: Tensor = output[0] if isinstance(output, tuple) else output
+        first: Tensor = output if isinstance(output, Tensor) else output[0]
         images = len(first)
         self.add(images_seen=images)
         if first.requires_grad:

@@ -27,9 +27,6 @@ def test_nearest_match() -> None:
     assert nearest("zzz", ["pickscore", "clip"]) is None
     assert did_you_mean("clop", ["clip"]) == "; did you mean 'clip'?"
     assert did_you_mean("zzz", ["clip"]) == ""
-    assert (
-        did_you_mean("dpo", ["ddpo", "diffusion_dpo", "dense_dpo"]) == "; did you mean 'dense_dpo' or 'diffusion_dpo'?"
-    )
 
 
 class TestSeeds:
