@@ -302,9 +302,10 @@ class Trainer:
             "memory_gb": memory_gigabytes()[0],
             **self._count(),
         }
-        if self.monitors is not None and self.run.shown is not None:
-            values |= self.monitors.pictures(step, *self.run.shown)
-            self.run.shown = None  # each picture once, and its memory back
+        if self.monitors is not None:
+            if self.run.shown is not None:
+                values |= self.monitors.pictures(step, *self.run.shown)
+                self.run.shown = None  # each picture once, and its memory back
             self.monitors.metrics(step, {"kl": values.get("distance", math.nan), **values})
         self.metrics.log(step, values)
         self._clock = (step, now)

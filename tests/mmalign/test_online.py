@@ -345,6 +345,17 @@ def test_advantages_that_cannot_be_are_refused(options: dict[str, Any], message:
         DDPOConfig(**options)
 
 
+def test_ratio_of_a_rounds_later_updates_is_watched(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first update's ratio is 1; only the second line of a round, which shows no new picture, can tell."""
+    options = {"name": "ddpo", "sampling_steps": 2, "images_per_prompt": 2, "guidance": 1.0, "updates_per_round": 2}
+    monitors = {"patience": 1, "ratio_limit": 1e-9, "kl_limit": None}
+    train(online_config(model, tmp_path, options, steps=2, monitors=monitors, learning_rate=1e-2))
+    assert "warning: step 2: the largest |log| of an importance ratio is" in capsys.readouterr().err
+    assert set(losses(tmp_path, "monitor/saturation")) == {1}
+
+
 def test_repeated_prompts_get_noise_of_their_own(model: str, tmp_path: Path) -> None:
     generator = load_generator(model, device="cpu")
     data = DataConfig(prompts="unused", cache=str(tmp_path))
