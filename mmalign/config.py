@@ -43,7 +43,8 @@ class DataConfig(StrictModel):
     """What is learned from: exactly one of `pairs`, `labels` and `prompts`."""
 
     pairs: str | None = None
-    """preference pairs: a parquet, JSON or JSONL file, a folder, or a `datasets` hub id"""
+    """preference pairs (or, for methods that learn from good images, the chosen ones): a parquet, JSON or JSONL
+    file, a folder, or a `datasets` hub id"""
     prompts: str | None = None
     """prompts of an online method: a built-in name or a CSV, TSV, JSONL or TXT file"""
     labels: str | None = None
@@ -247,6 +248,10 @@ class RoundsConfig(StrictModel):
     """type of the weights while sampling"""
     batch_size: int = Field(8, ge=1)
     """images at once while sampling"""
+    real: str | None = None
+    """good images, as `data.labels` takes them, mixed into the chosen ones of every round; null: none"""
+    real_share: float = Field(0.5, gt=0, lt=1)
+    """share of a round's images that are real, where `real` is given"""
 
 
 class RunConfig(StrictModel):

@@ -13,7 +13,7 @@ from tiny_models import build_tiny_sd
 from tiny_runs import Brightness, InMemoryPairs, exact_run, losses, online_config, run_config, write_pairs
 from torch import Tensor
 
-from mmalign.batches import PairBatch, PromptBatch
+from mmalign.batches import LabelBatch, PromptBatch
 from mmalign.engine import train
 from mmalign.methods import methods
 from mmalign.methods.base import Method
@@ -42,9 +42,9 @@ def prompts(run: Run, *texts: str) -> PromptBatch:
     return PromptBatch(list(texts), run.generator.encode_prompts(texts), [f"{text}#0" for text in texts])
 
 
-def pairs(count: int = 2) -> PairBatch:
+def experts(count: int = 2) -> LabelBatch:
     batch = InMemoryPairs(count).batch(range(count), 1, 0)
-    return replace(batch, chosen=batch.chosen.double(), rejected=batch.rejected.double())
+    return LabelBatch(batch.chosen.double(), torch.ones(count, dtype=torch.bool), batch.cond, batch.ids, batch.epoch)
 
 
 DENSE: dict[str, Any] = {
@@ -62,7 +62,7 @@ def drawn(run: Run, name: str) -> tuple[Method[Any], list[Any]]:
     """Return a method and what it has collected; the policy has moved on since, and one update is done."""
     options = {"dense_dpo": {**DENSE, "fidelity": "paper"}, "spo": SPO, "diffusion_dro": {**DRO, "margin": 1.0}}
     method = make_method(name, **options[name])
-    batch = pairs() if name == "diffusion_dro" else prompts(run, "a red circle", "a star")
+    batch = experts() if name == "diffusion_dro" else prompts(run, "a red circle", "a star")
     collected = list(method.collect(run, [batch]))
     with torch.no_grad():
         for parameter in run.generator.trainable_parameters():
@@ -140,7 +140,8 @@ def test_dense_dpo_compares_images_of_a_prompt_at_the_same_steps_drawn_by_the_la
 
 
 def test_discount_of_one_is_diffusion_dpo_to_the_bit_and_less_prefers_noise(model: str) -> None:
-    run, batch = make_run(model), pairs(3)
+    run, one = make_run(model), InMemoryPairs(3).batch(range(3), 1, 0)
+    batch = replace(one, chosen=one.chosen.double(), rejected=one.rejected.double())
     plain = make_method("diffusion_dpo", beta=5.0).loss(run, batch).loss
     assert torch.equal(make_method("diffusion_dpo", beta=5.0, discount=1.0).loss(run, batch).loss, plain)
     assert not torch.equal(make_method("diffusion_dpo", beta=5.0, discount=0.5).loss(run, batch).loss, plain)
@@ -238,13 +239,13 @@ def test_spo_threshold_follows_the_noise_of_the_step(model: str) -> None:
 def test_dro_costs_the_margin_at_the_start(model: str) -> None:
     run = make_run(model, 0.0)
     method = make_method("diffusion_dro", **DRO)
-    (ranking,) = method.collect(run, [pairs()])
+    (ranking,) = method.collect(run, [experts()])
     for run.step in (0, 1):
         assert method.loss(run, ranking).loss.item() == pytest.approx(1e-3, rel=1e-9)
 
 
 def test_dro_is_its_formula_on_separate_forward_passes(model: str) -> None:
-    run, batch = make_run(model), pairs(3)
+    run, batch = make_run(model), experts(3)
     method = make_method("diffusion_dro", **DRO, margin=0.5)
     (ranking,) = method.collect(run, [batch])
     trajectory = sample(
@@ -258,8 +259,8 @@ def test_dro_is_its_formula_on_separate_forward_passes(model: str) -> None:
         for parameter in run.generator.trainable_parameters():
             parameter.mul_(1.3)
     run.step = 1
-    noise = run.noise_like(batch.chosen, batch.ids, 1, "noise 1")
-    expert = run.process.add_noise(batch.chosen, noise, t)
+    noise = run.noise_like(batch.images, batch.ids, 1, "noise 1")
+    expert = run.process.add_noise(batch.images, noise, t)
     gaps = []
     for predict in (run.predict, run.reference.predict):
         on_expert = (predict(expert, t, batch.cond) - noise).square().mean(dim=(1, 2, 3))
@@ -273,12 +274,12 @@ def test_dro_with_one_update_a_round_has_the_gradient_of_the_expert_side_alone(m
     """The policy's own error is a square that is 0 where the samples are fresh: it opens the hinge, no more."""
     run = make_run(model)
     method = make_method("diffusion_dro", sampling_steps=3, margin=1.0)
-    (ranking,) = method.collect(run, [pairs()])
+    (ranking,) = method.collect(run, [experts()])
     parameters = list(run.generator.trainable_parameters())
     found = torch.autograd.grad(method.loss(run, ranking).loss, parameters)
-    t, batch = ranking.timesteps[0], ranking.pairs
-    noise = run.noise_like(batch.chosen, batch.ids, 1, "noise 0")
-    predicted = run.predict(run.process.add_noise(batch.chosen, noise, t), t, batch.cond)
+    t, batch = ranking.timesteps[0], ranking.experts
+    noise = run.noise_like(batch.images, batch.ids, 1, "noise 0")
+    predicted = run.predict(run.process.add_noise(batch.images, noise, t), t, batch.cond)
     expected = torch.autograd.grad((predicted - noise).square().mean(), parameters)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
