@@ -17,6 +17,7 @@ from mmalign.batches import LabelBatch, PromptBatch
 from mmalign.engine import train
 from mmalign.methods import methods
 from mmalign.methods.base import Method
+from mmalign.methods.dense_dpo import spaced
 from mmalign.run import Run
 from mmalign.scoring.chosen import WeightedReward
 from pipelines import sample
@@ -117,6 +118,16 @@ def test_dense_dpo_starts_at_log_two_and_asks_for_the_drawn_steps_alone(model: s
     run.cost.start()
     method.learn(run, rollout, lambda loss: loss.backward())
     assert run.cost.images_seen == 2 * 2 * 4  # 2 prompts x 2 images x (reference, policy, forward, backward)
+
+
+def test_dense_dpo_keeps_images_evenly_spaced_in_the_ranking() -> None:
+    rewards = torch.tensor([0.3, 0.9, -1.0, 0.5, 0.4])  # ranking: 2, 0, 4, 3, 1
+    assert spaced(rewards, 3).tolist() == [2, 4, 1] and spaced(rewards, 2).tolist() == [2, 1]
+    assert spaced(rewards, 5).tolist() == [0, 1, 2, 3, 4]
+    twelve = torch.arange(12.0).flip(0)
+    assert spaced(twelve, 5).tolist() == [11, 8, 5, 3, 0]  # places 0, 2.75, 5.5, 8.25, 11 of the ranking
+    with pytest.raises(ValueError, match="compared 3 of kept 2 of images_per_prompt 4"):
+        make_method("dense_dpo", images_per_prompt=4, kept=2, compared=3)
 
 
 def test_dense_dpo_compares_images_of_a_prompt_at_the_same_steps_drawn_by_the_law(model: str) -> None:
