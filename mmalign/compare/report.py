@@ -163,7 +163,8 @@ def _gallery(comparison: Comparison) -> dict[str, Any]:
 
 
 def _script_data(comparison: Comparison, document: dict[str, Any], shown: list[int]) -> dict[str, Any]:
-    """Return what sorting and captions need: scores by reward, system, shown prompt and seed."""
+    """Return what sorting and captions need: scores by reward, system, shown prompt and seed, of the images shown."""
+    columns = len(comparison.seeds)
     return {
         "systems": list(comparison.systems),
         "baseline": comparison.baseline,
@@ -173,7 +174,7 @@ def _script_data(comparison: Comparison, document: dict[str, Any], shown: list[i
                 "label": label,
                 "higher": facts.higher_is_better,
                 "digits": document["rewards"][label]["digits"],
-                "scores": [by_system[name][shown].round(6).tolist() for name in comparison.systems],
+                "scores": [by_system[name][shown, :columns].round(6).tolist() for name in comparison.systems],
             }
             for (label, facts), by_system in zip(comparison.rewards.items(), comparison.scores.values(), strict=True)
         ],
