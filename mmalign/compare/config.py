@@ -104,6 +104,10 @@ class RewardEntry(StrictModel):
         """The label, or else the name."""
         return self.label or self.name
 
+    def named(self, label: str) -> RewardEntry:
+        """Return the same with this label where it has none."""
+        return self.model_copy(update={"label": self.label or label})
+
 
 class GuidanceControl(StrictModel):
     """The control "untouched baseline at its best guidance", chosen on prompts that are not the test's."""
@@ -160,6 +164,8 @@ class CompareConfig(StrictModel):
     """bootstrap resamples behind every interval"""
     guidance_control: GuidanceControl | None = None
     """adds the baseline at its best guidance as a system; null: no such control"""
+    diversity: RewardEntry | None = None
+    """a reward whose image embeddings say how much the images of a prompt differ; null: that is not measured"""
 
     @field_validator("seeds", "training_seeds")
     @classmethod
@@ -176,6 +182,7 @@ class CompareConfig(StrictModel):
         _no_duplicates("rewards", "label", titles)
         self._check_budget()
         self._check_training_seeds()
+        self._check_diversity(titles)
         if len(names) == 1 and self.guidance_control is None:
             raise ValueError(f"systems: only '{names[0]}'; give a second one, or guidance_control to compare it with")
         if self.baseline is not None and self.baseline not in names:
@@ -213,6 +220,15 @@ class CompareConfig(StrictModel):
                     f"systems: '{replica.name}' is what training seed {replica.seed} of '{replica.system.name}' is "
                     "called; give the other system of that name another"
                 )
+
+    def _check_diversity(self, titles: list[str]) -> None:
+        if self.diversity is None:
+            return
+        if len(self.seeds) < 2:
+            raise ValueError(f"diversity: compares the seeds of a prompt, and seeds has only {self.seeds[0]}; add one")
+        label = self.diversity.named("diversity").label
+        if label in titles:
+            raise ValueError(f"diversity: a reward is called '{label}' too; give either another label")
 
     @property
     def baseline_name(self) -> str:

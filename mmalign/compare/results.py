@@ -2,7 +2,8 @@
 
 A reward that a system was trained on says how well the training worked, not whether the system is better: it is
 marked and left out of the verdict. A held-out reward speaks for a system when the 95 % interval of the paired
-difference lies wholly on its better side, and against it when wholly on the worse.
+difference lies wholly on its better side, and against it when wholly on the worse. A neutral measure such as diversity
+is reported beside them and decides nothing.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def build_results(comparison: Comparison) -> dict[str, Any]:
         "control": comparison.control,
         "categories": {name: len(rows) for name, rows in category_rows(comparison.categories).items() if name},
         "systems": {name: _system(comparison, name) for name in comparison.systems},
-        "rewards": {label: dict(vars(facts)) for label, facts in comparison.rewards.items()},
+        "rewards": {label: facts.as_dict() for label, facts in comparison.rewards.items()},
         "guidance_control": comparison.sweep,
         "settings": comparison.settings,
         "command": comparison.command,
@@ -206,11 +207,13 @@ def _versus(comparison: Comparison, name: str, other: str) -> dict[str, Any]:
 
 
 def _pair(comparison: Comparison, reward: str, scores: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    higher_is_better = comparison.rewards[reward].higher_is_better
+    facts = comparison.rewards[reward]
+    higher_is_better = facts.higher_is_better
     paired: Paired = compare_paired(
         *tile_pair(scores, other), higher_is_better=higher_is_better, resamples=comparison.resamples
     )
-    return {**vars(paired), "direction": direction(paired, higher_is_better=higher_is_better)}
+    better = 0 if facts.neutral else direction(paired, higher_is_better=higher_is_better)
+    return {**vars(paired), "direction": better}
 
 
 def _verdicts(comparison: Comparison, document: dict[str, Any], name: str) -> dict[str, Any]:
@@ -224,7 +227,8 @@ def _verdicts(comparison: Comparison, document: dict[str, Any], name: str) -> di
 def _verdict(comparison: Comparison, document: dict[str, Any], name: str, key: str) -> dict[str, Any]:
     versus = document["systems"][name][key]
     other = comparison.control if key == "versus_control" else comparison.baseline
-    held_out = [reward for reward in versus if not comparison.is_trained_on(name, reward)]
+    judging = [reward for reward in versus if not comparison.rewards[reward].neutral]
+    held_out = [reward for reward in judging if not comparison.is_trained_on(name, reward)]
     better = [reward for reward in held_out if versus[reward]["direction"] > 0]
     worse = [reward for reward in held_out if versus[reward]["direction"] < 0]
     digits = {label: facts["digits"] for label, facts in document["rewards"].items()}

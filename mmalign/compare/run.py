@@ -29,6 +29,7 @@ from mmalign.compare.config import (
     make_compare_config,
 )
 from mmalign.compare.control import control_prompts, run_control
+from mmalign.compare.diversity import check_diversity, measure_diversity
 from mmalign.compare.draw import ModelHolder, draw_system
 from mmalign.compare.images import ImageStore
 from mmalign.compare.replicas import Replicas, gather_scores, merge_facts
@@ -92,6 +93,8 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     prompts = load_prompts(config.prompts, config.limit)
     for reward in config.rewards:
         check_reward(reward.name, reward.options, [prompt.text for prompt in prompts])
+    if config.diversity is not None:
+        check_diversity(config.diversity)
     validation = control_prompts(config)
     facts = _read_replicas(config, train_systems(config, train=train, retrain=retrain))
     systems, replicas = _merge(config, facts)
@@ -107,6 +110,9 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     names = {name: [one.name for one in replicas.get(name, {0: facts[name]}).values()] for name in systems}
     ordered = {name: stores[name] for held in names.values() for name in held}
     scores, rewards = score_all(config.rewards, ordered, output / "cache")
+    if config.diversity is not None:
+        entry = config.diversity.named("diversity")
+        scores[entry.title], rewards[entry.title] = measure_diversity(entry, ordered, output / "cache")
     return Comparison(
         prompts=prompts,
         seeds=config.seeds,

@@ -19,7 +19,7 @@ from mmalign.config_files import Faults, flatten
 from mmalign.errors import UserError
 from mmalign.hub import CONFIG_FILE, has_export, is_finished
 from mmalign.prepare import set_aside
-from mmalign.progress import note
+from mmalign.progress import note, reset_peak_memory
 from mmalign.resources import resolve_model
 from mmalign.tracking import read_metrics
 
@@ -226,4 +226,5 @@ def _complete(training: Training, title: str) -> None:
         set_aside(Path(output))
     from mmalign.engine import train
 
+    reset_peak_memory()  # that of the training before is none of this one's cost
     train(training.config)

@@ -6,11 +6,13 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from tiny_models import build_tiny_sd
@@ -19,15 +21,21 @@ from tiny_runs import write_pairs
 from mmalign import engine
 from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
+from mmalign.compare.console import print_summary
 from mmalign.compare.replicas import merge_facts
+from mmalign.compare.report import write_report
+from mmalign.compare.report_costs import cost_curves
+from mmalign.compare.report_tables import as_latex, as_markdown, summary
 from mmalign.compare.results import Comparison, build_results, write_scores
 from mmalign.compare.scoring import RewardFacts
 from mmalign.compare.stats import spread_of_deltas
-from mmalign.compare.systems import SystemFacts
+from mmalign.compare.systems import SystemFacts, read_cost
+from mmalign.compare.tables import more_tables
 from mmalign.compare.training import plan_trainings, train_systems
 from mmalign.config import load_config
 from mmalign.data.prompts import Prompt
 from mmalign.errors import UserError
+from mmalign.progress import memory_gigabytes, reset_peak_memory
 
 REWARD = '''
 from rewards import Reward
@@ -251,6 +259,90 @@ def test_one_training_seed_has_no_spread(tmp_path: Path) -> None:
         "0,a,,0,base,r,0.1,",
         "0,a,,0,tuned,r,0.2,4",
     )
+
+
+def rendered(made: Comparison, folder: Path) -> tuple[dict[str, Any], str]:
+    """Return results.json's content and the page of a comparison whose images are all grey."""
+    Image.new("RGB", (8, 8), "grey").save(folder / "grey.png")
+    made.image_paths = {name: [[folder / "grey.png"] * 2] * 2 for name in made.systems}
+    document = build_results(made)
+    write_report(made, document, "systems: []\n", folder / "report.html")
+    return document, (folder / "report.html").read_text()
+
+
+def test_every_training_seed_and_every_cost_has_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned = np.concatenate([BASE + 0.1, BASE + 0.3], axis=1)
+    made = synthetic({"base": BASE, "tuned": tuned}, {"tuned": [5, 0]})
+    cost = {"images_seen": 12000.0, "images_sampled": 0.0, "reward_calls": 40.0, "seconds": 95.4, "memory_gb": 1.234}
+    made.systems["tuned"] = replace(made.systems["tuned"], cost=cost)
+    document, page = rendered(made, tmp_path)
+    seeds, costs = (more_tables(document)[name] for name in ("each-seed", "cost-table"))
+    assert seeds.head == ["reward", "system", "training seed 5", "training seed 0", "sd"]
+    digits = document["rewards"]["r"]["digits"]
+    # Every image gains as much, so the intervals have no width; the spread of 0.1 and 0.3 is 0.2 / sqrt(2).
+    cells = [f"+{size:.{digits}f} [+{size:.{digits}f}, +{size:.{digits}f}]" for size in (0.1, 0.3)]
+    assert seeds.rows == [["r", "tuned", *cells, f"{0.2 / 2**0.5:.{digits}f}"]]
+    assert costs.head == ["system", "images seen", "reward calls", "wall time (s)", "peak memory (GB)"]
+    assert costs.rows == [["tuned", "12,000", "40", "95", "1.23"]]
+    blocks, tables = summary(document), more_tables(document).values()
+    markdown, latex = as_markdown(made, blocks, tables), as_latex(made, blocks, tables)
+    assert "2 prompts × 2 seeds × 2 training seeds; " in markdown and "averaged within a prompt" in markdown
+    assert "| tuned | 12,000 | 40 | 95 | 1.23 |" in markdown and f"| r | tuned | {cells[0]} | {cells[1]} |" in markdown
+    assert r"tuned & 12,000 & 40 & 95 & 1.23 \\" in latex and latex.count(r"\end{tabular}") == 3
+    print_summary(document, tmp_path / "report.html")
+    printed = capsys.readouterr().out
+    for text in (*cells, "Each training seed", "Cost of training", "12,000", "2 training seeds"):
+        assert text in printed and text in (page if text != "2 training seeds" else markdown)
+    assert 'id="each-seed"' in page and 'id="cost-table"' in page and "sd over training seeds" in page
+
+
+def test_without_training_seeds_nothing_of_them_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = synthetic({"base": BASE, "tuned": BASE + 0.1}, {})
+    document, page = rendered(made, tmp_path)
+    assert "training_seeds" not in json.dumps(document) and "delta_sd" not in json.dumps(document)
+    print_summary(document, tmp_path / "report.html")
+    texts = [page, capsys.readouterr().out, as_markdown(made, summary(document)), as_latex(made, summary(document))]
+    assert not any("training seed" in text or 'id="each-seed"' in text for text in texts)
+    write_scores(made, tmp_path / "scores.csv")
+    assert (tmp_path / "scores.csv").read_text().splitlines()[0] == "index,prompt,category,seed,system,reward,score"
+
+
+def test_looks_of_several_seeds_are_a_line_within_a_band(tmp_path: Path) -> None:
+    def replica(seed: int, values: list[float]) -> SystemFacts:
+        looks = [{"images_seen": 10.0 * i, "evaluation/r": value} for i, value in enumerate(values)]
+        return replace(facts(f"tuned{seed}"), looks=looks, look_steps=[0, 1, 2])
+
+    made = synthetic({"base": BASE, "tuned": np.tile(BASE, 2)}, {"tuned": [0, 1]})
+    made.replicas["tuned"] = {0: replica(0, [0.0, 0.5, 1.0]), 1: replica(1, [0.0, 0.3, 0.0])}
+    made.systems["tuned"] = merge_facts(made.replicas["tuned"])
+    (line,) = cost_curves(made)["panels"][0]["charts"][0]["chart"]["lines"]
+    corners = [tuple(map(float, corner.split(","))) for corner in line["band"].split()]
+    low, high = corners[:3], corners[:2:-1]
+    assert [x for x, _ in low] == [x for x, _ in high] == [x for x, _ in line["points"]]
+    # Lowest 0, 0.3, 0; highest 0, 0.5, 1; the line 0, 0.4, 0.5 in the middle of both; y of SVG grows downwards.
+    height = low[0][1] - high[2][1]
+    bottom = low[0][1]
+    assert [(bottom - y) / height for _, y in low] == pytest.approx([0.0, 0.3, 0.0], abs=0.01)
+    assert [(bottom - y) / height for _, y in high] == pytest.approx([0.0, 0.5, 1.0], abs=0.01)
+    assert [(bottom - y) / height for _, y in line["points"]] == pytest.approx([0.0, 0.4, 0.5], abs=0.01)
+    assert '<polygon class="band"' in rendered(made, tmp_path)[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/self/clear_refs").exists(), reason="Linux, no GPU")
+def test_peak_memory_starts_anew() -> None:
+    held = np.ones(40_000_000)  # 0.32 GB
+    before = memory_gigabytes()[0]
+    assert held.sum() == 40_000_000
+    del held
+    reset_peak_memory()
+    assert memory_gigabytes()[0] < before - 0.25
+
+
+def test_memory_is_the_peak_of_all_lines_of_a_run_gone_on_with() -> None:
+    counted = {"images_seen": 4, "images_sampled": 0, "reward_calls": 0, "seconds": 1.0}
+    lines = [{"step": 1, "memory_gb": 3.5}, {"step": 2, "memory_gb": 2.5, **counted}]
+    assert read_cost(lines)["memory_gb"] == 3.5
+    assert read_cost([{"step": 1, "memory_gb": 3.5}]) == {}
 
 
 def test_spread_is_over_replicas_and_not_over_prompts() -> None:
