@@ -21,6 +21,7 @@ def print_summary(results: dict[str, Any], report: Path, console: Console | None
     console = console or Console(width=None if Console().is_terminal else 132)
     console.print(summary_table(results))
     for table in more_tables(results).values():
+        console.print()
         console.print(rich_table(table))
     if any(reward["trained_on"] for system in results["systems"].values() for reward in system["rewards"].values()):
         console.print("† the system was trained on this reward: no part of the verdict", style="dim")
@@ -75,10 +76,8 @@ def summary_table(results: dict[str, Any]) -> Table:
 def rich_table(plain: PlainTable) -> Table:
     """Return a table of text for the console."""
     table = _plain(plain.title)
-    for position, title in enumerate(plain.head):
-        table.add_column(
-            escape(title), justify="left" if title in ("reward", "system") else "right", no_wrap=position > 1
-        )
+    for title in plain.head:
+        table.add_column(escape(title), justify="left" if title in ("reward", "system") else "right")
     for cells in plain.grouped_rows():
         table.add_row(*map(escape, cells))
     return table

@@ -293,7 +293,7 @@ def test_every_training_seed_and_every_cost_has_its_row(tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     for text in (*cells, "Each training seed", "Cost of training", "12,000", "2 training seeds"):
         assert text in printed and text in (page if text != "2 training seeds" else markdown)
-    assert 'id="each-seed"' in page and 'id="cost-table"' in page and "sd over training seeds" in page
+    assert 'id="each-seed"' in page and 'id="cost-table"' in page and 'over training seeds">sd</abbr>' in page
 
 
 def test_without_training_seeds_nothing_of_them_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
