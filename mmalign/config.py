@@ -335,9 +335,10 @@ def dump_config(config: BaseModel) -> str:
 
 
 def expand_short_forms(values: dict[str, Any]) -> None:
-    """Write `method: sft` and `rewards: [clip]` in full, in place, for whichever configuration has such keys."""
-    if isinstance(values.get("method"), str):
-        values["method"] = {"name": values["method"]}
+    """Write `method: sft`, `diversity: clip` and `rewards: [clip]` in full, in place, where there are such keys."""
+    for key in ("method", "diversity"):
+        if isinstance(values.get(key), str):
+            values[key] = {"name": values[key]}
     if isinstance(values.get("rewards"), list):
         values["rewards"] = [{"name": one} if isinstance(one, str) else one for one in values["rewards"]]
 
