@@ -1,7 +1,7 @@
 """Tiny, randomly initialised vision-language models of the real classes, for tests in every room.
 
-Each builder writes what ``save_pretrained`` of the real model and processor writes, around a byte-level tokenizer built
-here; directories of a few hundred kilobytes. Pictures are 16 pixels wide. Weights depend on ``seed`` alone.
+Each builder writes what ``save_pretrained`` of the real model and processor writes, around a byte-level tokenizer
+built here; directories of a few hundred kilobytes. Pictures are 16 pixels wide. Weights depend on ``seed`` alone.
 """
 
 from __future__ import annotations
