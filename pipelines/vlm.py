@@ -302,10 +302,16 @@ class VisionLanguageModel:
     def _generate(self, inputs: dict[str, Tensor], settings: Any, choice: Any) -> Tensor:
         """Return the new tokens, chosen by `choice` alone: the checkpoint's own settings are put aside meanwhile."""
         kept, self.network.generation_config = self.network.generation_config, settings
+        # A block that keeps no activations keeps no cache either, and generation would go on without its past.
+        training = [module for module in self._checkpointed() if module.training]
         try:
+            for module in training:
+                module.training = False
             whole = self.network.generate(**inputs, logits_processor=choice)
         finally:
             self.network.generation_config = kept
+            for module in training:
+                module.training = True
         return whole[:, inputs["input_ids"].shape[1] :]
 
     @property
@@ -341,8 +347,15 @@ class VisionLanguageModel:
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trade compute for memory in the backward pass."""
+        """Trade compute for memory in the language model's backward pass."""
         self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self._checkpointed():
+            # Blocks keep their activations unless they train; what is inside them stays without dropout.
+            module.training = True
+
+    def _checkpointed(self) -> list[torch.nn.Module]:
+        blocks = self.network.get_submodule(self.family.language).modules()
+        return [module for module in blocks if getattr(module, "gradient_checkpointing", False)]
 
     def save(self, path: str | Path) -> None:
         """Write model and processor in transformers' layout; an adapter is merged into a copy first."""

@@ -92,7 +92,7 @@ def _model_class(config: dict[str, Any], name: str) -> Any:
 
 
 def _load(model_class: Any, name: str, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
-    """Return network and processor; a package that the processor misses is named."""
+    """Return network and processor; a package that the processor misses, and missing weights, are named."""
     from transformers import AutoProcessor
 
     source, pinned = repository(name) if is_hub_id(name) else (str(Path(name).expanduser()), {})
@@ -102,5 +102,11 @@ def _load(model_class: Any, name: str, dtype: torch.dtype, attention: str) -> tu
         except ImportError as error:
             reason = " ".join(str(error).split())
             raise MissingDependencyError(f"the processor of {name} needs a package: {reason}") from error
-        network = model_class.from_pretrained(source, dtype=dtype, attn_implementation=attention, **pinned)
+        network, report = model_class.from_pretrained(
+            source, dtype=dtype, attn_implementation=attention, output_loading_info=True, **pinned
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would go on with random weights.
+        raise PipelineError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} first; fetch it again.")
     return network, processor

@@ -158,6 +158,37 @@ def test_a_lora_learns_in_the_language_model_and_switches_off(model: VisionLangu
         torch.testing.assert_close(tuned.log_probs(batch)[0], learned, rtol=1e-5, atol=5e-5)
 
 
+def test_checkpointing_runs_blocks_twice_with_the_same_gradient_and_answers(model: VisionLanguageModel) -> None:
+    tuned = load_vlm(model.name_or_path, device="cpu")
+    tuned.add_adapter(rank=1)
+    batch = tuned.encode([QUESTION] * 2, [[video(4)]] * 2, [ANSWER, "no"])
+    answer = tuned.generate([QUESTION], [[video(4)]], max_new_tokens=4)
+    calls: list[int] = []
+    block = tuned.network.get_submodule(tuned.family.language).layers[0]
+    block.self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    gradients = []
+    for runs in (1, 2):
+        calls.clear()
+        tuned.network.zero_grad()
+        tuned.log_probs(batch)[0].sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in tuned.trainable_parameters()])
+        assert len(calls) == runs
+        tuned.enable_gradient_checkpointing()
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-6, atol=1e-6)
+    assert tuned.generate([QUESTION], [[video(4)]], max_new_tokens=4) == answer
+    assert block.training and not block.self_attn.training and tuned.network.training is False
+
+
+@torch.no_grad()
+def test_half_precision_scores_in_single(model: VisionLanguageModel) -> None:
+    half = load_vlm(model.name_or_path, device="cpu", dtype="bf16")
+    values, _ = half.log_probs(half.encode([QUESTION], [[video(4)]], [ANSWER]))
+    exact, _ = model.log_probs(model.encode([QUESTION], [[video(4)]], [ANSWER]))
+    assert values.dtype == torch.float32 and half.network.dtype == torch.bfloat16
+    torch.testing.assert_close(values, exact, rtol=0.01, atol=0.05)
+
+
 @torch.no_grad()
 def test_answers_are_greedy_word_by_word_whatever_the_batch(model: VisionLanguageModel) -> None:
     prompts, media = [QUESTION, "longer words in here?"], [[video(4)], [video(6, seed=1)]]

@@ -116,6 +116,18 @@ def test_models_of_another_kind_are_refused_before_their_weights(tmp_path: Path)
         load_vlm(tmp_path / "other", attention="sdpaa")
 
 
+def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(tiny_vlms.build_qwen2_vl(tmp_path / "qwen"))
+    weights = load_file(folder / "model.safetensors")
+    dropped = sorted(weights)[0]
+    del weights[dropped]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PipelineError, match="lacks 1 of the model's weights"):
+        load_vlm(folder)
+
+
 def test_adapters_that_do_not_fit_are_refused(model: VisionLanguageModel, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"target 'q_prj'; it has .* Did you mean 'q_proj'"):
         model.add_adapter(1, target_modules=["q_prj"])
