@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import tiny_vlms
 import torch
-from tiny_models import build_tiny_sd
 from torch import Tensor
 
 from pipelines.errors import MissingModelError, PipelineError
@@ -105,11 +104,13 @@ def test_images_and_videos_do_not_mix_where_the_processor_would_lose_one(tmp_pat
 
 def test_models_of_another_kind_are_refused_before_their_weights(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
+    (tmp_path / "sd").mkdir()
+    (tmp_path / "sd" / "model_index.json").write_text("{}")
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "qwen2_vll"}))
     with pytest.raises(PipelineError, match=r"qwen2_vll; supported: llava_onevision, .* Did you mean 'qwen2_vl'"):
         load_vlm(tmp_path / "other")
     with pytest.raises(PipelineError, match=r"no config.json \(it is a diffusers pipeline\)"):
-        load_vlm(build_tiny_sd(tmp_path / "sd"))
+        load_vlm(tmp_path / "sd")
     with pytest.raises(MissingModelError, match="Did you mean 'other'"):
         load_vlm(tmp_path / "othr")
     with pytest.raises(PipelineError, match="attention kernel 'sdpaa' is unknown"):
@@ -144,6 +145,36 @@ def test_adapters_that_do_not_fit_are_refused(model: VisionLanguageModel, tmp_pa
     with pytest.raises(PipelineError, match="does not fit this base model"):
         model.load_adapter(tmp_path / "lora")
     assert not model.has_adapter
+
+
+@torch.no_grad()
+def test_peft_reads_a_saved_adapter_and_the_same_adapter_makes_the_same_bytes(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import Qwen2VLForConditionalGeneration
+
+    tuned = load_vlm(tiny_vlms.build_qwen2_vl(tmp_path / "qwen"), device="cpu")
+    tuned.add_adapter(rank=2, alpha=6.0, target_modules=["v_proj"])
+    for parameter in tuned.trainable_parameters():
+        parameter.add_(torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape))
+    batch = tuned.encode(["what?"], [[clip()]], ["left"])
+    learned, _ = tuned.log_probs(batch)
+    for name in ("one", "two"):
+        tuned.save_lora(tmp_path / name, base_model="org/base")
+    files = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors", "mmalign.json"]
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+    record = json.loads((tmp_path / "one" / "mmalign.json").read_text())
+    assert record == {"base_model": "org/base", "family": "qwen2_vl", "rank": 2}
+    base = load_vlm(tmp_path / "qwen", device="cpu")
+    assert not torch.allclose(base.log_probs(batch)[0], learned, atol=1e-2)
+    peft = PeftModel.from_pretrained(
+        Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "qwen"), tmp_path / "one"
+    )
+    base.network = peft.get_base_model()
+    torch.testing.assert_close(base.log_probs(batch)[0], learned, rtol=1e-5, atol=1e-5)
+    loaded = load_vlm(tmp_path / "one", device="cpu", resolve=lambda name: str(tmp_path / "qwen"))
+    torch.testing.assert_close(loaded.log_probs(batch)[0], learned, rtol=1e-5, atol=1e-5)
+    assert loaded.name_or_path == str(tmp_path / "qwen")
 
 
 def test_a_nucleus_is_the_fewest_tokens_that_reach_its_share() -> None:
