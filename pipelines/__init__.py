@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipelines.truncation import Truncation
     from pipelines.vlm import VisionLanguageModel
     from pipelines.vlm_batch import VlmBatch, VlmSample
+    from pipelines.vlm_features import media_features
     from pipelines.vlm_load import load_vlm
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "invert",
     "load_generator",
     "load_vlm",
+    "media_features",
     "sample",
     "sample_with_gradient",
     "seeded_noise",
@@ -59,6 +61,7 @@ _HOMES = {
     "guided_predictor": "guidance",
     "load_generator": "load",
     "load_vlm": "vlm_load",
+    "media_features": "vlm_features",
     "sample_with_gradient": "gradient_sampling",
 }
 

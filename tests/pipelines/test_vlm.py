@@ -10,7 +10,9 @@ import tiny_vlms
 import torch
 from torch import Tensor
 
+from pipelines.errors import PipelineError
 from pipelines.vlm import VisionLanguageModel
+from pipelines.vlm_features import media_features
 from pipelines.vlm_load import load_vlm
 
 FAMILIES = tuple(tiny_vlms.BUILDERS)
@@ -178,6 +180,26 @@ def test_checkpointing_runs_blocks_twice_with_the_same_gradient_and_answers(mode
         torch.testing.assert_close(checkpointed, plain, rtol=1e-6, atol=1e-6)
     assert tuned.generate([QUESTION], [[video(4)]], max_new_tokens=4) == answer
     assert block.training and not block.self_attn.training and tuned.network.training is False
+
+
+@torch.no_grad()
+def test_features_are_the_mean_of_what_the_language_model_is_given(model: VisionLanguageModel) -> None:
+    seen: list[Tensor] = []
+    language = model.network.get_submodule(model.family.language)
+    image = video(1, seed=5, height=24, width=20)[0]
+    cases = [[video(4)], [image]] + [[image, video(2)]] * model.family.mixes_media
+    given = []
+    for media in cases:
+        batch = model.collate([model.encode_prompt(QUESTION, media).with_completion([0])])
+        hook = language.register_forward_pre_hook(
+            lambda _, args, kw: seen.append(kw["inputs_embeds"]), with_kwargs=True
+        )
+        model.log_probs(batch)
+        hook.remove()
+        given.append(seen.pop()[model.token_types(batch.input_ids) > 0].mean(0))
+    torch.testing.assert_close(media_features(model, cases), torch.stack(given), rtol=1e-5, atol=1e-5)
+    with pytest.raises(PipelineError, match="without media"):
+        media_features(model, [[]])
 
 
 @torch.no_grad()
