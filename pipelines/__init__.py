@@ -1,4 +1,4 @@
-"""Run a generator: load it, encode prompts, predict, sample, invert, save.
+"""Run a generator or a vision-language model: load it, encode, predict or score, sample or answer, save.
 
 ``pipelines`` knows nothing of rewards or training; see ``mmalign`` for those. Names are imported when first used, so
 importing the package costs nothing.
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pipelines.noise import NoiseProcess
     from pipelines.sampling import Trajectory, gaussian_log_prob, invert, sample, seeded_noise
     from pipelines.truncation import Truncation
+    from pipelines.vlm import VisionLanguageModel
+    from pipelines.vlm_batch import VlmBatch, VlmSample
+    from pipelines.vlm_features import media_features
+    from pipelines.vlm_load import load_vlm
 
 __all__ = [
     "Conditioning",
@@ -28,11 +32,16 @@ __all__ = [
     "PipelineError",
     "Trajectory",
     "Truncation",
+    "VisionLanguageModel",
+    "VlmBatch",
+    "VlmSample",
     "fingerprint_model",
     "gaussian_log_prob",
     "guided_predictor",
     "invert",
     "load_generator",
+    "load_vlm",
+    "media_features",
     "sample",
     "sample_with_gradient",
     "seeded_noise",
@@ -45,9 +54,14 @@ _HOMES = {
     "NoiseProcess": "noise",
     "PipelineError": "errors",
     "Truncation": "truncation",
+    "VisionLanguageModel": "vlm",
+    "VlmBatch": "vlm_batch",
+    "VlmSample": "vlm_batch",
     "fingerprint_model": "load",
     "guided_predictor": "guidance",
     "load_generator": "load",
+    "load_vlm": "vlm_load",
+    "media_features": "vlm_features",
     "sample_with_gradient": "gradient_sampling",
 }
 

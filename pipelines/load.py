@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ from pipelines.attention import PROCESSORS
 from pipelines.components import INDEX, file_digest, model_fingerprint, parse_dtype, read_json
 from pipelines.errors import MissingModelError, PipelineError, choose, nearest
 from pipelines.generator import Generator
+from pipelines.hub import explained, fetch_file, is_hub_id, repository
 
 FAMILIES = {
     "StableDiffusionPipeline": "pipelines.unet_image:StableDiffusion",
     "StableDiffusionXLPipeline": "pipelines.unet_image:StableDiffusionXL",
 }
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def load_generator(
@@ -72,11 +70,11 @@ def fingerprint_model(
     `PipelineError` for what is no model of a supported kind.
     """
     name, adapter = _base_and_adapter(str(name_or_path), adapter, resolve)
-    if _is_hub_id(name):
-        with _explained(name):
-            file = _fetch_index(name)
+    if is_hub_id(name):
+        with explained(name, "diffusers"):
+            file = fetch_file(name, INDEX)
         _family(read_json(file), name)
-        content = f"{_repository(name)[0]}@{file.parent.name}"
+        content = f"{repository(name)[0]}@{file.parent.name}"
     else:
         root, index = _locate(name)
         _family(index, name)
@@ -99,10 +97,10 @@ def _base_and_adapter(
         return name, adapter
     if adapter is not None:
         raise PipelineError(f"{name} is itself an adapter, so adapter={adapter} cannot be loaded too; give one.")
-    return _base_of(Path(name), resolve), name
+    return base_of(Path(name), resolve), name
 
 
-def _base_of(folder: Path, resolve: Callable[[str], str]) -> str:
+def base_of(folder: Path, resolve: Callable[[str], str]) -> str:
     """Return the base model that an adapter directory names: relative to here, or to the directory itself."""
     record = folder / RECORD_NAME
     if not record.is_file():
@@ -130,7 +128,7 @@ def _locate(name: str) -> tuple[Path, dict[str, Any]]:
             f"{path} is a single file, not a diffusers directory; convert it:"
             " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)."
         )
-    if _is_hub_id(name):
+    if is_hub_id(name):
         return _fetch(name)
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     raise MissingModelError(
@@ -139,47 +137,14 @@ def _locate(name: str) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def _is_hub_id(name: str) -> bool:
-    path = Path(name).expanduser()
-    return HUB_ID.fullmatch(name) is not None and not path.exists() and not path.parent.is_dir()
-
-
 def _fetch(name: str) -> tuple[Path, dict[str, Any]]:
     from diffusers import DiffusionPipeline
 
-    with _explained(name):
-        index = read_json(_fetch_index(name))
+    with explained(name, "diffusers"):
+        index = read_json(fetch_file(name, INDEX))
         _family(index, name)
-        repository, pinned = _repository(name)
-        return Path(DiffusionPipeline.download(repository, use_safetensors=True, **pinned)), index
-
-
-def _fetch_index(name: str) -> Path:
-    """Return the local copy of a Hub model's index; its folder is named after the commit."""
-    from huggingface_hub import hf_hub_download
-
-    repository, pinned = _repository(name)
-    return Path(hf_hub_download(repository, INDEX, **pinned))
-
-
-def _repository(name: str) -> tuple[str, dict[str, Any]]:
-    repository, _, revision = name.partition("@")
-    return repository, {"revision": revision} if revision else {}
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn whatever the Hub's client raises into one line."""
-    try:
-        yield
-    except PipelineError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MissingModelError(
-            f"'{name}' is neither a directory nor a diffusers model that the Hub gives out ({reason});"
-            " check the spelling, the network, and `hf auth login` for gated models."
-        ) from error
+        repo, pinned = repository(name)
+        return Path(DiffusionPipeline.download(repo, use_safetensors=True, **pinned)), index
 
 
 def _family(index: dict[str, Any], name: str) -> type[Generator]:

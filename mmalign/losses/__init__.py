@@ -6,18 +6,27 @@ from mmalign.losses.dense_dpo import dense_logit, discounted_probabilities, list
 from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
 from mmalign.losses.diffusion_dro import diffusion_dro
 from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
+from mmalign.losses.dpo import beta_of_gap, chosen_anchor, dpo, dpo_logit
 from mmalign.losses.mapo import mapo, mapo_likelihood, mapo_logit
+from mmalign.losses.pair_loss import pair_loss
 from mmalign.losses.policy_gradient import clamped_policy_gradient, clipped_policy_gradient, gaussian_kl
 from mmalign.losses.prdp import prdp
+from mmalign.losses.rrpo import rrpo, rrpo_logit
 from mmalign.losses.smpo import smpo, smpo_weight
 from mmalign.losses.spo import dynamic_threshold, spo, spo_logit, step_preference
+from mmalign.losses.tokens import completion_mean, completion_sum, sampled_kl, sft, span_masks, token_jsd, token_kl
 from mmalign.losses.tpo import tdpo, tdpo_logit
+from mmalign.losses.visual_dpo import rdpo, runner_up_log_probs, select_by_divergence, vdpo
 
 __all__ = [
+    "beta_of_gap",
     "capo",
     "capo_logit",
+    "chosen_anchor",
     "clamped_policy_gradient",
     "clipped_policy_gradient",
+    "completion_mean",
+    "completion_sum",
     "denoising_error",
     "dense_logit",
     "diffusion_dpo",
@@ -25,6 +34,8 @@ __all__ = [
     "diffusion_dro",
     "diffusion_kto",
     "discounted_probabilities",
+    "dpo",
+    "dpo_logit",
     "dynamic_threshold",
     "gaussian_kl",
     "kto_reference_point",
@@ -33,12 +44,24 @@ __all__ = [
     "mapo_likelihood",
     "mapo_logit",
     "noise_level_weight",
+    "pair_loss",
     "prdp",
+    "rdpo",
+    "rrpo",
+    "rrpo_logit",
+    "runner_up_log_probs",
+    "sampled_kl",
+    "select_by_divergence",
+    "sft",
     "smpo",
     "smpo_weight",
+    "span_masks",
     "spo",
     "spo_logit",
     "step_preference",
     "tdpo",
     "tdpo_logit",
+    "token_jsd",
+    "token_kl",
+    "vdpo",
 ]

@@ -1,0 +1,48 @@
+"""Names of models on the Hub: which words are one, which revision they pin, and what went wrong in one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import MissingModelError, PipelineError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Say whether a name looks like ``org/name[@revision]`` and is no path here."""
+    path = Path(name).expanduser()
+    return HUB_ID.fullmatch(name) is not None and not path.exists() and not path.parent.is_dir()
+
+
+def repository(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the repository of a Hub id and the keyword arguments that pin its revision."""
+    repo, _, revision = name.partition("@")
+    return repo, {"revision": revision} if revision else {}
+
+
+def fetch_file(name: str, file: str) -> Path:
+    """Return the local copy of one file of a Hub model; its folder is named after the commit."""
+    from huggingface_hub import hf_hub_download
+
+    repo, pinned = repository(name)
+    return Path(hf_hub_download(repo, file, **pinned))
+
+
+@contextmanager
+def explained(name: str, kind: str) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into one line; `kind` is what was looked for, as "diffusers"."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MissingModelError(
+            f"'{name}' is neither a directory nor a {kind} model that the Hub gives out ({reason});"
+            " check the spelling, the network, and `hf auth login` for gated models."
+        ) from error
