@@ -1,6 +1,6 @@
 """`python -m benchmarks [NAME ...]`: run the benchmarks and print tables of times with their ratios, and of memory.
 
-`python -m benchmarks equivalence` is a command of its own (`benchmarks.equivalence`): our losses against published code.
+`python -m benchmarks equivalence` is a command of its own: our objectives against published code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Our objectives against the published ones: the same tensors through both, and the difference of values and gradients.
+"""Our objectives against the published ones: the same tensors through both, and how far values and gradients differ.
 
 `python -m benchmarks equivalence NAME CHECKOUT` runs the loss code of a public repository, read from a checkout of it
 that you bring; none of that code is here. A comparison is a module of this package with `REPOSITORY` and

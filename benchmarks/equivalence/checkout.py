@@ -6,17 +6,20 @@ the names that they use.
 """
 
 from __future__ import annotations
+import __future__ as future
 
-import __future__
 import ast
+import math
 import re
 import subprocess
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmalign.errors import UserError
@@ -58,7 +61,7 @@ class Checkout:
         raise self._missing(file, f"statement '{last}' after '{first}'" if seen else f"statement '{first}'")
 
     def functions(self, file: str, *names: str) -> Fragment:
-        """Return definitions, of functions or ``Class.method``, without their decorators; to be run for their names."""
+        """Return definitions, of functions or ``Class.method``, undecorated, to be run for their names."""
         tree, found = self._tree(file), []
         for name in names:
             holder: list[ast.stmt] = tree.body
@@ -84,7 +87,7 @@ class Checkout:
 
     def _missing(self, file: str, what: str) -> UserError:
         return UserError(
-            f"{self.path / file}: found no {what}; is it {self.repository}, at a version like the one in docs/methods.md?"
+            f"{self.path / file}: found no {what}; needed: {self.repository} at a version like that in docs/methods.md"
         )
 
 
@@ -96,9 +99,9 @@ class Fragment:
         self._code = code
 
     def run(self, **names: Any) -> dict[str, Any]:
-        """Execute with these names (and torch, F) and return all names afterwards; float64 stays float64."""
-        namespace: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, **names}
-        with keeping_float64():
+        """Execute with these names (and math, np, torch, F) and return all names afterwards; float64 stays float64."""
+        namespace: dict[str, Any] = {"math": math, "np": np, "torch": torch, "F": torch.nn.functional, **names}
+        with keeping_float64(), self._explaining():
             exec(self._code, namespace)
         return namespace
 
@@ -107,10 +110,21 @@ class Fragment:
         found = self.run(**names)[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with keeping_float64():
+            with keeping_float64(), self._explaining():
                 return found(*args, **kwargs)
 
         return call
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, NameError, RuntimeError, TypeError, ValueError) as error:
+            file = self._code.co_filename
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+            place = f"{file}, line {lines[-1]}" if lines else file
+            message = str(error).splitlines()[0] if str(error) else "no message"
+            raise UserError(f"{place} cannot be run on our tensors: {type(error).__name__}: {message}") from error
 
 
 @contextmanager
@@ -148,4 +162,4 @@ def _undecorated(definition: ast.FunctionDef) -> ast.FunctionDef:
 def _compiled(statements: Sequence[ast.stmt], file: Path) -> CodeType:
     # Annotations stay unevaluated, because the names in them are not there.
     module = ast.Module(body=list(statements), type_ignores=[])
-    return compile(module, str(file), "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
+    return compile(module, str(file), "exec", flags=future.annotations.compiler_flag, dont_inherit=True)

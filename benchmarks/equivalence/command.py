@@ -1,4 +1,4 @@
-"""`python -m benchmarks equivalence [NAME CHECKOUT]`: our objectives against published code that you have checked out."""
+"""`python -m benchmarks equivalence [NAME CHECKOUT]`: our objectives against published code."""
 
 from __future__ import annotations
 

@@ -58,12 +58,15 @@ def losses(
     ours: Callable[[], Tensor],
     inputs: Mapping[str, Tensor],
 ) -> Comparison:
-    """Compare two scalar losses and their gradients by `inputs`; each side is computed once, with a graph of its own."""
+    """Compare two scalar losses and their gradients by `inputs`; each side has a graph of its own."""
     sides = []
     for loss in (theirs(), ours()):
         found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
         sides.append(
-            (loss.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(inputs.values(), found)])
+            (
+                loss.detach(),
+                [torch.zeros_like(x) if g is None else g for x, g in zip(inputs.values(), found, strict=True)],
+            )
         )
     (their_loss, their_gradients), (our_loss, our_gradients) = sides
     gradients = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 from torch import Tensor
@@ -15,6 +16,7 @@ REPOSITORY = "huggingface/diffusers"
 FOLDER = "examples/research_projects/diffusion_dpo"
 SD15, SDXL = f"{FOLDER}/train_diffusion_dpo.py", f"{FOLDER}/train_diffusion_dpo_sdxl.py"
 BETA = 2500.0
+SAME: tuple[LossType, ...] = ("sigmoid", "hinge")
 
 
 def compare(checkout: Checkout) -> list[Comparison]:
@@ -52,11 +54,11 @@ def compare(checkout: Checkout) -> list[Comparison]:
             SD15,
             f"{what}, {loss_type}",
             f"beta = 2 beta_dpo = {2 * BETA:g}: no factor 1/2 in this script",
-            lambda: theirs(SD15, loss_type=loss_type, beta_dpo=BETA),
-            lambda: ours(2 * BETA, loss_type),
+            partial(theirs, SD15, loss_type=loss_type, beta_dpo=BETA),
+            partial(ours, 2 * BETA, loss_type),
             inputs,
         )
-        for loss_type in ("sigmoid", "hinge")
+        for loss_type in SAME
     ]
     # Their ipo is on the margin m itself, (m - 1 / (2 b))^2; ours on m / 2, so b = beta / 2 and a factor 4.
     rows.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -54,8 +55,8 @@ def compare(checkout: Checkout) -> list[Comparison]:
                 FILE,
                 f"the same in float32 where the errors are near {size**2:.0e}",
                 settings,
-                lambda prediction=prediction, zero=zero: theirs(prediction, zero),
-                lambda prediction=prediction, zero=zero: ours(prediction, zero),
+                partial(theirs, prediction, zero),
+                partial(ours, prediction, zero),
                 {"the prediction": prediction},
             )
         )
