@@ -98,19 +98,19 @@ class Fragment:
         """Keep the code."""
         self._code = code
 
-    def run(self, **names: Any) -> dict[str, Any]:
+    def run(self, /, **names: Any) -> dict[str, Any]:
         """Execute with these names (and math, np, torch, F) and return all names afterwards; float64 stays float64."""
         namespace: dict[str, Any] = {"math": math, "np": np, "torch": torch, "F": torch.nn.functional, **names}
-        with keeping_float64(), self._explaining():
+        with in_float64(), self._explaining():
             exec(self._code, namespace)
         return namespace
 
-    def function(self, name: str, **names: Any) -> Callable[..., Any]:
+    def function(self, name: str, /, **names: Any) -> Callable[..., Any]:
         """Execute with these names and return the function `name`, in which float64 stays float64 too."""
         found = self.run(**names)[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with keeping_float64(), self._explaining():
+            with in_float64(), self._explaining():
                 return found(*args, **kwargs)
 
         return call
@@ -128,16 +128,21 @@ class Fragment:
 
 
 @contextmanager
-def keeping_float64() -> Iterator[None]:
-    """Make `Tensor.float` leave float64 alone: scripts call it to leave half precision, here it would round."""
-    original = torch.Tensor.float
+def in_float64() -> Iterator[None]:
+    """Let scripts compute in float64 on the CPU: `Tensor.float` keeps it, constants are it, `Tensor.cuda` does nothing."""
+    to_float, to_cuda, default = torch.Tensor.float, torch.Tensor.cuda, torch.get_default_dtype()
+
+    def keep(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return tensor if tensor.dtype == torch.float64 else to_float(tensor, *args, **kwargs)
+
     try:
-        torch.Tensor.float = lambda self, *args, **kwargs: (  # type: ignore[method-assign]
-            self if self.dtype == torch.float64 else original(self, *args, **kwargs)
-        )
+        torch.set_default_dtype(torch.float64)
+        torch.Tensor.float = keep  # type: ignore[method-assign, assignment]
+        torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign, assignment]
         yield
     finally:
-        torch.Tensor.float = original  # type: ignore[method-assign]
+        torch.set_default_dtype(default)
+        torch.Tensor.float, torch.Tensor.cuda = to_float, to_cuda  # type: ignore[method-assign]
 
 
 def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:

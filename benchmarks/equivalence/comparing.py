@@ -108,12 +108,14 @@ class Denoiser(nn.Module):
         self.adapter = True
         self.seen: list[list[float]] = []
 
-    def forward(self, x: Tensor, t: Tensor, states: Tensor, **_: Any) -> SimpleNamespace:
-        """Return the prediction as `.sample`; it depends on the timestep and on the prompts' `states`."""
+    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **_: Any) -> SimpleNamespace:
+        """Return the prediction as `.sample`; it depends on the timestep and on the prompts."""
         self.seen.append(t.reshape(-1).tolist())
         weight, bias = (self.base + self.weight, self.bias) if self.adapter else (self.base, None)
-        shift = torch.cos(t.to(x.dtype) / 300).reshape(-1, 1, 1, 1) + states.mean((1, 2)).reshape(-1, 1, 1, 1)
-        return SimpleNamespace(sample=torch.nn.functional.conv2d(torch.tanh(x + shift), weight, bias, padding=1))
+        shift = torch.cos(t.to(x.dtype) / 300) + encoder_hidden_states.mean((1, 2))
+        return SimpleNamespace(
+            sample=torch.nn.functional.conv2d(torch.tanh(x + shift.reshape(-1, 1, 1, 1)), weight, bias, padding=1)
+        )
 
     def disable_adapters(self) -> None:
         """Become the reference, by the name that diffusers gives it."""
@@ -123,11 +125,11 @@ class Denoiser(nn.Module):
         """Become the policy again."""
         self.adapter = True
 
-    def reference(self, x: Tensor, t: Tensor, states: Tensor, **_: Any) -> SimpleNamespace:
+    def reference(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **_: Any) -> SimpleNamespace:
         """Return the prediction without the change."""
         self.disable_adapters()
         try:
-            return self.forward(x, t, states)
+            return self.forward(x, t, encoder_hidden_states)
         finally:
             self.enable_adapters()
 
