@@ -129,7 +129,7 @@ class Fragment:
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """Let scripts compute in float64 on the CPU: `Tensor.float` keeps it, constants are it, `Tensor.cuda` does nothing."""
+    """Let scripts compute in float64 on the CPU: constants too, and against their calls of `float` and `cuda`."""
     to_float, to_cuda, default = torch.Tensor.float, torch.Tensor.cuda, torch.get_default_dtype()
 
     def keep(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
