@@ -18,4 +18,6 @@ PEERS = (
     "ddpo",
     "trl_ddpo",
     "diffusion_dro",
+    "align_prop",
+    "trl_align_prop",
 )

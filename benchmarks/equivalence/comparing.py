@@ -162,7 +162,8 @@ class World:
         """Return standard normal numbers."""
         return torch.randn(*shape, generator=self.random, dtype=torch.float64)
 
-    # What `pipelines.invert` and `guided_predictor` ask of a generator.
+    # What the samplers ask of a generator.
+    latent_shape = SHAPE
     device = torch.device("cpu")
     dtype = torch.float64
 
