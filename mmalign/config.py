@@ -43,7 +43,8 @@ class DataConfig(StrictModel):
     """What is learned from: exactly one of `pairs`, `labels` and `prompts`."""
 
     pairs: str | None = None
-    """preference pairs: a parquet, JSON or JSONL file, a folder, or a `datasets` hub id"""
+    """preference pairs (or, for methods that learn from good images, the chosen ones): a parquet, JSON or JSONL
+    file, a folder, or a `datasets` hub id"""
     prompts: str | None = None
     """prompts of an online method: a built-in name or a CSV, TSV, JSONL or TXT file"""
     labels: str | None = None
@@ -247,6 +248,10 @@ class RoundsConfig(StrictModel):
     """type of the weights while sampling"""
     batch_size: int = Field(8, ge=1)
     """images at once while sampling"""
+    real: str | None = None
+    """good images, as `data.labels` takes them, mixed into the chosen ones of every round; null: none"""
+    real_share: float = Field(0.5, gt=0, lt=1)
+    """share of a round's images that are real, where `real` is given"""
 
 
 class RunConfig(StrictModel):
@@ -330,9 +335,10 @@ def dump_config(config: BaseModel) -> str:
 
 
 def expand_short_forms(values: dict[str, Any]) -> None:
-    """Write `method: sft` and `rewards: [clip]` in full, in place, for whichever configuration has such keys."""
-    if isinstance(values.get("method"), str):
-        values["method"] = {"name": values["method"]}
+    """Write `method: sft`, `diversity: clip` and `rewards: [clip]` in full, in place, where there are such keys."""
+    for key in ("method", "diversity"):
+        if isinstance(values.get(key), str):
+            values[key] = {"name": values[key]}
     if isinstance(values.get("rewards"), list):
         values["rewards"] = [{"name": one} if isinstance(one, str) else one for one in values["rewards"]]
 

@@ -13,6 +13,8 @@ from mmalign.config_files import KeyPath
 from mmalign.errors import UserError, did_you_mean
 
 SOURCES = ("pairs", "labels", "prompts")
+TAKEN = {"pairs": ("pairs",), "labels": ("labels",), "images": ("labels", "pairs"), "prompts": ("prompts",)}
+"""What a method learns from -> the sources that hold it."""
 
 _ALLOWED = {
     "int_type": "a whole number",
@@ -74,19 +76,21 @@ def _check_source(values: dict[str, Any], method: Any) -> Iterator[Fault]:
     if _mapping(values, "rounds"):
         if needed == "prompts":
             yield Fault(("rounds",), f"method '{name}' draws its own samples as it goes; remove rounds")
+        elif needed and needed != "images" and _mapping(values, "rounds").get("real"):
+            yield Fault(("rounds", "real"), f"method '{name}' learns from {needed}, not from good images; remove it")
         for source in given:
-            yield Fault(("data", source), f"rounds make the {needed or 'data'} themselves; set it to null")
+            yield Fault(("data", source), "rounds make the data themselves; set it to null")
         return
+    taken = TAKEN[needed] if needed else ()
+    keys = " or ".join(f"data.{source}" for source in taken)
     if len(given) > 1:
-        keys = " and ".join(f"data.{source}" for source in given)
-        keep = f"keep data.{needed}, which method '{name}' learns from" if needed else "keep one"
-        yield Fault(("data",), f"{keys} exclude each other; {keep}")
+        keep = f"keep {keys}, which method '{name}' learns from" if needed else "keep one"
+        yield Fault(("data",), f"{' and '.join(f'data.{source}' for source in given)} exclude each other; {keep}")
     elif needed and not given and (data or "data" not in values):
-        yield Fault(("data",), f"method '{name}' learns from {needed}; give data.{needed}")
-    elif needed and given and given != [needed]:
+        yield Fault(("data",), f"method '{name}' learns from {needed}; give {keys}")
+    elif needed and given and given[0] not in taken:
         yield Fault(
-            ("data", given[0]),
-            f"method '{name}' learns from {needed}, not from {given[0]}; give data.{needed} instead",
+            ("data", given[0]), f"method '{name}' learns from {needed}, not from {given[0]}; give {keys} instead"
         )
     if data.get("min_margin") is not None and given == ["prompts"]:
         yield Fault(("data", "min_margin"), "is about pairs, and data.prompts has none; remove it")

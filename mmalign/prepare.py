@@ -153,9 +153,10 @@ def open_source(config: RunConfig, method: Method[Any]) -> Source:
             check_reward(reward.name, reward.options, prompts)
         note(f"{config.data.prompts}: {len(prompts)} prompts")
         return prompts
-    if method.needs.source == "labels":
-        labels = read_labels(str(config.data.labels), config.data)
-        note(f"{config.data.labels}: {labels.counts}")
+    if method.needs.source in ("labels", "images"):
+        given = config.data.labels or config.data.pairs
+        labels = read_labels(str(given), config.data, good_only=method.needs.source == "images")
+        note(f"{given}: {labels.counts}")
         return labels
     pairs = read_pairs(str(config.data.pairs), config.data)
     note(f"{config.data.pairs}: {pairs.counts}")

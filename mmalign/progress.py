@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -58,6 +59,15 @@ def memory_gigabytes() -> tuple[float, bool]:
         return 0.0, False
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9, False
+
+
+def reset_peak_memory() -> None:
+    """Count the peak memory from now on, as far as the system allows: on a GPU, and for a process on Linux."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # see proc(5): resets the "high water mark" of the resident set
 
 
 def memory_used() -> str:

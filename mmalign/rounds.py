@@ -22,9 +22,12 @@ from mmalign.seeds import derive_seed
 
 if TYPE_CHECKING:
     from mmalign.config import RoundsConfig, RunConfig
+    from mmalign.data.labels import LabelTable
 
 FOLDER = "rounds"
-PAIRS_FILE = "pairs.parquet"
+PAIRS_FILE, MIXED_FILE = "pairs.parquet", "mixed.parquet"
+_PAIRS_KEY = {"pairs": "pairs", "images": "pairs", "labels": "labels"}
+"""What a method learns from -> the key of `data` that takes a round's pairs."""
 
 
 def describe_rounds(rounds: RoundsConfig) -> str:
@@ -33,6 +36,7 @@ def describe_rounds(rounds: RoundsConfig) -> str:
     return (
         f"{rounds.count} rounds, each from {rounds.images_per_prompt} images of the prompts {rounds.prompts}{limit}, "
         f"labelled by {rounds.reward}"
+        + (f", {100 * rounds.real_share:g} % of what is learned from real ({rounds.real})" if rounds.real else "")
     )
 
 
@@ -53,13 +57,15 @@ def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
     if resume == "never":
         set_aside(output / FOLDER)
     note(describe_rounds(rounds))
-    model = config.model
+    model, real = config.model, _read_real(config, rounds)
     for number in range(1, rounds.count + 1):
         folder = output / FOLDER / str(number)
         note(f"── round {number} of {rounds.count}, from {model}")
-        pairs = _make_pairs(config, rounds, model, folder, number)
+        data = {_PAIRS_KEY[build_method(config).needs.source]: str(_make_pairs(config, rounds, model, folder, number))}
+        if real is not None:
+            data = {"labels": str(_mix(config, rounds, real, folder, number))}
         last = number == rounds.count
-        trained = _train_once(config, model, pairs, output if last else folder / "model", resume if last else "auto")
+        trained = _train_once(config, model, data, output if last else folder / "model", resume if last else "auto")
         if not last:
             model = str(_whole_model(config, trained, folder / "merged"))
     return output
@@ -106,13 +112,33 @@ def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Pat
     return pairs
 
 
-def _train_once(config: RunConfig, model: str, pairs: Path, output: Path, resume: str) -> Path:
-    """Train on one round's pairs, unless that is done, and return the folder of the export."""
+def _read_real(config: RunConfig, rounds: RoundsConfig) -> LabelTable | None:
+    """Return the real images that are mixed in, read before the first round rather than after its sampling."""
+    from mmalign.data.labels import read_labels
+
+    return read_labels(rounds.real, config.data, good_only=True) if rounds.real else None
+
+
+def _mix(config: RunConfig, rounds: RoundsConfig, real: LabelTable, folder: Path, number: int) -> Path:
+    """Write the chosen images of a round's pairs with the share of real ones, and return the file."""
+    from mmalign.data.labels import read_labels
+    from mmalign.data.mixing import mix_real
+    from mmalign.data.parquet import read_metadata
+
+    pairs, mixed = folder / PAIRS_FILE, folder / MIXED_FILE
+    own, seed = read_labels(str(pairs), config.data, good_only=True), derive_seed(config.trainer.seed, "real", number)
+    rewards = {"rewards": read_metadata(pairs)["rewards"]}
+    count = mix_real(own, real, rounds.real_share, mixed, seed=seed, metadata=rewards)
+    note(f"{len(own)} chosen images and {count} real ones: {mixed}")
+    return mixed
+
+
+def _train_once(config: RunConfig, model: str, data: dict[str, str], output: Path, resume: str) -> Path:
+    """Train on one round's data, unless that is done, and return the folder of the export."""
     from mmalign.engine import train
 
-    source = build_method(config).needs.source
-    data = config.data.model_copy(update={source: str(pairs)})
-    one = config.model_copy(update={"rounds": None, "model": model, "data": data, "output": str(output)})
+    learned = config.data.model_copy(update=data)
+    one = config.model_copy(update={"rounds": None, "model": model, "data": learned, "output": str(output)})
     if resume == "auto" and is_finished(output) and (output / CONFIG_FILE).read_text("utf-8") == dump_config(one):
         note(f"trained already, in {output}")
         return output

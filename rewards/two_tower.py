@@ -83,6 +83,10 @@ class TwoTowerReward(Reward):
 
         return self._run(read_media(media, self.modality), row)
 
+    def embeddings(self, media: Media) -> Float[Tensor, "batch features"]:
+        """Embed media, given as to a call, in micro-batches: unit vectors, float32, on the device of the media."""
+        return self._run(read_media(media, self.modality), lambda chunk, positions: self.media_embeddings(chunk))
+
     def _remember(self, found: dict[str, Tensor]) -> None:
         for prompt, embedding in found.items():
             self._cache[prompt] = embedding

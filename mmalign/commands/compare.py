@@ -2,7 +2,8 @@
 
 Give a YAML config (options override it, `key.path=value` too), or the models themselves; the first is the baseline.
 A system of the config names its model, or the training config that makes it (`train`, `overrides`); `budget` then says
-what each training may cost: {images: N} seen, {seconds: S} or {reward_calls: R}.
+what each training may cost: {images: N} seen, {seconds: S} or {reward_calls: R}; `training_seeds: [0, 1]` trains each
+once from every seed. `diversity: REWARD` measures how much the images of a prompt differ.
 The same command again trains, draws and scores only what is missing.
 """
 

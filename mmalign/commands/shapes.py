@@ -1,6 +1,7 @@
 """The Shapes world: look at it, read pictures with its oracle, make its models again.
 
 mmalign shapes draw --count 48 --out world.png
+mmalign shapes scenes --count 500 --out runs/shapes/experts.parquet
 mmalign shapes read picture.png --prompt "a red circle above a blue square"
 mmalign shapes check-oracle --count 5000
 mmalign shapes videos --count 200 --split test --out runs/shapes-videos
@@ -24,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     draw.add_argument("--count", type=int, default=48)
     draw.add_argument("--seed", type=int, default=0)
     draw.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    scenes = actions.add_parser("scenes", help="draw scenes with true captions as good images, for data.labels")
+    scenes.add_argument("--count", type=int, default=500, metavar="N", help="(default %(default)s)")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument(
+        "--crisp", type=float, default=1.0, help="share of pictures that are not degraded (default %(default)s)"
+    )
+    scenes.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
     read = actions.add_parser(
         "read", help="say what the oracle sees in a 64x64 picture, and grade it against a prompt"
     )
@@ -89,9 +97,9 @@ def _add_videos(actions: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do the action that was asked for."""
     if hasattr(args, "out"):
-        check_output(args.out, folder=args.action != "draw")
+        check_output(args.out, folder=args.action not in ("draw", "scenes"))
     return {
-        "draw": _draw, "read": _read, "check-oracle": _check_oracle, "words": _words,
+        "draw": _draw, "scenes": _scenes, "read": _read, "check-oracle": _check_oracle, "words": _words,
         "prompts": _prompts, "train-base": _train_base, "train-clip": _train_clip,
         "agreement": _agreement, "videos": _videos,
     }[args.action](args)  # fmt: skip
@@ -111,6 +119,16 @@ def _draw(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     labelled_grid(pictures, [caption(rng, scene) for scene in scenes]).save(args.out)
     print(f"{args.count} scenes: {args.out}")
+    return 0
+
+
+def _scenes(args: argparse.Namespace) -> int:
+    from mmalign.shapes.scene_set import write_scenes
+
+    if args.count < 1 or not 0 <= args.crisp <= 1:
+        raise UserError(f"--count {args.count} must be at least 1, and --crisp {args.crisp:g} between 0 and 1")
+    write_scenes(args.out, args.count, seed=args.seed, crisp=args.crisp)
+    print(f"{args.count} scenes with their captions: {args.out}")
     return 0
 
 

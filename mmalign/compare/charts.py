@@ -79,16 +79,20 @@ def bar_mark(axis: Axis, value: float) -> dict[str, float]:
 
 
 def line_chart(
-    series: dict[str, list[tuple[float, float]]], whiskers: dict[str, list[Any]] | None = None
+    series: dict[str, list[tuple[float, float]]],
+    whiskers: dict[str, list[Any]] | None = None,
+    bands: dict[str, list[tuple[float, float, float]]] | None = None,
 ) -> dict[str, Any]:
     """Lay out lines over a common pair of axes.
 
     Args:
         series: name -> points (x, y).
         whiskers: name -> an interval (low, high) or None for each point of the series of that name.
+        bands: name -> (x, low, high) along the series of that name.
     """
-    whiskers = whiskers or {}
+    whiskers, bands = whiskers or {}, bands or {}
     ends = [end for intervals in whiskers.values() for interval in intervals if interval for end in interval]
+    ends += [end for edges in bands.values() for _, *both in edges for end in both]
     x_axis = Axis.over((x for points in series.values() for x, _ in points), padding=0.02)
     y_axis = Axis.over([*(y for points in series.values() for _, y in points), *ends])
 
@@ -105,7 +109,9 @@ def line_chart(
             for (x, _), interval in zip(points, whiskers.get(name, []), strict=False)
             if interval
         ]
-        lines.append({"name": name, "points": placed, "path": " ".join(f"{x},{y}" for x, y in placed), "bars": bars})
+        edges = bands.get(name, [])
+        outline = [place(x, low) for x, low, _ in edges] + [place(x, high) for x, _, high in reversed(edges)]
+        lines.append({"name": name, "points": placed, "path": _path(placed), "bars": bars, "band": _path(outline)})
     return {
         "width": WIDTH,
         "height": HEIGHT,
@@ -116,6 +122,10 @@ def line_chart(
         "y_ticks": [{"at": place(0, tick)[1], "text": tick_text(tick, y_axis.digits)} for tick in y_axis.ticks],
         "lines": lines,
     }
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x},{y}" for x, y in points)
 
 
 def _x_tick(at: float, text: str) -> dict[str, Any]:

@@ -17,6 +17,9 @@ them under one budget:
       - {name: sft, train: shapes/sft, overrides: [output=runs/versus/sft]}
       - {name: dpo, train: shapes/diffusion_dpo, overrides: [output=runs/versus/dpo]}
     budget: {images: 20000}
+
+With `training_seeds: [0, 1, 2]` each of them is trained once from each seed, and counts as the mean of its replicas.
+`diversity: shapes-clip` adds how much the pictures of one prompt differ, measured by that reward's image embeddings.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +77,18 @@ class SystemConfig(StrictModel):
         return self
 
 
+@dataclass(frozen=True)
+class Replica:
+    """A system trained from one of the training seeds; `seed` None: as its config says, or not trained here at all.
+
+    `name` is the system's own for the first replica, and names the folder of the images.
+    """
+
+    name: str
+    system: SystemConfig
+    seed: int | None = None
+
+
 class RewardEntry(StrictModel):
     """One reward that every image is scored by."""
 
@@ -87,6 +103,10 @@ class RewardEntry(StrictModel):
     def title(self) -> str:
         """The label, or else the name."""
         return self.label or self.name
+
+    def named(self, label: str) -> RewardEntry:
+        """Return the same with this label where it has none."""
+        return self.model_copy(update={"label": self.label or label})
 
 
 class GuidanceControl(StrictModel):
@@ -138,15 +158,19 @@ class CompareConfig(StrictModel):
     """use only the first so many prompts"""
     budget: BudgetConfig | None = None
     """what each of the systems trained here may cost, as their `trainer.budget`; null: what their configs say"""
+    training_seeds: list[int] | None = Field(None, min_length=1)
+    """every system with `train` is trained once from each; null: once, from the seed that its config says"""
     resamples: int = Field(RESAMPLES, ge=100)
     """bootstrap resamples behind every interval"""
     guidance_control: GuidanceControl | None = None
     """adds the baseline at its best guidance as a system; null: no such control"""
+    diversity: RewardEntry | None = None
+    """a reward whose image embeddings say how much the images of a prompt differ; null: that is not measured"""
 
-    @field_validator("seeds")
+    @field_validator("seeds", "training_seeds")
     @classmethod
-    def _different_seeds(cls, seeds: list[int]) -> list[int]:
-        if min(seeds) < 0 or len(set(seeds)) != len(seeds):
+    def _different_seeds(cls, seeds: list[int] | None) -> list[int] | None:
+        if seeds is not None and (min(seeds) < 0 or len(set(seeds)) != len(seeds)):
             raise ValueError(f"given {seeds}; allowed: different whole numbers of at least 0")
         return seeds
 
@@ -157,6 +181,8 @@ class CompareConfig(StrictModel):
         _no_duplicates("systems", "name", names)
         _no_duplicates("rewards", "label", titles)
         self._check_budget()
+        self._check_training_seeds()
+        self._check_diversity(titles)
         if len(names) == 1 and self.guidance_control is None:
             raise ValueError(f"systems: only '{names[0]}'; give a second one, or guidance_control to compare it with")
         if self.baseline is not None and self.baseline not in names:
@@ -178,10 +204,51 @@ class CompareConfig(StrictModel):
             if own is not None:
                 raise ValueError(f"systems: '{system.name}' overrides {own}, and budget holds for all; remove one")
 
+    def _check_training_seeds(self) -> None:
+        if self.training_seeds is None:
+            return
+        if all(system.train is None for system in self.systems):
+            raise ValueError("training_seeds: no system is trained here; remove them, or give systems a `train`")
+        for system in self.systems:
+            own = next((text for text in system.overrides if text.partition("=")[0].strip() == "trainer.seed"), None)
+            if own is not None:
+                raise ValueError(f"systems: '{system.name}' overrides {own}, and training_seeds say it; remove one")
+        counts = Counter(replica.name for replica in self.replicas)
+        for replica in self.replicas:
+            if replica.name != replica.system.name and counts[replica.name] > 1:
+                raise ValueError(
+                    f"systems: '{replica.name}' is what training seed {replica.seed} of '{replica.system.name}' is "
+                    "called; give the other system of that name another"
+                )
+
+    def _check_diversity(self, titles: list[str]) -> None:
+        if self.diversity is None:
+            return
+        if len(self.seeds) < 2:
+            raise ValueError(f"diversity: compares the seeds of a prompt, and seeds has only {self.seeds[0]}; add one")
+        label = self.diversity.named("diversity").label
+        if label in titles:
+            raise ValueError(f"diversity: a reward is called '{label}' too; give either another label")
+
     @property
     def baseline_name(self) -> str:
         """The name of the baseline system."""
         return self.baseline or self.systems[0].name
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """What is trained, drawn and scored: the systems in their order, the trained ones once a training seed."""
+        return [replica for system in self.systems for replica in self.replicas_of(system)]
+
+    def replicas_of(self, system: SystemConfig) -> list[Replica]:
+        """Return the replicas of one system, in the order of the training seeds."""
+        if system.train is None or self.training_seeds is None:
+            return [Replica(system.name, system)]
+        first, *others = self.training_seeds
+        return [
+            Replica(system.name, system, first),
+            *(Replica(f"{system.name}-seed{seed}", system, seed) for seed in others),
+        ]
 
 
 def load_compare_config(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmalign.compare.results import describe_delta
+from mmalign.compare.tables import PlainTable, more_tables, sizes, spread
 
 _STYLES = {1: "green", -1: "red", 0: ""}
 
@@ -19,6 +20,9 @@ def print_summary(results: dict[str, Any], report: Path, console: Console | None
     # On a pipe rich assumes 80 columns and would wrap the intervals.
     console = console or Console(width=None if Console().is_terminal else 132)
     console.print(summary_table(results))
+    for table in more_tables(results).values():
+        console.print()
+        console.print(rich_table(table))
     if any(reward["trained_on"] for system in results["systems"].values() for reward in system["rewards"].values()):
         console.print("† the system was trained on this reward: no part of the verdict", style="dim")
     for verdicts in results["verdicts"].values():
@@ -35,13 +39,18 @@ def print_summary(results: dict[str, Any], report: Path, console: Console | None
 def summary_table(results: dict[str, Any]) -> Table:
     """Return the table: reward, system, mean, difference from the baseline, win rate; each with its interval."""
     baseline = results["baseline"]
-    seeds = len(results["seeds"])
-    title = f"{results['prompts']} prompts × {seeds} seed{'s' * (seeds > 1)}, 95 % intervals over prompts"
-    table = Table(title=title, title_justify="left", title_style="dim", show_edge=False, pad_edge=False)
+    measured = sizes(results["prompts"], results["seeds"], results.get("training_seeds", []))
+    deltas = [
+        versus for system in results["systems"].values() for versus in system.get("versus_baseline", {}).values()
+    ]
+    with_spread = any("delta_sd" in versus for versus in deltas)
+    table = _plain(f"{measured}, 95 % intervals over prompts")
     table.add_column("reward")
     table.add_column("system")
     table.add_column("mean", justify="right", no_wrap=True)
     table.add_column(f"Δ vs {escape(baseline)}", justify="right", no_wrap=True)
+    if with_spread:
+        table.add_column("sd", justify="right", no_wrap=True)
     table.add_column("win rate", justify="right", no_wrap=True)
     for label, facts in results["rewards"].items():
         arrow = "" if facts["higher_is_better"] else " (lower is better)"
@@ -57,10 +66,25 @@ def summary_table(results: dict[str, Any]) -> Table:
                 escape(name) + mark,
                 _mean_cell(reward, facts["digits"]),
                 f"[{style}]{delta}[/]" if style else delta,
+                *([spread(versus, facts["digits"])] if with_spread else []),
                 win,
             )
         table.add_section()
     return table
+
+
+def rich_table(plain: PlainTable) -> Table:
+    """Return a table of text for the console."""
+    table = _plain(plain.title)
+    for title in plain.head:
+        table.add_column(escape(title), justify="left" if title in ("reward", "system") else "right")
+    for cells in plain.grouped_rows():
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def _plain(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="dim", show_edge=False, pad_edge=False)
 
 
 def _mean_cell(reward: dict[str, Any], digits: int) -> str:

@@ -32,8 +32,8 @@
         const ahead = (value - reward.scores[baseline][position][column]) * (reward.higher ? 1 : -1);
         const score = figure.querySelector(".score");
         score.textContent = write(value, state.reward);
-        score.classList.toggle("good", system !== baseline && ahead > 1e-6);
-        score.classList.toggle("bad", system !== baseline && ahead < -1e-6);
+        score.classList.toggle("good", !reward.neutral && system !== baseline && ahead > 1e-6);
+        score.classList.toggle("bad", !reward.neutral && system !== baseline && ahead < -1e-6);
       });
     }
   }

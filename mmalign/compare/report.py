@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from mmalign.compare import report_costs, report_plots, report_tables
 from mmalign.compare.results import Comparison, describe_delta
+from mmalign.compare.tables import more_tables
 from mmalign.compare.thumbnails import MAX_SIDE, choose_prompts, embed
 from mmalign.files import write_atomically
 
@@ -46,6 +47,7 @@ def write_report(comparison: Comparison, document: dict[str, Any], config_text: 
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["zip"] = zip
     environment.filters["unbroken"] = unbroken
     environment.filters["describe_cost"] = report_costs.describe_cost
     page = environment.get_template("report.html.j2").render(
@@ -61,6 +63,7 @@ def page_context(comparison: Comparison, document: dict[str, Any]) -> dict[str, 
     """Return everything that the template shows."""
     blocks = report_tables.summary(document)
     gallery = _gallery(comparison)
+    tables = more_tables(document)
     return {
         "title": _title(comparison),
         "created": _date(comparison.created),
@@ -69,6 +72,8 @@ def page_context(comparison: Comparison, document: dict[str, Any]) -> dict[str, 
         "colour": _colours(comparison),
         "verdicts": [_verdict(comparison, document, name) for name in comparison.challengers],
         "blocks": blocks,
+        "spreads": report_tables.has_spread(blocks),
+        "tables": tables,
         "forest": report_plots.forest(comparison, document),
         "categories": report_plots.categories(document),
         "sweep": report_plots.sweep(comparison),
@@ -79,8 +84,8 @@ def page_context(comparison: Comparison, document: dict[str, Any]) -> dict[str, 
         "configs": report_tables.config_differences(comparison),
         "gallery": gallery,
         "data": safe_json(_script_data(comparison, document, gallery["shown"])),
-        "markdown": report_tables.as_markdown(comparison, blocks),
-        "latex": report_tables.as_latex(comparison, blocks),
+        "markdown": report_tables.as_markdown(comparison, blocks, tables.values()),
+        "latex": report_tables.as_latex(comparison, blocks, tables.values()),
     }
 
 
@@ -163,7 +168,8 @@ def _gallery(comparison: Comparison) -> dict[str, Any]:
 
 
 def _script_data(comparison: Comparison, document: dict[str, Any], shown: list[int]) -> dict[str, Any]:
-    """Return what sorting and captions need: scores by reward, system, shown prompt and seed."""
+    """Return what sorting and captions need: scores by reward, system, shown prompt and seed, of the images shown."""
+    columns = len(comparison.seeds)
     return {
         "systems": list(comparison.systems),
         "baseline": comparison.baseline,
@@ -172,8 +178,9 @@ def _script_data(comparison: Comparison, document: dict[str, Any], shown: list[i
             {
                 "label": label,
                 "higher": facts.higher_is_better,
+                "neutral": facts.neutral,
                 "digits": document["rewards"][label]["digits"],
-                "scores": [by_system[name][shown].round(6).tolist() for name in comparison.systems],
+                "scores": [by_system[name][shown, :columns].round(6).tolist() for name in comparison.systems],
             }
             for (label, facts), by_system in zip(comparison.rewards.items(), comparison.scores.values(), strict=True)
         ],

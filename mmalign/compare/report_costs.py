@@ -45,20 +45,34 @@ def cost_curves(comparison: Comparison) -> dict[str, Any] | None:
 
 def _chart(comparison: Comparison, shown: dict[str, SystemFacts], cost: str, reward: str) -> dict[str, Any] | None:
     """Return the chart of one reward against one cost; systems that had no such cost have no line."""
-    lines = {}
+    lines, bands = {}, {}
     for name, facts in shown.items():
         points = [(look[cost], look[reward]) for look in facts.looks if cost in look and reward in look]
         if len({x for x, _ in points}) > 1:
             lines[name] = points
+            bands[name] = _band(comparison, name, cost, reward)
     if not lines:
         return None
     label = reward.removeprefix(LOOK)
     return {
         "label": label,
-        "chart": line_chart(lines),
+        "chart": line_chart(lines, bands=bands),
         "trained_on": [name for name in lines if _is_trained_on(comparison, name, label)],
         "without": [name for name in shown if name not in lines],
     }
+
+
+def _band(comparison: Comparison, name: str, cost: str, reward: str) -> list[tuple[float, float, float]]:
+    """Return (mean cost, lowest, highest reward) over the training seeds of a system, look by look."""
+    facts, replicas = comparison.systems[name], list(comparison.replicas.get(name, {}).values())
+    if len(replicas) < 2:
+        return []
+    band = []
+    for step, look in zip(facts.look_steps, facts.looks, strict=True):
+        if cost in look and reward in look:
+            values = [replica.look_at(step)[reward] for replica in replicas]
+            band.append((look[cost], min(values), max(values)))
+    return band
 
 
 def _is_trained_on(comparison: Comparison, system: str, reward: str) -> bool:

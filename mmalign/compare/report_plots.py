@@ -36,13 +36,19 @@ def forest(comparison: Comparison, document: dict[str, Any]) -> list[dict[str, A
         panels.append(
             {
                 "label": label,
-                "higher_is_better": facts["higher_is_better"],
+                "caption": _caption(facts),
                 "rows": rows,
                 "zero": axis.percent(0.0),
                 "ticks": axis.labels(),
             }
         )
     return panels
+
+
+def _caption(facts: dict[str, Any]) -> str:
+    if facts.get("neutral"):
+        return "more →"
+    return "better →" if facts["higher_is_better"] else "← better"
 
 
 def categories(document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from mmalign.compare.results import Comparison, signed
+from mmalign.compare.tables import ABSENT, PlainTable, name_once, sizes, spread
 
-_ABSENT = "\N{EN DASH}"
 _LATEX = {
     **{character: f"\\{character}" for character in "_%&#${}"},
     "\\": r"\textbackslash{}",
@@ -51,39 +52,60 @@ def config_differences(comparison: Comparison) -> dict[str, Any] | None:
     keys = list(dict.fromkeys(key for config in trained.values() for key in config))
     rows = []
     for key in keys:
-        cells = [_show(config[key]) if key in config else _ABSENT for config in trained.values()]
+        cells = [_show(config[key]) if key in config else ABSENT for config in trained.values()]
         if len(trained) == 1 or len(set(cells)) > 1:
             rows.append({"key": key, "cells": cells})
     return {"systems": list(trained), "rows": rows, "equal": len(keys) - len(rows)}
 
 
-def as_markdown(comparison: Comparison, blocks: list[dict[str, Any]]) -> str:
-    """Write the summary as a Markdown table."""
-    lines = [
-        f"| reward | system | mean [95 % CI] | Δ vs {comparison.baseline} [95 % CI] | win rate [95 % CI] |",
-        "|---|---|---|---|---|",
-    ]
-    for cells in _flat_rows(blocks):
-        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return "\n".join([*lines, "", _caption(comparison)])
+def as_markdown(comparison: Comparison, blocks: list[dict[str, Any]], more: Iterable[PlainTable] = ()) -> str:
+    """Write the summary as a Markdown table, and more tables after it."""
+    spreads = ["sd of Δ"] if has_spread(blocks) else []
+    head = ["reward", "system", "mean [95 % CI]", f"Δ vs {comparison.baseline} [95 % CI]", *spreads]
+    lines = [*_markdown_rows([*head, "win rate [95 % CI]"], _flat_rows(blocks)), "", _caption(comparison)]
+    for table in more:
+        lines += ["", f"**{table.title}**", "", *_markdown_rows(table.head, table.rows), "", table.note]
+    return "\n".join(lines)
 
 
-def as_latex(comparison: Comparison, blocks: list[dict[str, Any]]) -> str:
-    """Write the summary as a LaTeX tabular (booktabs)."""
-    head = ["reward", "system", r"mean [95\% CI]", rf"$\Delta$ vs {_tex(comparison.baseline)}", "win rate"]
-    lines = [r"\begin{tabular}{llrrr}", r"\toprule", " & ".join(head) + r" \\"]
-    previous = None
-    for cells in _flat_rows(blocks):
-        if cells[0] != previous:
+def as_latex(comparison: Comparison, blocks: list[dict[str, Any]], more: Iterable[PlainTable] = ()) -> str:
+    """Write the summary as a LaTeX tabular (booktabs), and more tables after it."""
+    spreads = [r"sd of $\Delta$"] if has_spread(blocks) else []
+    head = ["reward", "system", r"mean [95\% CI]", rf"$\Delta$ vs {_tex(comparison.baseline)}", *spreads, "win rate"]
+    lines = [*_latex_rows(head, name_once(_flat_rows(blocks))), f"% {_caption(comparison)}"]
+    for table in more:
+        lines += [
+            "",
+            *_latex_rows(list(map(_tex, table.head)), table.grouped_rows()),
+            f"% {table.title}. {table.note}",
+        ]
+    return "\n".join(lines)
+
+
+def has_spread(blocks: list[dict[str, Any]]) -> bool:
+    """Tell whether any difference in a summary has a standard deviation over training seeds."""
+    return any(row["baseline"] and row["baseline"]["sd"] for block in blocks for row in block["rows"])
+
+
+def _markdown_rows(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |" for cells in rows]
+
+
+def _latex_rows(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Write a tabular; where rewards come first, a rule stands before each."""
+    grouped = head[0] == "reward"
+    columns = "ll" if grouped else "l"
+    lines = [rf"\begin{{tabular}}{{{columns.ljust(len(head), 'r')}}}", r"\toprule", " & ".join(head) + r" \\"]
+    for position, cells in enumerate(rows):
+        if position == 0 or (grouped and cells[0]):
             lines.append(r"\midrule")
-        shown = [cells[0] if cells[0] != previous else "", *cells[1:]]
-        lines.append(" & ".join(map(_tex, shown)) + r" \\")
-        previous = cells[0]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {_caption(comparison)}"])
+        lines.append(" & ".join(map(_tex, cells)) + r" \\")
+    return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
 def _flat_rows(blocks: list[dict[str, Any]]) -> list[list[str]]:
-    rows = []
+    rows, with_spread = [], has_spread(blocks)
     for block in blocks:
         for row in block["rows"]:
             versus = row["baseline"]
@@ -92,18 +114,21 @@ def _flat_rows(blocks: list[dict[str, Any]]) -> list[list[str]]:
                     block["label"],
                     row["system"] + (" †" if row["trained_on"] else ""),
                     _joined(row["mean"], row["mean_ci"]),
-                    _joined(versus["delta"], versus["delta_ci"]) if versus else _ABSENT,
-                    _joined(versus["win"], versus["win_ci"]) if versus else _ABSENT,
+                    _joined(versus["delta"], versus["delta_ci"]) if versus else ABSENT,
+                    *([(versus and versus["sd"]) or ABSENT] if with_spread else []),
+                    _joined(versus["win"], versus["win_ci"]) if versus else ABSENT,
                 ]
             )
     return rows
 
 
 def _caption(comparison: Comparison) -> str:
-    seeds = len(comparison.seeds)
+    measured = sizes(len(comparison.prompts), comparison.seeds, comparison.training_seeds)
+    averaged = ", training seeds averaged within a prompt" if comparison.training_seeds else ""
+    spreads = "sd: standard deviation of Δ over training seeds; " if len(comparison.training_seeds) > 1 else ""
     return (
-        f"{len(comparison.prompts)} prompts × {seeds} seed{'s' * (seeds > 1)}; 95 % intervals: paired bootstrap over "
-        "prompts; a tie counts as half a win; † trained on this reward."
+        f"{measured}; 95 % intervals: paired bootstrap over prompts{averaged}; {spreads}a tie counts as half a win; "
+        "† trained on this reward."
     )
 
 
@@ -115,6 +140,7 @@ def _versus(paired: dict[str, Any] | None, digits: int) -> dict[str, Any] | None
         "delta": signed(paired["delta"], digits),
         "delta_ci": f"[{signed(delta_ci[0], digits)}, {signed(delta_ci[1], digits)}]" if delta_ci else "",
         "direction": paired["direction"],
+        "sd": spread(paired, digits),
         "win": f"{paired['win_rate']:.2f}",
         "win_ci": f"[{win_ci[0]:.2f}, {win_ci[1]:.2f}]" if win_ci else "",
         "win_percent": round(100 * paired["win_rate"], 1),

@@ -2,7 +2,8 @@
 
 A reward that a system was trained on says how well the training worked, not whether the system is better: it is
 marked and left out of the verdict. A held-out reward speaks for a system when the 95 % interval of the paired
-difference lies wholly on its better side, and against it when wholly on the worse.
+difference lies wholly on its better side, and against it when wholly on the worse. A neutral measure such as diversity
+is reported beside them and decides nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from mmalign.compare.replicas import Replicas, tile_pair
 from mmalign.compare.scoring import RewardFacts, Scores
-from mmalign.compare.stats import RESAMPLES, Paired, category_rows, compare_paired, direction, summarise
+from mmalign.compare.stats import (
+    RESAMPLES,
+    Paired,
+    category_rows,
+    compare_paired,
+    direction,
+    spread_of_deltas,
+    summarise,
+)
 from mmalign.compare.systems import SystemFacts
 from mmalign.data.prompts import Prompt
 from mmalign.files import write_atomically
@@ -30,9 +40,10 @@ CATEGORY_MISSING = "(none)"
 class Comparison:
     """Everything that was measured; the report and results.json are views of it.
 
-    scores: reward label -> system name -> `[prompts, seeds]`. `image_paths`: system name -> path of each
-    (prompt, seed), row by row. `sweep` is the guidance control's record, `settings` and `command` go into the report
-    as they are.
+    scores: reward label -> system name -> `[prompts, seeds]`; `[prompts, replicas * seeds]` in the order of the
+    `replicas` of a system that has them. `image_paths`: system name -> path of each (prompt, seed) of its first
+    replica, row by row. `sweep` is the guidance control's record, `settings` and `command` go into the report as they
+    are.
     """
 
     prompts: list[Prompt]
@@ -47,6 +58,18 @@ class Comparison:
     command: str = ""
     created: str = ""
     resamples: int = RESAMPLES
+    replicas: Replicas = field(default_factory=dict)
+
+    @property
+    def training_seeds(self) -> list[int]:
+        """The seeds that systems were trained from; none where they were not named."""
+        return list(next(iter(self.replicas.values()), {}))
+
+    def scores_by_seed(self, system: str, reward: str) -> dict[int, np.ndarray]:
+        """Return the scores `[prompts, seeds]` of each replica of a system, by training seed; empty without any."""
+        seeds = self.replicas.get(system, {})
+        parts = np.split(self.scores[reward][system], max(1, len(seeds)), axis=1)
+        return dict(zip(seeds, parts, strict=False))
 
     @property
     def categories(self) -> list[str]:
@@ -79,11 +102,12 @@ def build_results(comparison: Comparison) -> dict[str, Any]:
         "created": comparison.created,
         "prompts": len(comparison.prompts),
         "seeds": comparison.seeds,
+        **({"training_seeds": comparison.training_seeds} if comparison.replicas else {}),
         "baseline": comparison.baseline,
         "control": comparison.control,
         "categories": {name: len(rows) for name, rows in category_rows(comparison.categories).items() if name},
         "systems": {name: _system(comparison, name) for name in comparison.systems},
-        "rewards": {label: dict(vars(facts)) for label, facts in comparison.rewards.items()},
+        "rewards": {label: facts.as_dict() for label, facts in comparison.rewards.items()},
         "guidance_control": comparison.sweep,
         "settings": comparison.settings,
         "command": comparison.command,
@@ -100,16 +124,23 @@ def write_results(document: dict[str, Any], path: Path) -> None:
 
 
 def write_scores(comparison: Comparison, path: Path) -> None:
-    """Write every single score as CSV: `index, prompt, category, seed, system, reward, score`."""
+    """Write every single score as CSV: `index, prompt, category, seed, system, reward, score`.
+
+    Where systems were trained from several seeds, `training_seed` follows: empty for those that were not.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["index", "prompt", "category", "seed", "system", "reward", "score"])
+    header = ["index", "prompt", "category", "seed", "system", "reward", "score"]
+    writer.writerow([*header, "training_seed"] if comparison.replicas else header)
     for reward, by_system in comparison.scores.items():
         for system, scores in by_system.items():
+            of_seeds: list[int | str] = [*comparison.replicas.get(system, {"": None})]
+            columns = [(training, seed) for training in of_seeds for seed in comparison.seeds]
             for index, prompt in enumerate(comparison.prompts):
-                for column, seed in enumerate(comparison.seeds):
+                for column, (training, seed) in enumerate(columns):
                     score = repr(float(scores[index, column]))
-                    writer.writerow([index, prompt.text, prompt.category, seed, system, reward, score])
+                    row = [index, prompt.text, prompt.category, seed, system, reward, score]
+                    writer.writerow([*row, training] if comparison.replicas else row)
     write_atomically(path, buffer.getvalue())
 
 
@@ -137,7 +168,26 @@ def _system(comparison: Comparison, name: str) -> dict[str, Any]:
         system["versus_baseline"] = _versus(comparison, name, comparison.baseline)
         if comparison.control and not facts.control:
             system["versus_control"] = _versus(comparison, name, comparison.control)
+    if name in comparison.replicas:
+        system["training_seeds"] = {
+            str(seed): _replica(comparison, name, seed, replica) for seed, replica in comparison.replicas[name].items()
+        }
     return system
+
+
+def _replica(comparison: Comparison, name: str, seed: int, facts: SystemFacts) -> dict[str, Any]:
+    """Return what one training seed came to, against the same seed of the baseline if that has several too."""
+    replica: dict[str, Any] = {"model": facts.model, "fingerprint": facts.fingerprint, "cost": facts.cost}
+    scores = {reward: comparison.scores_by_seed(name, reward)[seed] for reward in comparison.scores}
+    summaries = {reward: summarise(own, resamples=comparison.resamples) for reward, own in scores.items()}
+    replica["rewards"] = {reward: {"mean": one.mean, "ci95": one.ci95} for reward, one in summaries.items()}
+    if name != comparison.baseline:
+        replica["versus_baseline"] = {}
+        for reward, own in scores.items():
+            other = comparison.scores_by_seed(comparison.baseline, reward)
+            against = other[seed] if other else comparison.scores[reward][comparison.baseline]
+            replica["versus_baseline"][reward] = _pair(comparison, reward, own, against)
+    return replica
 
 
 def _versus(comparison: Comparison, name: str, other: str) -> dict[str, Any]:
@@ -149,13 +199,21 @@ def _versus(comparison: Comparison, name: str, other: str) -> dict[str, Any]:
             category: _pair(comparison, reward, scores[name][rows], scores[other][rows])
             for category, rows in categories.items()
         }
+        replicas = max(scores[one].shape[1] for one in (name, other)) // len(comparison.seeds)
+        if replicas > 1:
+            tiled = tile_pair(scores[name], scores[other])
+            versus[reward]["delta_sd"] = spread_of_deltas(*tiled, replicas)
     return versus
 
 
 def _pair(comparison: Comparison, reward: str, scores: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    higher_is_better = comparison.rewards[reward].higher_is_better
-    paired: Paired = compare_paired(scores, other, higher_is_better=higher_is_better, resamples=comparison.resamples)
-    return {**vars(paired), "direction": direction(paired, higher_is_better=higher_is_better)}
+    facts = comparison.rewards[reward]
+    higher_is_better = facts.higher_is_better
+    paired: Paired = compare_paired(
+        *tile_pair(scores, other), higher_is_better=higher_is_better, resamples=comparison.resamples
+    )
+    better = 0 if facts.neutral else direction(paired, higher_is_better=higher_is_better)
+    return {**vars(paired), "direction": better}
 
 
 def _verdicts(comparison: Comparison, document: dict[str, Any], name: str) -> dict[str, Any]:
@@ -169,7 +227,8 @@ def _verdicts(comparison: Comparison, document: dict[str, Any], name: str) -> di
 def _verdict(comparison: Comparison, document: dict[str, Any], name: str, key: str) -> dict[str, Any]:
     versus = document["systems"][name][key]
     other = comparison.control if key == "versus_control" else comparison.baseline
-    held_out = [reward for reward in versus if not comparison.is_trained_on(name, reward)]
+    judging = [reward for reward in versus if not comparison.rewards[reward].neutral]
+    held_out = [reward for reward in judging if not comparison.is_trained_on(name, reward)]
     better = [reward for reward in held_out if versus[reward]["direction"] > 0]
     worse = [reward for reward in held_out if versus[reward]["direction"] < 0]
     digits = {label: facts["digits"] for label, facts in document["rewards"].items()}

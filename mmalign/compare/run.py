@@ -1,6 +1,7 @@
 """Compare systems fairly: same prompts, same seeds, every reward, paired intervals, one report.
 
     <output>/report.html, results.json, scores.csv, images/<system>/<prompt>-<seed>.png
+    <output>/images/<system>-seed<k>/   those of the further training seeds, if several were asked for
     <output>/config.yaml    this comparison, to run it again
     <output>/control/       the guidance sweep on the validation prompts, if a guidance control was asked for
     <output>/cache/         scores by image content
@@ -28,14 +29,16 @@ from mmalign.compare.config import (
     make_compare_config,
 )
 from mmalign.compare.control import control_prompts, run_control
+from mmalign.compare.diversity import check_diversity, measure_diversity
 from mmalign.compare.draw import ModelHolder, draw_system
 from mmalign.compare.images import ImageStore
+from mmalign.compare.replicas import Replicas, gather_scores, merge_facts
 from mmalign.compare.results import Comparison, build_results, write_results, write_scores
 from mmalign.compare.scoring import score_all
 from mmalign.compare.systems import SystemFacts, read_system
 from mmalign.compare.training import train_systems
 from mmalign.config import dump_config
-from mmalign.data.prompts import load_prompts
+from mmalign.data.prompts import Prompt, load_prompts
 from mmalign.files import check_output, write_atomically
 from mmalign.precision import check_precision
 from mmalign.progress import note
@@ -73,32 +76,51 @@ def compare(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     from mmalign.compare.report import write_report
 
     output = Path(config.output)
+    comparison = measure(config, train=train, retrain=retrain)
+    results = build_results(comparison)
+    write_scores(comparison, output / "scores.csv")
+    write_atomically(output / "config.yaml", dump_config(config))
+    write_report(comparison, results, dump_config(config), output / "report.html")
+    write_results(results, output / "results.json")
+    return Outcome(results, output / "report.html")
+
+
+def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False) -> Comparison:
+    """Train, draw and score what a comparison takes, and return what was measured; see `compare`."""
+    output = Path(config.output)
     check_output(output, "output")
     check_precision(config.precision, key="precision")
     prompts = load_prompts(config.prompts, config.limit)
     for reward in config.rewards:
         check_reward(reward.name, reward.options, [prompt.text for prompt in prompts])
+    if config.diversity is not None:
+        check_diversity(config.diversity)
     validation = control_prompts(config)
-    systems = _read_systems(config, train_systems(config, train=train, retrain=retrain))
+    facts = _read_replicas(config, train_systems(config, train=train, retrain=retrain))
+    systems, replicas = _merge(config, facts)
     models = ModelHolder(config.precision)
     sweep = None
     if config.guidance_control is not None:
-        baseline = systems[config.baseline_name]
+        baseline = facts[config.baseline_name]
         control, sweep = run_control(config, config.guidance_control, baseline, validation, prompts, models)
         systems = _insert_after(systems, baseline.name, control)
-    stores: dict[str, ImageStore] = {}
-    for name in sorted(systems, key=lambda name: name != config.baseline_name):  # the control copies from the baseline
-        source = stores.get(config.baseline_name) if systems[name].control else None
-        stores[name] = draw_system(config, systems[name], prompts, output / "images", models, source)
+        facts[control.name] = control
+    stores = _draw(config, facts, prompts, models)
     models.close()
-    scores, rewards = score_all(config.rewards, {name: stores[name] for name in systems}, output / "cache")
-    comparison = Comparison(
+    names = {name: [one.name for one in replicas.get(name, {0: facts[name]}).values()] for name in systems}
+    ordered = {name: stores[name] for held in names.values() for name in held}
+    scores, rewards = score_all(config.rewards, ordered, output / "cache")
+    if config.diversity is not None:
+        entry = config.diversity.named("diversity")
+        scores[entry.title], rewards[entry.title] = measure_diversity(entry, ordered, output / "cache")
+    return Comparison(
         prompts=prompts,
         seeds=config.seeds,
         baseline=config.baseline_name,
         systems=systems,
+        replicas=replicas,
         rewards=rewards,
-        scores=scores,
+        scores=gather_scores(scores, names),
         image_paths={
             name: [[stores[name].path(i, seed) for seed in config.seeds] for i in range(len(prompts))]
             for name in systems
@@ -109,12 +131,6 @@ def compare(config: CompareConfig, *, train: bool = True, retrain: bool = False)
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         resamples=config.resamples,
     )
-    results = build_results(comparison)
-    write_scores(comparison, output / "scores.csv")
-    write_atomically(output / "config.yaml", dump_config(config))
-    write_report(comparison, results, dump_config(config), output / "report.html")
-    write_results(results, output / "results.json")
-    return Outcome(results, output / "report.html")
 
 
 def describe_settings(config: CompareConfig) -> dict[str, Any]:
@@ -139,16 +155,40 @@ def describe_settings(config: CompareConfig) -> dict[str, Any]:
     }
 
 
-def _read_systems(config: CompareConfig, models: dict[str, str]) -> dict[str, SystemFacts]:
-    """Read the facts of all systems, whose models are given by name; the baseline comes first."""
-    systems = {}
-    for system in sorted(config.systems, key=lambda one: one.name != config.baseline_name):
+def _read_replicas(config: CompareConfig, models: dict[str, str]) -> dict[str, SystemFacts]:
+    """Read the facts of all replicas, whose models are given by name; those of the baseline come first."""
+    found: dict[str, SystemFacts] = {}
+    for replica in sorted(config.replicas, key=lambda one: one.system.name != config.baseline_name):
+        system, name = replica.system, replica.name
         guidance = config.guidance if system.guidance is None else system.guidance
-        facts = read_system(system.name, models[system.name], guidance, system.trained_on, system.adapter_scale)
-        if facts.remark:
-            note(f"{facts.name}: {facts.remark}; state it as trained_on if it was one of the rewards compared")
-        systems[facts.name] = facts
-    return systems
+        facts = found[name] = read_system(name, models[name], guidance, system.trained_on, system.adapter_scale)
+        if facts.remark and name == system.name:
+            note(f"{name}: {facts.remark}; state it as trained_on if it was one of the rewards compared")
+    return found
+
+
+def _merge(config: CompareConfig, facts: dict[str, SystemFacts]) -> tuple[dict[str, SystemFacts], Replicas]:
+    """Return the systems in the order of their facts, and the replicas of those that training seeds were named for."""
+    replicas: Replicas = {}
+    for replica in config.replicas:
+        if replica.seed is not None:
+            replicas.setdefault(replica.system.name, {})[replica.seed] = facts[replica.name]
+    own = {system.name for system in config.systems}
+    systems = {
+        name: merge_facts(replicas[name]) if name in replicas else one for name, one in facts.items() if name in own
+    }
+    return systems, replicas
+
+
+def _draw(
+    config: CompareConfig, facts: dict[str, SystemFacts], prompts: list[Prompt], models: ModelHolder
+) -> dict[str, ImageStore]:
+    """Complete the images of everything that takes part."""
+    stores: dict[str, ImageStore] = {}
+    for name in sorted(facts, key=lambda name: name != config.baseline_name):  # the control copies from the baseline
+        source = stores.get(config.baseline_name) if facts[name].control else None
+        stores[name] = draw_system(config, facts[name], prompts, Path(config.output) / "images", models, source)
+    return stores
 
 
 def _insert_after(systems: dict[str, SystemFacts], name: str, new: SystemFacts) -> dict[str, SystemFacts]:

@@ -43,6 +43,54 @@ class RewardFacts:
     source: str
     citation: str
     derived_from: tuple[str, ...] = ()
+    neutral: bool = False
+    """Whether it is shown like a reward, and neither more nor less of it is better."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts as results.json holds them."""
+        return {name: value for name, value in vars(self).items() if name != "neutral" or value}
+
+
+def describe_reward(entry: RewardEntry, reward: Any) -> RewardFacts:
+    """Return the facts of a loaded reward, checked to score single images.
+
+    Raises:
+        UserError: see `check_usable`.
+    """
+    from rewards import Facts
+
+    facts = Facts.of(reward)
+    check_usable(facts, entry.name)
+    return RewardFacts(
+        label=entry.title,
+        name=facts.name,
+        requested=entry.name,
+        version=facts.version,
+        summary=facts.summary,
+        higher_is_better=facts.higher_is_better,
+        differentiable=facts.differentiable,
+        licence=facts.licence,
+        source=facts.source,
+        citation=facts.citation,
+        derived_from=facts.derived_from,
+    )
+
+
+class ScoreCache:
+    """Values by the content that they were computed from, in `<cache>/<label>-<hash of the reward>.json`."""
+
+    def __init__(self, entry: RewardEntry, facts: RewardFacts, reward: Any, cache: Path) -> None:
+        """Read what there is; a damaged file holds nothing."""
+        fingerprint = fingerprint_reward(reward, neighbours=True)
+        identity = [entry.name, entry.options, facts.version, facts.source, *fingerprint]
+        digest = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=8).hexdigest()
+        safe = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in entry.title)
+        self.path = cache / f"{safe}-{digest}.json"
+        self.values: dict[str, float] = _read_cache(self.path)
+
+    def save(self) -> None:
+        """Write the values."""
+        write_atomically(self.path, json.dumps(self.values))
 
 
 class RewardScorer:
@@ -54,30 +102,12 @@ class RewardScorer:
         Raises:
             UserError, RewardError: see `check_reward`; or it cannot be loaded.
         """
-        from rewards import Facts, load_reward
+        from rewards import load_reward
 
         self._reward = load_reward(entry.name, **entry.options)
-        facts = Facts.of(self._reward)
-        check_usable(facts, entry.name)
-        self.facts = RewardFacts(
-            label=entry.title,
-            name=facts.name,
-            requested=entry.name,
-            version=facts.version,
-            summary=facts.summary,
-            higher_is_better=facts.higher_is_better,
-            differentiable=facts.differentiable,
-            licence=facts.licence,
-            source=facts.source,
-            citation=facts.citation,
-            derived_from=facts.derived_from,
-        )
-        fingerprint = fingerprint_reward(self._reward, neighbours=True)
-        identity = [entry.name, entry.options, facts.version, facts.source, *fingerprint]
-        digest = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=8).hexdigest()
-        safe = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in entry.title)
-        self._path = cache / f"{safe}-{digest}.json"
-        self._cache: dict[str, float] = _read_cache(self._path)
+        self.facts = describe_reward(entry, self._reward)
+        self._kept = ScoreCache(entry, self.facts, self._reward, cache)
+        self._cache = self._kept.values
 
     def score(self, stores: dict[str, ImageStore]) -> Scores:
         """Return the score of every image of every store; only images never seen before are looked at.
@@ -110,7 +140,7 @@ class RewardScorer:
                     self._score_chunk(chunk)
                     job.advance(len(chunk))
         finally:
-            write_atomically(self._path, json.dumps(self._cache))
+            self._kept.save()
 
     def _score_chunk(self, chunk: list[tuple[str, tuple[Path, str]]]) -> None:
         media = [path for _, (path, _) in chunk]

@@ -5,7 +5,8 @@ each (prompt, seed). The seeds of one prompt are not independent, therefore ever
 first and only prompts are resampled (percentile bootstrap; Efron and Tibshirani 1993, chapter 13, with the prompt as
 the sampling unit). An interval describes new prompts of the same kind, not new images of the same prompts.
 
-Shapes: scores are `[prompts, seeds]`. Win rates lie in [0, 1]; a tie counts as one half.
+Shapes: scores are `[prompts, seeds]`, of a system trained from several seeds `[prompts, replicas * seeds]`, replica by
+replica: then training seeds too are averaged inside the prompt. Win rates lie in [0, 1]; a tie counts as one half.
 """
 
 from __future__ import annotations
@@ -102,10 +103,7 @@ def compare_paired(
     Raises:
         ValueError: the two were not scored on the same prompts and seeds.
     """
-    if scores.shape != other.shape:
-        raise ValueError(f"scores of shape {scores.shape} and {other.shape} are not paired")
-    tied = np.isclose(scores, other, rtol=TIE_TOLERANCE, atol=TIE_TOLERANCE)
-    difference = np.where(tied, 0.0, scores - other)  # else rounding alone could move an interval off zero
+    difference, tied = _differences(scores, other)
     won = ~tied & ((difference > 0) == higher_is_better)
     per_prompt_wins = (won + 0.5 * tied).mean(axis=1)
     per_prompt_delta = difference.mean(axis=1)
@@ -118,6 +116,22 @@ def compare_paired(
         delta=float(per_prompt_delta.mean()),
         delta_ci95=mean_interval(per_prompt_delta, resamples=resamples),
     )
+
+
+def spread_of_deltas(
+    scores: Float[np.ndarray, "prompts columns"], other: Float[np.ndarray, "prompts columns"], replicas: int
+) -> float:
+    """Return the standard deviation (n - 1) over the replicas of the mean difference, at least two of them."""
+    difference, _ = _differences(scores, other)
+    return float(difference.reshape(len(scores), replicas, -1).mean(axis=(0, 2)).std(ddof=1))
+
+
+def _differences(scores: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the difference of each pair, zero where it ties, and which ones tie."""
+    if scores.shape != other.shape:
+        raise ValueError(f"scores of shape {scores.shape} and {other.shape} are not paired")
+    tied = np.isclose(scores, other, rtol=TIE_TOLERANCE, atol=TIE_TOLERANCE)
+    return np.where(tied, 0.0, scores - other), tied  # else rounding alone could move an interval off zero
 
 
 def category_rows(categories: Sequence[str]) -> dict[str, list[int]]:

@@ -21,6 +21,8 @@ LOOK = "evaluation/"
 """What the metrics of a look at fixed prompts start with, before the reward's name."""
 COSTS = ("images_seen", "images_sampled", "reward_calls", "seconds")
 """What a training run counts: images through the denoiser, images sampled, images scored, wall time without looks."""
+MEMORY = "memory_gb"
+"""The peak memory of a training run, in GB: the GPU's, or that of the process where there is none."""
 
 Curves = dict[str, list[tuple[int, float]]]
 """Metric -> (step, value) of a training run."""
@@ -32,9 +34,9 @@ class SystemFacts:
 
     `adapter_scale` is how much of its adapter is used. `run_config` is the flattened resolved configuration of its
     training ("trainer.steps" -> 400), empty where there was none. `looks` are the evaluations of its training, each a
-    mapping of "evaluation/REWARD" to a mean and of `COSTS` to what the training had cost by then; `cost` is what all
-    of it cost; both are empty where that was not counted. `remark` says why `trained_on` may be incomplete; `control`
-    marks the baseline at another guidance.
+    mapping of "evaluation/REWARD" to a mean and of `COSTS` to what the training had cost by then, taken at
+    `look_steps`; `cost` is what all of it cost, `MEMORY` included; all three are empty where that was not counted.
+    `remark` says why `trained_on` may be incomplete; `control` marks the baseline at another guidance.
     """
 
     name: str
@@ -49,6 +51,11 @@ class SystemFacts:
     adapter_scale: float = 1.0
     remark: str = ""
     control: bool = False
+    look_steps: list[int] = field(default_factory=list)
+
+    def look_at(self, step: int) -> dict[str, float]:
+        """Return the last look that was taken at a step of `look_steps`."""
+        return dict(zip(self.look_steps, self.looks, strict=True))[step]
 
 
 def read_system(
@@ -75,6 +82,7 @@ def read_system(
         run_config=flatten(run_config),
         curves=read_curves(metrics),
         looks=read_looks(metrics),
+        look_steps=[int(line["step"]) for line in metrics if _is_look(line)],
         cost=read_cost(metrics),
         adapter_scale=adapter_scale,
         remark=remark,
@@ -119,18 +127,21 @@ def read_curves(metrics: list[dict[str, Any]]) -> Curves:
 
 def read_looks(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Return the rewards of every look with what the training had cost by then; empty where that was not counted."""
-    looks = [_numbers(line) for line in metrics if any(name.startswith(LOOK) for name in line)]
-    return [
-        {name: value for name, value in look.items() if name in COSTS or name.startswith(LOOK)}
-        for look in looks
-        if _is_counted(look)
-    ]
+    looks = [_numbers(line) for line in metrics if _is_look(line)]
+    return [{name: value for name, value in look.items() if name in COSTS or name.startswith(LOOK)} for look in looks]
 
 
 def read_cost(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """Return what a training run cost in all, by `COSTS`; empty where that was not counted."""
+    """Return what a training run cost in all, by `COSTS` and `MEMORY`; empty where that was not counted."""
     last: dict[str, Any] = next((line for line in reversed(metrics) if _is_counted(line)), {})
-    return {name: value for name, value in _numbers(last).items() if name in COSTS}
+    # A run that was gone on with counts its memory anew.
+    peaks = [peak for line in metrics if last and (peak := _numbers(line).get(MEMORY))]
+    cost = {name: value for name, value in _numbers(last).items() if name in COSTS}
+    return cost | ({MEMORY: max(peaks)} if peaks else {})
+
+
+def _is_look(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith(LOOK) for name in line) and _is_counted(line)
 
 
 def _is_counted(line: Mapping[str, Any]) -> bool:

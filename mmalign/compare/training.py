@@ -1,7 +1,8 @@
 """The systems that a comparison trains itself: found finished, gone on with, or trained, one after the other.
 
 A training's folder is the `output` of its config. What lies there is used as it is if it was trained by the same
-resolved config; what was trained by another is refused, or set aside when the user says so.
+resolved config; what was trained by another is refused, or set aside when the user says so. Of the training seeds of a
+comparison the config's own trains into `output`, every other one into `<output>-seed<k>` beside it.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mmalign.compare.config import CompareConfig, SystemConfig
+from mmalign.compare.config import CompareConfig, Replica, SystemConfig
 from mmalign.compare.systems import read_cost
 from mmalign.config import BudgetConfig, RunConfig, load_config
 from mmalign.config_files import Faults, flatten
 from mmalign.errors import UserError
 from mmalign.hub import CONFIG_FILE, has_export, is_finished
 from mmalign.prepare import set_aside
-from mmalign.progress import note
+from mmalign.progress import note, reset_peak_memory
 from mmalign.resources import resolve_model
 from mmalign.tracking import read_metrics
 
@@ -27,7 +28,7 @@ State = Literal["absent", "unfinished", "finished", "different"]
 
 @dataclass
 class Training:
-    """One training, the systems that come from it (at several adapter scales, say), and what its folder holds.
+    """One training, the replicas that come from it (at several adapter scales, say), and what its folder holds.
 
     `differences` says for state "different" how: "trainer.steps was 200, now 400".
     """
@@ -45,7 +46,7 @@ class Training:
 
 
 def train_systems(config: CompareConfig, *, train: bool = True, retrain: bool = False) -> dict[str, str]:
-    """Train what is not there yet, and return the model of every system of a comparison.
+    """Train what is not there yet, and return the model of every replica of a comparison, by its name.
 
     Args:
         train: False refuses to train: everything must be there.
@@ -75,10 +76,11 @@ def plan_trainings(config: CompareConfig) -> list[Training]:
     """
     trainings: dict[Path, Training] = {}
     faults: list[str] = []
-    for system in config.systems:
+    for replica in config.replicas:
+        system = replica.system
         try:
             if system.train is not None:
-                _add(trainings, system, load_config(system.train, training_overrides(system, config.budget)))
+                _add(trainings, replica, _read_run(replica, config.budget))
             elif Path(str(system.model)).resolve() not in trainings:
                 resolve_model(str(system.model))
         except UserError as error:
@@ -103,18 +105,29 @@ def training_overrides(system: SystemConfig, budget: BudgetConfig | None) -> lis
     return [*system.overrides, f"trainer.budget={json.dumps(budget.model_dump(exclude_none=True))}"]
 
 
-def _add(trainings: dict[Path, Training], system: SystemConfig, run: RunConfig) -> None:
-    """Note the training of a system, once if systems share it.
+def _read_run(replica: Replica, budget: BudgetConfig | None) -> RunConfig:
+    """Read the config that a replica is trained by: that of its system, or that from another seed beside it."""
+    system = replica.system
+    run = load_config(str(system.train), training_overrides(system, budget))
+    if replica.seed in (None, run.trainer.seed):
+        return run
+    trainer = run.trainer.model_copy(update={"seed": replica.seed})
+    return run.model_copy(update={"trainer": trainer, "output": f"{run.output.rstrip('/')}-seed{replica.seed}"})
+
+
+def _add(trainings: dict[Path, Training], replica: Replica, run: RunConfig) -> None:
+    """Note the training of a replica, once if systems share it.
 
     Raises:
         UserError: it cannot be what the system takes it for, or is not alone in its folder.
     """
+    system = replica.system
     if system.adapter_scale != 1 and run.adapter.kind != "lora":
         raise UserError(
             f"adapter_scale {system.adapter_scale:g} needs an adapter, and {system.train} trains with adapter.kind "
             f"{run.adapter.kind}; add the override adapter.kind=lora, or leave the scale out"
         )
-    new = Training(run, str(system.train), [system.name])
+    new = Training(run, str(system.train), [replica.name])
     known = trainings.setdefault(new.folder, new)
     if known is new:
         return
@@ -123,7 +136,7 @@ def _add(trainings: dict[Path, Training], system: SystemConfig, run: RunConfig) 
             f"trains into {run.output} as '{known.systems[0]}' does, by another config; add the override output=DIR "
             "to one of them"
         )
-    known.systems.append(system.name)
+    known.systems.append(replica.name)
 
 
 def _nested(trainings: list[Training], output: Path) -> list[str]:
@@ -213,4 +226,5 @@ def _complete(training: Training, title: str) -> None:
         set_aside(Path(output))
     from mmalign.engine import train
 
+    reset_peak_memory()  # that of the training before is none of this one's cost
     train(training.config)

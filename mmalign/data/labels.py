@@ -62,17 +62,20 @@ class _Labels(Protocol):
 class LabelTable:
     """The labelled images of one source: a compact index in memory, the images wherever they are."""
 
-    def __init__(self, source: _Labels, limit: int | None = None) -> None:
-        """Index the source; called by `read_labels`."""
+    def __init__(self, source: _Labels, limit: int | None = None, *, good_only: bool = False) -> None:
+        """Index the source, or its good images alone; called by `read_labels`."""
         self.name = source.name
         self.ids: list[str] = []
         self._source = source
         self._prompt_of, self._rejected_of = array("l"), array("l")
-        self._good = array("b")
+        self._good, self._row_of = array("b"), array("l")
         seen: dict[str, int] = {}
-        for row in source.rows():
+        for number, row in enumerate(source.rows()):
             if limit is not None and len(self) >= limit:
                 break
+            if good_only and not row.good:
+                continue
+            self._row_of.append(number)
             self.ids.append(row.id)
             self._good.append(row.good)
             self._prompt_of.append(seen.setdefault(row.prompt, len(seen)))
@@ -93,7 +96,7 @@ class LabelTable:
         rejected = self._rejected_of[index]
         return LabelRecord(
             prompt=self.prompts[self._prompt_of[index]],
-            image=self._source.image(index),
+            image=self._source.image(self._row_of[index]),
             id=self.ids[index],
             good=bool(self._good[index]),
             rejected_prompt=None if rejected < 0 else self.prompts[rejected],
@@ -124,29 +127,30 @@ class LabelTable:
         return [bool(good) for good in self._good]
 
 
-def read_labels(source: str, config: DataConfig) -> LabelTable:
+def read_labels(source: str, config: DataConfig, *, good_only: bool = False) -> LabelTable:
     """Return the labelled images of a table, or those of any source that `read_pairs` reads; no image is read yet.
 
-    `config` gives `caption_column` and `limit`, and for pairs their filters.
+    `config` gives `caption_column` and `limit`, and for pairs their filters. `good_only` leaves the bad images out;
+    the chosen image of a pair then goes by the pair's own id.
 
     Raises:
-        UserError: no such source, a missing column, a label that is neither good nor bad, or an empty source.
+        UserError: no such source, a missing column, a label that is neither good nor bad, or nothing is left.
     """
-    table = LabelTable(_open(source, config), config.limit)
+    table = LabelTable(_open(source, config, good_only), config.limit, good_only=good_only)
     if not len(table):
-        raise UserError(f"{source}: holds no labelled images")
+        raise UserError(f"{source}: holds no {'good' if good_only else 'labelled'} images")
     return table
 
 
-def _open(source: str, config: DataConfig) -> _Labels:
+def _open(source: str, config: DataConfig, good_only: bool) -> _Labels:
     suffix = Path(source).suffix.lower()
     if suffix not in TABLE_SUFFIXES:
-        return _pair_labels(source, config)
+        return _pair_labels(source, config, good_only)
     path = find(source)
     found = _columns(path)
     labelled = LABEL_COLUMN in found or REJECTED_COLUMN in found
     if not labelled and suffix in (".parquet", ".jsonl"):  # in which pairs come too
-        return _pair_labels(source, config)
+        return _pair_labels(source, config, good_only)
     columns = _Columns(found, config.caption_column, str(path))
     return _ParquetLabels(path, columns) if suffix == ".parquet" else _ListedLabels(path, columns)
 
@@ -220,24 +224,29 @@ class _ListedLabels:
         return as_media(cell, self._path.parent, f"{self.name}: row {row}, {self._columns.image}")
 
 
-def _pair_labels(source: str, config: DataConfig) -> _PairLabels:
+def _pair_labels(source: str, config: DataConfig, good_only: bool) -> _PairLabels:
     if config.ties == "keep":
         raise UserError("data.ties keep: an image of a pair without a winner is neither good nor bad; remove it")
-    return _PairLabels(read_pairs(source, config.model_copy(update={"limit": None})))
+    return _PairLabels(read_pairs(source, config.model_copy(update={"limit": None})), good_only)
 
 
 class _PairLabels:
-    """Row 2 i is the chosen image of pair i, row 2 i + 1 the rejected one."""
+    """Row 2 i is the chosen image of pair i, row 2 i + 1 the rejected one; with `chosen_only` row i the chosen one."""
 
-    def __init__(self, table: PairTable) -> None:
-        self.name, self._table = table.name, table
+    def __init__(self, table: PairTable, chosen_only: bool) -> None:
+        self.name, self._table, self._chosen_only = table.name, table, chosen_only
 
     def rows(self) -> Iterator[_Row]:
         for index, name in enumerate(self._table.ids):
             prompt = self._table.prompts[self._table.prompt_index(index)]
-            yield _Row(prompt, f"{name}/chosen", True)
-            yield _Row(prompt, f"{name}/rejected", False)
+            if self._chosen_only:
+                yield _Row(prompt, name, True)
+            else:
+                yield _Row(prompt, f"{name}/chosen", True)
+                yield _Row(prompt, f"{name}/rejected", False)
 
     def image(self, row: int) -> Media:
+        if self._chosen_only:
+            return self._table[row].chosen
         record = self._table[row // 2]
         return record.rejected if row % 2 else record.chosen

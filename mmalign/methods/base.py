@@ -28,12 +28,13 @@ __all__ = ["LabelBatch", "LossOutput", "Method", "MethodConfig", "Needs", "PairB
 class Needs:
     """What a method must be given; checked against the recipe before a weight is loaded.
 
-    `source`: preference pairs, single images with labels, or prompts alone (the method samples for itself);
+    `source`: preference pairs, single images with labels, good images alone (those of labels, or the chosen ones of
+    pairs), or prompts alone (the method samples for itself);
     `reference`: whether the frozen starting point is evaluated; `reward`: whether samples are scored, and whether
     the score must have a gradient.
     """
 
-    source: Literal["pairs", "labels", "prompts"]
+    source: Literal["pairs", "labels", "images", "prompts"]
     reference: bool = False
     reward: Literal["none", "blackbox", "differentiable"] = "none"
     modality: Literal["image", "video", "vlm"] = "image"

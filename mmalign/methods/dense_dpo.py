@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class DenseDPOConfig(TrajectoryConfig):
 
     images_per_prompt: int = Field(5, ge=2)
     """images drawn of each prompt in a round"""
+    kept: int | None = Field(None, ge=2)
+    """of a prompt's images, how many are learned from, evenly spaced in the ranking by reward; null: all"""
     compared: int = Field(2, ge=2)
     """images of each prompt that an update compares, drawn anew; more than two are ranked (ListMLE)"""
     updates_per_round: int = Field(10, ge=1)
@@ -43,8 +45,12 @@ class DenseDPOConfig(TrajectoryConfig):
 
     @model_validator(mode="after")
     def _enough_images(self) -> DenseDPOConfig:
-        if self.compared > self.images_per_prompt:
-            raise ValueError(f"compared {self.compared} must not exceed images_per_prompt {self.images_per_prompt}")
+        kept = self.kept or self.images_per_prompt
+        if not self.compared <= kept <= self.images_per_prompt:
+            raise ValueError(
+                f"compared {self.compared} of kept {kept} of images_per_prompt {self.images_per_prompt}: each must be "
+                "no more than the next"
+            )
         return self
 
 
@@ -101,8 +107,17 @@ class DenseDPO(TrajectoryMethod[DenseDPOConfig]):
         images, counts = [], torch.zeros(batch.old_log_probs.shape, dtype=torch.long)
         for first in range(0, len(batch.rewards), c.images_per_prompt):
             source = run.random("compared", run.step, batch.samples.ids[first])
-            chosen = first + torch.randperm(c.images_per_prompt, generator=source)[: c.compared]
+            kept = first + spaced(batch.rewards[first : first + c.images_per_prompt], c.kept or c.images_per_prompt)
+            chosen = kept[torch.randperm(len(kept), generator=source)[: c.compared]]
             steps = random_steps[torch.multinomial(law, c.steps_per_image, replacement=True, generator=source)]
             counts[:, chosen] += steps.bincount(minlength=len(counts)).unsqueeze(1)
             images.append(chosen)
         return torch.stack(images).to(device), counts.to(device)
+
+
+def spaced(rewards: Float[Tensor, " images"], count: int) -> Int[Tensor, " kept"]:
+    """Return the images at `count` evenly spaced places of the ranking, best and worst among them; all in order."""
+    if count == len(rewards):
+        return torch.arange(count)
+    places = torch.linspace(0, len(rewards) - 1, count).round().long()
+    return rewards.cpu().argsort(stable=True)[places]

@@ -1,7 +1,8 @@
 """Diffusion-DRO: expert images ranked above the policy's own (arXiv 2510.18353); `mmalign.losses.diffusion_dro`.
 
-The expert images are the chosen sides of the pairs. The policy's own are drawn anew for every round, by the policy as
-it is then; what it predicts along the way is what its own images are judged by, so no copy of its weights is kept.
+The expert images are the good ones of a table, or the chosen sides of pairs. The policy's own are drawn anew for every
+round, by the policy as it is then; what it predicts along the way is what its own images are judged by, so no copy of
+its weights is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.batches import PairBatch
+from mmalign.batches import LabelBatch
 from mmalign.losses import denoising_error, diffusion_dro
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.run import Run
@@ -41,9 +42,9 @@ class DiffusionDROConfig(MethodConfig):
 
 @dataclass
 class Ranking:
-    """Pairs with trajectories of their prompts: state, timestep and prediction of the policy for each update."""
+    """Experts with trajectories of their prompts: state, timestep and prediction of the policy for each update."""
 
-    pairs: PairBatch
+    experts: LabelBatch
     drawn_at: int
     timesteps: Int[Tensor, "updates batch"]
     states: Float[Tensor, "updates batch *latent"]
@@ -55,7 +56,7 @@ class DiffusionDRO(Method[DiffusionDROConfig]):
 
     name: ClassVar[str] = "diffusion_dro"
     Config = DiffusionDROConfig
-    needs: ClassVar[Needs] = Needs(source="pairs", reference=True)
+    needs: ClassVar[Needs] = Needs(source="images", reference=True)
     images_per_sample = 2
 
     def __init__(self, config: DiffusionDROConfig) -> None:
@@ -75,12 +76,12 @@ class DiffusionDRO(Method[DiffusionDROConfig]):
             f"guidance {c.guidance:g}, {c.updates_per_round} updates a round"
         )
 
-    def collect(self, run: Run, batches: Iterable[PairBatch]) -> list[Ranking]:
-        """Let the policy draw an image for every pair's prompt, and keep what its updates will look at."""
+    def collect(self, run: Run, batches: Iterable[LabelBatch]) -> list[Ranking]:
+        """Let the policy draw an image for every expert's prompt, and keep what its updates will look at."""
         return [self._draw(run, batch) for batch in batches]
 
     @torch.no_grad()
-    def _draw(self, run: Run, batch: PairBatch) -> Ranking:
+    def _draw(self, run: Run, batch: LabelBatch) -> Ranking:
         c, rows = self.config, torch.arange(len(batch))
         trajectory = sample(
             run.generator,
@@ -102,13 +103,13 @@ class DiffusionDRO(Method[DiffusionDROConfig]):
         return Ranking(batch, run.step, timesteps, states, predictions)
 
     def loss(self, run: Run, batch: Ranking) -> LossOutput:
-        """Return the mean hinge; both images of a pair go through a network in one call, at the same timestep."""
-        pairs, update = batch.pairs, run.step - batch.drawn_at
+        """Return the mean hinge; expert and own image go through a network in one call, at the same timestep."""
+        experts, update = batch.experts, run.step - batch.drawn_at
         t = batch.timesteps[update]
-        noise = run.noise_like(pairs.chosen, pairs.ids, pairs.epoch, f"noise {update}")
-        x_t = torch.cat([run.process.add_noise(pairs.chosen, noise, t), batch.states[update]])
-        target = torch.cat([run.process.target(pairs.chosen, noise, t), batch.predictions[update]])
-        cond, both = Conditioning.cat([pairs.cond, pairs.cond]), t.repeat(2)
+        noise = run.noise_like(experts.images, experts.ids, experts.epoch, f"noise {update}")
+        x_t = torch.cat([run.process.add_noise(experts.images, noise, t), batch.states[update]])
+        target = torch.cat([run.process.target(experts.images, noise, t), batch.predictions[update]])
+        cond, both = Conditioning.cat([experts.cond, experts.cond]), t.repeat(2)
         policy, reference = (
             denoising_error(predict(x_t, both, cond), target).chunk(2)
             for predict in (run.predict, run.reference.predict)

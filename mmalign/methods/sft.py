@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the chosen images: the plain denoising objective, no reference, no rejected side.
+"""Supervised fine-tuning on good images: the plain denoising objective, no reference, no rejected side.
 
 Source: the baseline `--train_method sft` of Diffusion-DPO (arXiv 2311.12908).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from mmalign.losses import denoising_error
-from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, TimestepRange
+from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
 from mmalign.run import Run
 
 
@@ -17,20 +17,20 @@ class SFTConfig(TimestepRange):
 
 
 class SFT(Method[SFTConfig]):
-    """Denoise the chosen image of each pair."""
+    """Denoise good images: the chosen ones of pairs, or those of any table of images."""
 
     name: ClassVar[str] = "sft"
     Config = SFTConfig
-    needs: ClassVar[Needs] = Needs(source="pairs")
+    needs: ClassVar[Needs] = Needs(source="images")
 
     def describe(self) -> str:
         """Return the convention of the loss."""
-        return "sft: mean squared denoising error of the chosen images, every noise level weighted alike"
+        return "sft: mean squared denoising error of the good images, every noise level weighted alike"
 
-    def loss(self, run: Run, batch: PairBatch) -> LossOutput:
-        """Return the mean denoising error of the chosen images at a random noise level each."""
-        noise = run.noise_like(batch.chosen, batch.ids, batch.epoch)
+    def loss(self, run: Run, batch: LabelBatch) -> LossOutput:
+        """Return the mean denoising error of the images at a random noise level each."""
+        noise = run.noise_like(batch.images, batch.ids, batch.epoch)
         t = run.timesteps(batch, *self.config.timestep_bounds(run.process.num_train_timesteps))
-        x_t = run.process.add_noise(batch.chosen, noise, t)
-        target = run.process.target(batch.chosen, noise, t)
+        x_t = run.process.add_noise(batch.images, noise, t)
+        target = run.process.target(batch.images, noise, t)
         return LossOutput(denoising_error(run.predict(x_t, t, batch.cond), target).mean())

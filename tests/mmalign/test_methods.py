@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tiny_models import build_tiny_sd
 from tiny_runs import InMemoryPairs
 
+from mmalign.batches import LabelBatch
 from mmalign.errors import UserError
 from mmalign.feed import Feed
 from mmalign.losses import diffusion_dpo
@@ -62,7 +63,7 @@ def disturb(run: Run, scale: float = 0.05) -> None:
 
 def test_registry_knows_them_and_they_say_what_they_need() -> None:
     assert methods.get("diffusion_dpo") is DiffusionDPO and methods.get("sft") is SFT
-    assert DiffusionDPO.needs.source == SFT.needs.source == "pairs"
+    assert (DiffusionDPO.needs.source, SFT.needs.source) == ("pairs", "images")
     assert DiffusionDPO.needs.reference and not SFT.needs.reference
     with pytest.raises(UserError, match="did you mean 'diffusion_dpo'"):
         methods.get("difusion_dpo")
@@ -147,14 +148,14 @@ def test_equal_sides_teach_nothing(model: str) -> None:
     assert output.loss.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_sft_is_the_denoising_error_of_the_chosen_side(model: str) -> None:
+def test_sft_is_the_denoising_error(model: str) -> None:
     run = make_run(model, "lora")
     batch = InMemoryPairs(3).batch(range(3), 0, 0)
     noise, t = run.noise_like(batch.chosen, batch.ids, 0), run.timesteps(batch)
     predicted = run.predict(run.process.add_noise(batch.chosen, noise, t), t, batch.cond)
     expected = torch.nn.functional.mse_loss(predicted, run.process.target(batch.chosen, noise, t))
-    ignored = replace(batch, rejected=torch.full_like(batch.rejected, float("nan")))
-    assert SFT(SFTConfig()).loss(run, ignored).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    images = LabelBatch(batch.chosen, torch.ones(3, dtype=torch.bool), batch.cond, batch.ids)
+    assert SFT(SFTConfig()).loss(run, images).loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

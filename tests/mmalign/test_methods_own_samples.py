@@ -13,10 +13,11 @@ from tiny_models import build_tiny_sd
 from tiny_runs import Brightness, InMemoryPairs, exact_run, losses, online_config, run_config, write_pairs
 from torch import Tensor
 
-from mmalign.batches import PairBatch, PromptBatch
+from mmalign.batches import LabelBatch, PromptBatch
 from mmalign.engine import train
 from mmalign.methods import methods
 from mmalign.methods.base import Method
+from mmalign.methods.dense_dpo import spaced
 from mmalign.run import Run
 from mmalign.scoring.chosen import WeightedReward
 from pipelines import sample
@@ -42,9 +43,9 @@ def prompts(run: Run, *texts: str) -> PromptBatch:
     return PromptBatch(list(texts), run.generator.encode_prompts(texts), [f"{text}#0" for text in texts])
 
 
-def pairs(count: int = 2) -> PairBatch:
+def experts(count: int = 2) -> LabelBatch:
     batch = InMemoryPairs(count).batch(range(count), 1, 0)
-    return replace(batch, chosen=batch.chosen.double(), rejected=batch.rejected.double())
+    return LabelBatch(batch.chosen.double(), torch.ones(count, dtype=torch.bool), batch.cond, batch.ids, batch.epoch)
 
 
 DENSE: dict[str, Any] = {
@@ -62,7 +63,7 @@ def drawn(run: Run, name: str) -> tuple[Method[Any], list[Any]]:
     """Return a method and what it has collected; the policy has moved on since, and one update is done."""
     options = {"dense_dpo": {**DENSE, "fidelity": "paper"}, "spo": SPO, "diffusion_dro": {**DRO, "margin": 1.0}}
     method = make_method(name, **options[name])
-    batch = pairs() if name == "diffusion_dro" else prompts(run, "a red circle", "a star")
+    batch = experts() if name == "diffusion_dro" else prompts(run, "a red circle", "a star")
     collected = list(method.collect(run, [batch]))
     with torch.no_grad():
         for parameter in run.generator.trainable_parameters():
@@ -119,6 +120,16 @@ def test_dense_dpo_starts_at_log_two_and_asks_for_the_drawn_steps_alone(model: s
     assert run.cost.images_seen == 2 * 2 * 4  # 2 prompts x 2 images x (reference, policy, forward, backward)
 
 
+def test_dense_dpo_keeps_images_evenly_spaced_in_the_ranking() -> None:
+    rewards = torch.tensor([0.3, 0.9, -1.0, 0.5, 0.4])  # ranking: 2, 0, 4, 3, 1
+    assert spaced(rewards, 3).tolist() == [2, 4, 1] and spaced(rewards, 2).tolist() == [2, 1]
+    assert spaced(rewards, 5).tolist() == [0, 1, 2, 3, 4]
+    twelve = torch.arange(12.0).flip(0)
+    assert spaced(twelve, 5).tolist() == [11, 8, 5, 3, 0]  # places 0, 2.75, 5.5, 8.25, 11 of the ranking
+    with pytest.raises(ValueError, match="compared 3 of kept 2 of images_per_prompt 4"):
+        make_method("dense_dpo", images_per_prompt=4, kept=2, compared=3)
+
+
 def test_dense_dpo_compares_images_of_a_prompt_at_the_same_steps_drawn_by_the_law(model: str) -> None:
     run, gamma = make_run(model), 0.6
     method: Any = make_method("dense_dpo", **{**DENSE, "gamma": gamma, "random_steps": (0.0, 0.75)})
@@ -140,7 +151,8 @@ def test_dense_dpo_compares_images_of_a_prompt_at_the_same_steps_drawn_by_the_la
 
 
 def test_discount_of_one_is_diffusion_dpo_to_the_bit_and_less_prefers_noise(model: str) -> None:
-    run, batch = make_run(model), pairs(3)
+    run, one = make_run(model), InMemoryPairs(3).batch(range(3), 1, 0)
+    batch = replace(one, chosen=one.chosen.double(), rejected=one.rejected.double())
     plain = make_method("diffusion_dpo", beta=5.0).loss(run, batch).loss
     assert torch.equal(make_method("diffusion_dpo", beta=5.0, discount=1.0).loss(run, batch).loss, plain)
     assert not torch.equal(make_method("diffusion_dpo", beta=5.0, discount=0.5).loss(run, batch).loss, plain)
@@ -238,13 +250,13 @@ def test_spo_threshold_follows_the_noise_of_the_step(model: str) -> None:
 def test_dro_costs_the_margin_at_the_start(model: str) -> None:
     run = make_run(model, 0.0)
     method = make_method("diffusion_dro", **DRO)
-    (ranking,) = method.collect(run, [pairs()])
+    (ranking,) = method.collect(run, [experts()])
     for run.step in (0, 1):
         assert method.loss(run, ranking).loss.item() == pytest.approx(1e-3, rel=1e-9)
 
 
 def test_dro_is_its_formula_on_separate_forward_passes(model: str) -> None:
-    run, batch = make_run(model), pairs(3)
+    run, batch = make_run(model), experts(3)
     method = make_method("diffusion_dro", **DRO, margin=0.5)
     (ranking,) = method.collect(run, [batch])
     trajectory = sample(
@@ -258,8 +270,8 @@ def test_dro_is_its_formula_on_separate_forward_passes(model: str) -> None:
         for parameter in run.generator.trainable_parameters():
             parameter.mul_(1.3)
     run.step = 1
-    noise = run.noise_like(batch.chosen, batch.ids, 1, "noise 1")
-    expert = run.process.add_noise(batch.chosen, noise, t)
+    noise = run.noise_like(batch.images, batch.ids, 1, "noise 1")
+    expert = run.process.add_noise(batch.images, noise, t)
     gaps = []
     for predict in (run.predict, run.reference.predict):
         on_expert = (predict(expert, t, batch.cond) - noise).square().mean(dim=(1, 2, 3))
@@ -273,12 +285,12 @@ def test_dro_with_one_update_a_round_has_the_gradient_of_the_expert_side_alone(m
     """The policy's own error is a square that is 0 where the samples are fresh: it opens the hinge, no more."""
     run = make_run(model)
     method = make_method("diffusion_dro", sampling_steps=3, margin=1.0)
-    (ranking,) = method.collect(run, [pairs()])
+    (ranking,) = method.collect(run, [experts()])
     parameters = list(run.generator.trainable_parameters())
     found = torch.autograd.grad(method.loss(run, ranking).loss, parameters)
-    t, batch = ranking.timesteps[0], ranking.pairs
-    noise = run.noise_like(batch.chosen, batch.ids, 1, "noise 0")
-    predicted = run.predict(run.process.add_noise(batch.chosen, noise, t), t, batch.cond)
+    t, batch = ranking.timesteps[0], ranking.experts
+    noise = run.noise_like(batch.images, batch.ids, 1, "noise 0")
+    predicted = run.predict(run.process.add_noise(batch.images, noise, t), t, batch.cond)
     expected = torch.autograd.grad((predicted - noise).square().mean(), parameters)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)

@@ -11,11 +11,13 @@ import yaml
 from tiny_models import build_tiny_sd
 from tiny_runs import BRIGHTNESS, losses, run_config
 
-from mmalign.config import RunConfig, load_config
+from mmalign.config import DataConfig, RunConfig, load_config
 from mmalign.config_files import Faults
+from mmalign.data.labels import read_labels
 from mmalign.data.parquet import read_metadata
 from mmalign.engine import plan, train
 from mmalign.errors import UserError
+from mmalign.shapes.scene_set import write_scenes
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,25 @@ def test_each_round_starts_from_the_one_before_and_its_pictures(model: str, tmp_
     assert (first / "model" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_a_share_of_real_images_is_mixed_into_every_round(model: str, tmp_path: Path) -> None:
+    write_scenes(tmp_path / "real.parquet", 3, seed=1)
+    config = rounds_config(model, tmp_path)
+    assert config.rounds is not None
+    rounds = config.rounds.model_copy(update={"real": str(tmp_path / "real.parquet"), "real_share": 0.75})
+    output = train(config.model_copy(update={"rounds": rounds, "method": {"name": "sft"}}))
+    for number in ("1", "2"):
+        mixed = output / "rounds" / number / "mixed.parquet"
+        table = read_labels(str(mixed), DataConfig())
+        # Two chosen images, so six real ones: each of the three twice.
+        assert [name.partition("/")[0] for name in table.ids] == ["own"] * 2 + ["real"] * 6
+        real = read_labels(str(tmp_path / "real.parquet"), DataConfig())
+        assert sorted(record.prompt for record in list(table)[2:]) == sorted(2 * [one.prompt for one in real])
+        assert {record.image for record in list(table)[2:]} == {record.image for record in real}
+        assert read_metadata(mixed)["rewards"][0]["name"] == BRIGHTNESS
+    written = yaml.safe_load((output / "config.yaml").read_text())
+    assert written["data"]["labels"] == str(mixed) and written["data"]["pairs"] is None
+
+
 def test_rounds_refuse_what_they_cannot_do(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = rounds_config(model, tmp_path)
     with pytest.raises(UserError, match="allowed: auto, never"):
@@ -75,14 +96,16 @@ def test_rounds_refuse_what_they_cannot_do(model: str, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("method", "data", "message"),
     [
-        ("sft", "{pairs: some.parquet}", r"data.pairs: rounds make the pairs themselves; set it to null"),
+        ("sft", "{pairs: some.parquet}", r"data.pairs: rounds make the data themselves; set it to null"),
         ("ddpo", "{}", r"rounds: method 'ddpo' draws its own samples"),
+        ("diffusion_dpo", "{}", r"rounds.real: method 'diffusion_dpo' learns from pairs, not from good images"),
     ],
 )
 def test_config_with_rounds_names_no_data(tmp_path: Path, method: str, data: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     rewards = "rewards: [shapes-correctness]\n" if method == "ddpo" else ""
-    rounds = "rounds: {count: 2, prompts: shapes-train, reward: shapes-correctness}\n"
+    real = ", real: some.parquet" if method == "diffusion_dpo" else ""
+    rounds = f"rounds: {{count: 2, prompts: shapes-train, reward: shapes-correctness{real}}}\n"
     path.write_text(f"model: m\nmethod: {method}\ndata: {data}\noutput: o\n{rewards}{rounds}")
     with pytest.raises(Faults, match=message):
         load_config(path)
