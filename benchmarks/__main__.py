@@ -1,4 +1,7 @@
-"""`python -m benchmarks [NAME ...]`: run the benchmarks and print tables of times with their ratios, and of memory."""
+"""`python -m benchmarks [NAME ...]`: run the benchmarks and print tables of times with their ratios, and of memory.
+
+`python -m benchmarks equivalence` is a command of its own: our objectives against published code.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,11 @@ from mmalign.files import write_atomically
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what was asked for; 2 means that the arguments are wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["equivalence"]:
+        from benchmarks.equivalence.command import main as equivalence
+
+        return equivalence(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="which benchmarks (default: all)")
     parser.add_argument("--list", action="store_true", help="print the names and what they measure")

@@ -331,7 +331,8 @@ def invert(
     at its start, so the error falls as `steps` grow. `renoise` repeats a step that often with the mean of the
     predictions at its start and at its successive end points, all at the target timestep (ReNoise, arXiv 2403.14602;
     ``renoise=1`` is what SmPO does). The last level is exactly `t` (default: the top of the sampler's grid), or with
-    ``grid="floor"`` the sampler's highest below `t`, as in the published codes of SmPO and InPO.
+    ``grid="floor"`` the sampler's highest below `t`, as in the published codes of SmPO and InPO with diffusers from
+    0.22 on (before that, the scheduler they use led to the level above).
 
     `eta` adds to each step that many times the noise that the sampler's step back would add, drawn from `seeds`, one
     a sample. `autocast` makes the context of each network call.

@@ -49,7 +49,7 @@ def diffusion_kto(
         raise ValueError(f"beta={beta} and the weights {desirable_weight}, {undesirable_weight} must be positive")
     centred = gain - reference_point.detach().clamp_min(0)
     v = beta * torch.where(desirable, centred, -centred)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(v.dtype)
+    weight = torch.where(desirable, torch.full_like(v, desirable_weight), torch.full_like(v, undesirable_weight))
     return weight * (1 - _utility(v, utility))
 
 

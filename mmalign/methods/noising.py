@@ -65,7 +65,8 @@ class InversionConfig(TimestepRange):
     inversion_steps: int = Field(10, ge=1)
     """steps from the image to its noise level, each at least one more forward pass of both sides"""
     fidelity: Literal["paper", "code"] = "paper"
-    """paper: the inversion ends exactly at the timestep; code: on the published codes' coarse grid below it"""
+    """paper: the inversion ends exactly at the timestep; code: on the coarse grid below it, as the published codes do
+    with diffusers from 0.22 on"""
 
 
 def invert_pairs(run: Run, batch: PairBatch, config: InversionConfig, *, renoise: int = 0, eta: float = 0.0) -> Noised:

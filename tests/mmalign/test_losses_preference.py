@@ -156,6 +156,13 @@ def test_kto_by_hand(utility: Any) -> None:
     assert loss.tolist() == pytest.approx(expected, rel=1e-10)
 
 
+def test_kto_weights_are_as_precise_as_the_gains() -> None:
+    # 0.7 in float32 is off by 1e-8.
+    gains, good = double(0.0, 0.0), torch.tensor([True, False])
+    loss = diffusion_kto(gains, good, gains.mean(), beta=1.0, desirable_weight=0.3, undesirable_weight=0.7)
+    assert loss.tolist() == pytest.approx([0.15, 0.35], rel=1e-15)
+
+
 @pytest.mark.parametrize(
     ("utility", "value"),
     [("kahneman-tversky", 0.5), ("loss-averse", 1 + math.log(2)), ("risk-seeking", 1 - math.log(2))],
