@@ -237,6 +237,7 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
     run.cost.watch(generator.network)
     if reference is not None and reference.frozen is not None:
         run.cost.watch(reference.frozen)
+    method.begin(run)
     feed = Feed(
         samples,
         batch_size=config.trainer.batch_size,

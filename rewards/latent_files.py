@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class LatentParts:
         self.truncation = Truncation("latent", min(one.model_max_length for one in self.tokenizers))
 
     def tokens(self, prompts: list[str]) -> list[Int[Tensor, "prompts length"]]:
-        """Return token ids for each text encoder, padded and cut to its length; what is cut is warned of and counted."""
+        """Return token ids for each text encoder, padded and cut to its length; cuts are counted and warned of."""
         first = self.tokenizers[0]
         self.truncation.note(prompts, [len(ids) for ids in first(prompts, verbose=False)["input_ids"]])
         device = self.network.logit_scale.device
@@ -72,7 +73,7 @@ class LatentParts:
             network.unet.save_config(scratch / "unet")
             self.vae.save_pretrained(scratch / "vae", safe_serialization=True)
             self.scheduler.save_pretrained(scratch / "scheduler")
-            encoders = list(network.text_encoders)
+            encoders: list[Any] = list(network.text_encoders)
             for suffix, encoder, tokenizer in zip(("", "_2"), encoders, self.tokenizers, strict=False):
                 encoder.config.save_pretrained(scratch / f"text_encoder{suffix}")
                 tokenizer.save_pretrained(scratch / f"tokenizer{suffix}")
@@ -96,7 +97,7 @@ class LatentParts:
             shutil.rmtree(scratch, ignore_errors=True)
 
     @classmethod
-    def load(cls, folder: str | Path) -> LatentParts:
+    def load(cls, folder: str | PathLike[str]) -> LatentParts:
         """Read what `save` wrote, on the CPU in float32.
 
         Raises:
@@ -123,7 +124,7 @@ class LatentParts:
         return cls(network, others["vae"], others["scheduler"], tokenizers, record)
 
 
-def read_record(folder: str | Path) -> dict[str, Any]:
+def read_record(folder: str | PathLike[str]) -> dict[str, Any]:
     """Return what a directory says of itself, reading no weights.
 
     Raises:

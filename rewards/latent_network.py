@@ -1,7 +1,7 @@
 """The network of the latent reward model: half a diffusion UNet and its text encoders, read as a noise-aware CLIP.
 
-Source: Zhang et al. 2025, "Diffusion Model as a Noise-Aware Latent Reward Model for Step-Level Preference Optimization"
-(arXiv:2502.01051; code Kwai-Kolors/LPO). For noisy latents x_t of a prompt c
+Source: Zhang et al. 2025, "Diffusion Model as a Noise-Aware Latent Reward Model for Step-Level Preference
+Optimization" (arXiv:2502.01051; code Kwai-Kolors/LPO). For noisy latents x_t of a prompt c
 
     score(x_t, t, c) = exp(tau) cos( W_v V, W_t E ),     tau = log(1 / 0.07) = 2.6592 before training
 
