@@ -1,9 +1,9 @@
 """Sample with several candidates at each random step: what step-by-step preferences are made from.
 
 Candidates are drawn from one Gaussian, whose mean the network gives once; what tells them apart is the clean image
-that the network predicts from each, or what else can be read from noisy latents. The chain goes on from the first. They
-are independent draws, so to whoever judges them this is going on from a random one, and the network call that predicts
-its clean image is the next step's own.
+that the network predicts from each, or whatever can be read from noisy latents. The chain goes on from the first.
+They are independent draws, so to whoever judges them this is going on from a random one, and the network call that
+predicts its clean image is the next step's own.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def sample_branching(
 ) -> Float[Tensor, "batch *latent"]:
     """Sample latents by eta-DDIM, `etas` being the noise of each step, and show each random step to `visit`.
 
-    With one candidate, or without clean predictions, the result is that of `pipelines.sample`, to the bit where batches
-    of one size are computed. With `predict_clean` a random step costs `candidates` network calls for each sample, and
-    otherwise, like a deterministic one, a single call.
+    With one candidate the result is that of `pipelines.sample`, to the bit where batches of one size are computed.
+    With `predict_clean` a random step costs `candidates` network calls for each sample; without, like a deterministic
+    one, a single call.
     """
     if candidates < 1:
         raise PipelineError(f"candidates must be at least 1, got {candidates}.")

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmalign.latent_reward.comparisons import ComparisonBatch, Comparisons
+from mmalign.batches import ComparisonBatch
+from mmalign.latent_reward.comparisons import Comparisons
 from mmalign.losses import latent_reward
 from mmalign.progress import track
 

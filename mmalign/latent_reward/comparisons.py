@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from mmalign.batches import ComparisonBatch
 from mmalign.data.cache import CachedSides
 from mmalign.data.pairs import PairTable
 from mmalign.data.transforms import uniform
 from mmalign.errors import UserError
 from mmalign.losses import pair_weights
-
-
-@dataclass
-class ComparisonBatch:
-    """Pairs: `preference` is 1, or 1/2 for a tie; `weights` let every prompt count alike."""
-
-    chosen: Float[Tensor, "batch *latent"]
-    rejected: Float[Tensor, "batch *latent"]
-    prompts: list[str]
-    preference: Float[Tensor, " batch"]
-    weights: Float[Tensor, " batch"]
-    ids: list[str]
-    epoch: int = 0
-
-    def __len__(self) -> int:
-        """Return the number of pairs."""
-        return len(self.ids)
-
-    def to(self, device: torch.device | str) -> ComparisonBatch:
-        """Return the batch on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("chosen", "rejected", "preference", "weights")}
-        return replace(self, **moved)
 
 
 class Comparisons:

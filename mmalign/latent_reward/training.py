@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmalign.batches import ComparisonBatch
 from mmalign.checkpoint import Checkpoint, check_same_recipe, list_checkpoints, load_checkpoint, save_checkpoint
 from mmalign.config import dump_config
 from mmalign.config_files import flatten
@@ -27,7 +28,7 @@ from mmalign.feed import Feed
 from mmalign.files import check_output, write_atomically
 from mmalign.interrupt import graceful_stop
 from mmalign.latent_reward.accuracy import LevelAccuracy, measure, table_of
-from mmalign.latent_reward.comparisons import ComparisonBatch, Comparisons, split
+from mmalign.latent_reward.comparisons import Comparisons, split
 from mmalign.latent_reward.config import LatentRewardConfig
 from mmalign.losses import latent_reward
 from mmalign.optim import build_optimizer, learning_rate_factor, load_optimizer_tensors, optimizer_tensors

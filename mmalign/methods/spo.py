@@ -66,7 +66,7 @@ class SPO(SamplingMethod[SPOConfig]):
     """Prefer, step by step, the better of a few continuations of the policy's own samples; any reward will do."""
 
     name: ClassVar[str] = "spo"
-    Config = SPOConfig
+    Config: ClassVar[type[SPOConfig]] = SPOConfig
     needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="blackbox")
     predict_clean: ClassVar[bool] = True
     """Whether `step_scores` looks at the clean images predicted from the candidates."""
