@@ -189,7 +189,7 @@ class RewardTrainer:
             loss = (batch.weights * latent_reward(chosen, rejected, batch.preference)).mean()
             if not bool(loss.isfinite()):
                 raise TrainingDiverged(
-                    f"the loss of step {step + 1} is {float(loss)}; lower trainer.learning_rate, or use "
+                    f"the loss of step {step + 1} is {float(loss.detach())}; lower trainer.learning_rate, or use "
                     "trainer.precision fp32, and run the same command again: it goes on from the last checkpoint"
                 )
             (loss / s.gradient_accumulation).backward()
