@@ -39,6 +39,31 @@ class PairBatch:
 
 
 @dataclass
+class ComparisonBatch:
+    """A batch of preference pairs for a reward to learn from: encoded images, the prompts as text.
+
+    `preference` is 1, or 1/2 for a tie; `weights` let every prompt count alike.
+    """
+
+    chosen: Float[Tensor, "batch *latent"]
+    rejected: Float[Tensor, "batch *latent"]
+    prompts: list[str]
+    preference: Float[Tensor, " batch"]
+    weights: Float[Tensor, " batch"]
+    ids: list[str]
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> ComparisonBatch:
+        """Return the batch on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("chosen", "rejected", "preference", "weights")}
+        return replace(self, **moved)
+
+
+@dataclass
 class LabelBatch:
     """A batch of single images, each good or bad for its prompt, encoded."""
 

@@ -23,6 +23,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "fine-tune a model as a config says; goes on from the last checkpoint",
         "mmalign train shapes/diffusion_dpo trainer.steps=200 output=runs/first",
     ),
+    "train-reward": (
+        "train a latent reward, which reads noisy latents, on preference pairs",
+        "mmalign train-reward shapes/latent_reward trainer.steps=200 output=runs/reward",
+    ),
     "generate": (
         "make images from prompts",
         "mmalign generate assets/shapes-sd --prompts shapes-validation --out runs/images",

@@ -107,7 +107,7 @@ def _check_rewards(values: dict[str, Any], method: Any) -> Iterator[Fault]:
             f"method '{values['method']['name']}' learns from {method.needs.source} and takes no rewards; remove "
             "`rewards` (`mmalign pairs label --reward` makes pairs by a reward, `evaluate.rewards` reports one)",
         )
-    elif method and method.needs.reward != "none" and not given:
+    elif method and method.needs.reward not in ("none", "optional") and not given:
         yield Fault(
             ("rewards",), f"method '{values['method']['name']}' needs at least one; see `mmalign list rewards`"
         )

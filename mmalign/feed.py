@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mmalign.batches import LabelBatch, PairBatch, PromptBatch
+from mmalign.batches import ComparisonBatch, LabelBatch, PairBatch, PromptBatch
 from mmalign.seeds import derive_seed
 
 
@@ -18,7 +18,9 @@ class Samples(Protocol):
         """Return the number of samples."""
         ...
 
-    def batch(self, indices: Sequence[int], epoch: int, seed: int) -> PairBatch | LabelBatch | PromptBatch:
+    def batch(
+        self, indices: Sequence[int], epoch: int, seed: int
+    ) -> PairBatch | LabelBatch | PromptBatch | ComparisonBatch:
         """Return these samples; what is random in them depends on (seed, id, epoch) alone."""
         ...
 

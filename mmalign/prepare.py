@@ -32,7 +32,7 @@ from mmalign.validation import Validation, check_evaluation
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
-    from mmalign.data.cache import CachedImages
+    from mmalign.data.cache import CachedImages, CachedSides
     from mmalign.data.labels import LabelTable
     from mmalign.data.pairs import PairTable
 
@@ -238,6 +238,7 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
     run.cost.watch(generator.network)
     if reference is not None and reference.frozen is not None:
         run.cost.watch(reference.frozen)
+    method.begin(run)
     feed = Feed(
         samples,
         batch_size=config.trainer.batch_size,
@@ -299,7 +300,7 @@ def encode(source: Source, generator: Any, config: RunConfig, accelerator: Any) 
         return samples, data_id(source, samples)
 
 
-def data_id(table: PairTable | LabelTable, samples: CachedImages) -> str:
+def data_id(table: PairTable | LabelTable, samples: CachedSides) -> str:
     """Return 32 hex digits that identify the data in their order: ids, texts, content of images, margin or label."""
     digest = hashlib.blake2b(digest_size=16)
     for index, name in enumerate(samples.ids):

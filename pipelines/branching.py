@@ -1,8 +1,9 @@
 """Sample with several candidates at each random step: what step-by-step preferences are made from.
 
 Candidates are drawn from one Gaussian, whose mean the network gives once; what tells them apart is the clean image
-that the network predicts from each. The chain goes on from the first. They are independent draws, so to whoever judges
-them this is going on from a random one, and the network call that predicts its clean image is the next step's own.
+that the network predicts from each, or whatever can be read from noisy latents. The chain goes on from the first.
+They are independent draws, so to whoever judges them this is going on from a random one, and the network call that
+predicts its clean image is the next step's own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from pipelines.sampling import noise_stream
 class Branching:
     """A random sampling step from level `t` to `t_next`: where it started, and what could have come of it.
 
-    `clean` are the clean latents predicted from each candidate; `std` is that of the step, the same for all samples.
+    `clean` are the clean latents predicted from each candidate, None where they were not asked for; `std` is that of
+    the step, the same for all samples.
     """
 
     t: int | float
@@ -37,13 +39,14 @@ class Branching:
     std: float
     state: Float[Tensor, "batch *latent"]
     candidates: Float[Tensor, "candidates batch *latent"]
-    clean: Float[Tensor, "candidates batch *latent"]
+    clean: Float[Tensor, "candidates batch *latent"] | None
 
     def pick(self, *chosen: Int[Tensor, " batch"]) -> Branching:
         """Return the step with these candidates alone, each given by its index for every sample."""
         rows = torch.arange(len(self.state), device=self.state.device)
         index = torch.stack(chosen)
-        return replace(self, candidates=self.candidates[index, rows], clean=self.clean[index, rows])
+        clean = None if self.clean is None else self.clean[index, rows]
+        return replace(self, candidates=self.candidates[index, rows], clean=clean)
 
 
 def step_stds(process: NoiseProcess, etas: Sequence[float]) -> list[float]:
@@ -63,20 +66,22 @@ def sample_branching(
     candidates: int,
     seeds: Sequence[int],
     visit: Callable[[Branching], None],
+    predict_clean: bool = True,
     guidance: float = 7.5,
     autocast: Autocast = nullcontext,
 ) -> Float[Tensor, "batch *latent"]:
     """Sample latents by eta-DDIM, `etas` being the noise of each step, and show each random step to `visit`.
 
     With one candidate the result is that of `pipelines.sample`, to the bit where batches of one size are computed.
-    A random step costs `candidates` network calls for each sample, a deterministic one a single call.
+    With `predict_clean` a random step costs `candidates` network calls for each sample; without, like a deterministic
+    one, a single call.
     """
     if candidates < 1:
         raise PipelineError(f"candidates must be at least 1, got {candidates}.")
     process, count, steps = generator.process, len(seeds), len(etas)
     predictors = {
         times: guided_predictor(generator, Conditioning.cat([cond] * times), guidance, autocast=autocast)
-        for times in {1, candidates}
+        for times in {1, candidates if predict_clean else 1}
     }
     noise, stds = noise_stream(seeds, generator.latent_shape, generator.device), step_stds(process, etas)
     grid, next_grid = process.schedule(steps)
@@ -88,11 +93,12 @@ def sample_branching(
         times = candidates if stds[index] else 1
         drawn = clean = torch.stack([mean + std * z for z in itertools.islice(noise, times)])
         if index + 1 < steps:
-            flat = drawn.flatten(0, 1)
-            outputs = predictors[times](flat, on_device[index + 1].expand(len(flat)))
-            clean = process.clean(flat, outputs, levels[index + 1]).view_as(drawn)
+            looked_at = drawn if predict_clean else drawn[:1]
+            flat = looked_at.flatten(0, 1)
+            outputs = predictors[len(looked_at)](flat, on_device[index + 1].expand(len(flat)))
+            clean = process.clean(flat, outputs, levels[index + 1]).view_as(looked_at)
             output = outputs[:count]
         if stds[index]:
-            visit(Branching(t, t_next, etas[index], stds[index], x, drawn, clean))
+            visit(Branching(t, t_next, etas[index], stds[index], x, drawn, clean if predict_clean else None))
         x = drawn[0]
     return x

@@ -38,6 +38,7 @@ BUILTIN = {
     "jpeg-compressibility": "rewards.jpeg:JpegCompressibility",
     "jpeg-incompressibility": "rewards.jpeg:JpegIncompressibility",
     "lambda-harmonic": "rewards.lambda_harmonic:LambdaHarmonic",
+    "latent": "rewards.latent:LatentReward",
     "motion-smoothness": "rewards.video_motion:MotionSmoothness",
     "mps": "rewards.mps:Mps",
     "ocr": "rewards.ocr:OcrReward",

@@ -53,12 +53,13 @@ def build_pair_cache(
     """
     margins = torch.tensor(table.margins(), dtype=torch.float32)
     return CachedPairs(
-        **encode_table(table, _pair_sides, generator, data, cache_dir, progress, batch_size, memory_limit),
+        **encode_table(table, pair_sides, generator, data, cache_dir, progress, batch_size, memory_limit),
         margins=None if bool(margins.isnan().all()) else margins,
     )
 
 
-def _pair_sides(record: PairRecord) -> dict[str, Media]:
+def pair_sides(record: PairRecord) -> dict[str, Media]:
+    """Return the two images of a pair under the names that an error calls them by."""
     return {f"pair '{record.id}', chosen": record.chosen, f"pair '{record.id}', rejected": record.rejected}
 
 
@@ -102,9 +103,29 @@ def encode_table(
     Raises:
         UserError: an image cannot be read.
     """
-    folder = Path(cache_dir or data.cache or default_cache_dir()).expanduser()
+    folder = _cache_folder(data, cache_dir)
+    return {
+        "prompts": PromptEncoder(folder, generator, batch_size).encode(table.prompts, memory_limit),
+        "prompt_slots": torch.tensor([table.prompt_index(index) for index in range(len(table))]),
+        "empty_slot": len(table.prompts),
+        "caption_dropout": data.caption_dropout,
+        **encode_sides(table, sides, generator, data, cache_dir, progress, batch_size, memory_limit),
+    }
+
+
+def encode_sides(
+    table: Table[RecordT],
+    sides: Callable[[RecordT], Mapping[str, Media]],
+    generator: Any,
+    data: DataConfig,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+    batch_size: int = 16,
+    memory_limit: int = MEMORY_LIMIT,
+) -> dict[str, Any]:
+    """Encode the images alone, as `encode_table` does, and return the fields of `CachedSides`."""
+    folder = _cache_folder(data, cache_dir)
     transform = PairTransform(data.resolution or generator.image_size, data.crop)
-    prompts = PromptEncoder(folder, generator, batch_size).encode(table.prompts, memory_limit)
     images = _ImageEncoder(folder, generator, transform, batch_size, flips=(False, True) if data.flip else (False,))
     slots = array("q")
     for name, record in zip(table.ids, table, strict=True):
@@ -118,17 +139,17 @@ def encode_table(
         "latents": images.finish(memory_limit),
         "latent_keys": images.keys,
         "slots": torch.tensor(slots, dtype=torch.long).reshape(len(table), -1, len(images.flips)),
-        "prompts": prompts,
-        "prompt_slots": torch.tensor([table.prompt_index(index) for index in range(len(table))]),
-        "empty_slot": len(table.prompts),
         "resolution": transform.resolution,
-        "caption_dropout": data.caption_dropout,
     }
 
 
+def _cache_folder(data: DataConfig, cache_dir: str | Path | None) -> Path:
+    return Path(cache_dir or data.cache or default_cache_dir()).expanduser()
+
+
 @dataclass(kw_only=True)
-class CachedImages:
-    """Encoded images and prompts. Slots number the distinct encodings: `slots[sample, side, flip]`.
+class CachedSides:
+    """Encoded images. Slots number the distinct encodings: `slots[sample, side, flip]`.
 
     What is random in a batch (posterior sample, flip, caption dropout) depends on (seed, id or image, epoch) alone,
     never on the rest of the batch; flip and dropout are drawn once per sample and hold for all its sides.
@@ -138,11 +159,7 @@ class CachedImages:
     latents: Rows
     latent_keys: list[str]
     slots: Int[Tensor, "samples sides flips"]
-    prompts: Rows
-    prompt_slots: Int[Tensor, " samples"]
-    empty_slot: int
     resolution: int
-    caption_dropout: float = 0.0
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -152,7 +169,7 @@ class CachedImages:
         """Return what identifies a sample besides its id and prompt: the content of its images, then the rest."""
         return tuple(self.latent_keys[slot] for slot in self.slots[index, :, 0].tolist())
 
-    def _sides(self, indices: Sequence[int], epoch: int, seed: int) -> tuple[list[str], list[Tensor], Tensor]:
+    def sides(self, indices: Sequence[int], epoch: int, seed: int) -> tuple[list[str], list[Tensor], Tensor]:
         """Return ids, the latents of each side, and the indices as a tensor, on the CPU in float32."""
         rows = torch.as_tensor(indices, dtype=torch.long)
         ids = [self.ids[index] for index in rows.tolist()]
@@ -175,6 +192,16 @@ class CachedImages:
             torch.randn(row.shape, generator=source, out=row)
         return latents.addcmul_(rows["std"].float(), noise)
 
+
+@dataclass(kw_only=True)
+class CachedImages(CachedSides):
+    """Encoded images and prompts."""
+
+    prompts: Rows
+    prompt_slots: Int[Tensor, " samples"]
+    empty_slot: int
+    caption_dropout: float = 0.0
+
     def _condition(self, slots: Int[Tensor, " batch"], ids: list[str], epoch: int, seed: int) -> Conditioning:
         dropped = torch.tensor([uniform(seed, "caption", name, epoch) < self.caption_dropout for name in ids])
         tensors = self.prompts[torch.where(dropped, self.empty_slot, slots)]
@@ -193,7 +220,7 @@ class CachedPairs(CachedImages):
 
     def batch(self, indices: Sequence[int], epoch: int, seed: int) -> PairBatch:
         """Return these pairs, in this order, on the CPU in float32 (embeddings in the dtype they were encoded in)."""
-        ids, (chosen, rejected), rows = self._sides(indices, epoch, seed)
+        ids, (chosen, rejected), rows = self.sides(indices, epoch, seed)
         return PairBatch(
             chosen=chosen,
             rejected=rejected,

@@ -30,7 +30,7 @@ class CachedLabels(CachedImages):
 
     def batch(self, indices: Sequence[int], epoch: int, seed: int) -> LabelBatch:
         """Return these images, in this order, on the CPU in float32."""
-        ids, (images,), rows = self._sides(indices, epoch, seed)
+        ids, (images,), rows = self.sides(indices, epoch, seed)
         rejected = None
         if self.rejected_slots is not None:
             slots = self.rejected_slots[rows]

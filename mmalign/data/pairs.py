@@ -123,6 +123,10 @@ class PairTable:
         """Return the texts of a pair: its prompt alone."""
         return (self.prompts[self._prompt_of[index]],)
 
+    def ties(self) -> list[bool]:
+        """Return for every pair whether neither side was preferred."""
+        return [bool(tie) for tie in self._ties]
+
     def margins(self) -> list[float]:
         """Return the margin of every pair, NaN where the source has no scores."""
         return list(self._margins)

@@ -7,6 +7,7 @@ from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
 from mmalign.losses.diffusion_dro import diffusion_dro
 from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
 from mmalign.losses.dpo import beta_of_gap, chosen_anchor, dpo, dpo_logit
+from mmalign.losses.latent_reward import latent_reward, pair_weights
 from mmalign.losses.mapo import mapo, mapo_likelihood, mapo_logit
 from mmalign.losses.pair_loss import pair_loss
 from mmalign.losses.policy_gradient import clamped_policy_gradient, clipped_policy_gradient, gaussian_kl
@@ -39,12 +40,14 @@ __all__ = [
     "dynamic_threshold",
     "gaussian_kl",
     "kto_reference_point",
+    "latent_reward",
     "list_mle",
     "mapo",
     "mapo_likelihood",
     "mapo_logit",
     "noise_level_weight",
     "pair_loss",
+    "pair_weights",
     "prdp",
     "rdpo",
     "rrpo",

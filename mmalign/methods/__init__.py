@@ -13,6 +13,7 @@ methods = Registry(
         "diffusion_dro": "mmalign.methods.diffusion_dro:DiffusionDRO",
         "diffusion_kto": "mmalign.methods.diffusion_kto:DiffusionKTO",
         "inpo": "mmalign.methods.inpo:InPO",
+        "lpo": "mmalign.methods.lpo:LPO",
         "mapo": "mmalign.methods.mapo:MaPO",
         "prdp": "mmalign.methods.prdp:PRDP",
         "sft": "mmalign.methods.sft:SFT",

@@ -31,12 +31,12 @@ class Needs:
     `source`: preference pairs, single images with labels, good images alone (those of labels, or the chosen ones of
     pairs), or prompts alone (the method samples for itself);
     `reference`: whether the frozen starting point is evaluated; `reward`: whether samples are scored, and whether
-    the score must have a gradient.
+    the score must have a gradient ("optional": scored if rewards are given, to be watched).
     """
 
     source: Literal["pairs", "labels", "images", "prompts"]
     reference: bool = False
-    reward: Literal["none", "blackbox", "differentiable"] = "none"
+    reward: Literal["none", "optional", "blackbox", "differentiable"] = "none"
     modality: Literal["image", "video", "vlm"] = "image"
 
 
@@ -118,6 +118,12 @@ class Method(ABC, Generic[ConfigT]):
         """Raise a UserError for data that lack what the method learns from; by default it needs nothing special.
 
         `source` is what the recipe names, read but not encoded, such as a `PairTable`; called before a weight is read.
+        """
+
+    def begin(self, run: Run) -> None:
+        """Load what the method learns with besides the recipe's rewards, once the run is ready; by default nothing.
+
+        Raise a UserError for what does not belong to the model.
         """
 
     def describe(self) -> str:

@@ -66,8 +66,10 @@ class SPO(SamplingMethod[SPOConfig]):
     """Prefer, step by step, the better of a few continuations of the policy's own samples; any reward will do."""
 
     name: ClassVar[str] = "spo"
-    Config = SPOConfig
+    Config: ClassVar[type[SPOConfig]] = SPOConfig
     needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="blackbox")
+    predict_clean: ClassVar[bool] = True
+    """Whether `step_scores` looks at the clean images predicted from the candidates."""
 
     def describe(self) -> str:
         """Return what beta, the clip and the threshold are measured in."""
@@ -85,8 +87,17 @@ class SPO(SamplingMethod[SPOConfig]):
 
     def step_scores(self, run: Run, samples: PromptBatch, step: Branching) -> Float[Tensor, "candidates batch"]:
         """Return the score of each candidate: the reward of the image that the policy predicts from it."""
+        assert step.clean is not None
         decoded = (run.generator.decode(clean) for clean in step.clean)
         return torch.stack([run.score(images, samples.prompts).total for images in decoded])
+
+    def final_rewards(
+        self, run: Run, samples: PromptBatch, latents: Float[Tensor, "batch *latent"]
+    ) -> Float[Tensor, " batch"]:
+        """Return the reward of finished samples, to be logged, and show them to the monitors."""
+        images = run.decode(latents)
+        run.show(images, samples.prompts)
+        return run.score(images, samples.prompts).total
 
     @torch.no_grad()
     def _draw(self, run: Run, samples: PromptBatch) -> list[StepPairs]:
@@ -106,12 +117,11 @@ class SPO(SamplingMethod[SPOConfig]):
             candidates=c.candidates,
             seeds=run.seeds(samples.ids, samples.epoch),
             visit=judge,
+            predict_clean=self.predict_clean,
             guidance=c.guidance,
             autocast=run.autocast,
         )
-        images = run.generator.decode(latents)
-        run.show(images, samples.prompts)
-        rewards = run.score(images, samples.prompts).total
+        rewards = self.final_rewards(run, samples, latents)
         return [StepPairs(samples, step, valid, 1 / len(found), rewards) for step, valid in found]
 
     def loss(self, run: Run, batch: StepPairs) -> LossOutput:

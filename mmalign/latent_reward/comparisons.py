@@ -1,0 +1,55 @@
+"""What a latent reward is trained and measured on: encoded pairs with the prompt as text, split by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mmalign.batches import ComparisonBatch
+from mmalign.data.cache import CachedSides
+from mmalign.data.pairs import PairTable
+from mmalign.data.transforms import uniform
+from mmalign.errors import UserError
+from mmalign.losses import pair_weights
+
+
+class Comparisons:
+    """Some pairs of a table, as `mmalign.feed.Feed` deals them out."""
+
+    def __init__(self, table: PairTable, sides: CachedSides, rows: Sequence[int]) -> None:
+        """Weigh the pairs chosen by `rows`."""
+        self.rows, self._table, self._sides = list(rows), table, sides
+        ties = table.ties()
+        self.preference = torch.tensor([0.5 if ties[row] else 1.0 for row in self.rows])
+        self.weights = pair_weights([table.prompt_index(row) for row in self.rows]).float()
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int], epoch: int, seed: int) -> ComparisonBatch:
+        """Return these pairs, in this order, on the CPU in float32."""
+        chosen_rows = [self.rows[index] for index in indices]
+        ids, (chosen, rejected), _ = self._sides.sides(chosen_rows, epoch, seed)
+        prompts = [self._table.prompts[self._table.prompt_index(row)] for row in chosen_rows]
+        picked = torch.as_tensor(indices, dtype=torch.long)
+        return ComparisonBatch(chosen, rejected, prompts, self.preference[picked], self.weights[picked], ids, epoch)
+
+
+def split(table: PairTable, sides: CachedSides, share: float, seed: int) -> tuple[Comparisons, Comparisons]:
+    """Return the pairs to learn from and those held out: all pairs of about that share of the prompts, by a hash.
+
+    Raises:
+        UserError: nothing is held out, or nothing is left.
+    """
+    aside = [uniform(seed, "held out", prompt) < share for prompt in table.prompts]
+    parts: tuple[list[int], list[int]] = ([], [])
+    for row in range(len(table)):
+        parts[aside[table.prompt_index(row)]].append(row)
+    if not all(parts):
+        raise UserError(
+            f"held_out {share:g} of {len(table.prompts)} prompts leaves {len(parts[0])} pairs to learn from and "
+            f"{len(parts[1])} to measure on; give more prompts, or another share"
+        )
+    return Comparisons(table, sides, parts[0]), Comparisons(table, sides, parts[1])
