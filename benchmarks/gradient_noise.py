@@ -97,8 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--draws {options.draws}: a variance needs at least 2")
     configs = [text for text in options.configs if "=" not in text]
     overrides = [text for text in options.configs if "=" in text]
-    table = Table("config", "samples", title=f"gradient noise over {options.draws} draws", title_justify="left")
-    for heading in ("|E g|²", "trace of covariance", "signal / noise", "batches for signal = noise"):
+    table = Table(title=f"gradient noise over {options.draws} draws", title_justify="left")
+    for heading in ("config", "samples"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("|E g|²", "trace of covariance", "signal / noise", "batches until equal"):
         table.add_column(heading, justify="right")
     results: dict[str, Any] = {}
     try:
