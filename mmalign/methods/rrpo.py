@@ -1,0 +1,71 @@
+"""RRPO: preference on the tokens in which two answers differ, and a bound on all others (arXiv 2504.12083).
+
+The objective itself is `mmalign.losses.rrpo`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from mmalign.batches import VlmPairBatch
+from mmalign.errors import UserError
+from mmalign.losses import completion_sum, rrpo, rrpo_logit, span_masks, token_kl
+from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
+from mmalign.methods.completions import answer_metrics, collate, reduce_sides, token_log_probs
+from mmalign.run import Run
+
+
+class RRPOConfig(MethodConfig):
+    """Configuration of `rrpo`; sums over tokens, the divergence in nats and not scaled by beta."""
+
+    beta: float = Field(0.1, gt=0)
+    """how closely the policy is held to the reference on the tokens that differ"""
+    alpha: float = Field(0.01, ge=0)
+    """weight of the divergence from the reference on the chosen answer, a sum over its tokens"""
+
+
+class RRPO(Method[RRPOConfig]):
+    """Prefer the spans in which the chosen answer differs, and keep the rest of it as the reference has it."""
+
+    name: ClassVar[str] = "rrpo"
+    Config = RRPOConfig
+    needs: ClassVar[Needs] = Needs(source="pairs", reference=True, modality="vlm")
+    images_per_sample = 2
+
+    def check_data(self, source: Any) -> None:
+        """Refuse pairs whose answers do not differ: they would teach nothing."""
+        same = [pair.id for pair in source if pair.chosen.strip() == pair.rejected.strip()]
+        if same:
+            raise UserError(
+                f"rrpo learns from where two answers differ, and {len(same)} pairs of {source.name} have one answer "
+                f"about two media ('{same[0]}' first); use vlm_dpo or rdpo for them"
+            )
+
+    def describe(self) -> str:
+        """Return what the numbers mean here."""
+        c = self.config
+        return (
+            f"rrpo: beta={c.beta:g} on differing tokens, sums, no half factor, + {c.alpha:g} KL(reference || policy)"
+        )
+
+    def loss(self, run: Run, batch: VlmPairBatch) -> LossOutput:
+        """Return the mean loss of the pairs; `distance` is the divergence, a sum over the chosen answer's tokens."""
+        c = self.config
+        sides = collate(run, batch.chosen, batch.rejected)
+        logits, reference_logits = run.logits(sides), run.reference.logits(sides)
+        mask = sides.token_mask
+        policy, reference = (token_log_probs(one, sides) for one in (logits, reference_logits))
+        ids, masks = sides.completion_ids.chunk(2), mask.chunk(2)
+        differs = span_masks(ids[0], masks[0], ids[1], masks[1])
+        z = rrpo_logit(*policy.chunk(2), *reference.chunk(2), *differs, beta=c.beta)
+        chosen = slice(len(batch))
+        divergence = token_kl(reference_logits[chosen], logits[chosen])
+        loss = rrpo(z, divergence, masks[0], alpha=c.alpha).mean()
+        metrics = answer_metrics(reduce_sides((policy, mask), 2), reduce_sides((reference, mask), 2), z)
+        metrics |= {
+            "distance": completion_sum(divergence.detach(), masks[0]).mean(),
+            "differing_tokens": sum(side.sum(1).float().mean() for side in differs) / 2,
+        }
+        return LossOutput(loss, metrics)
