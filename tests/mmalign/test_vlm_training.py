@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import losses, run_config, write_answer_pairs
-from tiny_vlms import build_llava_onevision
+from tiny_vlms import build_llava_onevision, build_qwen2_5_vl
 
 from mmalign.checkpoint import list_checkpoints, load_checkpoint
 from mmalign.cli import main
@@ -182,3 +182,20 @@ def test_keys_that_say_nothing_to_a_model_are_faults(
     with pytest.raises(UserError) as error:
         load_config(path, [f"{key}={value}" for key, value in changes.items()])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["vlm_dpo", "rrpo", "vdpo", "rdpo", "temple"])
+def test_the_configs_for_real_models_train_the_tiny_model_of_their_class(
+    world: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    if not (tiny := Path(world["vlm"]).with_name("qwen")).exists():
+        build_qwen2_5_vl(tiny)
+    given = {"model": tiny, "data.pairs": world["pairs"], "data.cache": tmp_path, "output": tmp_path / "out"}
+    given |= {"trainer.steps": 1, "trainer.gradient_accumulation": 2, "adapter.rank": 2}
+    given |= {"method.stages": [16, 2]} if name == "temple" else {}
+    recipe = load_config(f"qwen2_5_vl/{name}", [f"{key}={value}" for key, value in given.items()])
+    assert recipe.trainer.precision == "bf16" and recipe.trainer.gradient_checkpointing
+    output = train(recipe)
+    factor = {"rdpo": 2.0, "vdpo": losses(output, "weight").get(1)}.get(name, 1.0)
+    assert losses(output)[1] == pytest.approx(LN2 * factor, abs=1e-6)
+    assert load_vlm(output, device="cpu").has_adapter
