@@ -104,7 +104,7 @@ _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
     },
 }
 """Whether a model answers (or draws) -> the keys that say nothing to it."""
-_DEFAULTS = (None, [], False, 0, "drop", "center")
+_DEFAULTS: tuple[Any, ...] = (None, [], False, 0, "drop", "center")
 """What a written-out configuration holds under such keys."""
 
 

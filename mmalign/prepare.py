@@ -277,8 +277,14 @@ def encode(source: Source, generator: Any, config: RunConfig, accelerator: Any, 
     from mmalign.data.vlm_samples import VlmPairs
 
     if isinstance(source, VlmPairTable):
-        how = {"precision": config.trainer.precision, "batch_size": config.trainer.batch_size}
-        pairs = VlmPairs(source, generator, config.data, model_id=model_id, **how)
+        pairs = VlmPairs(
+            source,
+            generator,
+            config.data,
+            model_id=model_id,
+            precision=config.trainer.precision,
+            batch_size=config.trainer.batch_size,
+        )
         return pairs, pairs.data_id
     from mmalign.data.cache import build_pair_cache
     from mmalign.data.label_cache import build_label_cache

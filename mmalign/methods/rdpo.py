@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmalign.batches import VlmPairBatch
@@ -71,8 +72,8 @@ class RDPO(Method[RDPOConfig]):
         """Return the mean loss; "visual_accuracy" is that of the preference between media."""
         c = self.config
         sides = collate(run, batch.chosen, with_answers(batch.chosen, batch.rejected), self._unseen(run, batch))
-        policy = reduce_sides(run.log_probs(sides), 3)
-        reference = reduce_sides(run.reference.log_probs(sides), 3)
+        policy = _three(reduce_sides(run.log_probs(sides), 3))
+        reference = _three(reduce_sides(run.reference.log_probs(sides), 3))
         each = rdpo(policy, reference, beta=c.beta, visual_weight=c.visual_weight, anchor_weight=c.anchor_weight)
         text = dpo_logit(*policy[:2], *reference[:2], beta=c.beta)
         visual = dpo_logit(policy[0], policy[2], reference[0], reference[2], beta=c.beta).detach()
@@ -90,6 +91,11 @@ class RDPO(Method[RDPOConfig]):
             for prompt, other in zip(batch.prompts, others, strict=True)
         ]
         return with_answers(asked, batch.chosen)
+
+
+def _three(sides: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    chosen, rejected, unseen = sides
+    return chosen, rejected, unseen
 
 
 @torch.no_grad()

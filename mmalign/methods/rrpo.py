@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field
 
 from mmalign.batches import VlmPairBatch
@@ -55,17 +56,14 @@ class RRPO(Method[RRPOConfig]):
         c = self.config
         sides = collate(run, batch.chosen, batch.rejected)
         logits, reference_logits = run.logits(sides), run.reference.logits(sides)
-        mask = sides.token_mask
-        policy, reference = (token_log_probs(one, sides) for one in (logits, reference_logits))
-        ids, masks = sides.completion_ids.chunk(2), mask.chunk(2)
-        differs = span_masks(ids[0], masks[0], ids[1], masks[1])
-        z = rrpo_logit(*policy.chunk(2), *reference.chunk(2), *differs, beta=c.beta)
-        chosen = slice(len(batch))
+        mask, ids = sides.token_mask, sides.completion_ids
+        policy, reference = token_log_probs(logits, sides), token_log_probs(reference_logits, sides)
+        chosen, rejected = slice(len(batch)), slice(len(batch), None)
+        differs = span_masks(ids[chosen], mask[chosen], ids[rejected], mask[rejected])
+        z = rrpo_logit(policy[chosen], policy[rejected], reference[chosen], reference[rejected], *differs, beta=c.beta)
         divergence = token_kl(reference_logits[chosen], logits[chosen])
-        loss = rrpo(z, divergence, masks[0], alpha=c.alpha).mean()
+        loss = rrpo(z, divergence, mask[chosen], alpha=c.alpha).mean()
         metrics = answer_metrics(reduce_sides((policy, mask), 2), reduce_sides((reference, mask), 2), z)
-        metrics |= {
-            "distance": completion_sum(divergence.detach(), masks[0]).mean(),
-            "differing_tokens": sum(side.sum(1).float().mean() for side in differs) / 2,
-        }
+        metrics["distance"] = completion_sum(divergence.detach(), mask[chosen]).mean()
+        metrics["differing_tokens"] = torch.cat(differs).sum(1).float().mean()
         return LossOutput(loss, metrics)

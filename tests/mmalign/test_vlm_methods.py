@@ -116,7 +116,7 @@ def test_vlm_dpo_is_its_formula(run: Run) -> None:
         beta = 0.3 * (1 + 0.5 * (1 - math.exp(-0.5 * gap)))
         z = beta * margins[i]
         policy = alone(run, video(i), CHOSEN[i])[1][0]
-        expected += -0.9 * log_sigmoid(z) - 0.1 * log_sigmoid(-z) - 0.2 * float(policy.mean())
+        expected += -0.9 * log_sigmoid(z) - 0.1 * log_sigmoid(-z) - 0.2 * policy.mean().item()
         expected -= 0.5 * log_sigmoid(beta * delta(run, video(i), CHOSEN[i]))
     assert make("vlm_dpo", **options).loss(run, batch).loss.item() == pytest.approx(expected / 2, abs=1e-9)
 
