@@ -344,10 +344,10 @@ class Trainer:
                 scores[0], spreads, picture = self.validation.look(self.run)
                 if self.monitors is not None:
                     self.monitors.look(step, scores[0], spreads)
-                self.metrics.log(step, scores[0] | totals)
                 if picture is not None:
                     save_grid(picture, self.output, step)
                     self.metrics.log_image(step, "evaluation", picture)
+                self.metrics.log(step, scores[0] | totals)
                 note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores[0].items()))
             self.accelerator.wait_for_everyone()
             if self.best:

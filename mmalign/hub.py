@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
 
 CONFIG_FILE, CARD_FILE = "config.yaml", "README.md"
+_LOOKS = {False: "Means over a few fixed prompts and seeds", True: "Shares of right answers to a few fixed questions"}
 _ALL_WEIGHTS = {False: "all weights of the denoiser", True: "all weights"}
 
 
@@ -159,7 +160,7 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
             "",
             "| | |\n|---|---|\n" + table,
             "",
-            *_evaluation_section(output),
+            *_evaluation_section(config, output),
             "## Use",
             "",
             "```python",
@@ -215,7 +216,7 @@ def _transformers_usage(source: str, adapter: str | None) -> list[str]:
     ]
 
 
-def _evaluation_section(output: Path) -> list[str]:
+def _evaluation_section(config: RunConfig, output: Path) -> list[str]:
     looks = [line for line in read_metrics(output) if any(key.startswith("evaluation/") for key in line)]
     if not looks:
         return []
@@ -228,7 +229,7 @@ def _evaluation_section(output: Path) -> list[str]:
     return [
         "## Evaluation while training",
         "",
-        "Means over a few fixed prompts and seeds: a look at the run, not a comparison (for that, `mmalign compare`).",
+        f"{_LOOKS[answers(config)]}: a look at the run, not a comparison (for that, `mmalign compare`).",
         "",
         f"| step | {header} |",
         "|---|" + "---|" * len(names),

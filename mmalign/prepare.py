@@ -24,7 +24,7 @@ from mmalign.monitors import Monitors
 from mmalign.optim import warmup_steps
 from mmalign.precision import autocast, check_precision
 from mmalign.progress import note, track
-from mmalign.questioning import Questioning, check_questions
+from mmalign.questioning import Questioning, choose_questions
 from mmalign.reference import Reference
 from mmalign.resources import resolve_model
 from mmalign.reward_checks import check_reward
@@ -136,7 +136,7 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
     check_precision(config.trainer.precision, device)
     resolve_model(config.model)
     if config.evaluate and answers(config):
-        check_questions(config.evaluate)
+        choose_questions(config.evaluate)
     elif config.evaluate:
         check_evaluation(config.evaluate)
     other = EXPORTS["answers" if answers(config) else "draws", "full" if config.adapter.kind == "lora" else "lora"]

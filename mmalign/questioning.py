@@ -19,15 +19,6 @@ if TYPE_CHECKING:
 AT_ONCE = 8
 
 
-def check_questions(config: EvaluateConfig) -> None:
-    """Check the questions of the looks, without reading a video.
-
-    Raises:
-        UserError: they cannot be read.
-    """
-    choose_questions(config)
-
-
 def choose_questions(config: EvaluateConfig) -> list[AskedVideo]:
     """Return `config.limit` questions spread evenly over all that rules can mark (captions would need a judge).
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +62,23 @@ class VlmPairTable:
     """The pairs of one table: texts in memory, media wherever they are; made by `read_vlm_pairs`."""
 
     def __init__(self, name: str, rows: list[_Row], media: Callable[[int], Mapping[str, Any]], folder: Path) -> None:
-        """Keep checked rows; `media` returns the cells of a row of the table that hold media."""
+        """Keep checked rows; `media` returns the cells of a row of the table that hold media.
+
+        Raises:
+            UserError: a row has no media, or not what it needs of them.
+        """
         self.name = name
         self._rows, self._media, self._folder = rows, media, folder
         self.ids = [row.id for row in rows]
         self.prompts = [row.prompt for row in rows]
         self.aspects = [row.aspect for row in rows]
+        self.same_answers = [row.chosen.strip() == row.rejected.strip() for row in rows]
         self.left_out = 0
+        self.kinds: list[str] = []
+        self.own_media: list[bool] = []
+        for pair in self:  # the one pass over all media: better said now than in the middle of a run
+            self.kinds.append(pair.kind)
+            self.own_media.append(pair.rejected_media is not None)
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -88,7 +98,7 @@ class VlmPairTable:
         where, cells = f"{self.name}: row {row.number}", self._media(row.number)
         column = _media_column(cells, where)
         rejected = cells.get(MEDIA[column])
-        if rejected is None and row.chosen.strip() == row.rejected.strip():
+        if rejected is None and self.same_answers[index]:
             raise UserError(f"{where}: chosen and rejected are the same answer about the same media; leave it out")
         return VlmPair(
             id=row.id,
@@ -158,7 +168,6 @@ def read_vlm_pairs(source: str, config: DataConfig, difficulties: Collection[int
     twice = [name for name, count in Counter(table.ids).items() if count > 1]
     if twice:
         raise UserError(f"{source}: id '{twice[0]}' occurs more than once, and ids seed what is drawn at random")
-    deque(table, maxlen=0)  # every row's media are looked up: better said now than in the middle of a run
     return table
 
 

@@ -95,14 +95,15 @@ class VlmPairs:
         return self._memory.keep(("media", index), partial(self._decode, index), _media_bytes)
 
     def reference_sums(
-        self, log_probs: Callable[[VlmPairBatch], Float[Tensor, "batch 2"]]
-    ) -> Float[Tensor, "pairs 2"]:
-        """Return the log-probabilities of all chosen and rejected answers under the model that training starts from.
+        self, log_probs: Callable[[VlmPairBatch], Float[Tensor, "batch sides"]], sides: int, beside: Sequence[str]
+    ) -> Float[Tensor, "pairs sides"]:
+        """Return the log-probabilities of the `sides` of every pair under the model that training starts from.
 
-        What is not on disk yet is computed by `log_probs` and stored by the content of pair and model.
+        What is not on disk yet is computed by `log_probs` and stored by the content of model and pair, and by what
+        there is `beside` it.
         """
-        store = TensorStore(self._store / content_key(*self._made_by))
-        keys = [content_key(content) for content in self._contents]
+        store = TensorStore(self._store / content_key(*self._made_by, sides))
+        keys = [content_key(content, more) for content, more in zip(self._contents, beside, strict=True)]
         missing = [row for row, key in enumerate(keys) if key not in store]
         with track(len(missing), "reference", unit="pairs") as job:
             for start in range(0, len(missing), self._batch_size):

@@ -17,8 +17,8 @@ from mmalign.batches import VlmPairBatch
 from mmalign.data.vlm_samples import VlmPairs
 from mmalign.errors import UserError
 from mmalign.losses import dpo_logit, rdpo
-from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
-from mmalign.methods.completions import answer_metrics, collate, reduce_sides, with_answers
+from mmalign.methods.base import LossOutput, Needs
+from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics, with_answers
 from mmalign.methods.noising import pair_accuracy
 from mmalign.progress import track
 from mmalign.run import Run
@@ -26,7 +26,7 @@ from pipelines import media_features
 from pipelines.vlm_batch import VlmSample
 
 
-class RDPOConfig(MethodConfig):
+class RDPOConfig(FixedSidesConfig):
     """Configuration of `rdpo`; log-probabilities are sums over tokens."""
 
     beta: float = Field(0.1, gt=0)
@@ -40,7 +40,7 @@ class RDPOConfig(MethodConfig):
     features, or the data's rejected_video or rejected_image"""
 
 
-class RDPO(Method[RDPOConfig]):
+class RDPO(FixedSides):
     """Prefer the chosen answer over the rejected one, and given its own media over given similar ones."""
 
     name: ClassVar[str] = "rdpo"
@@ -50,7 +50,7 @@ class RDPO(Method[RDPOConfig]):
 
     def check_data(self, source: Any) -> None:
         """Refuse pairs without media of the rejected side's own, where those are to be taken."""
-        missing = [pair.id for pair in source if pair.rejected_media is None]
+        missing = [name for name, own in zip(source.ids, source.own_media, strict=True) if not own]
         if self.config.unseen == "column" and missing:
             raise UserError(
                 f"rdpo with unseen: column needs rejected_video or rejected_image, which {len(missing)} of "
@@ -61,19 +61,30 @@ class RDPO(Method[RDPOConfig]):
         """Find the nearest other media of every pair, with the features of the model that training starts from."""
         if self.config.unseen == "retrieved":
             self._nearest = dict(zip(run.samples.ids, nearest_others(run, run.samples), strict=True))
+        super().begin(run)
+
+    def sides(self, run: Run, batch: VlmPairBatch) -> tuple[list[VlmSample], ...]:
+        """Return the chosen answers, the rejected ones about the same media, and the chosen ones about the others."""
+        return batch.chosen, with_answers(batch.chosen, batch.rejected), self._unseen(run, batch)
+
+    def beside(self, run: Run) -> list[str]:
+        """Return which other media every pair has."""
+        if self.config.unseen == "column":
+            return super().beside(run)
+        return [run.samples.media_ids[self._nearest[name]][0] for name in run.samples.ids]
 
     def describe(self) -> str:
         """Return what the numbers mean here."""
         c = self.config
         weights = f"visual_weight={c.visual_weight:g}, anchor_weight={c.anchor_weight:g}"
-        return f"rdpo: beta={c.beta:g}, sums over tokens, no half factor, {weights}, other media {c.unseen}"
+        conventions = f"rdpo: beta={c.beta:g}, sums over tokens, no half factor, {weights}"
+        return f"{conventions}, other media {c.unseen}, reference {c.reference}"
 
     def loss(self, run: Run, batch: VlmPairBatch) -> LossOutput:
         """Return the mean loss; "visual_accuracy" is that of the preference between media."""
         c = self.config
-        sides = collate(run, batch.chosen, with_answers(batch.chosen, batch.rejected), self._unseen(run, batch))
-        policy = _three(reduce_sides(run.log_probs(sides), 3))
-        reference = _three(reduce_sides(run.reference.log_probs(sides), 3))
+        _, scored, referred = self.score(run, batch)
+        policy, reference = _three(scored), _three(referred)
         each = rdpo(policy, reference, beta=c.beta, visual_weight=c.visual_weight, anchor_weight=c.anchor_weight)
         text = dpo_logit(*policy[:2], *reference[:2], beta=c.beta)
         visual = dpo_logit(policy[0], policy[2], reference[0], reference[2], beta=c.beta).detach()

@@ -37,7 +37,7 @@ class RRPO(Method[RRPOConfig]):
 
     def check_data(self, source: Any) -> None:
         """Refuse pairs whose answers do not differ: they would teach nothing."""
-        same = [pair.id for pair in source if pair.chosen.strip() == pair.rejected.strip()]
+        same = [name for name, equal in zip(source.ids, source.same_answers, strict=True) if equal]
         if same:
             raise UserError(
                 f"rrpo learns from where two answers differ, and {len(same)} pairs of {source.name} have one answer "

@@ -55,7 +55,7 @@ class VDPO(Method[VDPOConfig]):
 
     def check_data(self, source: Any) -> None:
         """Refuse operators that do not exist, need a bank of media, or are about time where there are images."""
-        image = next((pair.id for pair in source if pair.kind == "image"), None)
+        image = next((name for name, kind in zip(source.ids, source.kinds, strict=True) if kind == "image"), None)
         for operator in map(get_operator, self.config.operators):
             if operator.name == "neighbour":
                 raise UserError(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -13,13 +11,13 @@ from mmalign.batches import VlmPairBatch
 from mmalign.errors import UserError
 from mmalign.losses import beta_of_gap, chosen_anchor, dpo, dpo_logit, sft
 from mmalign.losses.pair_loss import LossType
-from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
-from mmalign.methods.completions import answer_metrics, collate, reduce_sides
-from mmalign.reference import TokenValues
+from mmalign.methods.base import LossOutput, Needs
+from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics
 from mmalign.run import Run
+from pipelines.vlm_batch import VlmSample
 
 
-class VlmDPOConfig(MethodConfig):
+class VlmDPOConfig(FixedSidesConfig):
     """Configuration of `vlm_dpo`; log-probabilities are sums over the tokens of an answer, the end token included."""
 
     beta: float = Field(0.1, gt=0)
@@ -38,8 +36,6 @@ class VlmDPOConfig(MethodConfig):
     """MM-DPO's beta of each pair: up to 1 + this times beta for a large `margin` of the data (published: 0.5)"""
     margin_slope: float = Field(0.5, gt=0)
     """how fast beta rises with the margin, where `margin_rise` is given"""
-    reference: Literal["live", "precomputed"] = "live"
-    """live: the reference answers at every step; precomputed: once before training, kept on disk"""
 
     @model_validator(mode="after")
     def _robust_needs_a_rate(self) -> VlmDPOConfig:
@@ -51,19 +47,13 @@ class VlmDPOConfig(MethodConfig):
         return self
 
 
-class VlmDPO(Method[Any]):
+class VlmDPO(FixedSides):
     """Prefer the chosen answer over the rejected one, relative to the frozen starting point."""
 
     name: ClassVar[str] = "vlm_dpo"
     Config = VlmDPOConfig
     needs: ClassVar[Needs] = Needs(source="pairs", reference=True, modality="vlm")
     images_per_sample = 2
-    _stored: dict[str, Float[Tensor, " 2"]] | None = None
-
-    @property
-    def keeps_reference(self) -> bool:
-        """No second network, and no second call, where the reference's values are computed before."""
-        return bool(self.config.reference == "live")
 
     def check_data(self, source: Any) -> None:
         """Refuse pairs without margins where beta depends on them."""
@@ -74,17 +64,9 @@ class VlmDPO(Method[Any]):
                 f"{len(source)} pairs of {source.name} lack ('{missing[0]}' first); fill it in, or remove margin_rise"
             )
 
-    def begin(self, run: Run) -> None:
-        """Compute the reference's log-probabilities of the whole data, if that is asked for."""
-        if self.keeps_reference:
-            return
-
-        @torch.no_grad()
-        def sums(batch: VlmPairBatch) -> Tensor:
-            # Nothing is trained yet: the policy is the reference.
-            return torch.stack(reduce_sides(run.log_probs(collate(run, batch.chosen, batch.rejected)), 2), 1).cpu()
-
-        self._stored = dict(zip(run.samples.ids, run.samples.reference_sums(sums), strict=True))
+    def sides(self, run: Run, batch: VlmPairBatch) -> tuple[list[VlmSample], ...]:
+        """Return the chosen and the rejected answers."""
+        return batch.chosen, batch.rejected
 
     def describe(self) -> str:
         """Return what beta means here."""
@@ -96,10 +78,7 @@ class VlmDPO(Method[Any]):
     def loss(self, run: Run, batch: VlmPairBatch) -> LossOutput:
         """Return the mean loss of the pairs; metrics hold the log-probabilities of both models on both answers."""
         c = self.config
-        sides = collate(run, batch.chosen, batch.rejected)
-        values = run.log_probs(sides)
-        policy = reduce_sides(values, 2, mean=c.length_normalised)
-        reference = self._reference(run, batch, values, lambda: run.reference.log_probs(sides))
+        values, policy, reference = self.score(run, batch, mean=c.length_normalised)
         beta: float | Tensor = c.beta
         if c.margin_rise:
             assert batch.margins is not None, "check_data has seen a margin for every pair"
@@ -112,14 +91,6 @@ class VlmDPO(Method[Any]):
             each = each + c.anchor_weight * chosen_anchor(policy[0], reference[0], beta=beta)
         logit = dpo_logit(*policy, *reference, beta=beta)
         return LossOutput(each.mean(), answer_metrics(policy, reference, logit))
-
-    def _reference(self, run: Run, batch: VlmPairBatch, values: TokenValues, live: Any) -> tuple[Tensor, ...]:
-        if self._stored is None:
-            return reduce_sides(live(), 2, mean=self.config.length_normalised)
-        sums = torch.stack([self._stored[name] for name in batch.ids]).to(values[0]).T
-        if not self.config.length_normalised:
-            return tuple(sums)
-        return tuple(one / count for one, count in zip(sums, values[1].sum(1).chunk(2), strict=True))
 
 
 _WEIGHTS = ("label_smoothing", "sft_weight", "anchor_weight", "margin_rise")

@@ -132,7 +132,7 @@ def test_vlm_dpo_is_its_formula(run: Run) -> None:
 def test_the_rejected_side_may_have_media_of_its_own(run: Run) -> None:
     z = [0.3 * (delta(run, video(i), CHOSEN[i]) - delta(run, video(5 + i), REJECTED[i])) for i in (0, 1)]
     found = make("vlm_dpo", beta=0.3).loss(run, make_batch(run.generator, others=(5, 6))).loss
-    assert float(found) == pytest.approx(sum(map(lambda one: -log_sigmoid(one), z)) / 2, abs=1e-9)
+    assert found.item() == pytest.approx(sum(map(lambda one: -log_sigmoid(one), z)) / 2, abs=1e-9)
 
 
 def test_rrpo_is_its_formula(run: Run) -> None:
@@ -166,7 +166,7 @@ def test_vdpo_with_one_perturbation_is_its_formula(run: Run) -> None:
         for one, text in zip(frozen, CHOSEN, strict=True)
     ]
     loss = make("vdpo", selection="random", operators=["reverse"]).loss(run, still).loss
-    assert float(loss) == pytest.approx(math.log(2), abs=1e-9)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-9)
     gradients = torch.autograd.grad(loss, run.generator.trainable_parameters())
     assert max(float(one.abs().max()) for one in gradients) < 1e-12
 
@@ -220,7 +220,7 @@ def test_rdpo_with_a_column_is_its_formula(run: Run) -> None:
         visual = own - delta(run, video(5 + i), CHOSEN[i])
         expected -= log_sigmoid(0.3 * margin) + 0.7 * log_sigmoid(0.3 * visual) + 0.5 * log_sigmoid(0.3 * own)
     found = method.loss(run, make_batch(run.generator, others=(5, 6))).loss
-    assert float(found) == pytest.approx(expected / 2, abs=1e-9)
+    assert found.item() == pytest.approx(expected / 2, abs=1e-9)
 
 
 def test_rdpo_retrieves_the_nearest_other_media(run: Run, tmp_path: Path) -> None:
