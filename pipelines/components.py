@@ -166,7 +166,7 @@ def _variant(folder: Path) -> str | None:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Hide the libraries' progress bars, of saving too, and diffusers' false alarm about a key of its AutoencoderTiny."""
+    """Hide the libraries' progress bars, of saving too, and diffusers' false alarm about a key in AutoencoderTiny."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
