@@ -125,7 +125,10 @@ def _check_modality(values: dict[str, Any], method: Any) -> Iterator[Fault]:
     if look and answers and look.get("questions") is None:
         yield Fault(("evaluate", "questions"), "missing; give a folder of videos with questions")
     if look and not answers:
-        for key, what in (("prompts", "a built-in name of `mmalign list prompts`, or a file"), ("rewards", "a list")):
+        for key, what in (
+            ("prompts", "a built-in name of `mmalign list prompts`, or a file"),
+            ("rewards", "rewards to report"),
+        ):
             if not look.get(key):
                 yield Fault(("evaluate", key), f"missing; give {what}")
 
