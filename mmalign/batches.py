@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from pipelines.conditioning import Conditioning
+from pipelines.vlm_batch import VlmSample
 
 
 @dataclass
@@ -115,3 +118,37 @@ class PromptBatch:
             ids=[f"{name}/{index}" for name in self.ids for index in range(times)],
             epoch=self.epoch,
         )
+
+
+class TimedMedia(NamedTuple):
+    """What one prompt is asked about: images `[3, H, W]` or a video `[F, 3, H, W]`, uint8, and its frames a second."""
+
+    media: tuple[UInt8[Tensor, "..."], ...]
+    fps: float
+
+
+@dataclass
+class VlmPairBatch:
+    """A batch of pairs of answers, encoded: the rejected sample may have media of its own.
+
+    `media` gives what the chosen answers are about, decoded when asked for. Samples stay on the CPU until they are
+    collated.
+    """
+
+    prompts: list[str]
+    chosen: list[VlmSample]
+    rejected: list[VlmSample]
+    media: list[Callable[[], TimedMedia]]
+    ids: list[str]
+    epoch: int = 0
+    margins: Float[Tensor, " batch"] | None = None
+    """How much better the chosen answer is, NaN where that is not known; None if no pair of the data says."""
+    aspects: list[str | None] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> VlmPairBatch:
+        """Return the batch with its numbers on another device."""
+        return replace(self, margins=None if self.margins is None else self.margins.to(device))

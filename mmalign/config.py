@@ -65,8 +65,23 @@ class DataConfig(StrictModel):
     """mirror half of the pairs, both sides alike; not for prompts that say left and right"""
     caption_dropout: float = Field(0.0, ge=0, lt=1)
     """share of samples trained on the empty prompt, for classifier-free guidance"""
+    frames: int | None = Field(None, ge=1)
+    """frames taken of each video, spread evenly over it; only for models that answer about videos, null: all"""
+    fps: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """frames taken of each second of a video, in place of `frames`"""
     cache: str | None = None
-    """folder of the encoded images and prompts; null: ~/.cache/mmalign"""
+    """folder of what is encoded or computed once; null: ~/.cache/mmalign"""
+
+    @model_validator(mode="after")
+    def _one_way_of_sampling(self) -> DataConfig:
+        if self.frames is not None and self.fps is not None:
+            raise ValueError("frames and fps exclude each other; keep one")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What image models are trained on has no frames: neither has the record of how they were trained.
+        return {key: value for key, value in write(self).items() if value is not None or key not in ("frames", "fps")}
 
 
 class AdapterConfig(StrictModel):
@@ -165,37 +180,53 @@ class EarlyStop(StrictModel):
     """Stop when a held-out reward rises no more, and export the weights of its best look."""
 
     reward: str
-    """one of `evaluate.rewards`; best one that is not trained on"""
+    """one of `evaluate.rewards`, best one that is not trained on; with `evaluate.questions`: accuracy"""
     patience: int = Field(3, ge=1)
     """looks in a row that are no better than the best before the run stops"""
 
 
 class EvaluateConfig(StrictModel):
-    """A look at a few fixed prompts and seeds while training."""
+    """A look at a few fixed prompts and seeds, or questions, while training."""
 
-    prompts: str
-    """a built-in name of `mmalign list prompts`, or a file"""
+    prompts: str | None = None
+    """for models that draw: a built-in name of `mmalign list prompts`, or a file"""
+    questions: str | None = None
+    """for models that answer: a folder that `mmalign shapes videos` wrote, or TempCompass's with its videos"""
     every: int = Field(ge=1)
     """steps between two looks; step 0 is always looked at"""
-    rewards: list[str] = Field(min_length=1)
-    """rewards to report"""
+    rewards: list[str] = []
+    """rewards to report; only beside `prompts`"""
     limit: int = Field(8, ge=1)
-    """how many of the prompts"""
+    """how many of the prompts, from the first on, or of the questions, spread over all"""
     steps: int = Field(20, ge=1)
-    """sampling steps"""
+    """sampling steps; only beside `prompts`"""
     guidance: Guidance = 7.5
-    """classifier-free guidance scale; 1: none"""
+    """classifier-free guidance scale, 1: none; only beside `prompts`"""
+    max_new_tokens: int = Field(32, ge=1)
+    """longest answer; only beside `questions`"""
     early_stop: EarlyStop | None = None
     """stop when one of the rewards rises no more; null: train to the end"""
 
     @model_validator(mode="after")
     def _stops_by_what_it_sees(self) -> EvaluateConfig:
-        if self.early_stop is not None and self.early_stop.reward not in self.rewards:
+        seen = ["accuracy"] if self.questions is not None else self.rewards
+        if self.early_stop is not None and self.early_stop.reward not in seen:
+            place = "evaluate.rewards" if self.questions is None else "what questions report"
+            fix = "add it there" if self.questions is None else "name that"
             raise ValueError(
-                f"early_stop.reward '{self.early_stop.reward}' is not among evaluate.rewards "
-                f"({', '.join(self.rewards)}); add it there"
+                f"early_stop.reward '{self.early_stop.reward}' is not among {place} ({', '.join(seen)}); {fix}"
             )
         return self
+
+    def _idle_fields(self) -> tuple[str, ...]:
+        """What says nothing about a look of this kind, and is left out where it is written down."""
+        return (
+            ("questions", "max_new_tokens") if self.questions is None else ("prompts", "rewards", "steps", "guidance")
+        )
+
+    @model_serializer(mode="wrap")
+    def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key not in self._idle_fields()}
 
 
 class MonitorConfig(StrictModel):
@@ -279,6 +310,11 @@ class RunConfig(StrictModel):
     """what an online run is watched for"""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """attention kernel"""
+
+    @property
+    def modality(self) -> str:
+        """What kind of model the method trains: "image" and "video" models draw, a "vlm" looks and answers."""
+        return str(method_class(self.method)[0].needs.modality)
 
     @property
     def method_name(self) -> str:

@@ -63,7 +63,7 @@ def method_class(values: Any) -> tuple[Any, list[Fault]]:
 def check_recipe(values: dict[str, Any]) -> list[Fault]:
     """Find what cannot go together, before a weight is loaded; parts of the wrong type are passed over."""
     method, _ = method_class(values.get("method"))
-    faults = [*_check_source(values, method), *_check_rewards(values, method)]
+    faults = [*_check_source(values, method), *_check_modality(values, method), *_check_rewards(values, method)]
     faults += [*_check_adapter(_mapping(values, "adapter")), *_check_warmup(_mapping(values, "trainer"))]
     return faults
 
@@ -94,6 +94,43 @@ def _check_source(values: dict[str, Any], method: Any) -> Iterator[Fault]:
         )
     if data.get("min_margin") is not None and given == ["prompts"]:
         yield Fault(("data", "min_margin"), "is about pairs, and data.prompts has none; remove it")
+
+
+_IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
+    False: {"data": ("frames", "fps"), "evaluate": ("questions", "max_new_tokens")},
+    True: {
+        "data": ("ties", "resolution", "crop", "flip", "caption_dropout"),
+        "evaluate": ("prompts", "rewards", "steps", "guidance"),
+    },
+}
+"""Whether a model answers (or draws) -> the keys that say nothing to it."""
+_DEFAULTS: tuple[Any, ...] = (None, [], False, 0, "drop", "center")
+"""What a written-out configuration holds under such keys."""
+
+
+def _check_modality(values: dict[str, Any], method: Any) -> Iterator[Fault]:
+    """Find keys for models that draw in a recipe for one that answers, the reverse, and looks that see nothing."""
+    answers = method is not None and method.needs.modality == "vlm"
+    if method:
+        kind = f"method '{values['method']['name']}' trains a model that {'answers' if answers else 'draws'}"
+        for section, keys in _IDLE[answers].items():
+            for key in keys:
+                if _mapping(values, section).get(key) not in _DEFAULTS:
+                    yield Fault((section, key), f"{kind}, to which this says nothing; remove it")
+        if answers and values.get("attention") == "xformers":
+            yield Fault(("attention",), f"{kind}; allowed: sdpa")
+        if answers and _mapping(values, "rounds"):
+            yield Fault(("rounds",), f"{kind}, and rounds draw images; remove it")
+    look = _mapping(values, "evaluate")
+    if look and answers and look.get("questions") is None:
+        yield Fault(("evaluate", "questions"), "missing; give a folder of videos with questions")
+    if look and not answers:
+        for key, what in (
+            ("prompts", "a built-in name of `mmalign list prompts`, or a file"),
+            ("rewards", "rewards to report"),
+        ):
+            if not look.get(key):
+                yield Fault(("evaluate", key), f"missing; give {what}")
 
 
 def _check_rewards(values: dict[str, Any], method: Any) -> Iterator[Fault]:

@@ -42,6 +42,7 @@ from mmalign.optim import (
 from mmalign.prepare import (
     Plan,
     Prepared,
+    build_method,
     complete,
     make_plan,
     make_trainable,
@@ -82,6 +83,10 @@ def train(config: RunConfig, *, resume: str = "auto") -> Path:
         from mmalign.rounds import train_in_rounds
 
         return train_in_rounds(config, resume)
+    if len(build_method(config).stages) > 1:
+        from mmalign.curriculum import train_in_stages
+
+        return train_in_stages(config, resume)
     accelerator = make_accelerator(config)
     flash = torch.backends.cuda.flash_sdp_enabled()
     try:
@@ -339,9 +344,10 @@ class Trainer:
                 scores[0], spreads, picture = self.validation.look(self.run)
                 if self.monitors is not None:
                     self.monitors.look(step, scores[0], spreads)
-                save_grid(picture, self.output, step)
+                if picture is not None:
+                    save_grid(picture, self.output, step)
+                    self.metrics.log_image(step, "evaluation", picture)
                 self.metrics.log(step, scores[0] | totals)
-                self.metrics.log_image(step, "evaluation", picture)
                 note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores[0].items()))
             self.accelerator.wait_for_everyone()
             if self.best:

@@ -10,11 +10,12 @@ import torch
 
 from mmalign import hub
 from mmalign.checkpoint import as_disk_full
+from mmalign.models import answers, base_model_name, open_model
 from mmalign.precision import autocast, round_frozen
-from mmalign.prepare import Prepared, base_model_name
+from mmalign.prepare import Prepared
 from mmalign.progress import note
-from mmalign.resources import resolve_model
 from pipelines.sampling import seeded_noise
+from pipelines.vlm_batch import VlmSample
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 def export(
     config: RunConfig, parts: Prepared, weights: AbstractContextManager[None], facts: dict[str, Any]
-) -> tuple[hub.Probe, torch.Tensor]:
+) -> tuple[hub.Probe | hub.VlmProbe, torch.Tensor]:
     """Write the model, in the context `weights`, and its card; return an input and what the model makes of it."""
     run, output = parts.run, Path(config.output)
     with weights:
-        probe = make_probe(parts)
+        probe = hub.VlmProbe(first_sample(parts)) if answers(config) else make_probe(parts)
         with run.autocast():
             expected = probe.predict(run.generator)
         try:
@@ -37,13 +38,11 @@ def export(
     return probe, expected
 
 
-def verify(config: RunConfig, probe: hub.Probe, expected: torch.Tensor, device: torch.device) -> None:
+def verify(config: RunConfig, probe: hub.Probe | hub.VlmProbe, expected: torch.Tensor, device: torch.device) -> None:
     """Read the export back as any user would and check that it is the model that was trained."""
 
     def load(path: str) -> Any:
-        from pipelines import load_generator
-
-        generator = load_generator(path, device=device, attention=config.attention, resolve=resolve_model)
+        generator = open_model(config, path, device)
         round_frozen(generator.network, config.trainer.precision)
         return generator
 
@@ -60,3 +59,9 @@ def make_probe(parts: Prepared) -> hub.Probe:
     t = process.sample_timesteps(1, low=middle, high=middle + 1).to(generator.device)
     noise = seeded_noise([0], generator.latent_shape, device=generator.device)
     return hub.Probe(noise, t, batch.cond[:1])
+
+
+def first_sample(parts: Prepared) -> VlmSample:
+    """Return a sample of the data, prompt, media and answer, for a vision-language model."""
+    sample: VlmSample = next(parts.feed.micro_batches(0)).chosen[0]
+    return sample

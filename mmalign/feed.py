@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 import torch
 
-from mmalign.batches import ComparisonBatch, LabelBatch, PairBatch, PromptBatch
+from mmalign.batches import ComparisonBatch, LabelBatch, PairBatch, PromptBatch, VlmPairBatch
 from mmalign.seeds import derive_seed
 
 
 class Samples(Protocol):
-    """What a run learns from, encoded: `CachedPairs`, `CachedLabels` or `CachedPrompts` of `mmalign.data`."""
+    """What a run learns from, encoded: `CachedPairs`, `CachedLabels`, `CachedPrompts` or `VlmPairs`."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -20,7 +20,7 @@ class Samples(Protocol):
 
     def batch(
         self, indices: Sequence[int], epoch: int, seed: int
-    ) -> PairBatch | LabelBatch | PromptBatch | ComparisonBatch:
+    ) -> PairBatch | LabelBatch | PromptBatch | ComparisonBatch | VlmPairBatch:
         """Return these samples; what is random in them depends on (seed, id, epoch) alone."""
         ...
 

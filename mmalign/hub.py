@@ -15,14 +15,17 @@ from torch import Tensor
 from mmalign import __version__
 from mmalign.config import dump_config
 from mmalign.files import write_atomically
+from mmalign.models import EXPORTS, answers
 from mmalign.tracking import read_metrics
 from pipelines.conditioning import Conditioning
+from pipelines.vlm_batch import VlmSample
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
 
 CONFIG_FILE, CARD_FILE = "config.yaml", "README.md"
-_EXPORTS = ("model_index.json", "pytorch_lora_weights.safetensors")
+_LOOKS = {False: "Means over a few fixed prompts and seeds", True: "Shares of right answers to a few fixed questions"}
+_ALL_WEIGHTS = {False: "all weights of the denoiser", True: "all weights"}
 
 
 class ExportError(RuntimeError):
@@ -47,8 +50,21 @@ class Probe:
         return output
 
 
+@dataclass
+class VlmProbe:
+    """One sample of a vision-language model, for the same purpose."""
+
+    sample: VlmSample
+
+    @torch.no_grad()
+    def predict(self, model: Any) -> Float[Tensor, "1 tokens vocabulary"]:
+        """Return the logits of every token of the answer, on the CPU."""
+        logits: Tensor = model.completion_logits(model.collate([self.sample])).float().cpu()
+        return logits
+
+
 def export(generator: Any, config: RunConfig, output: Path, base_model: str) -> None:
-    """Write the weights as they are now: an adapter file for LoRA, a diffusers directory for full fine-tuning."""
+    """Write the weights as they are now: an adapter for LoRA, else a diffusers or transformers directory."""
     output.mkdir(parents=True, exist_ok=True)
     if config.adapter.kind == "lora":
         generator.save_lora(output, base_model=base_model)
@@ -68,7 +84,7 @@ def write_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> None:
 
 def has_export(output: Path) -> bool:
     """Tell whether a folder holds exported weights, whatever they were trained by."""
-    return any((output / name).is_file() for name in _EXPORTS)
+    return any((output / name).is_file() for name in EXPORTS.values())
 
 
 def is_finished(output: Path) -> bool:
@@ -86,8 +102,8 @@ def is_finished(output: Path) -> bool:
 def check_load_back(
     output: Path,
     load: Callable[[str], Any],
-    probe: Probe,
-    expected: Float[Tensor, "1 *latent"],
+    probe: Probe | VlmProbe,
+    expected: Tensor,
     tolerance: float = 1e-4,
 ) -> None:
     """Load the export as any user would and compare one prediction with that of the trained model.
@@ -111,11 +127,12 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
     `facts` are further rows of the table of facts, name -> value.
     """
     method, lora = config.method_name, config.adapter.kind == "lora"
-    tags = ["mmalign", method, "text-to-image", *(["lora"] if lora else [])]
+    library, task = ("transformers", "image-text-to-text") if answers(config) else ("diffusers", "text-to-image")
+    tags = ["mmalign", method, task, *(["lora"] if lora else [])]
     front = {
         "base_model": config.model,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
+        "library_name": library,
+        "pipeline_tag": task,
         "license": "other",
         "license_name": "as-base-model",
         "tags": tags,
@@ -124,7 +141,7 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
         "base model": f"`{config.model}`",
         "method": f"`{method}`, {_options(config.method_options)}",
         "data": f"`{config.data.pairs or config.data.labels or config.data.prompts}`",
-        "trained": f"LoRA, rank {config.adapter.rank}" if lora else "all weights of the denoiser",
+        "trained": f"LoRA, rank {config.adapter.rank}" if lora else _ALL_WEIGHTS[answers(config)],
         "exported weights": f"moving average ({config.trainer.ema:g})" if config.trainer.ema else "last step",
         "seed": config.trainer.seed,
         **facts,
@@ -143,7 +160,7 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
             "",
             "| | |\n|---|---|\n" + table,
             "",
-            *_evaluation_section(output),
+            *_evaluation_section(config, output),
             "## Use",
             "",
             "```python",
@@ -166,6 +183,8 @@ def _options(options: dict[str, Any]) -> str:
 
 def _usage(config: RunConfig, output: Path) -> list[str]:
     source, adapter = (config.model, True) if config.adapter.kind == "lora" else (str(output), False)
+    if answers(config):
+        return _transformers_usage(source, str(output) if adapter else None)
     lines = [
         "from diffusers import DiffusionPipeline",
         "",
@@ -176,7 +195,28 @@ def _usage(config: RunConfig, output: Path) -> list[str]:
     return [*lines, 'image = pipe("a prompt").images[0]']
 
 
-def _evaluation_section(output: Path) -> list[str]:
+def _transformers_usage(source: str, adapter: str | None) -> list[str]:
+    lines = [
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        f'processor = AutoProcessor.from_pretrained("{source}")',
+        f'model = AutoModelForImageTextToText.from_pretrained("{source}")',
+    ]
+    if adapter is not None:
+        lines.append(f'model.load_adapter("{adapter}")')
+    turn = (
+        '{"role": "user", "content": [{"type": "video", "path": "clip.mp4"}, {"type": "text", "text": "What moves?"}]}'
+    )
+    return [
+        *lines,
+        f"turns = [{turn}]",
+        'options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")',
+        "answer = model.generate(**processor.apply_chat_template(turns, **options), max_new_tokens=64)",
+        "print(processor.batch_decode(answer, skip_special_tokens=True)[0])",
+    ]
+
+
+def _evaluation_section(config: RunConfig, output: Path) -> list[str]:
     looks = [line for line in read_metrics(output) if any(key.startswith("evaluation/") for key in line)]
     if not looks:
         return []
@@ -189,7 +229,7 @@ def _evaluation_section(output: Path) -> list[str]:
     return [
         "## Evaluation while training",
         "",
-        "Means over a few fixed prompts and seeds: a look at the run, not a comparison (for that, `mmalign compare`).",
+        f"{_LOOKS[answers(config)]}: a look at the run, not a comparison (for that, `mmalign compare`).",
         "",
         f"| step | {header} |",
         "|---|" + "---|" * len(names),

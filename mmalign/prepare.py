@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,16 +19,17 @@ from mmalign.errors import UserError
 from mmalign.feed import Feed
 from mmalign.files import check_output
 from mmalign.methods.base import Method
+from mmalign.models import EXPORTS, answers, content_id, load_model, make_trainable, trunk
 from mmalign.monitors import Monitors
 from mmalign.optim import warmup_steps
-from mmalign.precision import autocast, check_precision, round_frozen
+from mmalign.precision import autocast, check_precision
 from mmalign.progress import note, track
+from mmalign.questioning import Questioning, choose_questions
 from mmalign.reference import Reference
-from mmalign.resources import resolve_model, resource_root
+from mmalign.resources import resolve_model
 from mmalign.reward_checks import check_reward
 from mmalign.run import Run
 from mmalign.scoring.chosen import WeightedReward
-from mmalign.seeds import derive_seed
 from mmalign.validation import Validation, check_evaluation
 
 if TYPE_CHECKING:
@@ -35,8 +37,9 @@ if TYPE_CHECKING:
     from mmalign.data.cache import CachedImages, CachedSides
     from mmalign.data.labels import LabelTable
     from mmalign.data.pairs import PairTable
+    from mmalign.data.vlm_pairs import VlmPairTable
 
-    Source = PairTable | LabelTable | list[str]
+    Source = PairTable | LabelTable | VlmPairTable | list[str]
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Prepared:
     method: Method[Any]
     run: Run
     feed: Feed
-    validation: Validation | None
+    validation: Validation | Questioning | None
     data_id: str
     """Identifies what is learned from: ids, prompts and images on either side, not the path."""
     model_id: str
@@ -56,7 +59,7 @@ class Prepared:
         """Return what watches the samples of a method that makes its own."""
         if self.method.needs.source != "prompts":
             return None
-        looked_at = self.validation.rewards if self.validation else {}
+        looked_at = self.validation.rewards if isinstance(self.validation, Validation) else {}
         # What is learned with a negative weight is meant to fall.
         lower = {name for name, reward in looked_at.items() if not reward.higher_is_better}
         lower ^= {one.name for one in config.rewards if one.weight < 0}
@@ -67,7 +70,7 @@ class Prepared:
         if self.validation is None or self.validation.config.early_stop is None:
             return None
         stop = self.validation.config.early_stop
-        return Best(parameters, stop.reward, stop.patience, self.validation.rewards[stop.reward].higher_is_better)
+        return Best(parameters, stop.reward, stop.patience, self.validation.higher_is_better(stop.reward))
 
 
 @dataclass
@@ -132,9 +135,11 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
         check_output(Path(config.data.cache).expanduser(), "data.cache")
     check_precision(config.trainer.precision, device)
     resolve_model(config.model)
-    if config.evaluate:
+    if config.evaluate and answers(config):
+        choose_questions(config.evaluate)
+    elif config.evaluate:
         check_evaluation(config.evaluate)
-    other = "model_index.json" if config.adapter.kind == "lora" else "pytorch_lora_weights.safetensors"
+    other = EXPORTS["answers" if answers(config) else "draws", "full" if config.adapter.kind == "lora" else "lora"]
     if (output / other).exists():
         raise UserError(
             f"output {output} holds {other} of a run with another adapter.kind; choose another output or remove it"
@@ -146,6 +151,7 @@ def open_source(config: RunConfig, method: Method[Any]) -> Source:
     from mmalign.data.labels import read_labels
     from mmalign.data.pairs import read_pairs
     from mmalign.data.prompts import load_prompts
+    from mmalign.data.vlm_pairs import read_vlm_pairs
 
     if method.needs.source == "prompts":
         prompts = [prompt.text for prompt in load_prompts(str(config.data.prompts), limit=config.data.limit)]
@@ -158,48 +164,13 @@ def open_source(config: RunConfig, method: Method[Any]) -> Source:
         labels = read_labels(str(given), config.data, good_only=method.needs.source == "images")
         note(f"{given}: {labels.counts}")
         return labels
+    if answers(config):
+        answered = read_vlm_pairs(str(config.data.pairs), config.data, method.stages)
+        note(f"{config.data.pairs}: {answered.counts}")
+        return answered
     pairs = read_pairs(str(config.data.pairs), config.data)
     note(f"{config.data.pairs}: {pairs.counts}")
     return pairs
-
-
-def load_model(config: RunConfig, device: Any) -> Any:
-    """Return the generator in float32; encoders are read when first used.
-
-    Raises:
-        UserError: the model is itself an adapter.
-    """
-    from pipelines import load_generator
-    from pipelines.attention import prefer_trainable_sdpa
-
-    prefer_trainable_sdpa(device)
-    generator = load_generator(
-        resolve_model(config.model),
-        dtype="float32",
-        device=device,
-        attention=config.attention,
-        resolve=resolve_model,
-    )
-    if generator.has_adapter:
-        raise UserError(
-            f"model {config.model} is an adapter on {generator.name_or_path}; train from that, or merge it first: "
-            "load_generator(MODEL).save(DIR), then model: DIR"
-        )
-    return generator
-
-
-def make_trainable(generator: Any, config: RunConfig) -> None:
-    """Add the adapter, or unfreeze every weight; frozen layers are then kept in the compute precision."""
-    trainer, adapter = config.trainer, config.adapter
-    if adapter.kind == "lora":
-        seed = derive_seed(trainer.seed, "adapter")
-        generator.add_adapter(adapter.rank, alpha=adapter.alpha, target_modules=adapter.targets, seed=seed)
-    else:
-        generator.network.requires_grad_(True)
-    round_frozen(generator.network, trainer.precision)
-    if trainer.gradient_checkpointing:
-        generator.enable_gradient_checkpointing()
-    generator.network.train()
 
 
 def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], Source, Any]:
@@ -210,35 +181,47 @@ def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], Sourc
     method.check_data(source)
     check_enough(len(source), config, accelerator.num_processes, method.needs.source)
     generator = load_model(config, accelerator.device)
-    method.check(generator.process)
+    if not answers(config):
+        method.check(generator.process)
     return method, source, generator
 
 
 def prepare(config: RunConfig, accelerator: Any) -> Prepared:
     """Return the parts of the run; prints what was read and left out."""
     method, source, generator = open_inputs(config, accelerator)
-    model_id = generator.model_id  # now, since encoding may take hours in which the files can change
-    samples, content = encode(source, generator, config, accelerator)
-    validation = Validation(config.evaluate, generator, config.trainer.seed) if config.evaluate else None
-    generator.unconditional()  # what guidance needs, encoded while the text encoders are there
+    model_id = content_id(config, generator)  # now, since encoding may take hours in which the files can change
+    samples, content = encode(source, generator, config, accelerator, model_id)
+    validation = make_validation(config, generator)
+    kept: Collection[str] = ()
+    if not answers(config):
+        generator.unconditional()  # what guidance needs, encoded while the text encoders are there
+        kept = generator.vae_names if method.needs.source == "prompts" else ()
+        generator.free_encoders(keep=kept)
     rewards = load_rewards(config, accelerator.device)
-    kept = generator.vae_names if method.needs.source == "prompts" else ()
-    generator.free_encoders(keep=kept)
     make_trainable(generator, config)
     cast = partial(autocast, config.trainer.precision, accelerator.device)
     reference = None
-    if method.needs.reference:
+    if method.keeps_reference:
         reference = Reference(
             generator,
             "adapter" if config.adapter.kind == "lora" else "copy",
             precision=config.trainer.precision,
             autocast=cast,
         )
-    run = Run(generator, seed=config.trainer.seed, reference=reference, rewards=rewards, autocast=cast, kept=kept)
-    run.cost.watch(generator.network)
+    run = Run(
+        generator,
+        seed=config.trainer.seed,
+        reference=reference,
+        rewards=rewards,
+        autocast=cast,
+        kept=kept,
+        samples=samples,
+    )
+    run.cost.watch(trunk(config, generator.network))
     if reference is not None and reference.frozen is not None:
-        run.cost.watch(reference.frozen)
-    method.begin(run)
+        run.cost.watch(trunk(config, reference.frozen))
+    with accelerator.main_process_first():
+        method.begin(run)
     feed = Feed(
         samples,
         batch_size=config.trainer.batch_size,
@@ -249,6 +232,15 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
         device=accelerator.device,
     )
     return Prepared(method, run, feed, validation, content, model_id)
+
+
+def make_validation(config: RunConfig, generator: Any) -> Validation | Questioning | None:
+    """Return what looks at the model while it is trained, if anything is to."""
+    if config.evaluate is None:
+        return None
+    if answers(config):
+        return Questioning(config.evaluate, config.data)
+    return Validation(config.evaluate, generator, config.trainer.seed)
 
 
 def load_rewards(config: RunConfig, device: Any) -> list[WeightedReward]:
@@ -276,11 +268,24 @@ def check_enough(samples: int, config: RunConfig, world_size: int, unit: str = "
         )
 
 
-def encode(source: Source, generator: Any, config: RunConfig, accelerator: Any) -> tuple[Any, str]:
+def encode(source: Source, generator: Any, config: RunConfig, accelerator: Any, model_id: str) -> tuple[Any, str]:
     """Return what is learned from, encoded, and an identifier of its content.
 
     On several ranks the first encodes and the others read what it wrote.
     """
+    from mmalign.data.vlm_pairs import VlmPairTable
+    from mmalign.data.vlm_samples import VlmPairs
+
+    if isinstance(source, VlmPairTable):
+        pairs = VlmPairs(
+            source,
+            generator,
+            config.data,
+            model_id=model_id,
+            precision=config.trainer.precision,
+            batch_size=config.trainer.batch_size,
+        )
+        return pairs, pairs.data_id
     from mmalign.data.cache import build_pair_cache
     from mmalign.data.label_cache import build_label_cache
     from mmalign.data.labels import LabelTable
@@ -348,15 +353,6 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
         # compared is the number of steps that it comes to.
         trainer["warmup, in steps"] = warmup_steps(trainer.pop("warmup"), trainer.pop("steps"))
     return {"data.content": data, "model.content": model, "trainer: samples per step": per_step, **flatten(values)}
-
-
-def base_model_name(config: RunConfig) -> str:
-    """Return how an adapter names its base: as given if that means the same anywhere, else as an absolute path."""
-    given = Path(config.model).expanduser()
-    shipped = resource_root() / given
-    if not given.exists() or (shipped.exists() and shipped.samefile(given)):
-        return config.model
-    return str(given.resolve())
 
 
 def set_aside(folder: Path) -> None:

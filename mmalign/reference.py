@@ -13,11 +13,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from mmalign.precision import Precision, round_frozen
 from pipelines.conditioning import Conditioning
+from pipelines.vlm_batch import VlmBatch
+
+TokenValues = tuple[Float[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]
+"""What a model says about every token of some completions, and which columns are tokens."""
 
 
 class Reference:
@@ -63,6 +67,18 @@ class Reference:
         """Return the reference's output, without a graph, float32."""
         with self.active(), self.autocast():
             return self.generator.predict(x_t, t, cond).float()
+
+    def log_probs(self, batch: VlmBatch) -> TokenValues:
+        """Return what `Run.log_probs` does, of the reference and without a graph."""
+        with self.active(), self.autocast():
+            found: TokenValues = self.generator.log_probs(batch)
+            return found
+
+    def logits(self, batch: VlmBatch) -> Float[Tensor, "batch tokens vocabulary"]:
+        """Return what `Run.logits` does, of the reference and without a graph."""
+        with self.active(), self.autocast():
+            found: Tensor = self.generator.completion_logits(batch)
+            return found
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

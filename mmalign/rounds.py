@@ -7,7 +7,6 @@ starts. What is finished is kept: the same call again goes on in the round, and 
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmalign.config import dump_config
 from mmalign.errors import UserError
 from mmalign.hub import CONFIG_FILE, is_finished
+from mmalign.models import whole_model
 from mmalign.prepare import build_method, set_aside
 from mmalign.progress import note, track
 from mmalign.resources import resolve_model
@@ -50,10 +50,7 @@ def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
     """
     rounds, output = config.rounds, Path(config.output)
     assert rounds is not None
-    if resume not in ("auto", "never"):
-        raise UserError(f"--resume {resume}: with rounds, a checkpoint belongs to one of them; allowed: auto, never")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("rounds sample and label in one process; start them with `mmalign train`, without a launcher")
+    check_chain(resume, "rounds", "sample and label")
     if resume == "never":
         set_aside(output / FOLDER)
     note(describe_rounds(rounds))
@@ -65,10 +62,25 @@ def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
         if real is not None:
             data = {"labels": str(_mix(config, rounds, real, folder, number))}
         last = number == rounds.count
-        trained = _train_once(config, model, data, output if last else folder / "model", resume if last else "auto")
+        place = output if last else folder / "model"
+        learned = config.data.model_copy(update=data)
+        one = config.model_copy(update={"rounds": None, "model": model, "data": learned, "output": str(place)})
+        trained = train_once(one, resume if last else "auto")
         if not last:
-            model = str(_whole_model(config, trained, folder / "merged"))
+            model = str(whole_model(config, trained, folder / "merged"))
     return output
+
+
+def check_chain(resume: str, what: str, work: str) -> None:
+    """Refuse what several trainings, one after another, cannot do; `what` are they, `work` what they do in between.
+
+    Raises:
+        UserError: one checkpoint is named for all of them, or there are several processes.
+    """
+    if resume not in ("auto", "never"):
+        raise UserError(f"--resume {resume}: with {what}, a checkpoint belongs to one of them; allowed: auto, never")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{what} {work} in one process; start them with `mmalign train`, without a launcher")
 
 
 def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Path, number: int) -> Path:
@@ -133,27 +145,12 @@ def _mix(config: RunConfig, rounds: RoundsConfig, real: LabelTable, folder: Path
     return mixed
 
 
-def _train_once(config: RunConfig, model: str, data: dict[str, str], output: Path, resume: str) -> Path:
-    """Train on one round's data, unless that is done, and return the folder of the export."""
+def train_once(one: RunConfig, resume: str) -> Path:
+    """Do one of several trainings, unless that is done, and return the folder of the export."""
     from mmalign.engine import train
 
-    learned = config.data.model_copy(update=data)
-    one = config.model_copy(update={"rounds": None, "model": model, "data": learned, "output": str(output)})
+    output = Path(one.output)
     if resume == "auto" and is_finished(output) and (output / CONFIG_FILE).read_text("utf-8") == dump_config(one):
         note(f"trained already, in {output}")
         return output
     return train(one, resume=resume)
-
-
-def _whole_model(config: RunConfig, trained: Path, merged: Path) -> Path:
-    """Return a model to start from: the export itself, or for an adapter, its base with the adapter merged in."""
-    from pipelines import load_generator
-
-    if config.adapter.kind == "full":
-        return trained
-    unfinished = merged.with_name(merged.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    load_generator(str(trained), device="cpu", resolve=resolve_model).save(unfinished)
-    shutil.rmtree(merged, ignore_errors=True)
-    unfinished.replace(merged)
-    return merged

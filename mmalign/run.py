@@ -13,11 +13,12 @@ from torch import Tensor
 from mmalign.batches import LabelBatch, PairBatch
 from mmalign.cost import Cost
 from mmalign.errors import TrainingDiverged
-from mmalign.reference import Reference
+from mmalign.reference import Reference, TokenValues
 from mmalign.scoring.chosen import WeightedReward
 from mmalign.scoring.live import LiveRewards
 from mmalign.seeds import derive_seed
 from pipelines.conditioning import Conditioning
+from pipelines.vlm_batch import VlmBatch
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -25,9 +26,10 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 class Run:
     """The view of a run that is handed to `Method.loss` and `Method.collect`.
 
-    Attributes: `generator` (pipelines), `process` (its noise process), `reference`, `score` (the rewards), `cost`,
-    `seed`, `step`, the number of optimiser steps done so far, `shown`, the images that the method made last, and
-    `kept`, the encoders that stay in memory because the method decodes.
+    Attributes: `generator` (pipelines; it may be a vision-language model), `process` (a generator's noise process),
+    `reference`, `score` (the rewards), `cost`, `seed`, `step`, the number of optimiser steps done so far, `shown`, the
+    images that the method made last, `kept`, the encoders that stay in memory because the method decodes, and
+    `samples`, what is learned from, encoded.
     """
 
     def __init__(
@@ -39,10 +41,11 @@ class Run:
         rewards: Sequence[WeightedReward] = (),
         autocast: Autocast = nullcontext,
         kept: Collection[str] = (),
+        samples: Any = (),
     ) -> None:
         """Bring the parts together; `autocast` makes the context in which the network is called."""
         self.generator = generator
-        self.process = generator.process
+        self.samples = samples
         self.seed = seed
         self.cost = Cost()
         self.score = LiveRewards(rewards, self.cost)
@@ -51,6 +54,11 @@ class Run:
         self.step = 0
         self.shown: tuple[Tensor, list[str]] | None = None
         self._reference = reference
+
+    @property
+    def process(self) -> Any:
+        """The noise process of the generator; a vision-language model has none."""
+        return self.generator.process
 
     @property
     def reference(self) -> Reference:
@@ -71,6 +79,21 @@ class Run:
         # no graph.
         with self.autocast():
             return self.generator.predict(x_t, t, cond).float()
+
+    def log_probs(self, batch: VlmBatch) -> TokenValues:
+        """Return the policy's log-probability of every completion token, with its graph, and which columns are tokens.
+
+        For vision-language models; see `VisionLanguageModel.log_probs`.
+        """
+        with self.autocast():
+            found: TokenValues = self.generator.log_probs(batch)
+            return found
+
+    def logits(self, batch: VlmBatch) -> Float[Tensor, "batch tokens vocabulary"]:
+        """Return the logits from which the policy predicts every completion token, with their graph."""
+        with self.autocast():
+            found: Tensor = self.generator.completion_logits(batch)
+            return found
 
     def decode(
         self, latents: Float[Tensor, "batch channels h w"], *, checkpoint: bool = False

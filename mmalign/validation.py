@@ -29,7 +29,7 @@ def check_evaluation(config: EvaluateConfig) -> None:
     Raises:
         UserError, RewardError: the prompts cannot be read, or a reward cannot score images of them.
     """
-    prompts = [prompt.text for prompt in load_prompts(config.prompts, limit=config.limit)]
+    prompts = [prompt.text for prompt in load_prompts(str(config.prompts), limit=config.limit)]
     for name in config.rewards:
         check_reward(name, {}, prompts)
 
@@ -42,11 +42,15 @@ class Validation:
         from rewards import load_reward
 
         self.config = config
-        self.prompts = [prompt.text for prompt in load_prompts(config.prompts, limit=config.limit)]
+        self.prompts = [prompt.text for prompt in load_prompts(str(config.prompts), limit=config.limit)]
         self.rewards = {name: load_reward(name, device=generator.device) for name in config.rewards}
         self.seeds = [derive_seed(seed, "evaluate", index) for index in range(len(self.prompts))]
         self.cond = generator.encode_prompts(self.prompts)
         self.negative = generator.unconditional()
+
+    def higher_is_better(self, name: str) -> bool:
+        """Tell whether more of a reward is better."""
+        return bool(self.rewards[name].higher_is_better)
 
     @torch.no_grad()
     def look(self, run: Run) -> tuple[dict[str, float], dict[str, float], Image]:

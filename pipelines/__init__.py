@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipelines.vlm import VisionLanguageModel
     from pipelines.vlm_batch import VlmBatch, VlmSample
     from pipelines.vlm_features import media_features
-    from pipelines.vlm_load import load_vlm
+    from pipelines.vlm_load import fingerprint_vlm, load_vlm
 
 __all__ = [
     "Conditioning",
@@ -36,6 +36,7 @@ __all__ = [
     "VlmBatch",
     "VlmSample",
     "fingerprint_model",
+    "fingerprint_vlm",
     "gaussian_log_prob",
     "guided_predictor",
     "invert",
@@ -58,6 +59,7 @@ _HOMES = {
     "VlmBatch": "vlm_batch",
     "VlmSample": "vlm_batch",
     "fingerprint_model": "load",
+    "fingerprint_vlm": "vlm_load",
     "guided_predictor": "guidance",
     "load_generator": "load",
     "load_vlm": "vlm_load",

@@ -109,7 +109,9 @@ def fingerprint(root: Path, names: Iterable[str]) -> str:
     for name in sorted(names):
         if not (root / name).is_dir():
             raise MissingModelError(f"{root / name} is missing; the model directory is incomplete, fetch it again.")
-        for file in sorted(path for path in (root / name).iterdir() if path.suffix in (".json", ".txt", ".model")):
+        for file in sorted(
+            path for path in (root / name).iterdir() if path.suffix in (".json", ".txt", ".model", ".jinja")
+        ):
             content = file.read_bytes()
             if file.name in ("config.json", "scheduler_config.json"):
                 content = _without_bookkeeping(read_json(file))
@@ -164,7 +166,7 @@ def _variant(folder: Path) -> str | None:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Hide the libraries' progress bars, and diffusers' false alarm about a key that AutoencoderTiny itself writes."""
+    """Hide the libraries' progress bars, of saving too, and diffusers' false alarm about a key in AutoencoderTiny."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipelines import adapters, vlm_adapters
+from pipelines.components import quiet_loading
 from pipelines.errors import PipelineError
 from pipelines.vlm_batch import PaddingSide, VlmBatch, VlmSample, collate
 from pipelines.vlm_decoding import NextToken
@@ -363,7 +364,8 @@ class VisionLanguageModel:
         if self.has_adapter:
             network = copy.deepcopy(network)
             vlm_adapters.merge_adapter(network)
-        network.save_pretrained(path)
+        with quiet_loading():
+            network.save_pretrained(path)
         self.processor.save_pretrained(path)
 
     def save_lora(self, path: str | Path, *, base_model: str | None = None) -> None:

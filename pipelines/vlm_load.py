@@ -5,13 +5,14 @@ The family is read from ``config.json`` before any weight is touched or download
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipelines.components import parse_dtype, read_json
+from pipelines.components import fingerprint, parse_dtype, quiet_loading, read_json
 from pipelines.errors import MissingDependencyError, MissingModelError, PipelineError, choose, nearest
 from pipelines.hub import explained, fetch_file, is_hub_id, repository
 from pipelines.load import base_of
@@ -54,6 +55,23 @@ def load_vlm(
     if adapter is not None:
         model.load_adapter(adapter)
     return model
+
+
+def fingerprint_vlm(name_or_path: str | Path) -> str:
+    """Return 32 hex digits that identify a whole model: weights, configurations, tokenizer, chat format.
+
+    A Hub id stands for the commit that it resolves to. Nothing is loaded.
+
+    Raises:
+        PipelineError: no such model.
+    """
+    name = str(name_or_path)
+    _config(name)
+    if not Path(name).expanduser().is_dir():
+        with explained(name, "transformers"):
+            commit = fetch_file(name, "config.json").parent.name
+        return hashlib.sha256(f"{repository(name)[0]}@{commit}".encode()).hexdigest()[:32]
+    return fingerprint(Path(name).expanduser(), ["."])
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -102,9 +120,10 @@ def _load(model_class: Any, name: str, dtype: torch.dtype, attention: str) -> tu
         except ImportError as error:
             reason = " ".join(str(error).split())
             raise MissingDependencyError(f"the processor of {name} needs a package: {reason}") from error
-        network, report = model_class.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, output_loading_info=True, **pinned
-        )
+        with quiet_loading():
+            network, report = model_class.from_pretrained(
+                source, dtype=dtype, attn_implementation=attention, output_loading_info=True, **pinned
+            )
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers would go on with random weights.

@@ -141,3 +141,27 @@ def exact_run(model: str, scale: float = 0.05, **options: Any) -> Run:
             parameter.add_(scale * torch.randn(parameter.shape, generator=source))
     generator.network.train()
     return ExactRun(generator, reference=ExactReference(generator, "adapter"), **options)
+
+
+def write_answer_pairs(folder: Path, count: int = 6, *, own_media: bool = False, **columns: list[Any]) -> Path:
+    """Write pairs of answers about videos of four noisy frames as JSONL, answers of different lengths.
+
+    own_media: every rejected side has a video of its own. columns: further columns, a value for each pair.
+    """
+    from mmalign.data.video_files import write_video
+
+    source = torch.Generator().manual_seed(0)
+    lines = []
+    for index in range(count):
+        line: dict[str, Any] = {
+            "prompt": f"what moves in {index}?",
+            "chosen": f"a {'red' if index % 2 else 'blue'} one",
+        }
+        line |= {"rejected": "a green one" if index % 3 else "nothing", "video": f"{index}.mkv", "id": f"pair-{index}"}
+        line |= {"rejected_video": f"{index}-other.mkv"} if own_media else {}
+        for name in [line["video"], *([line["rejected_video"]] if own_media else [])]:
+            write_video(folder / name, torch.randint(0, 256, (4, 3, 16, 16), generator=source).to(torch.uint8), 4.0)
+        lines.append(json.dumps(line | {name: values[index] for name, values in columns.items()}))
+    path = folder / "answers.jsonl"
+    path.write_text("\n".join(lines))
+    return path

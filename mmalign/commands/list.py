@@ -150,14 +150,17 @@ def _option(name: str, default: object) -> str:
 
 def _families() -> Listing:
     from pipelines.load import FAMILIES
+    from pipelines.vlm_families import FAMILIES as vlm_families
 
     families = Registry("model family", FAMILIES)
     rows = []
     for pipeline in FAMILIES:
         family = families.get(pipeline)
         rows.append([family.family, pipeline, _first_line(family)])
-    hint = "The family is read from a model's model_index.json; you never name it."
-    return Listing(["family", "diffusers class", "models"], rows, hint)
+    for name, answering in vlm_families.items():
+        rows.append([name, answering.model_class, "answers about images and videos"])
+    hint = "The family is read from a model's model_index.json or config.json; you never name it."
+    return Listing(["family", "diffusers or transformers class", "models"], rows, hint)
 
 
 def _configs() -> Listing:

@@ -103,7 +103,7 @@ def encode_table(
     Raises:
         UserError: an image cannot be read.
     """
-    folder = _cache_folder(data, cache_dir)
+    folder = cache_folder(data, cache_dir)
     return {
         "prompts": PromptEncoder(folder, generator, batch_size).encode(table.prompts, memory_limit),
         "prompt_slots": torch.tensor([table.prompt_index(index) for index in range(len(table))]),
@@ -124,7 +124,7 @@ def encode_sides(
     memory_limit: int = MEMORY_LIMIT,
 ) -> dict[str, Any]:
     """Encode the images alone, as `encode_table` does, and return the fields of `CachedSides`."""
-    folder = _cache_folder(data, cache_dir)
+    folder = cache_folder(data, cache_dir)
     transform = PairTransform(data.resolution or generator.image_size, data.crop)
     images = _ImageEncoder(folder, generator, transform, batch_size, flips=(False, True) if data.flip else (False,))
     slots = array("q")
@@ -143,7 +143,8 @@ def encode_sides(
     }
 
 
-def _cache_folder(data: DataConfig, cache_dir: str | Path | None) -> Path:
+def cache_folder(data: DataConfig, cache_dir: str | Path | None = None) -> Path:
+    """Return the folder of what is encoded or computed once."""
     return Path(cache_dir or data.cache or default_cache_dir()).expanduser()
 
 

@@ -8,7 +8,7 @@ print as a formula belongs to `mmalign.losses`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -101,10 +101,17 @@ class Method(ABC, Generic[ConfigT]):
     """Images the policy denoises per sample of the data (2 for a pair): the unit of the reported speed."""
     updates_per_round: int = 1
     """Optimiser steps that learn from what one `collect` returned."""
+    stages: Sequence[int] = ()
+    """Difficulties of pairs that are trained on one after another, each from what the one before has made."""
 
     def __init__(self, config: ConfigT) -> None:
         """Keep the validated configuration."""
         self.config = config
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the frozen starting point is kept while training, rather than its values computed before."""
+        return self.needs.reference
 
     def check(self, process: NoiseProcess) -> None:
         """Raise a UserError for a configuration that does not fit the model's noise process; called before encoding.

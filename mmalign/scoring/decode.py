@@ -45,7 +45,7 @@ class Frames:
             return [round(index * (total - 1) / (self.count - 1)) for index in range(self.count)]
         if self.fps is not None:
             if not rate:
-                raise UserError("its frames have no rate; use --frames in place of --fps")
+                raise UserError("its frames have no rate; use --frames in place of --fps (in a config, data.frames)")
             step = max(rate / self.fps, 1.0)
             return [int(index * step) for index in range(int((total - 1) / step) + 1)]
         return list(range(total))
@@ -62,41 +62,58 @@ def decode(media: bytes | Path | Slice, modality: str, frames: Frames = ALL_FRAM
     """
     data: bytes | Path = media.read() if isinstance(media, Slice) else media
     if modality == "video":
-        return _decode_video(data, frames)
+        return decode_video(data, frames)[0]
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
         return image_levels(image).contiguous()
 
 
-def _decode_video(data: bytes | Path, frames: Frames) -> Tensor:
+def decode_video(
+    data: bytes | Path, frames: Frames = ALL_FRAMES, rate: float | None = None
+) -> tuple[Tensor, float | None]:
+    """Return the frames of a video that are taken, as `decode` does, and how many of them there are a second.
+
+    `rate` is that of all its frames, for videos that do not state it (or state it wrongly); the one returned is None
+    where nobody knows it.
+
+    Raises:
+        UserError, RewardError, OSError: it cannot be read; PIL and PyAV raise errors of their own besides.
+    """
     if isinstance(data, Path) and data.is_dir():
-        return _from_folder(data, frames)
+        return _from_folder(data, frames, rate)
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as animation:
-            return _from_animation(animation, frames)
+            return _from_animation(animation, frames, rate)
     except Image.UnidentifiedImageError:
-        return _from_container(data, frames)
+        return _from_container(data, frames, rate)
 
 
-def _from_folder(folder: Path, frames: Frames) -> Tensor:
+def _thinned(rate: float | None, taken: list[int]) -> float | None:
+    """Return the rate of the frames taken, of all frames at `rate`."""
+    return rate if rate is None or len(taken) < 2 else rate * (len(taken) - 1) / (taken[-1] - taken[0])
+
+
+def _from_folder(folder: Path, frames: Frames, rate: float | None) -> tuple[Tensor, float | None]:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError("the folder holds no frames")
-    return _stack([decode(files[index], "image") for index in frames.choose(len(files), None)])
+    wanted = frames.choose(len(files), rate)
+    return _stack([decode(files[index], "image") for index in wanted]), _thinned(rate, wanted)
 
 
-def _from_animation(animation: Image.Image, frames: Frames) -> Tensor:
+def _from_animation(animation: Image.Image, frames: Frames, rate: float | None) -> tuple[Tensor, float | None]:
     total = getattr(animation, "n_frames", 1)
     seconds = sum(frame.info.get("duration", 0) for frame in ImageSequence.Iterator(animation)) / 1000
-    wanted = frames.choose(total, total / seconds if seconds else None)
+    rate = rate or (total / seconds if seconds else None)
+    wanted = frames.choose(total, rate)
     _check_size(len(wanted), animation.width, animation.height)
     levels = []
     for index in wanted:
         animation.seek(index)
         levels.append(image_levels(animation).contiguous())
-    return _stack(levels)
+    return _stack(levels), _thinned(rate, wanted)
 
 
-def _from_container(data: bytes | Path, frames: Frames) -> Tensor:
+def _from_container(data: bytes | Path, frames: Frames, rate: float | None) -> tuple[Tensor, float | None]:
     try:
         import av
     except ImportError:
@@ -106,12 +123,13 @@ def _from_container(data: bytes | Path, frames: Frames) -> Tensor:
             raise UserError("holds no video stream")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        rate = float(stream.average_rate) if stream.average_rate else None
+        rate = rate or (float(stream.average_rate) if stream.average_rate else None)
         # Containers often state no number of frames, or a wrong one, so they are counted by decoding.
         total = sum(1 for _ in container.decode(stream)) if frames != ALL_FRAMES else None
         container.seek(0)
         wanted = None if total is None else frames.choose(total, rate)
-        return _stack(list(_frames(container.decode(stream), wanted)))
+        taken = _stack(list(_frames(container.decode(stream), wanted)))
+        return taken, rate if wanted is None else _thinned(rate, wanted)
 
 
 def _frames(decoded: Iterator[Any], wanted: list[int] | None) -> Iterator[Tensor]:

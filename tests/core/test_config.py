@@ -163,7 +163,7 @@ def test_a_missing_key_says_what_to_give(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=dpo"], "unknown method 'dpo'; did you mean 'dense_dpo' or 'diffusion_dpo'?"),
+        (["method=dpo"], "unknown method 'dpo'; did you mean 'dense_dpo' or 'diffusion_dpo' or 'vlm_dpo'?"),
         (["data.pairs=null"], "method 'diffusion_dpo' learns from pairs; give data.pairs"),
         (["data={prompts: x.txt}"], "learns from pairs, not from prompts; give data.pairs instead"),
         (["rewards=[clip]"], "takes no rewards; remove `rewards`"),

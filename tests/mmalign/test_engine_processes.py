@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from tiny_models import build_tiny_sd
-from tiny_runs import BRIGHTNESS, losses, online_config, run_config, write_pairs
+from tiny_runs import BRIGHTNESS, losses, online_config, run_config, write_answer_pairs, write_pairs
+from tiny_vlms import build_llava_onevision
 
 from mmalign.config import RunConfig, dump_config
 from mmalign.engine import train
@@ -35,10 +36,23 @@ def prompts_config(folder: Path, output: str, **changes: Any) -> RunConfig:
     )
 
 
+def answers_config(folder: Path, output: str, **changes: Any) -> RunConfig:
+    """A vision-language model whose reference the first rank lets answer before."""
+    data = folder / "data"
+    pairs = data / "answers.jsonl" if data.exists() else write_answer_pairs(data)
+    method = {"name": "vlm_dpo", "reference": "precomputed"}
+    return run_config(str(folder / "vlm"), pairs, folder / output, method, **changes)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [pairs_config, prompts_config], ids=["diffusion_dpo", "ddpo"])
+@pytest.mark.parametrize(
+    "make", [pairs_config, prompts_config, answers_config], ids=["diffusion_dpo", "ddpo", "vlm_dpo"]
+)
 def test_two_processes_train_as_one_with_accumulation(tmp_path: Path, make: Callable[..., RunConfig]) -> None:
-    build_tiny_sd(tmp_path / "sd", vae="tiny")
+    if make is answers_config:
+        build_llava_onevision(tmp_path / "vlm")
+    else:
+        build_tiny_sd(tmp_path / "sd", vae="tiny")
     config = make(tmp_path, "two")
     (tmp_path / "config.yaml").write_text(dump_config(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
@@ -52,7 +66,6 @@ def test_two_processes_train_as_one_with_accumulation(tmp_path: Path, make: Call
     assert list(losses(tmp_path / "two")) == [1, 2, 3, 4]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-6)
     assert losses(tmp_path / "two", "images_seen") == losses(tmp_path / "one", "images_seen")
-    name = "pytorch_lora_weights.safetensors"
-    one, two = (load_file(tmp_path / folder / name) for folder in ("one", "two"))
+    one, two = (load_file(next((tmp_path / folder).glob("*.safetensors"))) for folder in ("one", "two"))
     for key, tensor in one.items():
         assert (two[key] - tensor).abs().max() < 1e-6, key

@@ -1,0 +1,46 @@
+"""Training in stages: one difficulty of pairs after another, each from what the stage before has made.
+
+The adapter is merged between two stages, so the reference of a stage is where it starts (TEMPLE, arXiv 2503.16929).
+What is finished is kept: the same call again goes on in the stage that was broken off.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmalign.models import whole_model
+from mmalign.prepare import build_method, open_source, set_aside
+from mmalign.progress import note
+from mmalign.rounds import check_chain, train_once
+
+if TYPE_CHECKING:
+    from mmalign.config import RunConfig
+
+FOLDER = "stages"
+
+
+def train_in_stages(config: RunConfig, resume: str = "auto") -> Path:
+    """Train `trainer.steps` steps on each difficulty and return the folder of the last model, `config.output`.
+
+    Earlier stages lie in `stages/DIFFICULTY` within it, each with its merged model, which the next one names as its
+    base. `resume` is "auto" or "never".
+
+    Raises:
+        UserError: the configuration cannot work, a stage has no pairs; and what `mmalign.engine.train` raises.
+    """
+    check_chain(resume, "stages", "are merged")
+    method, output = build_method(config), Path(config.output)
+    method.check_data(open_source(config, method))
+    if resume == "never":
+        set_aside(output / FOLDER)
+    model = config.model
+    for number, difficulty in enumerate(method.stages, start=1):
+        note(f"── stage {number} of {len(method.stages)}: difficulty {difficulty}, from {model}")
+        folder, last = output / FOLDER / str(difficulty), number == len(method.stages)
+        changes = {"method": {**config.method, "stages": [difficulty]}, "model": model}
+        one = config.model_copy(update={**changes, "output": str(output if last else folder / "model")})
+        trained = train_once(one, resume if last else "auto")
+        if not last:
+            model = str(whole_model(one, trained, folder / "merged"))
+    return output

@@ -1,0 +1,96 @@
+"""DPO on answers of vision-language models (arXiv 2305.18290); the objective itself is `mmalign.losses.dpo`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mmalign.batches import VlmPairBatch
+from mmalign.errors import UserError
+from mmalign.losses import beta_of_gap, chosen_anchor, dpo, dpo_logit, sft
+from mmalign.losses.pair_loss import LossType
+from mmalign.methods.base import LossOutput, Needs
+from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics
+from mmalign.run import Run
+from pipelines.vlm_batch import VlmSample
+
+
+class VlmDPOConfig(FixedSidesConfig):
+    """Configuration of `vlm_dpo`; log-probabilities are sums over the tokens of an answer, the end token included."""
+
+    beta: float = Field(0.1, gt=0)
+    """how closely the policy is held to the reference"""
+    loss_type: LossType = "sigmoid"
+    """sigmoid: DPO; robust: unbiased under wrong labels; ipo: regression to a margin; hinge: flat beyond logit 1"""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """assumed probability that a label is wrong"""
+    length_normalised: bool = False
+    """means over tokens in place of sums, for which a beta ten times as large or more is usual"""
+    sft_weight: float = Field(0.0, ge=0)
+    """adds this many times the cross-entropy of the chosen answer, a mean over its tokens"""
+    anchor_weight: float = Field(0.0, ge=0)
+    """adds this many times mDPO's anchor, which keeps the chosen answer from becoming less likely"""
+    margin_rise: float = Field(0.0, ge=0)
+    """MM-DPO's beta of each pair: up to 1 + this times beta for a large `margin` of the data (published: 0.5)"""
+    margin_slope: float = Field(0.5, gt=0)
+    """how fast beta rises with the margin, where `margin_rise` is given"""
+
+    @model_validator(mode="after")
+    def _robust_needs_a_rate(self) -> VlmDPOConfig:
+        if self.loss_type == "robust" and not self.label_smoothing:
+            raise ValueError(
+                "loss_type robust corrects for label_smoothing, the share of wrong labels, which is 0; "
+                "give it, such as 0.1, or take loss_type sigmoid"
+            )
+        return self
+
+
+class VlmDPO(FixedSides):
+    """Prefer the chosen answer over the rejected one, relative to the frozen starting point."""
+
+    name: ClassVar[str] = "vlm_dpo"
+    Config = VlmDPOConfig
+    needs: ClassVar[Needs] = Needs(source="pairs", reference=True, modality="vlm")
+    images_per_sample = 2
+
+    def check_data(self, source: Any) -> None:
+        """Refuse pairs without margins where beta depends on them."""
+        missing = [name for name, margin in zip(source.ids, source.margins(), strict=True) if margin != margin]
+        if self.config.margin_rise and missing:
+            raise UserError(
+                f"{self.name}: margin_rise makes beta depend on the column margin, which {len(missing)} of "
+                f"{len(source)} pairs of {source.name} lack ('{missing[0]}' first); fill it in, or remove margin_rise"
+            )
+
+    def sides(self, run: Run, batch: VlmPairBatch) -> tuple[list[VlmSample], ...]:
+        """Return the chosen and the rejected answers."""
+        return batch.chosen, batch.rejected
+
+    def describe(self) -> str:
+        """Return what beta means here."""
+        c = self.config
+        extras = [c.loss_type, "means over tokens" if c.length_normalised else "sums over tokens"]
+        extras += [f"{name}={getattr(c, name):g}" for name in _WEIGHTS if getattr(c, name)]
+        return f"{self.name}: beta={c.beta:g}, no half factor, {', '.join(extras)}, reference {c.reference}"
+
+    def loss(self, run: Run, batch: VlmPairBatch) -> LossOutput:
+        """Return the mean loss of the pairs; metrics hold the log-probabilities of both models on both answers."""
+        c = self.config
+        values, policy, reference = self.score(run, batch, mean=c.length_normalised)
+        beta: float | Tensor = c.beta
+        if c.margin_rise:
+            assert batch.margins is not None, "check_data has seen a margin for every pair"
+            beta = beta_of_gap(batch.margins, beta=c.beta, rise=c.margin_rise, slope=c.margin_slope)
+        each = dpo(*policy, *reference, beta=beta, loss_type=c.loss_type, label_smoothing=c.label_smoothing)
+        if c.sft_weight:
+            log_probs, mask = values
+            each = each + c.sft_weight * sft(log_probs, mask)[: len(batch)]
+        if c.anchor_weight:
+            each = each + c.anchor_weight * chosen_anchor(policy[0], reference[0], beta=beta)
+        logit = dpo_logit(*policy, *reference, beta=beta)
+        return LossOutput(each.mean(), answer_metrics(policy, reference, logit))
+
+
+_WEIGHTS = ("label_smoothing", "sft_weight", "anchor_weight", "margin_rise")
