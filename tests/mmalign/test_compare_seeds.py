@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from tiny_models import build_tiny_sd
-from tiny_runs import write_pairs
+from tiny_runs import BRIGHTNESS, write_pairs
 
 from mmalign import engine
 from mmalign.cli import main
@@ -37,25 +35,13 @@ from mmalign.data.prompts import Prompt
 from mmalign.errors import UserError
 from mmalign.progress import memory_gigabytes, reset_peak_memory
 
-REWARD = '''
-from rewards import Reward
-
-class Brightness(Reward):
-    """Mean of all pixels."""
-    name = "brightness"
-
-    def score(self, media, prompts, references):
-        return media.mean(dim=(1, 2, 3))
-'''
-
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base model, pairs, prompts, a reward, and the training config "run.yaml" of one step."""
     folder = tmp_path_factory.mktemp("shared")
     build_tiny_sd(folder / "base", vae="tiny")
     pairs = write_pairs(folder / "pairs", count=4)
-    (folder / "tiny_seed_rewards.py").write_text(REWARD)
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
     run = {
         "model": str(folder / "base"),
@@ -63,14 +49,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "data": {"pairs": str(pairs), "cache": str(folder / "cache")},
         "adapter": {"kind": "lora", "rank": 2},
         "trainer": {"steps": 1, "batch_size": 2, "learning_rate": 0.01, "warmup": 0, "log_every": 1, "seed": 7},
-        "evaluate": {"every": 1, "prompts": str(folder / "prompts.txt"), "rewards": ["tiny_seed_rewards:Brightness"],
+        "evaluate": {"every": 1, "prompts": str(folder / "prompts.txt"), "rewards": [BRIGHTNESS],
                      "steps": 1},
         "output": "runs/sft",
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
+    return folder
 
 
 @pytest.fixture
@@ -89,7 +73,7 @@ def config_of(shared: Path, *more: dict[str, Any], overrides: tuple[str, ...] = 
         ],
         "training_seeds": [7, 2],
         "prompts": str(shared / "prompts.txt"),
-        "rewards": ["tiny_seed_rewards:Brightness"],
+        "rewards": [BRIGHTNESS],
         "output": "out",
         "seeds": [0, 1],
         "steps": 1,

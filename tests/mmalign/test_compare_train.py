@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from tiny_models import build_tiny_sd
-from tiny_runs import losses, write_pairs
+from tiny_runs import BRIGHTNESS, losses, write_pairs
 
 from mmalign import engine
 from mmalign.cli import main
@@ -23,25 +21,13 @@ from mmalign.compare.training import plan_trainings, train_systems
 from mmalign.config import load_config
 from mmalign.errors import UserError
 
-REWARD = '''
-from rewards import Reward
-
-class Brightness(Reward):
-    """Mean of all pixels."""
-    name = "brightness"
-
-    def score(self, media, prompts, references):
-        return media.mean(dim=(1, 2, 3))
-'''
-
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base model, pairs, prompts, a reward, and the training config "run.yaml" of four steps."""
     folder = tmp_path_factory.mktemp("shared")
     build_tiny_sd(folder / "base", vae="tiny")
     pairs = write_pairs(folder / "pairs", count=8)
-    (folder / "tiny_train_rewards.py").write_text(REWARD)
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
     run = {
         "model": str(folder / "base"),
@@ -54,9 +40,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "output": "runs/sft",
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
+    return folder
 
 
 @pytest.fixture
@@ -78,7 +62,7 @@ def comparison(shared: Path, *systems: dict[str, Any], **changes: Any) -> Compar
     values = {
         "systems": [{"name": "base", "model": str(shared / "base")}, *systems],
         "prompts": str(shared / "prompts.txt"),
-        "rewards": ["tiny_train_rewards:Brightness"],
+        "rewards": [BRIGHTNESS],
         "output": "out",
         "seeds": [0],
         "steps": 1,
