@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmalign.compare.results import Comparison, signed
-from mmalign.compare.tables import ABSENT, PlainTable, name_once, sizes, spread
+from mmalign.compare.tables import ABSENT, GROUPS, PlainTable, name_once, sizes, spread
 
 _LATEX = {
     **{character: f"\\{character}" for character in "_%&#${}"},
@@ -93,8 +93,8 @@ def _markdown_rows(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _latex_rows(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Write a tabular; where rewards come first, a rule stands before each."""
-    grouped = head[0] == "reward"
+    """Write a tabular; where rewards or measures come first, a rule stands before each."""
+    grouped = head[0] in GROUPS
     columns = "ll" if grouped else "l"
     lines = [rf"\begin{{tabular}}{{{columns.ljust(len(head), 'r')}}}", r"\toprule", " & ".join(head) + r" \\"]
     for position, cells in enumerate(rows):
@@ -123,11 +123,11 @@ def _flat_rows(blocks: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _caption(comparison: Comparison) -> str:
-    measured = sizes(len(comparison.prompts), comparison.seeds, comparison.training_seeds)
-    averaged = ", training seeds averaged within a prompt" if comparison.training_seeds else ""
+    measured = sizes(len(comparison.prompts), comparison.seeds, comparison.training_seeds, comparison.item)
+    averaged = f", training seeds averaged within a {comparison.item}" if comparison.training_seeds else ""
     spreads = "sd: standard deviation of Δ over training seeds; " if len(comparison.training_seeds) > 1 else ""
     return (
-        f"{measured}; 95 % intervals: paired bootstrap over prompts{averaged}; {spreads}a tie counts as half a win; "
+        f"{measured}; 95 % intervals: paired bootstrap over {comparison.over}{averaged}; {spreads}a tie counts as half a win; "
         "† trained on this reward."
     )
 
