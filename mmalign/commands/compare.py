@@ -139,9 +139,8 @@ def _refuse_drawing(options: dict[str, Any]) -> None:
 
     drawing = [key for key in options if key not in QuestionConfig.model_fields]
     if drawing:
-        raise UserError(
-            f"--{drawing[0].replace('_', '-')} is for models that draw, and --questions are answered; drop one"
-        )
+        option = drawing[0].replace("_", "-")
+        raise UserError(f"--{option} is for models that draw, and --questions are answered; leave one out")
 
 
 def _given(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:

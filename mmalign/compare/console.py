@@ -46,7 +46,7 @@ def summary_table(results: dict[str, Any]) -> Table:
     ]
     with_spread = any("delta_sd" in versus for versus in deltas)
     table = _plain(f"{measured}, 95 % intervals over {over}")
-    table.add_column("reward")
+    table.add_column("reward" if item == "prompt" else "measure")
     table.add_column("system")
     table.add_column("mean", justify="right", no_wrap=True)
     table.add_column(f"Δ vs {escape(baseline)}", justify="right", no_wrap=True)

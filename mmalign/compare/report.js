@@ -59,7 +59,7 @@
     const keyed = cards.map((card) => [key(card), place(card), card]).sort((a, b) => a[0] - b[0] || a[1] - b[1]);
     holder.append(...keyed.map((entry) => entry[2]));
     holder.classList.toggle("one-seed", state.seed !== "all");
-    toolbar.querySelector(".count").textContent = `${visible} of ${cards.length} prompts`;
+    toolbar.querySelector(".count").textContent = `${visible} of ${cards.length} ${data.item}s`;
     gallery.querySelector(".empty").hidden = visible > 0;
   }
 

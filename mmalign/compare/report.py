@@ -180,6 +180,7 @@ def _script_data(comparison: Comparison, document: dict[str, Any], gallery: dict
     return {
         "systems": list(comparison.systems),
         "baseline": comparison.baseline,
+        "item": comparison.item,
         "seeds": comparison.seeds,
         "rewards": [
             {

@@ -61,7 +61,7 @@ def config_differences(comparison: Comparison) -> dict[str, Any] | None:
 def as_markdown(comparison: Comparison, blocks: list[dict[str, Any]], more: Iterable[PlainTable] = ()) -> str:
     """Write the summary as a Markdown table, and more tables after it."""
     spreads = ["sd of Δ"] if has_spread(blocks) else []
-    head = ["reward", "system", "mean [95 % CI]", f"Δ vs {comparison.baseline} [95 % CI]", *spreads]
+    head = [comparison.measure, "system", "mean [95 % CI]", f"Δ vs {comparison.baseline} [95 % CI]", *spreads]
     lines = [*_markdown_rows([*head, "win rate [95 % CI]"], _flat_rows(blocks)), "", _caption(comparison)]
     for table in more:
         lines += ["", f"**{table.title}**", "", *_markdown_rows(table.head, table.rows), "", table.note]
@@ -71,7 +71,14 @@ def as_markdown(comparison: Comparison, blocks: list[dict[str, Any]], more: Iter
 def as_latex(comparison: Comparison, blocks: list[dict[str, Any]], more: Iterable[PlainTable] = ()) -> str:
     """Write the summary as a LaTeX tabular (booktabs), and more tables after it."""
     spreads = [r"sd of $\Delta$"] if has_spread(blocks) else []
-    head = ["reward", "system", r"mean [95\% CI]", rf"$\Delta$ vs {_tex(comparison.baseline)}", *spreads, "win rate"]
+    head = [
+        comparison.measure,
+        "system",
+        r"mean [95\% CI]",
+        rf"$\Delta$ vs {_tex(comparison.baseline)}",
+        *spreads,
+        "win rate",
+    ]
     lines = [*_latex_rows(head, name_once(_flat_rows(blocks))), f"% {_caption(comparison)}"]
     for table in more:
         lines += [
@@ -127,8 +134,8 @@ def _caption(comparison: Comparison) -> str:
     averaged = f", training seeds averaged within a {comparison.item}" if comparison.training_seeds else ""
     spreads = "sd: standard deviation of Δ over training seeds; " if len(comparison.training_seeds) > 1 else ""
     return (
-        f"{measured}; 95 % intervals: paired bootstrap over {comparison.over}{averaged}; {spreads}a tie counts as half a win; "
-        "† trained on this reward."
+        f"{measured}; 95 % intervals: paired bootstrap over {comparison.over}{averaged}; {spreads}a tie counts as "
+        "half a win; † trained on this reward."
     )
 
 

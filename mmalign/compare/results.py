@@ -76,6 +76,11 @@ class Comparison:
         return dict(zip(seeds, parts, strict=False))
 
     @property
+    def measure(self) -> str:
+        """What tables call that by which systems are compared."""
+        return "reward" if self.item == "prompt" else "measure"
+
+    @property
     def categories(self) -> list[str]:
         """The category of each prompt; all empty if the set has none."""
         if not any(prompt.category for prompt in self.prompts):

@@ -45,11 +45,8 @@ def name_once(rows: list[list[str]]) -> list[list[str]]:
 
 def more_tables(document: dict[str, Any]) -> dict[str, PlainTable]:
     """Return the tables that results.json has something for, by name."""
-    return {
-        table.name: table
-        for table in (_training_seeds(document), _questions(document), _costs(document))
-        if table.rows
-    }
+    tables = (_training_seeds(document), _questions(document), _costs(document))
+    return {table.name: table for table in tables if table.rows}
 
 
 def _training_seeds(document: dict[str, Any]) -> PlainTable:
@@ -69,7 +66,12 @@ def _training_seeds(document: dict[str, Any]) -> PlainTable:
         f"{document.get('over', 'prompts')}; "
         "sd: standard deviation of the difference over training seeds."
     )
-    head = ["reward", "system", *(f"training seed {seed}" for seed in seeds), "sd"]
+    head = [
+        "measure" if "item" in document else "reward",
+        "system",
+        *(f"training seed {seed}" for seed in seeds),
+        "sd",
+    ]
     return PlainTable("each-seed", "Each training seed", note, head, rows)
 
 
@@ -84,14 +86,8 @@ def _questions(document: dict[str, Any]) -> PlainTable:
         for system, one in part["systems"].items():
             interval = one["ci95"] and f" [{one['ci95'][0]:.3f}, {one['ci95'][1]:.3f}]"
             versus = one.get("versus_baseline")
-            rows.append(
-                [
-                    measure,
-                    system,
-                    f"{one['mean']:.3f}{interval or ''}",
-                    describe_delta(versus, 3) if versus else ABSENT,
-                ]
-            )
+            delta = describe_delta(versus, 3) if versus else ABSENT
+            rows.append([measure, system, f"{one['mean']:.3f}{interval or ''}", delta])
     note = "Twin accuracy: the share of groups of conflicting questions in which every answer is right."
     head = ["measure", "system", "accuracy", f"Δ vs {document['baseline']}"]
     return PlainTable("formats", "By format, and twins", note, head, rows)

@@ -53,9 +53,8 @@ def choose_asked(config: QuestionConfig) -> list[AskedVideo]:
             break
         chosen += group
     if not chosen:
-        raise UserError(
-            f"limit {config.limit}: the first twins are {len(next(iter(groups.values())))} questions; raise it"
-        )
+        twins = len(next(iter(groups.values())))
+        raise UserError(f"limit {config.limit}: the first group of twins has {twins} questions; raise it")
     return chosen
 
 

@@ -23,8 +23,8 @@ ACCURACY, SENSITIVITY, TWINS = "accuracy", "shuffle sensitivity", "twin accuracy
 _RULES = "none: TempCompass's matching rules"
 FACTS = {
     ACCURACY: RewardFacts(
-        ACCURACY, ACCURACY, "questions", "", "Share of right answers; every question weighs the same.", True, False, "",
-        _RULES, "TempCompass, arXiv:2403.00476.",
+        ACCURACY, ACCURACY, "questions", "", "Share of right answers; every question weighs the same.", True, False,
+        "", _RULES, "TempCompass, arXiv:2403.00476.",
     ),
     SENSITIVITY: RewardFacts(
         SENSITIVITY, SENSITIVITY, "questions", "",
@@ -39,8 +39,8 @@ def families(questions: Sequence[VideoQuestion]) -> list[str]:
     parent: dict[tuple[str, str], tuple[str, str]] = {}
 
     def root(node: tuple[str, str]) -> tuple[str, str]:
-        while (above := parent.setdefault(node, node)) != node:
-            node = parent[node] = parent[above]
+        while parent.setdefault(node, node) != node:
+            node = parent[node]
         return node
 
     for question in questions:

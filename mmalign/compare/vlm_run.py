@@ -55,10 +55,8 @@ def compare_questions(config: QuestionConfig, *, train: bool = True, retrain: bo
     write_scores(comparison, output / "scores.csv")
     write_answers(asked, sheets, output / "answers.csv")
     write_atomically(output / "config.yaml", dump_config(config))
-    first = {
-        name: sheets[names[0]] for name, names in replica_names([*comparison.systems], comparison.replicas).items()
-    }
-    gallery = question_gallery(config, asked, first)
+    names = replica_names([*comparison.systems], comparison.replicas)
+    gallery = question_gallery(config, asked, {name: sheets[first] for name, (first, *_) in names.items()})
     write_report(comparison, results, dump_config(config), output / "report.html", gallery=gallery)
     write_results(results, output / "results.json")
     return Outcome(results, output / "report.html")
