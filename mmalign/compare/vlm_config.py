@@ -69,5 +69,6 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> CompareC
     Raises:
         UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.
     """
-    asks = "questions" in read_tree(path, list(overrides), expand_short_forms).values
-    return load_schema(QuestionConfig if asks else CompareConfig, path, list(overrides))
+    if "questions" in read_tree(path, list(overrides), expand_short_forms).values:
+        return load_schema(QuestionConfig, path, list(overrides))
+    return load_schema(CompareConfig, path, list(overrides))
