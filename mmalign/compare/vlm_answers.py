@@ -88,10 +88,7 @@ def _answer(
     config: QuestionConfig, answerer: Answerer, asked: Sequence[AskedVideo], label: str, shuffle: int | None
 ) -> list[str]:
     reader = video_reader(config)
-    by_file = sorted(range(len(asked)), key=lambda index: str(asked[index].file))  # each video is decoded once
-    requests = [_request(reader, asked[index], shuffle) for index in by_file]
-    answers = dict(zip(by_file, answerer.answer(requests, label), strict=True))
-    return [answers[index] for index in range(len(asked))]
+    return answerer.answer([_request(reader, one, shuffle) for one in asked], label)
 
 
 def _request(reader: VideoReader, asked: AskedVideo, shuffle: int | None) -> Request:

@@ -32,7 +32,8 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt about media that `show` returns when their turn comes; `media_id` identifies them before that.
+    """A prompt about media that `show` returns when their turn comes; `media_id` identifies them before that, and
+    begins alike for all that is made of one file.
 
     seed: for answers by chance; None for greedy ones.
     """
@@ -82,6 +83,7 @@ class Answerer:
             UserError: media cannot be read. PipelineError: the model cannot take them.
         """
         missing = list({one.key: one for one in requests if one.key not in self._kept}.values())
+        missing.sort(key=lambda one: one.media_id)  # what is about one video comes together, to be decoded once
         if missing:
             self._loaded = self._loaded or self._open()
             with track(len(missing), label, unit="answers") as job:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +15,18 @@ import torch
 from tiny_vlms import build_llava_onevision
 
 from mmalign.cli import main
+from mmalign.compare.vlm_results import families
 from mmalign.config import DataConfig
-from mmalign.data.answering import Answerer, Decoding
+from mmalign.data.answering import Answerer, Decoding, Request
 from mmalign.data.perturb import Effect
 from mmalign.data.perturbations import Perturbation, parse_perturbations
 from mmalign.data.video_events import clip_lengths, clips, scene_states, shot_states
 from mmalign.data.video_items import VideoItem, is_video_source, read_video_items
 from mmalign.data.video_pairs import VideoPairSettings, refuse, write_video_pairs
+from mmalign.data.video_reading import VideoReader
 from mmalign.data.vlm_pairs import read_vlm_pairs
 from mmalign.errors import UserError
-from mmalign.scoring.decode import decode
+from mmalign.scoring.decode import ALL_FRAMES, decode
 from mmalign.shapes.questions import ShapesQuestion
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.video import Actor, VideoScene, unroll
@@ -276,3 +280,46 @@ def test_tables_of_videos(videos: Path, tmp_path: Path) -> None:
         read_video_items(str(table), questions=False)
     with pytest.raises(UserError, match="prompt"):
         read_video_items(str(table), questions=True)
+
+
+def test_an_interrupted_job_goes_on_after_its_last_batch(videos: Path, model: str, tmp_path: Path) -> None:
+    class Failing(Always):
+        """Answers two batches."""
+
+        left = 2
+
+        def generate(self, prompts: Sequence[str], media: Sequence[Any], **options: Any) -> list[str]:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().generate(prompts, media, **options)
+
+    items = items_of(videos, "order", "multi-choice")[:5]
+    reader = VideoReader(ALL_FRAMES)
+    requests = [Request(one.prompt, reader.media_id(one), lambda one=one: reader.show(one)) for one in items]
+    first, second = Failing("a"), Failing("b")
+    with pytest.raises(KeyboardInterrupt):
+        Answerer(model, Decoding(8), tmp_path, batch_size=2, open_model=lambda: first).answer(requests, "ask")
+    answers = Answerer(model, Decoding(8), tmp_path, batch_size=2, open_model=lambda: second).answer(requests, "ask")
+    assert sorted(answers) == ["a", "a", "a", "a", "b"] and second.left == 1
+    other = Answerer(model, Decoding(9), tmp_path, open_model=lambda: Always("c"))
+    assert other.answer(requests, "ask") == ["c"] * 5  # another way to answer knows nothing of these
+
+
+def test_questions_of_tempcompass_go_by_the_label_map(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "questions").mkdir()
+    asked = {"direction": [{"question": "Left?", "answer": "yes"}], "speed": [{"question": "Fast?", "answer": "no"}]}
+    (tmp_path / "questions" / "yes_no.json").write_text(json.dumps({"7": asked, "7_reverse": asked}))
+    (tmp_path / "videos").mkdir()
+    for name in ("7", "7_reverse"):
+        shutil.copy(next((videos / "videos").iterdir()), tmp_path / "videos" / f"{name}.mkv")
+    items = read_video_items(str(tmp_path), questions=True)
+    fates = {item.id: Perturbation(("flip",)).fate(item, None, 0) for item in items}
+    assert fates == {
+        f"yes_no/{name}/{aspect}/0": Effect.DEPENDS if aspect == "direction" else Effect.KEEPS
+        for name in ("7", "7_reverse")
+        for aspect in asked
+    }
+    assert [item.id for item in read_video_items(str(tmp_path), questions=False)] == ["7", "7_reverse"]
+    # One video and what was made from it, whatever is asked about them.
+    assert len(set(families([item.question for item in items if item.question is not None]))) == 1
