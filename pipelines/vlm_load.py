@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from pipelines.components import fingerprint, parse_dtype, quiet_loading, read_json
+from pipelines.components import file_digest, fingerprint, parse_dtype, quiet_loading, read_json
 from pipelines.errors import MissingDependencyError, MissingModelError, PipelineError, choose, nearest
 from pipelines.hub import explained, fetch_file, is_hub_id, repository
 from pipelines.load import base_of
 from pipelines.vlm import VisionLanguageModel
-from pipelines.vlm_adapters import is_vlm_adapter
+from pipelines.vlm_adapters import CONFIG_NAME, PEFT_WEIGHTS, is_vlm_adapter
 from pipelines.vlm_families import FAMILIES
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -57,15 +57,20 @@ def load_vlm(
     return model
 
 
-def fingerprint_vlm(name_or_path: str | Path) -> str:
-    """Return 32 hex digits that identify a whole model: weights, configurations, tokenizer, chat format.
+def fingerprint_vlm(name_or_path: str | Path, *, resolve: Callable[[str], str] = str) -> str:
+    """Return 32 hex digits that identify a model: weights, configurations, tokenizer, chat format.
 
-    A Hub id stands for the commit that it resolves to. Nothing is loaded.
+    A Hub id stands for the commit that it resolves to, an adapter counts together with its base model, which is found
+    by way of `resolve`. Nothing is loaded.
 
     Raises:
         PipelineError: no such model.
     """
     name = str(name_or_path)
+    if is_vlm_adapter(name):
+        base = fingerprint_vlm(base_of(Path(name), resolve))
+        parts = "+".join(file_digest(Path(name) / file) for file in (CONFIG_NAME, PEFT_WEIGHTS))
+        return hashlib.sha256(f"{base}+{parts}".encode()).hexdigest()[:32]
     _config(name)
     if not Path(name).expanduser().is_dir():
         with explained(name, "transformers"):

@@ -4,7 +4,8 @@ Give a YAML config (options override it, `key.path=value` too), or the models th
 A system of the config names its model, or the training config that makes it (`train`, `overrides`); `budget` then says
 what each training may cost: {images: N} seen, {seconds: S} or {reward_calls: R}; `training_seeds: [0, 1]` trains each
 once from every seed. `diversity: REWARD` measures how much the images of a prompt differ.
-The same command again trains, draws and scores only what is missing.
+The same command again trains, draws and scores only what is missing. Vision-language models are compared by
+`questions` (a folder of videos with questions) in place of `prompts` and `rewards`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from mmalign.errors import UserError
 
 if TYPE_CHECKING:
     from mmalign.compare.config import CompareConfig
+    from mmalign.compare.vlm_config import QuestionConfig
 
 _CONFIG_KEYS = {
+    "questions": "questions",
+    "frames": "frames",
     "prompts": "prompts",
     "rewards": "rewards",
     "out": "output",
@@ -46,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign compare`; what is not given is left to the config or its defaults."""
     parser.add_argument("inputs", nargs="+", metavar="CONFIG | MODEL", help="one YAML config, or two or more models")
     parser.add_argument("--prompts", metavar="NAME|FILE", help="test prompts: a built-in set or a file")
+    parser.add_argument("--questions", metavar="DIR", help="ask vision-language models these; no prompts, no rewards")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames of a video that are shown (default: all)")
     parser.add_argument("--rewards", type=_words, metavar="A,B", help="rewards that score the images")
     parser.add_argument("--out", metavar="DIR", help="folder for report.html, results.json and the images")
     parser.add_argument("--names", type=_words, metavar="A,B", help="what to call the models (default: folder names)")
@@ -75,21 +81,29 @@ def run(args: argparse.Namespace) -> int:
 
     from mmalign.compare.console import print_summary
     from mmalign.compare.run import compare
+    from mmalign.compare.vlm_config import QuestionConfig
+    from mmalign.compare.vlm_run import compare_questions
 
     def do() -> None:
-        outcome = compare(config, train=not args.no_train, retrain=args.retrain)
+        options = {"train": not args.no_train, "retrain": args.retrain}
+        if isinstance(config, QuestionConfig):
+            outcome = compare_questions(config, **options)
+        else:
+            outcome = compare(config, **options)
         print_summary(outcome.results, outcome.report)
 
     return end_training_well(do)
 
 
-def read_arguments(args: argparse.Namespace) -> CompareConfig:
+def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
     """Turn the command line into a checked config.
 
     Raises:
         UserError: options are missing, or do not go together.
     """
-    from mmalign.compare.config import load_compare_config, make_compare_config
+    from mmalign.compare.config import make_compare_config
+    from mmalign.compare.systems_config import check_values
+    from mmalign.compare.vlm_config import QuestionConfig, load_comparison
 
     options = _given(args, _CONFIG_KEYS)
     control = _given(args, _CONTROL_KEYS)
@@ -98,8 +112,8 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig:
             raise UserError("--names is for models given one by one; a config names its systems itself")
         options |= {f"guidance_control.{key}": value for key, value in control.items()}
         overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()]
-        return load_compare_config(args.inputs[0], [*args.inputs[1:], *overrides])
-    for key in ("prompts", "rewards", "out"):
+        return load_comparison(args.inputs[0], [*args.inputs[1:], *overrides])
+    for key in ("out",) if args.questions else ("prompts", "rewards", "out"):
         if getattr(args, key) is None:
             raise UserError(f"--{key} is missing: needed where models are given instead of a config")
     if control:
@@ -109,11 +123,24 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig:
                 "validation prompts to choose by"
             )
         options["guidance_control"] = {"rewards": options["rewards"][:1], **control}
+    if args.questions:
+        _refuse_drawing(options)
     names = args.names or _folder_names(args.inputs)
     if len(names) != len(args.inputs):
         raise UserError(f"--names gives {len(names)} names for {len(args.inputs)} models; give one each")
     systems = [{"name": name, "model": model} for name, model in zip(names, args.inputs, strict=True)]
+    if args.questions:
+        return check_values(QuestionConfig, {"systems": systems, **options})
     return make_compare_config(systems=systems, **options)
+
+
+def _refuse_drawing(options: dict[str, Any]) -> None:
+    from mmalign.compare.vlm_config import QuestionConfig
+
+    drawing = [key for key in options if key not in QuestionConfig.model_fields]
+    if drawing:
+        option = drawing[0].replace("_", "-")
+        raise UserError(f"--{option} is for models that draw, and --questions are answered; leave one out")
 
 
 def _given(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:

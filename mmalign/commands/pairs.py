@@ -1,7 +1,8 @@
 """Build preference data: `sample` draws several images for each prompt, `label` turns them into pairs by a reward,
-`perturb` gives good images captions that do not fit them.
+`perturb` gives good images captions that do not fit them, and videos answers that perturbing them led a model to.
 
-An interrupted `sample` goes on where it stopped; the pairs are a parquet file with the columns of Pick-a-Pic.
+An interrupted `sample` goes on where it stopped, and so does `perturb` of videos; the pairs of images are a parquet
+file with the columns of Pick-a-Pic.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mmalign.commands.generate import (
     positive,
     read_prompts,
 )
+from mmalign.commands.perturb_videos import add_video_arguments, perturb_videos, refuse_video_options
 from mmalign.errors import UserError
 from mmalign.files import check_output
 from mmalign.progress import track
@@ -42,24 +44,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     label.add_argument("--min-margin", type=float, default=0.0, metavar="M", help="leave out pairs closer than this")
     label.add_argument("--pairs-per-prompt", type=positive, default=1, metavar="K", help="default %(default)s")
     label.add_argument("--seed", type=int, default=0, help="of draws, noise and sides (default %(default)s)")
-    perturb = actions.add_parser("perturb", help="write captions that do not fit, beside those that do")
+    _add_perturb_arguments(actions.add_parser("perturb", help="write captions, or answers, that do not fit"))
+
+
+def _add_perturb_arguments(perturb: argparse.ArgumentParser) -> None:
     perturb.add_argument(
-        "source", metavar="FILE|DIR", help="pairs (their chosen images), or a table of labelled images"
+        "source", metavar="FILE|DIR", help="pairs (their chosen images), labelled images, or videos with questions"
     )
-    perturb.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="the images, for data.labels")
-    perturb.add_argument(
+    perturb.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="for data.labels, data.pairs")
+    perturb.add_argument("--answers", metavar="DIR", help="keep a model's answers here, to ask for none twice")
+    perturb.add_argument("--limit", type=positive, metavar="N", help="no more than this many images or questions")
+    perturb.add_argument("--seed", type=int, default=0, help="of all that is drawn (default %(default)s)")
+    add_video_arguments(perturb)
+    captions = perturb.add_argument_group("captions of images")
+    captions.add_argument(
         "--contrast",
         metavar="shapes|rules|FILE",
         help="rules of Shapes, which check that no edited caption is true (default), rules of English, or a JSON file",
     )
-    perturb.add_argument("--endpoint", metavar="URL", help="ask a language model instead, such as .../v1")
-    perturb.add_argument("--llm", metavar="NAME", help="the model behind the endpoint")
-    perturb.add_argument(
+    captions.add_argument("--endpoint", metavar="URL", help="ask a language model instead, such as .../v1")
+    captions.add_argument("--llm", metavar="NAME", help="the model behind the endpoint")
+    captions.add_argument(
         "--api-key-env", metavar="VARIABLE", help="environment variable that holds the endpoint's key"
     )
-    perturb.add_argument("--answers", metavar="DIR", help="keep the model's answers here, to pay for none twice")
-    perturb.add_argument("--limit", type=positive, metavar="N", help="no more than this many images")
-    perturb.add_argument("--seed", type=int, default=0, help="of the edits drawn (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -132,6 +139,12 @@ def _label(args: argparse.Namespace) -> int:
 
 def _perturb(args: argparse.Namespace) -> int:
     _check_out(args.out)
+
+    from mmalign.data.video_items import is_video_source
+
+    if is_video_source(args.source):
+        return perturb_videos(args)
+    refuse_video_options(args)
     source = _contrast(args)
 
     from mmalign.config import DataConfig

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmalign.compare.results import describe_delta
-from mmalign.compare.tables import PlainTable, more_tables, sizes, spread
+from mmalign.compare.tables import GROUPS, PlainTable, more_tables, sizes, spread
 
 _STYLES = {1: "green", -1: "red", 0: ""}
 
@@ -39,13 +39,14 @@ def print_summary(results: dict[str, Any], report: Path, console: Console | None
 def summary_table(results: dict[str, Any]) -> Table:
     """Return the table: reward, system, mean, difference from the baseline, win rate; each with its interval."""
     baseline = results["baseline"]
-    measured = sizes(results["prompts"], results["seeds"], results.get("training_seeds", []))
+    item, over = results.get("item", "prompt"), results.get("over", "prompts")
+    measured = sizes(results["prompts"], results["seeds"], results.get("training_seeds", []), item)
     deltas = [
         versus for system in results["systems"].values() for versus in system.get("versus_baseline", {}).values()
     ]
     with_spread = any("delta_sd" in versus for versus in deltas)
-    table = _plain(f"{measured}, 95 % intervals over prompts")
-    table.add_column("reward")
+    table = _plain(f"{measured}, 95 % intervals over {over}")
+    table.add_column("reward" if item == "prompt" else "measure")
     table.add_column("system")
     table.add_column("mean", justify="right", no_wrap=True)
     table.add_column(f"Δ vs {escape(baseline)}", justify="right", no_wrap=True)
@@ -77,7 +78,7 @@ def rich_table(plain: PlainTable) -> Table:
     """Return a table of text for the console."""
     table = _plain(plain.title)
     for title in plain.head:
-        table.add_column(escape(title), justify="left" if title in ("reward", "system") else "right")
+        table.add_column(escape(title), justify="left" if title in (*GROUPS, "system") else "right")
     for cells in plain.grouped_rows():
         table.add_row(*map(escape, cells))
     return table

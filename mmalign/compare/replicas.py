@@ -14,9 +14,23 @@ from jaxtyping import Float
 
 from mmalign.compare.scoring import Scores
 from mmalign.compare.systems import SystemFacts
+from mmalign.compare.systems_config import SystemsConfig
 
 Replicas = dict[str, dict[int, SystemFacts]]
 """System -> training seed -> facts, of the systems that training seeds were named for."""
+
+
+def merge_systems(config: SystemsConfig, facts: dict[str, SystemFacts]) -> tuple[dict[str, SystemFacts], Replicas]:
+    """Return the systems in the order of their facts, and the replicas of those that training seeds were named for."""
+    replicas: Replicas = {}
+    for replica in config.replicas:
+        if replica.seed is not None:
+            replicas.setdefault(replica.system.name, {})[replica.seed] = facts[replica.name]
+    own = {system.name for system in config.systems}
+    systems = {
+        name: merge_facts(replicas[name]) if name in replicas else one for name, one in facts.items() if name in own
+    }
+    return systems, replicas
 
 
 def merge_facts(replicas: Mapping[int, SystemFacts]) -> SystemFacts:

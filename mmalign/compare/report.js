@@ -10,7 +10,8 @@
   const state = { reward: 0, order: "prompt", seed: data.seeds.length > 1 ? 0 : "all", category: "", search: "" };
 
   const minus = (text) => text.replace("-", "\u2212");
-  const write = (value, reward) => minus(value.toFixed(data.rewards[reward].digits));
+  // Scores that are one of two things, such as right and wrong, are written in words.
+  const write = (value, reward) => data.rewards[reward].words?.[value] ?? minus(value.toFixed(data.rewards[reward].digits));
 
   // How much better the system is than the baseline on one prompt, over the seeds on view.
   function gain(position, system) {
@@ -32,8 +33,10 @@
         const ahead = (value - reward.scores[baseline][position][column]) * (reward.higher ? 1 : -1);
         const score = figure.querySelector(".score");
         score.textContent = write(value, state.reward);
-        score.classList.toggle("good", !reward.neutral && system !== baseline && ahead > 1e-6);
-        score.classList.toggle("bad", !reward.neutral && system !== baseline && ahead < -1e-6);
+        const better = reward.words ? value > 0 : !reward.neutral && system !== baseline && ahead > 1e-6;
+        const worse = reward.words ? value <= 0 : !reward.neutral && system !== baseline && ahead < -1e-6;
+        score.classList.toggle("good", better);
+        score.classList.toggle("bad", worse);
       });
     }
   }
@@ -56,7 +59,7 @@
     const keyed = cards.map((card) => [key(card), place(card), card]).sort((a, b) => a[0] - b[0] || a[1] - b[1]);
     holder.append(...keyed.map((entry) => entry[2]));
     holder.classList.toggle("one-seed", state.seed !== "all");
-    toolbar.querySelector(".count").textContent = `${visible} of ${cards.length} prompts`;
+    toolbar.querySelector(".count").textContent = `${visible} of ${cards.length} ${data.item}s`;
     gallery.querySelector(".empty").hidden = visible > 0;
   }
 
@@ -115,6 +118,9 @@
     if (data.seeds.length > 1) heading.append(`  (seed ${data.seeds[column]})`);
     viewer.querySelector("h3").replaceWith(heading);
     viewer.querySelector(".row").replaceWith(copy);
+    viewer.querySelector(".strip")?.remove();
+    const strip = card.querySelector(".strip");
+    if (strip) viewer.querySelector("h3").after(strip.cloneNode());
     viewer.showModal();
   });
   viewer.addEventListener("click", (event) => { if (event.target === viewer) viewer.close(); });

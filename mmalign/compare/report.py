@@ -32,14 +32,22 @@ _OUTCOMES = {
 _COLOURS = 7  # of challengers; report.css numbers them c2 to c8, after the baseline's c0 and the control's c1
 
 
-def write_report(comparison: Comparison, document: dict[str, Any], config_text: str, path: Path) -> None:
+def write_report(
+    comparison: Comparison,
+    document: dict[str, Any],
+    config_text: str,
+    path: Path,
+    gallery: dict[str, Any] | None = None,
+) -> None:
     """Render the report of a comparison.
 
     Args:
         document: the content of results.json (`build_results`).
         config_text: the YAML that repeats the comparison, shown at the end.
         path: where the page goes; written whole or not at all.
+        gallery: cards that are no images, with the `template` that shows them; None: the images of the comparison.
     """
+    gallery = gallery or _gallery(comparison)
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -50,8 +58,8 @@ def write_report(comparison: Comparison, document: dict[str, Any], config_text: 
     environment.globals["zip"] = zip
     environment.filters["unbroken"] = unbroken
     environment.filters["describe_cost"] = report_costs.describe_cost
-    page = environment.get_template("report.html.j2").render(
-        **page_context(comparison, document),
+    page = environment.get_template(gallery.get("template", "report.html.j2")).render(
+        **page_context(comparison, document, gallery),
         config_text=config_text,
         css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "report.js").read_text(encoding="utf-8")),
@@ -59,10 +67,9 @@ def write_report(comparison: Comparison, document: dict[str, Any], config_text: 
     write_atomically(path, page)
 
 
-def page_context(comparison: Comparison, document: dict[str, Any]) -> dict[str, Any]:
+def page_context(comparison: Comparison, document: dict[str, Any], gallery: dict[str, Any]) -> dict[str, Any]:
     """Return everything that the template shows."""
     blocks = report_tables.summary(document)
-    gallery = _gallery(comparison)
     tables = more_tables(document)
     return {
         "title": _title(comparison),
@@ -83,7 +90,7 @@ def page_context(comparison: Comparison, document: dict[str, Any]) -> dict[str, 
         "counted": any(facts.cost for facts in comparison.systems.values()),
         "configs": report_tables.config_differences(comparison),
         "gallery": gallery,
-        "data": safe_json(_script_data(comparison, document, gallery["shown"])),
+        "data": safe_json(_script_data(comparison, document, gallery)),
         "markdown": report_tables.as_markdown(comparison, blocks, tables.values()),
         "latex": report_tables.as_latex(comparison, blocks, tables.values()),
     }
@@ -167,12 +174,13 @@ def _gallery(comparison: Comparison) -> dict[str, Any]:
     return {"cards": cards, "shown": shown, "notes": notes}
 
 
-def _script_data(comparison: Comparison, document: dict[str, Any], shown: list[int]) -> dict[str, Any]:
-    """Return what sorting and captions need: scores by reward, system, shown prompt and seed, of the images shown."""
-    columns = len(comparison.seeds)
+def _script_data(comparison: Comparison, document: dict[str, Any], gallery: dict[str, Any]) -> dict[str, Any]:
+    """Return what sorting and captions need: scores by reward, system, shown prompt and seed, of what is shown."""
+    columns, shown, words = len(comparison.seeds), gallery["shown"], gallery.get("words", {})
     return {
         "systems": list(comparison.systems),
         "baseline": comparison.baseline,
+        "item": comparison.item,
         "seeds": comparison.seeds,
         "rewards": [
             {
@@ -180,6 +188,7 @@ def _script_data(comparison: Comparison, document: dict[str, Any], shown: list[i
                 "higher": facts.higher_is_better,
                 "neutral": facts.neutral,
                 "digits": document["rewards"][label]["digits"],
+                **({"words": words[label]} if label in words else {}),
                 "scores": [by_system[name][shown, :columns].round(6).tolist() for name in comparison.systems],
             }
             for (label, facts), by_system in zip(comparison.rewards.items(), comparison.scores.values(), strict=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmalign.compare.results import Comparison, signed
-from mmalign.compare.tables import ABSENT, PlainTable, name_once, sizes, spread
+from mmalign.compare.tables import ABSENT, GROUPS, PlainTable, name_once, sizes, spread
 
 _LATEX = {
     **{character: f"\\{character}" for character in "_%&#${}"},
@@ -61,7 +61,7 @@ def config_differences(comparison: Comparison) -> dict[str, Any] | None:
 def as_markdown(comparison: Comparison, blocks: list[dict[str, Any]], more: Iterable[PlainTable] = ()) -> str:
     """Write the summary as a Markdown table, and more tables after it."""
     spreads = ["sd of Δ"] if has_spread(blocks) else []
-    head = ["reward", "system", "mean [95 % CI]", f"Δ vs {comparison.baseline} [95 % CI]", *spreads]
+    head = [comparison.measure, "system", "mean [95 % CI]", f"Δ vs {comparison.baseline} [95 % CI]", *spreads]
     lines = [*_markdown_rows([*head, "win rate [95 % CI]"], _flat_rows(blocks)), "", _caption(comparison)]
     for table in more:
         lines += ["", f"**{table.title}**", "", *_markdown_rows(table.head, table.rows), "", table.note]
@@ -71,7 +71,14 @@ def as_markdown(comparison: Comparison, blocks: list[dict[str, Any]], more: Iter
 def as_latex(comparison: Comparison, blocks: list[dict[str, Any]], more: Iterable[PlainTable] = ()) -> str:
     """Write the summary as a LaTeX tabular (booktabs), and more tables after it."""
     spreads = [r"sd of $\Delta$"] if has_spread(blocks) else []
-    head = ["reward", "system", r"mean [95\% CI]", rf"$\Delta$ vs {_tex(comparison.baseline)}", *spreads, "win rate"]
+    head = [
+        comparison.measure,
+        "system",
+        r"mean [95\% CI]",
+        rf"$\Delta$ vs {_tex(comparison.baseline)}",
+        *spreads,
+        "win rate",
+    ]
     lines = [*_latex_rows(head, name_once(_flat_rows(blocks))), f"% {_caption(comparison)}"]
     for table in more:
         lines += [
@@ -93,8 +100,8 @@ def _markdown_rows(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _latex_rows(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Write a tabular; where rewards come first, a rule stands before each."""
-    grouped = head[0] == "reward"
+    """Write a tabular; where rewards or measures come first, a rule stands before each."""
+    grouped = head[0] in GROUPS
     columns = "ll" if grouped else "l"
     lines = [rf"\begin{{tabular}}{{{columns.ljust(len(head), 'r')}}}", r"\toprule", " & ".join(head) + r" \\"]
     for position, cells in enumerate(rows):
@@ -123,12 +130,12 @@ def _flat_rows(blocks: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _caption(comparison: Comparison) -> str:
-    measured = sizes(len(comparison.prompts), comparison.seeds, comparison.training_seeds)
-    averaged = ", training seeds averaged within a prompt" if comparison.training_seeds else ""
+    measured = sizes(len(comparison.prompts), comparison.seeds, comparison.training_seeds, comparison.item)
+    averaged = f", training seeds averaged within a {comparison.item}" if comparison.training_seeds else ""
     spreads = "sd: standard deviation of Δ over training seeds; " if len(comparison.training_seeds) > 1 else ""
     return (
-        f"{measured}; 95 % intervals: paired bootstrap over prompts{averaged}; {spreads}a tie counts as half a win; "
-        "† trained on this reward."
+        f"{measured}; 95 % intervals: paired bootstrap over {comparison.over}{averaged}; {spreads}a tie counts as "
+        "half a win; † trained on this reward."
     )
 
 

@@ -43,7 +43,8 @@ class Comparison:
     scores: reward label -> system name -> `[prompts, seeds]`; `[prompts, replicas * seeds]` in the order of the
     `replicas` of a system that has them. `image_paths`: system name -> path of each (prompt, seed) of its first
     replica, row by row. `sweep` is the guidance control's record, `settings` and `command` go into the report as they
-    are.
+    are. `units`: for each prompt the name of what is resampled with it as one, called `over`; None:
+    prompts are. `item` is what a prompt is called.
     """
 
     prompts: list[Prompt]
@@ -59,6 +60,9 @@ class Comparison:
     created: str = ""
     resamples: int = RESAMPLES
     replicas: Replicas = field(default_factory=dict)
+    units: list[str] | None = None
+    item: str = "prompt"
+    over: str = "prompts"
 
     @property
     def training_seeds(self) -> list[int]:
@@ -70,6 +74,11 @@ class Comparison:
         seeds = self.replicas.get(system, {})
         parts = np.split(self.scores[reward][system], max(1, len(seeds)), axis=1)
         return dict(zip(seeds, parts, strict=False))
+
+    @property
+    def measure(self) -> str:
+        """What tables call that by which systems are compared."""
+        return "reward" if self.item == "prompt" else "measure"
 
     @property
     def categories(self) -> list[str]:
@@ -100,6 +109,7 @@ def build_results(comparison: Comparison) -> dict[str, Any]:
     document: dict[str, Any] = {
         "format": 1,
         "created": comparison.created,
+        **({"item": comparison.item, "over": comparison.over} if comparison.units else {}),
         "prompts": len(comparison.prompts),
         "seeds": comparison.seeds,
         **({"training_seeds": comparison.training_seeds} if comparison.replicas else {}),
@@ -149,7 +159,7 @@ def _system(comparison: Comparison, name: str) -> dict[str, Any]:
     categories = comparison.categories if any(comparison.categories) else None
     rewards = {}
     for reward, scores in comparison.scores.items():
-        summary = summarise(scores[name], categories, resamples=comparison.resamples)
+        summary = summarise(scores[name], categories, units=comparison.units, resamples=comparison.resamples)
         rewards[reward] = {"mean": summary.mean, "ci95": summary.ci95, "by_category": summary.by_category}
         rewards[reward]["trained_on"] = comparison.is_trained_on(name, reward)
     system: dict[str, Any] = {
@@ -179,7 +189,10 @@ def _replica(comparison: Comparison, name: str, seed: int, facts: SystemFacts) -
     """Return what one training seed came to, against the same seed of the baseline if that has several too."""
     replica: dict[str, Any] = {"model": facts.model, "fingerprint": facts.fingerprint, "cost": facts.cost}
     scores = {reward: comparison.scores_by_seed(name, reward)[seed] for reward in comparison.scores}
-    summaries = {reward: summarise(own, resamples=comparison.resamples) for reward, own in scores.items()}
+    summaries = {
+        reward: summarise(own, units=comparison.units, resamples=comparison.resamples)
+        for reward, own in scores.items()
+    }
     replica["rewards"] = {reward: {"mean": one.mean, "ci95": one.ci95} for reward, one in summaries.items()}
     if name != comparison.baseline:
         replica["versus_baseline"] = {}
@@ -196,7 +209,7 @@ def _versus(comparison: Comparison, name: str, other: str) -> dict[str, Any]:
     for reward, scores in comparison.scores.items():
         versus[reward] = _pair(comparison, reward, scores[name], scores[other])
         versus[reward]["by_category"] = {
-            category: _pair(comparison, reward, scores[name][rows], scores[other][rows])
+            category: _pair(comparison, reward, scores[name][rows], scores[other][rows], rows)
             for category, rows in categories.items()
         }
         replicas = max(scores[one].shape[1] for one in (name, other)) // len(comparison.seeds)
@@ -206,11 +219,18 @@ def _versus(comparison: Comparison, name: str, other: str) -> dict[str, Any]:
     return versus
 
 
-def _pair(comparison: Comparison, reward: str, scores: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+def _pair(
+    comparison: Comparison, reward: str, scores: np.ndarray, other: np.ndarray, rows: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Compare two systems under one reward, on all prompts or on these rows of them."""
     facts = comparison.rewards[reward]
     higher_is_better = facts.higher_is_better
+    units = comparison.units
     paired: Paired = compare_paired(
-        *tile_pair(scores, other), higher_is_better=higher_is_better, resamples=comparison.resamples
+        *tile_pair(scores, other),
+        higher_is_better=higher_is_better,
+        units=units if units is None or rows is None else [units[row] for row in rows],
+        resamples=comparison.resamples,
     )
     better = 0 if facts.neutral else direction(paired, higher_is_better=higher_is_better)
     return {**vars(paired), "direction": better}

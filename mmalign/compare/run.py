@@ -24,7 +24,6 @@ from mmalign.compare.config import (
     CompareConfig,
     GuidanceControl,
     RewardEntry,
-    SystemConfig,
     load_compare_config,
     make_compare_config,
 )
@@ -32,10 +31,11 @@ from mmalign.compare.control import control_prompts, run_control
 from mmalign.compare.diversity import check_diversity, measure_diversity
 from mmalign.compare.draw import ModelHolder, draw_system
 from mmalign.compare.images import ImageStore
-from mmalign.compare.replicas import Replicas, gather_scores, merge_facts
+from mmalign.compare.replicas import gather_scores, merge_systems
 from mmalign.compare.results import Comparison, build_results, write_results, write_scores
 from mmalign.compare.scoring import score_all
 from mmalign.compare.systems import SystemFacts, read_system
+from mmalign.compare.systems_config import SystemConfig
 from mmalign.compare.training import train_systems
 from mmalign.config import dump_config
 from mmalign.data.prompts import Prompt, load_prompts
@@ -97,7 +97,7 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
         check_diversity(config.diversity)
     validation = control_prompts(config)
     facts = _read_replicas(config, train_systems(config, train=train, retrain=retrain))
-    systems, replicas = _merge(config, facts)
+    systems, replicas = merge_systems(config, facts)
     models = ModelHolder(config.precision)
     sweep = None
     if config.guidance_control is not None:
@@ -135,8 +135,6 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
 
 def describe_settings(config: CompareConfig) -> dict[str, Any]:
     """Return what besides the models decides the numbers, as the report's header and results.json show it."""
-    import torch
-
     return {
         "prompts": config.prompts,
         "limit": config.limit,
@@ -146,6 +144,15 @@ def describe_settings(config: CompareConfig) -> dict[str, Any]:
         "solver": config.solver,
         "precision": config.precision,
         "resamples": config.resamples,
+        **describe_machine(),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the device and the versions of what computed on it."""
+    import torch
+
+    return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {
             "mmalign": mmalign.__version__,
@@ -165,19 +172,6 @@ def _read_replicas(config: CompareConfig, models: dict[str, str]) -> dict[str, S
         if facts.remark and name == system.name:
             note(f"{name}: {facts.remark}; state it as trained_on if it was one of the rewards compared")
     return found
-
-
-def _merge(config: CompareConfig, facts: dict[str, SystemFacts]) -> tuple[dict[str, SystemFacts], Replicas]:
-    """Return the systems in the order of their facts, and the replicas of those that training seeds were named for."""
-    replicas: Replicas = {}
-    for replica in config.replicas:
-        if replica.seed is not None:
-            replicas.setdefault(replica.system.name, {})[replica.seed] = facts[replica.name]
-    own = {system.name for system in config.systems}
-    systems = {
-        name: merge_facts(replicas[name]) if name in replicas else one for name, one in facts.items() if name in own
-    }
-    return systems, replicas
 
 
 def _draw(

@@ -5,6 +5,10 @@ each (prompt, seed). The seeds of one prompt are not independent, therefore ever
 first and only prompts are resampled (percentile bootstrap; Efron and Tibshirani 1993, chapter 13, with the prompt as
 the sampling unit). An interval describes new prompts of the same kind, not new images of the same prompts.
 
+What is resampled may also be groups of rows, such as the questions about conflicting videos, which are right or wrong
+together: `units` names the group of each row. Every row weighs the same, so the mean of a resample is a ratio, of the
+sum over the rows drawn to their number.
+
 Shapes: scores are `[prompts, seeds]`, of a system trained from several seeds `[prompts, replicas * seeds]`, replica by
 replica: then training seeds too are averaged inside the prompt. Win rates lie in [0, 1]; a tie counts as one half.
 """
@@ -68,25 +72,39 @@ def bootstrap_means(
 
 
 def mean_interval(
-    values: Float[np.ndarray, " prompts"], *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+    values: Float[np.ndarray, " prompts"],
+    *,
+    units: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Ci:
-    """Return the percentile bootstrap interval of the mean of one value per prompt; None for a single prompt."""
-    if len(values) < 2:
+    """Return the percentile bootstrap interval of the mean of one value per prompt; None for a single unit."""
+    if units is None:
+        totals = values[:, None]
+    else:
+        totals = np.array([(values[rows].sum(), len(rows)) for rows in category_rows(units).values()], np.float64)
+    if len(totals) < 2:
         return None
-    draws = bootstrap_means(values[:, None], resamples=resamples, seed=seed)[:, 0]
+    means = bootstrap_means(totals, resamples=resamples, seed=seed)
+    draws = means[:, 0] if units is None else means[:, 0] / means[:, 1]
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def summarise(
-    scores: Float[np.ndarray, "prompts seeds"], categories: Sequence[str] | None = None, *, resamples: int = RESAMPLES
+    scores: Float[np.ndarray, "prompts seeds"],
+    categories: Sequence[str] | None = None,
+    *,
+    units: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
 ) -> Summary:
     """Summarise one system under one reward; every prompt weighs the same, whatever its category's size."""
     per_prompt = scores.mean(axis=1)
     groups = category_rows(categories or [])
     return Summary(
         mean=float(per_prompt.mean()),
-        ci95=mean_interval(per_prompt, resamples=resamples),
+        ci95=mean_interval(per_prompt, units=units, resamples=resamples),
         by_category={name: float(per_prompt[rows].mean()) for name, rows in groups.items()},
     )
 
@@ -96,6 +114,7 @@ def compare_paired(
     other: Float[np.ndarray, "prompts seeds"],
     *,
     higher_is_better: bool = True,
+    units: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
 ) -> Paired:
     """Compare a system with another on the same prompts and seeds.
@@ -109,12 +128,12 @@ def compare_paired(
     per_prompt_delta = difference.mean(axis=1)
     return Paired(
         win_rate=float(per_prompt_wins.mean()),
-        ci95=mean_interval(per_prompt_wins, resamples=resamples),
+        ci95=mean_interval(per_prompt_wins, units=units, resamples=resamples),
         wins=int(won.sum()),
         losses=int((~won & ~tied).sum()),
         ties=int(tied.sum()),
         delta=float(per_prompt_delta.mean()),
-        delta_ci95=mean_interval(per_prompt_delta, resamples=resamples),
+        delta_ci95=mean_interval(per_prompt_delta, units=units, resamples=resamples),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,16 @@ class SystemFacts:
 
 
 def read_system(
-    name: str, model: str, guidance: float, trained_on: list[str] | None = None, adapter_scale: float = 1.0
+    name: str,
+    model: str,
+    guidance: float,
+    trained_on: list[str] | None = None,
+    adapter_scale: float = 1.0,
+    identify: Callable[..., str] = fingerprint_model,
 ) -> SystemFacts:
     """Collect the facts of a system; `trained_on` overrules what its directory says.
+
+    `identify` takes the fingerprint of the kind of model that it is.
 
     Raises:
         UserError, PipelineError: the model does not exist, is no model, has no adapter to scale, or its files
@@ -77,7 +84,7 @@ def read_system(
         name=name,
         model=model,
         guidance=guidance,
-        fingerprint=fingerprint_model(location, resolve=resolve_model),
+        fingerprint=identify(location, resolve=resolve_model),
         trained_on=list(declared),
         run_config=flatten(run_config),
         curves=read_curves(metrics),

@@ -12,6 +12,8 @@ from typing import Any
 from mmalign.compare.results import describe_delta
 
 ABSENT = "\N{EN DASH}"
+GROUPS = ("reward", "measure")
+"""Heads of first columns whose equal cells are written once."""
 _COSTS = {
     "images_seen": "images seen",
     "reward_calls": "reward calls",
@@ -31,8 +33,8 @@ class PlainTable:
     rows: list[list[str]]
 
     def grouped_rows(self) -> list[list[str]]:
-        """Return the rows with a reward named only where it is another than in the row above."""
-        return name_once(self.rows) if self.head[0] == "reward" else self.rows
+        """Return the rows with a reward or measure named only where it is another than in the row above."""
+        return name_once(self.rows) if self.head[0] in GROUPS else self.rows
 
 
 def name_once(rows: list[list[str]]) -> list[list[str]]:
@@ -43,7 +45,8 @@ def name_once(rows: list[list[str]]) -> list[list[str]]:
 
 def more_tables(document: dict[str, Any]) -> dict[str, PlainTable]:
     """Return the tables that results.json has something for, by name."""
-    return {table.name: table for table in (_training_seeds(document), _costs(document)) if table.rows}
+    tables = (_training_seeds(document), _questions(document), _costs(document))
+    return {table.name: table for table in tables if table.rows}
 
 
 def _training_seeds(document: dict[str, Any]) -> PlainTable:
@@ -59,11 +62,35 @@ def _training_seeds(document: dict[str, Any]) -> PlainTable:
             cells = [describe_delta(by_seed[seed], facts["digits"]) for seed in seeds]
             rows.append([label, name + mark, *cells, spread(system["versus_baseline"][label], facts["digits"])])
     note = (
-        f"Difference from {document['baseline']} of each training seed alone, with its 95 % interval over prompts; "
+        f"Difference from {document['baseline']} of each training seed alone, with its 95 % interval over "
+        f"{document.get('over', 'prompts')}; "
         "sd: standard deviation of the difference over training seeds."
     )
-    head = ["reward", "system", *(f"training seed {seed}" for seed in seeds), "sd"]
+    head = [
+        "measure" if "item" in document else "reward",
+        "system",
+        *(f"training seed {seed}" for seed in seeds),
+        "sd",
+    ]
     return PlainTable("each-seed", "Each training seed", note, head, rows)
+
+
+def _questions(document: dict[str, Any]) -> PlainTable:
+    """Return a row for each format of questions, and for twins, and each system."""
+    numbers = document.get("questions", {})
+    parts = {f"{name} ({part['count']})": part for name, part in numbers.get("by_format", {}).items()}
+    if "twins" in numbers:
+        parts[f"twin accuracy ({numbers['twins']['count']} groups)"] = numbers["twins"]
+    rows = []
+    for measure, part in parts.items():
+        for system, one in part["systems"].items():
+            interval = one["ci95"] and f" [{one['ci95'][0]:.3f}, {one['ci95'][1]:.3f}]"
+            versus = one.get("versus_baseline")
+            delta = describe_delta(versus, 3) if versus else ABSENT
+            rows.append([measure, system, f"{one['mean']:.3f}{interval or ''}", delta])
+    note = "Twin accuracy: the share of groups of conflicting questions in which every answer is right."
+    head = ["measure", "system", "accuracy", f"Δ vs {document['baseline']}"]
+    return PlainTable("formats", "By format, and twins", note, head, rows)
 
 
 def _costs(document: dict[str, Any]) -> PlainTable:
@@ -87,8 +114,8 @@ def spread(versus: dict[str, Any] | None, digits: int) -> str:
     return f"{versus['delta_sd']:.{digits}f}" if versus and "delta_sd" in versus else ""
 
 
-def sizes(prompts: int, seeds: Sequence[int], training_seeds: Sequence[int] = ()) -> str:
-    """Say what the means are over: "200 prompts × 2 seeds × 3 training seeds"."""
-    counts = {"seed": len(seeds), "training seed": len(training_seeds)}
+def sizes(prompts: int, seeds: Sequence[int], training_seeds: Sequence[int] = (), item: str = "prompt") -> str:
+    """Say what the means are over: "200 prompts × 2 seeds × 3 training seeds"; questions are asked once each."""
+    counts = {"seed": len(seeds) if item == "prompt" else 0, "training seed": len(training_seeds)}
     parts = [f"{count} {word}{'s' * (count > 1)}" for word, count in counts.items() if count]
-    return " × ".join([f"{prompts} prompts", *parts])
+    return " × ".join([f"{prompts} {item}s", *parts])

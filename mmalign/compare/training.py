@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mmalign.compare.config import CompareConfig, Replica, SystemConfig
 from mmalign.compare.systems import read_cost
+from mmalign.compare.systems_config import Replica, SystemConfig, SystemsConfig
 from mmalign.config import BudgetConfig, RunConfig, load_config
 from mmalign.config_files import Faults, flatten
 from mmalign.errors import UserError
@@ -45,7 +45,7 @@ class Training:
         return Path(self.config.output).resolve()
 
 
-def train_systems(config: CompareConfig, *, train: bool = True, retrain: bool = False) -> dict[str, str]:
+def train_systems(config: SystemsConfig, *, train: bool = True, retrain: bool = False) -> dict[str, str]:
     """Train what is not there yet, and return the model of every replica of a comparison, by its name.
 
     Args:
@@ -68,7 +68,7 @@ def train_systems(config: CompareConfig, *, train: bool = True, retrain: bool = 
     return models | {name: training.config.output for training in trainings for name in training.systems}
 
 
-def plan_trainings(config: CompareConfig) -> list[Training]:
+def plan_trainings(config: SystemsConfig) -> list[Training]:
     """Read and check the config of every training, in the order of the systems, and look into its folder.
 
     Raises:

@@ -50,7 +50,7 @@ class VlmPair:
 
     def media_ids(self) -> tuple[str, str]:
         """Return what identifies the media of either side by their bytes; the second is empty without own media."""
-        own, other = (",".join(_digest(one) for one in side or ()) for side in (self.media, self.rejected_media))
+        own, other = (",".join(media_digest(one) for one in side or ()) for side in (self.media, self.rejected_media))
         return own, other
 
     def facts(self) -> tuple[Any, ...]:
@@ -239,7 +239,7 @@ def _open(path: Path) -> tuple[list[str], Iterator[Mapping[str, Any]], Callable[
     return list(columns), rows, ForwardReader(path, media).row
 
 
-def _digest(media: Media) -> str:
+def media_digest(media: Media) -> str:
     """Identify media by content; of a file of more than two megabytes by its size and both its ends."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(media, bytes):

@@ -1,0 +1,104 @@
+"""The numbers of a comparison of models that answer: accuracies by format, twin accuracy, shuffle sensitivity.
+
+Questions about one video, and about videos that conflict with it, are right or wrong together. What is resampled is
+therefore the *family*: all questions that are linked by a video or by a group of twins. On Shapes that is a family of
+conflicting videos with everything asked about it, of TempCompass a video with all that was made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmalign.compare.replicas import Replicas, tile_pair
+from mmalign.compare.results import Comparison
+from mmalign.compare.scoring import RewardFacts, Scores
+from mmalign.compare.stats import compare_paired, direction, summarise
+from mmalign.compare.vlm_answers import Sheet
+from mmalign.data.video_questions import VideoQuestion
+
+ACCURACY, SENSITIVITY, TWINS = "accuracy", "shuffle sensitivity", "twin accuracy"
+_RULES = "none: TempCompass's matching rules"
+FACTS = {
+    ACCURACY: RewardFacts(
+        ACCURACY, ACCURACY, "questions", "", "Share of right answers; every question weighs the same.", True, False,
+        "", _RULES, "TempCompass, arXiv:2403.00476.",
+    ),
+    SENSITIVITY: RewardFacts(
+        SENSITIVITY, SENSITIVITY, "questions", "",
+        "Accuracy minus that on the same videos with shuffled frames: near 0 where time is not seen, or not needed.",
+        True, False, "", _RULES, "", neutral=True,
+    ),
+}  # fmt: skip
+
+
+def families(questions: Sequence[VideoQuestion]) -> list[str]:
+    """Return for each question the name of its family: the first group in it."""
+    parent: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(node: tuple[str, str]) -> tuple[str, str]:
+        while parent.setdefault(node, node) != node:
+            node = parent[node]
+        return node
+
+    for question in questions:
+        parent[root(("video", question.video))] = root(("group", question.group))
+    names: dict[tuple[str, str], str] = {}
+    return [names.setdefault(root(("group", question.group)), question.group) for question in questions]
+
+
+def question_scores(sheets: Mapping[str, Sheet]) -> dict[str, Scores]:
+    """Return what is measured of each question -> model -> `[questions, 1]`."""
+    scores: dict[str, Scores] = {ACCURACY: {name: _column(sheet.right) for name, sheet in sheets.items()}}
+    drops = {
+        name: _column(sheet.right) - _column(sheet.right_shuffled)
+        for name, sheet in sheets.items()
+        if sheet.right_shuffled is not None
+    }
+    return scores | ({SENSITIVITY: drops} if drops else {})
+
+
+def _column(values: Sequence[bool]) -> np.ndarray:
+    return np.array(values, np.float64)[:, None]
+
+
+def question_numbers(comparison: Comparison, questions: Sequence[VideoQuestion], source: str) -> dict[str, Any]:
+    """Return what results.json holds as `questions`, beside the accuracies over all and by aspect."""
+    units, scores = comparison.units or [], comparison.scores[ACCURACY]
+    by_format = {}
+    for name in dict.fromkeys(question.format for question in questions):
+        rows = [index for index, question in enumerate(questions) if question.format == name]
+        part = {system: values[rows] for system, values in scores.items()}
+        by_format[name] = {"count": len(rows), "systems": _measure(comparison, part, [units[row] for row in rows])}
+    groups: dict[str, list[int]] = {}
+    for index, question in enumerate(questions):
+        groups.setdefault(question.group, []).append(index)
+    twins = [rows for rows in groups.values() if len(rows) > 1]
+    numbers: dict[str, Any] = {"source": source, "families": len(set(units)), "by_format": by_format}
+    if twins:
+        # Within a replica all twins must be right; replicas are columns.
+        part = {system: np.array([values[rows].min(axis=0) for rows in twins]) for system, values in scores.items()}
+        measured = _measure(comparison, part, [units[rows[0]] for rows in twins])
+        numbers["twins"] = {"count": len(twins), "systems": measured}
+    return numbers
+
+
+def _measure(comparison: Comparison, scores: Scores, units: Sequence[str]) -> dict[str, Any]:
+    """Return mean, interval and difference from the baseline of every system; scores are `[rows, replicas]`."""
+    measured = {}
+    for name, own in scores.items():
+        summary = summarise(own, units=units, resamples=comparison.resamples)
+        entry: dict[str, Any] = {"mean": summary.mean, "ci95": summary.ci95}
+        if name != comparison.baseline:
+            pair = tile_pair(own, scores[comparison.baseline])
+            paired = compare_paired(*pair, units=units, resamples=comparison.resamples)
+            entry["versus_baseline"] = {**vars(paired), "direction": direction(paired)}
+        measured[name] = entry
+    return measured
+
+
+def replica_names(systems: Sequence[str], replicas: Replicas) -> dict[str, list[str]]:
+    """Return the names of every system's replicas, in the order of the training seeds."""
+    return {name: [one.name for one in replicas[name].values()] if name in replicas else [name] for name in systems}
