@@ -7,8 +7,7 @@ it had been asked by itself. That is half the tokens of a row for each question.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,13 +16,11 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
-from mmalign.data.video_questions import INSTRUCTIONS
-from mmalign.shapes.facts import NUMBERS, STATIC, TOPICS, truth
+from mmalign.shapes.facts import STATIC, TOPICS, truth
 from mmalign.shapes.questions import ask
 from mmalign.shapes.twins import Family, sample_families
-from mmalign.shapes.video import Track, draw, unroll
-from mmalign.shapes.wording import QUESTIONS, say
-from mmalign.shapes.world import COLOURS, SHAPES
+from mmalign.shapes.video import Track, VideoScene, draw, unroll
+from mmalign.shapes.wording import say
 
 DESCRIBE = ("Describe the video.", "What can be seen in the video?", "What happens in the video?")
 SIZE, FRAMES = 48, 8
@@ -40,15 +37,6 @@ class Lesson(NamedTuple):
     prompt: str
     completion: str
     temporal: bool | None
-
-
-@dataclass(frozen=True)
-class Taught:
-    """One video, its tracks and its lessons."""
-
-    video: UInt8[Tensor, "frames 3 size size"]
-    tracks: tuple[Track, ...]
-    lessons: tuple[Lesson, ...]
 
 
 def describe(tracks: Sequence[Track], size: int) -> str:
@@ -88,72 +76,87 @@ def lessons_of(family: Family, name: str, seed: int = 0) -> list[list[Lesson]]:
     return lessons
 
 
-class Lessons:
-    """An endless, seeded stream of rows for training."""
-
-    def __init__(self, tokenizer: Any, seed: int, per_video: int) -> None:
-        """`per_video`: how many of a video's lessons share its row, drawn by chance; the description always does."""
-        self.tokenizer, self.per_video = tokenizer, per_video
-        self._families = sample_families(10**9, seed=seed, topics=CURRICULUM, frames=FRAMES, size=SIZE)
-        self._rng, self._waiting, self._seed, self._made = np.random.default_rng([seed, 1]), [], seed, 0
-
-    def batch(self, videos: int) -> Batch:
-        rows = []
-        while len(self._waiting) < videos:
-            family = next(self._families)
-            self._made += 1
-            lessons = lessons_of(family, f"train-{self._made}", self._seed)
-            self._waiting += list(zip(family.scenes, lessons, strict=True))
-        now, self._waiting = self._waiting[:videos], self._waiting[videos:]
-        for scene, lessons in now:
-            chosen = self._rng.permutation(len(lessons) - 1)[: self.per_video - 1]
-            rows.append((scene, [lessons[i] for i in chosen] + lessons[-1:]))
-        return self.pack(rows)
-
-    @property
-    def head(self) -> list[int]:
-        t = self.tokenizer
-        places = FRAMES * 9 + 1
-        return [t.convert_tokens_to_ids("<|user|>"), *[t.video_token_id] * places]
-
-    def pack(self, rows: Any) -> Batch:
-        t = self.tokenizer
-        user, assistant, end = t.convert_tokens_to_ids(["<|user|>", "<|assistant|>", "<|end|>"])
-        head = self.head
-        made = []
-        for scene, lessons in rows:
-            ids, pos, block, target = list(head), list(range(len(head))), [0] * len(head), [False] * len(head)
-            for n, lesson in enumerate(lessons, 1):
-                q = [*self.ids(lesson.prompt), end, assistant]
-                a = [*self.ids(lesson.completion), end]
-                ids += q + a
-                pos += range(len(head), len(head) + len(q) + len(a))
-                block += [n] * (len(q) + len(a))
-                target += [False] * len(q) + [True] * len(a)
-            made.append((ids, pos, block, target))
-        L = max(len(m[0]) for m in made)
-        def pad(k, v):
-            return torch.tensor([m[k] + [v] * (L - len(m[k])) for m in made])
-        ids, pos, block, target = pad(0, t.pad_token_id), pad(1, 0), pad(2, -1), pad(3, False)
-        mask = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])
-        mask &= torch.ones(L, L, dtype=torch.bool).tril()
-        video = torch.stack([draw(unroll(s), s.background, s.size) for s, _ in rows])
-        return Batch(video, ids, pos, mask[:, None], target, block, [s for s, _ in rows])
-
-    def ids(self, text: str) -> list[int]:
-        return _ids(self.tokenizer, text)
-
-
-@lru_cache(maxsize=100_000)
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 class Batch(NamedTuple):
-    video: Any
-    ids: Any
-    pos: Any
-    mask: Any
-    target: Any
-    block: Any
-    scenes: Any
+    """Rows for training: a video each, its lessons in blocks after it, and which tokens are answers."""
+
+    videos: UInt8[Tensor, "rows frames 3 size size"]
+    ids: Int[Tensor, "rows length"]
+    positions: Int[Tensor, "rows length"]
+    sees: Bool[Tensor, "rows 1 length length"]
+    answers: Bool[Tensor, "rows length"]
+    blocks: Int[Tensor, "rows length"]
+    """0 for the video, 1, 2, ... for lessons, -1 for padding."""
+    temporal: list[list[bool | None]]
+    """Of each row's lessons, as :class:`Lesson` has it."""
+    tracks: list[tuple[Track, ...]]
+
+
+class Lessons:
+    """An endless stream of training rows; the same tokenizer, seed and calls always give the same."""
+
+    def __init__(self, tokenizer: Any, seed: int, frame_tokens: int) -> None:
+        """`frame_tokens`: how many tokens stand for one frame; one more ends the video."""
+        self._families = enumerate(sample_families(10**9, seed=seed, topics=CURRICULUM, frames=FRAMES, size=SIZE))
+        self._waiting: list[tuple[VideoScene, list[Lesson]]] = []
+        self._rng, self._seed = np.random.default_rng([seed, 1]), seed
+        self._encode = lru_cache(100_000)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        self._pad = tokenizer.pad_token_id
+        # The chat format is asked what stands before a question, after it, and (the end token) after its answer.
+        turn = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
+        chat = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        before, after = chat.split(tokenizer.video_token + "?")
+        places = [tokenizer.video_token_id] * (FRAMES * frame_tokens + 1)
+        self._before = [*self._encode(before), *places]
+        self._after, self._end = self._encode(after), [tokenizer.eos_token_id]
+
+    def _take(self, count: int) -> list[tuple[VideoScene, list[Lesson]]]:
+        while len(self._waiting) < count:
+            number, family = next(self._families)
+            told = lessons_of(family, f"train-{number}", self._seed)
+            self._waiting += zip(family.scenes, told, strict=True)
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        return taken
+
+    def frames(self, count: int) -> tuple[UInt8[Tensor, "count 1 3 size size"], list[tuple[Track, ...]]]:
+        """One frame, drawn by chance, of each of the next videos, and its tracks of that one frame."""
+        videos, tracks = [], []
+        for scene, _ in self._take(count):
+            frame = int(self._rng.integers(scene.frames))
+            tracks.append(tuple(track[frame : frame + 1] for track in unroll(scene)))
+            videos.append(draw(tracks[-1], scene.background, scene.size))
+        return torch.stack(videos), tracks
+
+    def batch(self, rows: int, most: int) -> Batch:
+        """The next videos, each with its description and, drawn by chance, up to `most` of its questions."""
+        taken = self._take(rows)
+        chosen = [[*(told[i] for i in self._rng.permutation(len(told) - 1)[:most]), told[-1]] for _, told in taken]
+        tracks = [unroll(scene) for scene, _ in taken]
+        drawn = zip(tracks, taken, strict=True)
+        videos = torch.stack([draw(track, scene.background, scene.size) for track, (scene, _) in drawn])
+        temporal = [[lesson.temporal for lesson in told] for told in chosen]
+        return Batch(videos, *self._pack(chosen), temporal, tracks)
+
+    def _pack(self, rows: Sequence[Sequence[Lesson]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Ids, positions, what sees what, which are answers, and blocks, of rows padded on the right."""
+        laid = [self._lay_out(lessons) for lessons in rows]
+        length = max(len(row[0]) for row in laid)
+        padding = (self._pad, 0, -1, 0)
+        ids, positions, blocks, answers = (
+            torch.tensor([row[part] + [empty] * (length - len(row[part])) for row in laid])
+            for part, empty in enumerate(padding)
+        )
+        sees = (blocks[:, None] == 0) | (blocks[:, None] == blocks[:, :, None])
+        sees &= torch.ones(length, length, dtype=torch.bool).tril()
+        return ids, positions, sees[:, None], answers.bool(), blocks
+
+    def _lay_out(self, lessons: Sequence[Lesson]) -> tuple[list[int], list[int], list[int], list[int]]:
+        start = len(self._before)
+        ids, positions, blocks, answers = list(self._before), list(range(start)), [0] * start, [0] * start
+        for block, lesson in enumerate(lessons, 1):
+            asked = [*self._encode(lesson.prompt), *self._after]
+            said = [*self._encode(lesson.completion), *self._end]
+            ids += asked + said
+            positions += range(start, start + len(asked) + len(said))
+            blocks += [block] * (len(asked) + len(said))
+            answers += [0] * len(asked) + [1] * len(said)
+        return ids, positions, blocks, answers

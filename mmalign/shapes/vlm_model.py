@@ -56,6 +56,7 @@ def build_tokenizer() -> Any:
         extra_special_tokens={"image_token": IMAGE, "video_token": VIDEO},
     )  # fmt: skip
     tokenizer.add_tokens([USER, ASSISTANT], special_tokens=True)
+    tokenizer.chat_template = _CHAT
     return tokenizer
 
 
@@ -63,14 +64,15 @@ def build_processor() -> Any:
     """The processor: frames of 48 px scaled to [-1, 1], one turn of the user and one of the assistant."""
     import transformers as hf
 
+    tokenizer = build_tokenizer()
     looks = {"size": {"height": SIZE, "width": SIZE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return hf.LlavaOnevisionProcessor(
         hf.LlavaOnevisionImageProcessor(image_grid_pinpoints=[[SIZE, SIZE]], **looks),
-        build_tokenizer(),
+        tokenizer,
         hf.LlavaOnevisionVideoProcessor(**looks),
         num_image_tokens=SIDE**2,
         vision_feature_select_strategy="full",
-        chat_template=_CHAT,
+        chat_template=tokenizer.chat_template,
     )
 
 
@@ -84,7 +86,7 @@ def build_network(tokenizer: Any, seed: int, *, width: int = 192, layers: int = 
     }  # fmt: skip
     text = {
         "model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": width * 8 // 3,
-        "num_hidden_layers": layers, "num_attention_heads": width // 32, "num_key_value_heads": width // 32,
+        "num_hidden_layers": layers, "num_attention_heads": width // 64, "num_key_value_heads": width // 64,
         "max_position_embeddings": MAX_LENGTH, "initializer_range": 0.05, "tie_word_embeddings": True,
         "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip

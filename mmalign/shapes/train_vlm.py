@@ -1,0 +1,174 @@
+"""Train the Shapes video language model from scratch and write it in transformers' layout.
+
+`mmalign shapes train-vlm --out DIR` has two stages, as its big sisters have. First the tower and the projector learn to
+see single frames: from every feature that the language model will be given, linear probes, thrown away afterwards,
+must read what is in that part of the frame and where. Then everything learns to answer and to describe, next token by
+next token, answers alone being scored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from mmalign.errors import UserError
+from mmalign.shapes.video import Track
+from mmalign.shapes.vlm_lessons import FRAMES, SIZE, Batch, Lessons
+from mmalign.shapes.vlm_model import SIDE, build_network, build_processor
+from mmalign.shapes.world import COLOURS, SHAPES
+
+GRID = -(-SIDE // 2)
+"""Features a side that the language model is given of each frame."""
+SNAPSHOT_SECONDS = 300
+
+
+def features_of(network: Any, videos: UInt8[Tensor, "rows frames 3 size size"]) -> Any:
+    """What the language model is given of each video, the newline last.
+
+    Outside autocast: the backward pass of attention over 36 patches is eight times slower in bfloat16 on a CPU.
+    """
+    pixels = videos.float().div_(127.5).sub_(1.0)
+    return network.model.get_video_features(pixels, return_dict=True)
+
+
+def sights(tracks: list[tuple[Track, ...]]) -> Tensor:
+    """What is to be seen in each part of each frame, `[rows, frames, grid * grid, 6]`.
+
+    Colour and shape as numbers from 1 (0: no centre lies here), the centre's place in the part, across and down, and
+    the radius, as shares of a part's side; last, whether there is a centre.
+    """
+    cell, found = SIZE / GRID, torch.zeros(len(tracks), len(tracks[0][0]), GRID**2, 6)
+    for row, video in enumerate(tracks):
+        for track in video:
+            for frame, seen in enumerate(track):
+                if seen:
+                    x, y = int(seen.x // cell), int(seen.y // cell)
+                    colour, shape = list(COLOURS).index(seen.colour) + 1, list(SHAPES).index(seen.shape) + 1
+                    place = (seen.x / cell - x, seen.y / cell - y, seen.radius / cell)
+                    found[row, frame, y * GRID + x] = torch.tensor([colour, shape, *place, 1.0])
+    return found
+
+
+class Probe(torch.nn.Module):
+    """Linear readings of one feature: colour, shape, place and size."""
+
+    def __init__(self, width: int) -> None:
+        """Make the readings for features of this width."""
+        super().__init__()
+        self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 3)
+        self.read = torch.nn.Linear(width, sum(self.sizes))
+
+    def forward(self, features: Tensor, seen: Tensor) -> tuple[Tensor, float]:
+        """Return the loss and the share of shapes whose colour and shape are read right."""
+        colour, shape, place = self.read(features).flatten(0, -2).split(self.sizes, 1)
+        target = seen.flatten(0, -2)
+        kinds, there = target[:, :2].long(), target[:, 5] > 0
+        losses = F.cross_entropy(colour, kinds[:, 0], reduction="none")
+        losses = losses + F.cross_entropy(shape, kinds[:, 1], reduction="none")
+        loss = losses[there].mean() + losses[~there].mean() + 10 * F.mse_loss(place[there], target[there, 2:5])
+        right = (colour.argmax(1) == kinds[:, 0]) & (shape.argmax(1) == kinds[:, 1])
+        return loss, right[there].float().mean().item()
+
+
+def answer_loss(network: Any, batch: Batch) -> tuple[Float[Tensor, ""], list[list[bool]]]:
+    """Cross-entropy of the answers' tokens, and which answers would be given word by word."""
+    vision = features_of(network, batch.videos)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = network.model(
+            input_ids=batch.ids, mm_encoder_outputs={"video": vision}, attention_mask=batch.sees,
+            position_ids=batch.positions, use_cache=False,
+        ).last_hidden_state  # fmt: skip
+        logits = network.lm_head(hidden[:, :-1][batch.answers[:, 1:]]).float()
+    targets = batch.ids[batch.answers]
+    wrong = torch.zeros_like(batch.answers)
+    wrong[batch.answers] = logits.argmax(1) != targets
+    right = [
+        [not bool(row_wrong[row_blocks == block].any()) for block in range(1, len(lessons) + 1)]
+        for row_wrong, row_blocks, lessons in zip(wrong, batch.blocks, batch.temporal, strict=True)
+    ]
+    return F.cross_entropy(logits, targets), right
+
+
+def _optimise(
+    parameters: list[torch.nn.Parameter],
+    loss_of: Callable[[], Tensor],
+    steps: int,
+    rate: float,
+    each: Callable[[int, float], None],
+) -> None:
+    """AdamW with a warm-up over 3 % of the steps and a cosine down to a fiftieth of `rate`."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, foreach=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda n: min(1.0, (n + 1) / (0.03 * steps + 1)) * (0.02 + 0.49 * (1 + np.cos(np.pi * min(1.0, n / steps)))),
+    )
+    for step in range(steps):
+        loss = loss_of()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        each(step, loss.item())
+
+
+def learn_to_see(network: Any, lessons: Lessons, steps: int, rows: int, rate: float, log: Callable[[str], None]) -> None:
+    """First stage: tower and projector, on the frames of `rows` videos a step."""
+    probe = Probe(network.config.text_config.hidden_size)
+    model, said, start = network.model, [0.0], time.time()
+    parameters = [*model.vision_tower.parameters(), *model.multi_modal_projector.parameters(), *probe.parameters()]
+
+    def loss_of() -> Tensor:
+        videos, tracks = lessons.frames(rows)
+        features = features_of(network, videos).pooler_output[:, None, :-1]
+        loss, said[0] = probe(features, sights(tracks))
+        return loss
+
+    def each(step: int, loss: float) -> None:
+        if step % 50 == 0 or step == steps - 1:
+            log(f"see step {step}/{steps} loss {loss:.3f} read {said[0]:.2f} {time.time() - start:.0f} s")
+
+    _optimise(parameters, loss_of, steps, rate, each)
+
+
+def learn_to_answer(
+    network: Any, lessons: Lessons, steps: int, rows: int, most: int, rate: float, log: Callable[[str], None],
+    save: Callable[[], None],
+) -> None:  # fmt: skip
+    """Second stage: the whole model, on `rows` videos a step with up to `most` questions each."""
+    tally: dict[bool | None, list[bool]] = {None: [], False: [], True: []}
+    start = saved = time.time()
+    answered = 0
+
+    def loss_of() -> Tensor:
+        nonlocal answered
+        batch = lessons.batch(rows, most)
+        loss, right = answer_loss(network, batch)
+        for kinds, goods in zip(batch.temporal, right, strict=True):
+            answered += len(kinds)
+            for kind, good in zip(kinds, goods, strict=True):
+                tally[kind].append(good)
+        return loss
+
+    def each(step: int, loss: float) -> None:
+        nonlocal saved
+        if step % 50 == 49 or step == steps - 1:
+            words = {False: "static", True: "temporal", None: "described"}
+            right = " ".join(f"{words[kind]} {np.mean(goods):.3f}" for kind, goods in tally.items() if goods)
+            for goods in tally.values():
+                goods.clear()
+            seconds = time.time() - start
+            log(f"answer step {step + 1}/{steps} loss {loss:.4f} {right} {answered / seconds:.0f}/s {seconds:.0f} s")
+        if time.time() - saved > SNAPSHOT_SECONDS:
+            saved = time.time()
+            save()
+
+    _optimise(list(network.parameters()), loss_of, steps, rate, each)
