@@ -8,6 +8,9 @@ next token, answers alone being scored.
 
 from __future__ import annotations
 
+import copy
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +23,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mmalign.errors import UserError
+from mmalign.seeds import derive_seed
 from mmalign.shapes.video import Track
 from mmalign.shapes.vlm_lessons import FRAMES, SIZE, Batch, Lessons
 from mmalign.shapes.vlm_model import SIDE, build_network, build_processor
 from mmalign.shapes.world import COLOURS, SHAPES
+from pipelines import VisionLanguageModel, load_vlm
 
 GRID = -(-SIDE // 2)
 """Features a side that the language model is given of each frame."""
@@ -172,3 +177,58 @@ def learn_to_answer(
             save()
 
     _optimise(list(network.parameters()), loss_of, steps, rate, each)
+
+
+def save_vlm(out: Path, network: Any, processor: Any) -> None:
+    """Write a directory that `pipelines.load_vlm` opens, in bfloat16, no file of it ever half-written."""
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
+        VisionLanguageModel(copy.deepcopy(network).bfloat16(), processor, str(out)).save(aside)
+        out.mkdir(exist_ok=True)
+        for file in sorted(Path(aside).iterdir()):
+            os.replace(file, out / file.name)
+
+
+def train_vlm(
+    out: Path,
+    *,
+    samples: int = 200_000,
+    see_steps: int = 1500,
+    seed: int = 0,
+    start: Path | None = None,
+    rows: int = 8,
+    questions: int = 6,
+    log: Callable[[str], None] = print,
+) -> VisionLanguageModel:
+    """Both stages; write the model to `out`, and every few minutes what it is so far.
+
+    `samples`: questions and descriptions to be answered in the second stage, `rows` videos a step with up to
+    `questions` of theirs each. `start` goes on from the weights of an earlier run, and the first stage is left out;
+    take another `seed`, or it sees the same videos again. The same arguments give the same weights.
+
+    Raises:
+        UserError: nothing to learn from, or `start` holds another model.
+    """
+    if samples < 1 or see_steps < 0:
+        raise UserError(f"--samples {samples} must be at least 1, and --see-steps {see_steps} at least 0")
+    processor = build_processor()
+    tokenizer = processor.tokenizer
+    torch.manual_seed(seed)
+    network = build_network(tokenizer, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if start is not None:
+        _go_on_from(network, start)
+    elif see_steps:
+        learn_to_see(network, Lessons(tokenizer, derive_seed(seed, "see"), GRID**2), see_steps, 64, 2e-3, log)
+    lessons = Lessons(tokenizer, derive_seed(seed, "answer"), GRID**2)
+    steps = -(-samples // (rows * (questions + 1)))
+    learn_to_answer(network, lessons, steps, rows, questions, 1e-3, log, lambda: save_vlm(out, network, processor))
+    save_vlm(out, network, processor)
+    return VisionLanguageModel(network, processor, str(out))
+
+
+def _go_on_from(network: Any, start: Path) -> None:
+    earlier = load_vlm(start, device="cpu").network.state_dict()
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    if {name: value.shape for name, value in earlier.items()} != shapes:
+        raise UserError(f"--start {start}: not a model of these sizes; give a directory that train-vlm wrote")
+    network.load_state_dict(earlier)
