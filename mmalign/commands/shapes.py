@@ -84,7 +84,9 @@ def _add_train_vlm(actions: argparse._SubParsersAction) -> None:
         "train-vlm", help="train the video language model from scratch (about an hour on 2 cores), and measure it"
     )
     vlm.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go to DIR-validation.json beside")
-    vlm.add_argument("--samples", type=int, default=200_000, metavar="N", help="answers to learn (default %(default)s)")
+    vlm.add_argument(
+        "--samples", type=int, default=200_000, metavar="N", help="answers to learn (default %(default)s)"
+    )
     vlm.add_argument("--see-steps", type=int, default=1500, help="steps on single frames first (default %(default)s)")
     vlm.add_argument("--seed", type=int, default=0)
     vlm.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights, with another --seed")

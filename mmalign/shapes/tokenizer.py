@@ -13,19 +13,16 @@ MAX_LENGTH = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def byte_alphabet() -> list[str]:
+def _byte_alphabet() -> list[str]:
     """The printable stand-ins that byte-level BPE uses for the 256 bytes, in GPT-2's order."""
     keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in keep]
     return [chr(b) for b in keep] + [chr(256 + n) for n in range(len(rest))]
 
 
-def learn_merges(words: list[str], end: str = "</w>") -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first (ties alphabetically), until every word is one token.
-
-    `end` is what marks the last letter of a word: CLIP's tokenizers do so, GPT-2's mark the blank before a word.
-    """
-    pieces = {word: (*word[:-1], word[-1] + end) for word in words}
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent pair first (ties alphabetically), until every word is one token."""
+    pieces = {word: (*word[:-1], word[-1] + "</w>") for word in words}
     merges = []
     while any(len(p) > 1 for p in pieces.values()):
         pairs = Counter(pair for p in pieces.values() for pair in zip(p, p[1:], strict=False))
@@ -51,7 +48,7 @@ def build_tokenizer(folder: Path) -> Any:
 
     words = sorted({w for phrase in vocabulary() for w in phrase.split() if w.isalpha()})
     merges = learn_merges(words)
-    alphabet = byte_alphabet()
+    alphabet = _byte_alphabet()
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges), START, END]
     numbers = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """Train the Shapes video language model from scratch and write it in transformers' layout.
 
-`mmalign shapes train-vlm --out DIR` has two stages, as its big sisters have. First the tower and the projector learn to
-see single frames: from every feature that the language model will be given, linear probes, thrown away afterwards,
-must read what is in that part of the frame and where. Then everything learns to answer and to describe, next token by
-next token, answers alone being scored.
+`mmalign shapes train-vlm --out DIR` has two stages, as the training of its big sisters has. First the tower and the
+projector learn to see single frames: from every feature that the language model will be given, linear probes, thrown
+away afterwards, must read what is in that part of the frame and where. Then everything learns to answer and to
+describe, next token by next token, answers alone being scored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from mmalign.errors import UserError
 from mmalign.seeds import derive_seed
 from mmalign.shapes.video import Track
-from mmalign.shapes.vlm_lessons import FRAMES, SIZE, Batch, Lessons
+from mmalign.shapes.vlm_lessons import SIZE, Batch, Lessons
 from mmalign.shapes.vlm_model import SIDE, build_network, build_processor
 from mmalign.shapes.world import COLOURS, SHAPES
 from pipelines import VisionLanguageModel, load_vlm
@@ -125,7 +125,9 @@ def _optimise(
         each(step, loss.item())
 
 
-def learn_to_see(network: Any, lessons: Lessons, steps: int, rows: int, rate: float, log: Callable[[str], None]) -> None:
+def learn_to_see(
+    network: Any, lessons: Lessons, steps: int, rows: int, rate: float, log: Callable[[str], None]
+) -> None:
     """First stage: tower and projector, on the frames of `rows` videos a step."""
     probe = Probe(network.config.text_config.hidden_size)
     model, said, start = network.model, [0.0], time.time()

@@ -97,7 +97,6 @@ class Lessons:
     def __init__(self, tokenizer: Any, seed: int, frame_tokens: int) -> None:
         """`frame_tokens`: how many tokens stand for one frame; one more ends the video."""
         self._families = enumerate(sample_families(10**9, seed=seed, topics=CURRICULUM, frames=FRAMES, size=SIZE))
-        self._waiting: list[tuple[VideoScene, list[Lesson]]] = []
         self._rng, self._seed = np.random.default_rng([seed, 1]), seed
         self._encode = lru_cache(100_000)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
         self._pad = tokenizer.pad_token_id
@@ -109,26 +108,28 @@ class Lessons:
         self._before = [*self._encode(before), *places]
         self._after, self._end = self._encode(after), [tokenizer.eos_token_id]
 
-    def _take(self, count: int) -> list[tuple[VideoScene, list[Lesson]]]:
-        while len(self._waiting) < count:
+    def _take(self, count: int, twins: int) -> list[tuple[VideoScene, list[Lesson]]]:
+        """The next videos and their lessons, so many of every family."""
+        taken: list[tuple[VideoScene, list[Lesson]]] = []
+        while len(taken) < count:
             number, family = next(self._families)
             told = lessons_of(family, f"train-{number}", self._seed)
-            self._waiting += zip(family.scenes, told, strict=True)
-        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+            members = self._rng.permutation(len(told))[: min(twins, count - len(taken))]
+            taken += [(family.scenes[member], told[member]) for member in members]
         return taken
 
     def frames(self, count: int) -> tuple[UInt8[Tensor, "count 1 3 size size"], list[tuple[Track, ...]]]:
-        """One frame, drawn by chance, of each of the next videos, and its tracks of that one frame."""
+        """One frame, drawn by chance, of one video each of the next families, and its tracks of that one frame."""
         videos, tracks = [], []
-        for scene, _ in self._take(count):
+        for scene, _ in self._take(count, twins=1):
             frame = int(self._rng.integers(scene.frames))
             tracks.append(tuple(track[frame : frame + 1] for track in unroll(scene)))
             videos.append(draw(tracks[-1], scene.background, scene.size))
         return torch.stack(videos), tracks
 
     def batch(self, rows: int, most: int) -> Batch:
-        """The next videos, each with its description and, drawn by chance, up to `most` of its questions."""
-        taken = self._take(rows)
+        """The next videos, by twos of a family, each with its description and, by chance, `most` of its questions."""
+        taken = self._take(rows, twins=2)
         chosen = [[*(told[i] for i in self._rng.permutation(len(told) - 1)[:most]), told[-1]] for _, told in taken]
         tracks = [unroll(scene) for scene, _ in taken]
         drawn = zip(tracks, taken, strict=True)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from mmalign.data.video_questions import INSTRUCTIONS
-from mmalign.shapes.tokenizer import byte_alphabet, learn_merges
 from mmalign.shapes.twins import sample_families
 from mmalign.shapes.vlm_lessons import DESCRIBE, SIZE, lessons_of
 from mmalign.shapes.wording import QUESTIONS
@@ -36,20 +35,21 @@ def _texts() -> list[str]:
     """Texts that hold every word of the questions, answers and captions of the Shapes videos."""
     wordings = [wording for topic in QUESTIONS.values() for wording in topic]
     things = [f" {colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    lessons = [lesson for family in sample_families(220) for one in lessons_of(family, "words") for lesson in one]
+    families = enumerate(sample_families(220))
+    lessons = [lesson for i, family in families for told in lessons_of(family, f"words-{i}") for lesson in told]
     return [*wordings, *things, *DESCRIBE, *INSTRUCTIONS.values(), *(text for one in lessons for text in one[:2])]
 
 
 def build_tokenizer() -> Any:
-    """A byte-level BPE tokenizer in which every word of the lessons is one token, and nothing is unknown."""
+    """A tokenizer in which every word of the lessons is one token, and any other falls into its bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = sorted({word for text in _texts() for word, _ in split.pre_tokenize_str(text)})
-    merges = learn_merges(words, end="")
-    tokens = dict.fromkeys([*byte_alphabet(), *("".join(merge) for merge in merges)])
-    raw = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    tokens = dict.fromkeys([*sorted(split.alphabet()), *words])
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     raw.pre_tokenizer, raw.decoder = split, decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token=END, pad_token=PAD, model_max_length=MAX_LENGTH,

@@ -23,7 +23,7 @@ from mmalign.files import write_atomically
 from mmalign.progress import track
 from mmalign.shapes.facts import TOPICS
 from mmalign.shapes.questions import ShapesQuestion, ask, judge_caption
-from mmalign.shapes.twins import Family, sample_families
+from mmalign.shapes.twins import sample_families
 from mmalign.shapes.video import render
 
 if TYPE_CHECKING:
