@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,20 +109,11 @@ class Lessons:
         self._before = [*self._encode(before), *places]
         self._after, self._end = self._encode(after), [tokenizer.eos_token_id]
 
-    def _take(self, count: int, twins: int) -> list[tuple[VideoScene, list[Lesson]]]:
-        """The next videos and their lessons, so many of every family."""
-        taken: list[tuple[VideoScene, list[Lesson]]] = []
-        while len(taken) < count:
-            number, family = next(self._families)
-            told = lessons_of(family, f"train-{number}", self._seed)
-            members = self._rng.permutation(len(told))[: min(twins, count - len(taken))]
-            taken += [(family.scenes[member], told[member]) for member in members]
-        return taken
-
     def frames(self, count: int) -> tuple[UInt8[Tensor, "count 1 3 size size"], list[tuple[Track, ...]]]:
         """One frame, drawn by chance, of one video each of the next families, and its tracks of that one frame."""
         videos, tracks = [], []
-        for scene, _ in self._take(count, twins=1):
+        for _, family in islice(self._families, count):
+            scene = family.scenes[int(self._rng.integers(len(family.scenes)))]
             frame = int(self._rng.integers(scene.frames))
             tracks.append(tuple(track[frame : frame + 1] for track in unroll(scene)))
             videos.append(draw(tracks[-1], scene.background, scene.size))
@@ -129,7 +121,11 @@ class Lessons:
 
     def batch(self, rows: int, most: int) -> Batch:
         """The next videos, by twos of a family, each with its description and, by chance, `most` of its questions."""
-        taken = self._take(rows, twins=2)
+        taken: list[tuple[VideoScene, list[Lesson]]] = []
+        for number, family in islice(self._families, -(-rows // 2)):
+            told = lessons_of(family, f"train-{number}", self._seed)
+            members = self._rng.permutation(len(told))[: min(2, rows - len(taken))]
+            taken += [(family.scenes[member], told[member]) for member in members]
         chosen = [[*(told[i] for i in self._rng.permutation(len(told) - 1)[:most]), told[-1]] for _, told in taken]
         tracks = [unroll(scene) for scene, _ in taken]
         drawn = zip(tracks, taken, strict=True)
