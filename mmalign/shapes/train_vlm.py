@@ -12,6 +12,7 @@ import copy
 import os
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,11 @@ from pipelines import VisionLanguageModel, load_vlm
 
 GRID = -(-SIDE // 2)
 """Features a side that the language model is given of each frame."""
-SNAPSHOT_SECONDS = 300
+SEE_RATE, ANSWER_RATE = 2e-3, 1e-3
+SNAPSHOT_SECONDS, LOG_STEPS = 300, 50
+
+Marks = dict[str, list[bool]]
+"""By what is marked: right or wrong, one a thing."""
 
 
 def features_of(network: Any, videos: UInt8[Tensor, "rows frames 3 size size"]) -> Any:
@@ -74,8 +79,8 @@ class Probe(torch.nn.Module):
         self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 3)
         self.read = torch.nn.Linear(width, sum(self.sizes))
 
-    def forward(self, features: Tensor, seen: Tensor) -> tuple[Tensor, float]:
-        """Return the loss and the share of shapes whose colour and shape are read right."""
+    def forward(self, features: Tensor, seen: Tensor) -> tuple[Tensor, Marks]:
+        """Return the loss and, of every shape, whether its colour and shape are read right."""
         colour, shape, place = self.read(features).flatten(0, -2).split(self.sizes, 1)
         target = seen.flatten(0, -2)
         kinds, there = target[:, :2].long(), target[:, 5] > 0
@@ -83,11 +88,11 @@ class Probe(torch.nn.Module):
         losses = losses + F.cross_entropy(shape, kinds[:, 1], reduction="none")
         loss = losses[there].mean() + losses[~there].mean() + 10 * F.mse_loss(place[there], target[there, 2:5])
         right = (colour.argmax(1) == kinds[:, 0]) & (shape.argmax(1) == kinds[:, 1])
-        return loss, right[there].float().mean().item()
+        return loss, {"read": right[there].tolist()}
 
 
-def answer_loss(network: Any, batch: Batch) -> tuple[Float[Tensor, ""], list[list[bool]]]:
-    """Cross-entropy of the answers' tokens, and which answers would be given word by word."""
+def answer_loss(network: Any, batch: Batch) -> tuple[Float[Tensor, ""], Marks]:
+    """Cross-entropy of the answers' tokens, and of every answer whether it would be given word by word."""
     vision = features_of(network, batch.videos)
     with torch.autocast("cpu", torch.bfloat16):
         hidden = network.model(
@@ -98,90 +103,60 @@ def answer_loss(network: Any, batch: Batch) -> tuple[Float[Tensor, ""], list[lis
     targets = batch.ids[batch.answers]
     wrong = torch.zeros_like(batch.answers)
     wrong[batch.answers] = logits.argmax(1) != targets
-    right = [
-        [not bool(row_wrong[row_blocks == block].any()) for block in range(1, len(lessons) + 1)]
-        for row_wrong, row_blocks, lessons in zip(wrong, batch.blocks, batch.temporal, strict=True)
-    ]
-    return F.cross_entropy(logits, targets), right
+    marks: Marks = {"static": [], "temporal": [], "described": []}
+    for row, kinds in enumerate(batch.kinds):
+        for block, kind in enumerate(kinds, 1):
+            marks[kind].append(not bool(wrong[row, batch.blocks[row] == block].any()))
+    return F.cross_entropy(logits, targets), marks
 
 
-def _optimise(
+def _learn(
+    name: str,
     parameters: list[torch.nn.Parameter],
-    loss_of: Callable[[], Tensor],
+    loss_of: Callable[[], tuple[Tensor, Marks]],
     steps: int,
     rate: float,
-    each: Callable[[int, float], None],
+    log: Callable[[str], None],
+    save: Callable[[], None] | None = None,
 ) -> None:
-    """AdamW with a warm-up over 3 % of the steps and a cosine down to a fiftieth of `rate`."""
+    """AdamW with a warm-up over 3 % of the steps and a cosine down to a fiftieth of `rate`; `save` now and then."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, foreach=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda n: min(1.0, (n + 1) / (0.03 * steps + 1)) * (0.02 + 0.49 * (1 + np.cos(np.pi * min(1.0, n / steps)))),
+        optimizer, lambda n: min(1.0, (n + 1) / (0.03 * steps + 1)) * (0.02 + 0.49 * (1 + np.cos(np.pi * n / steps)))
     )
-    for step in range(steps):
-        loss = loss_of()
+    start = saved = time.time()
+    losses: list[float] = []
+    tally: Marks = defaultdict(list)
+    for step in range(1, steps + 1):
+        loss, marks = loss_of()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        each(step, loss.item())
-
-
-def learn_to_see(
-    network: Any, lessons: Lessons, steps: int, rows: int, rate: float, log: Callable[[str], None]
-) -> None:
-    """First stage: tower and projector, on the frames of `rows` videos a step."""
-    probe = Probe(network.config.text_config.hidden_size)
-    model, said, start = network.model, [0.0], time.time()
-    parameters = [*model.vision_tower.parameters(), *model.multi_modal_projector.parameters(), *probe.parameters()]
-
-    def loss_of() -> Tensor:
-        videos, tracks = lessons.frames(rows)
-        features = features_of(network, videos).pooler_output[:, None, :-1].float()
-        loss, said[0] = probe(features, sights(tracks))
-        return loss
-
-    def each(step: int, loss: float) -> None:
-        if step % 50 == 0 or step == steps - 1:
-            log(f"see step {step}/{steps} loss {loss:.3f} read {said[0]:.2f} {time.time() - start:.0f} s")
-
-    _optimise(parameters, loss_of, steps, rate, each)
-
-
-def learn_to_answer(
-    network: Any, lessons: Lessons, steps: int, rows: int, most: int, rate: float, log: Callable[[str], None],
-    save: Callable[[], None],
-) -> None:  # fmt: skip
-    """Second stage: the whole model, on `rows` videos a step with up to `most` questions each."""
-    tally: dict[bool | None, list[bool]] = {None: [], False: [], True: []}
-    start = saved = time.time()
-    answered = 0
-
-    def loss_of() -> Tensor:
-        nonlocal answered
-        batch = lessons.batch(rows, most)
-        loss, right = answer_loss(network, batch)
-        for kinds, goods in zip(batch.temporal, right, strict=True):
-            answered += len(kinds)
-            for kind, good in zip(kinds, goods, strict=True):
-                tally[kind].append(good)
-        return loss
-
-    def each(step: int, loss: float) -> None:
-        nonlocal saved
-        if step % 50 == 49 or step == steps - 1:
-            words = {False: "static", True: "temporal", None: "described"}
-            right = " ".join(f"{words[kind]} {np.mean(goods):.3f}" for kind, goods in tally.items() if goods)
-            for goods in tally.values():
-                goods.clear()
-            seconds = time.time() - start
-            log(f"answer step {step + 1}/{steps} loss {loss:.4f} {right} {answered / seconds:.0f}/s {seconds:.0f} s")
-        if time.time() - saved > SNAPSHOT_SECONDS:
-            saved = time.time()
+        losses.append(loss.item())
+        for kind, right in marks.items():
+            tally[kind] += right
+        if step % LOG_STEPS == 0 or step == steps:
+            shares = " ".join(f"{kind} {np.mean(right):.3f}" for kind, right in tally.items() if right)
+            log(f"{name} step {step}/{steps} loss {np.mean(losses):.4f} {shares} {time.time() - start:.0f} s")
+            losses.clear()
+            tally.clear()
+        if save and time.time() - saved > SNAPSHOT_SECONDS:
             save()
+            saved = time.time()
 
-    _optimise(list(network.parameters()), loss_of, steps, rate, each)
+
+def learn_to_see(network: Any, lessons: Lessons, steps: int, frames: int, log: Callable[[str], None]) -> None:
+    """First stage: tower and projector, on so many frames a step."""
+    model, probe = network.model, Probe(network.config.text_config.hidden_size)
+
+    def loss_of() -> tuple[Tensor, Marks]:
+        videos, tracks = lessons.frames(frames)
+        return probe(features_of(network, videos).pooler_output[:, None, :-1].float(), sights(tracks))
+
+    parameters = [*model.vision_tower.parameters(), *model.multi_modal_projector.parameters(), *probe.parameters()]
+    _learn("see", parameters, loss_of, steps, SEE_RATE, log)
 
 
 def save_vlm(out: Path, network: Any, processor: Any) -> None:
@@ -204,7 +179,7 @@ def train_vlm(
     questions: int = 6,
     log: Callable[[str], None] = print,
 ) -> VisionLanguageModel:
-    """Both stages; write the model to `out`, and every few minutes what it is so far.
+    """Both stages; write the model to `out`, and every few minutes what it is so far; return it as it was written.
 
     `samples`: questions and descriptions to be answered in the second stage, `rows` videos a step with up to
     `questions` of theirs each. `start` goes on from the weights of an earlier run, and the first stage is left out;
@@ -223,12 +198,15 @@ def train_vlm(
     if start is not None:
         _go_on_from(network, start)
     elif see_steps:
-        learn_to_see(network, Lessons(tokenizer, derive_seed(seed, "see"), GRID**2), see_steps, 64, 2e-3, log)
+        learn_to_see(network, Lessons(tokenizer, derive_seed(seed, "see"), GRID**2), see_steps, 8 * rows, log)
     lessons = Lessons(tokenizer, derive_seed(seed, "answer"), GRID**2)
     steps = -(-samples // (rows * (questions + 1)))
-    learn_to_answer(network, lessons, steps, rows, questions, 1e-3, log, lambda: save_vlm(out, network, processor))
+    _learn(
+        "answer", list(network.parameters()), lambda: answer_loss(network, lessons.batch(rows, questions)), steps,
+        ANSWER_RATE, log, lambda: save_vlm(out, network, processor),
+    )  # fmt: skip
     save_vlm(out, network, processor)
-    return VisionLanguageModel(network, processor, str(out))
+    return load_vlm(out, device="cpu")
 
 
 def _go_on_from(network: Any, start: Path) -> None:

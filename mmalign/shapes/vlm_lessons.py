@@ -20,7 +20,7 @@ from torch import Tensor
 from mmalign.shapes.facts import STATIC, TOPICS, truth
 from mmalign.shapes.questions import ask
 from mmalign.shapes.twins import Family, sample_families
-from mmalign.shapes.video import Track, VideoScene, draw, unroll
+from mmalign.shapes.video import Track, VideoScene, draw, render, unroll
 from mmalign.shapes.wording import say
 
 DESCRIBE = ("Describe the video.", "What can be seen in the video?", "What happens in the video?")
@@ -33,11 +33,11 @@ _EVENTS = (("recolouring", "same"), ("growth", "same"), ("presence", "always"))
 
 
 class Lesson(NamedTuple):
-    """What is asked about a video, the answer, and whether it takes time to tell (None: a description)."""
+    """What is asked about a video, the answer, and what kind it is of: static, temporal or described."""
 
     prompt: str
     completion: str
-    temporal: bool | None
+    kind: str
 
 
 def describe(tracks: Sequence[Track], size: int) -> str:
@@ -70,10 +70,12 @@ def lessons_of(family: Family, name: str, seed: int = 0) -> list[list[Lesson]]:
         if question.format == "captioning":
             value = family.values[question.member]
             answer = say(question.topic, value, question.subject, question.names).statement
-        lessons[question.member].append(Lesson(question.prompt, answer, question.topic not in STATIC))
+        lessons[question.member].append(
+            Lesson(question.prompt, answer, "static" if question.topic in STATIC else "temporal")
+        )
     request = DESCRIBE[sum(name.encode()) % len(DESCRIBE)]
     for scene, told in zip(family.scenes, lessons, strict=True):
-        told.append(Lesson(request, describe(unroll(scene), scene.size), None))
+        told.append(Lesson(request, describe(unroll(scene), scene.size), "described"))
     return lessons
 
 
@@ -87,9 +89,8 @@ class Batch(NamedTuple):
     answers: Bool[Tensor, "rows length"]
     blocks: Int[Tensor, "rows length"]
     """0 for the video, 1, 2, ... for lessons, -1 for padding."""
-    temporal: list[list[bool | None]]
-    """Of each row's lessons, as :class:`Lesson` has it."""
-    tracks: list[tuple[Track, ...]]
+    kinds: list[list[str]]
+    """Of each row's lessons."""
 
 
 class Lessons:
@@ -127,11 +128,9 @@ class Lessons:
             members = self._rng.permutation(len(told))[: min(2, rows - len(taken))]
             taken += [(family.scenes[member], told[member]) for member in members]
         chosen = [[*(told[i] for i in self._rng.permutation(len(told) - 1)[:most]), told[-1]] for _, told in taken]
-        tracks = [unroll(scene) for scene, _ in taken]
-        drawn = zip(tracks, taken, strict=True)
-        videos = torch.stack([draw(track, scene.background, scene.size) for track, (scene, _) in drawn])
-        temporal = [[lesson.temporal for lesson in told] for told in chosen]
-        return Batch(videos, *self._pack(chosen), temporal, tracks)
+        videos = torch.stack([render(scene) for scene, _ in taken])
+        kinds = [[lesson.kind for lesson in told] for told in chosen]
+        return Batch(videos, *self._pack(chosen), kinds)
 
     def _pack(self, rows: Sequence[Sequence[Lesson]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Ids, positions, what sees what, which are answers, and blocks, of rows padded on the right."""
