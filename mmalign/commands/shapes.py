@@ -87,7 +87,8 @@ def _add_train_vlm(actions: argparse._SubParsersAction) -> None:
     vlm.add_argument(
         "--samples", type=int, default=200_000, metavar="N", help="answers to learn (default %(default)s)"
     )
-    vlm.add_argument("--see-steps", type=int, default=1500, help="steps on single frames first (default %(default)s)")
+    vlm.add_argument("--see-steps", type=int, default=3000, help="steps on single frames first (default %(default)s)")
+    vlm.add_argument("--read-steps", type=int, default=1000, help="then steps on words alone (default %(default)s)")
     vlm.add_argument("--seed", type=int, default=0)
     vlm.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights, with another --seed")
     vlm.add_argument(
@@ -265,7 +266,10 @@ def _train_vlm(args: argparse.Namespace) -> int:
 
     if args.measure < 0:
         raise UserError(f"--measure {args.measure}: must be 0 (nothing) or more")
-    model = train_vlm(args.out, samples=args.samples, see_steps=args.see_steps, seed=args.seed, start=args.start)
+    model = train_vlm(
+        args.out, samples=args.samples, see_steps=args.see_steps, read_steps=args.read_steps, seed=args.seed,
+        start=args.start,
+    )  # fmt: skip
     print(f"a vision-language model in transformers' layout: {args.out}")
     if args.measure:
         lines, report = measure(model, args.measure), args.out.with_name(f"{args.out.name}-validation.json")

@@ -1,9 +1,10 @@
 """Train the Shapes video language model from scratch and write it in transformers' layout.
 
-`mmalign shapes train-vlm --out DIR` has two stages, as the training of its big sisters has. First the tower and the
-projector learn to see single frames: from every feature that the language model will be given, linear probes, thrown
-away afterwards, must read what is in that part of the frame and where. Then everything learns to answer and to
-describe, next token by next token, answers alone being scored.
+`mmalign shapes train-vlm --out DIR` makes what its big sisters are made of, and joins it. The tower and the projector
+learn to see single frames: from every feature that the language model will be given, linear probes, thrown away
+afterwards, must read what is in that part of the frame and where. The language model learns to read: it answers
+questions about descriptions in words. Then everything learns to answer and to describe videos, next token by next
+token, answers alone being scored.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from pipelines import VisionLanguageModel, load_vlm
 
 GRID = -(-SIDE // 2)
 """Features a side that the language model is given of each frame."""
-SEE_RATE, ANSWER_RATE = 2e-3, 1e-3
+SEE_RATE, READ_RATE, ANSWER_RATE = 2e-3, 2e-3, 1e-3
 SNAPSHOT_SECONDS, LOG_STEPS = 300, 50
 
 Marks = dict[str, list[bool]]
@@ -93,10 +95,10 @@ class Probe(torch.nn.Module):
 
 def answer_loss(network: Any, batch: Batch) -> tuple[Float[Tensor, ""], Marks]:
     """Cross-entropy of the answers' tokens, and of every answer whether it would be given word by word."""
-    vision = features_of(network, batch.videos)
+    vision = {} if batch.videos is None else {"video": features_of(network, batch.videos)}
     with torch.autocast("cpu", torch.bfloat16):
         hidden = network.model(
-            input_ids=batch.ids, mm_encoder_outputs={"video": vision}, attention_mask=batch.sees,
+            input_ids=batch.ids, mm_encoder_outputs=vision, attention_mask=batch.sees,
             position_ids=batch.positions, use_cache=False,
         ).last_hidden_state  # fmt: skip
         logits = network.lm_head(hidden[:, :-1][batch.answers[:, 1:]]).float()
@@ -122,7 +124,8 @@ def _learn(
     """AdamW with a warm-up over 3 % of the steps and a cosine down to a fiftieth of `rate`; `save` now and then."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, foreach=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min(1.0, (n + 1) / (0.03 * steps + 1)) * (0.02 + 0.49 * (1 + np.cos(np.pi * n / steps)))
+        optimizer,
+        lambda n: min(1.0, (n + 1) / (0.03 * steps + 1)) * (0.02 + 0.49 * (1 + np.cos(np.pi * n / max(steps, 1)))),
     )
     start = saved = time.time()
     losses: list[float] = []
@@ -159,6 +162,20 @@ def learn_to_see(network: Any, lessons: Lessons, steps: int, frames: int, log: C
     _learn("see", parameters, loss_of, steps, SEE_RATE, log)
 
 
+def learn_to_answer(
+    network: Any, lessons: Lessons, steps: int, rows: int, questions: int, log: Callable[[str], None],
+    save: Callable[[], None] | None = None, *, told: bool = False,
+) -> None:  # fmt: skip
+    """Second stage (told: the language model alone, descriptions in place of videos) and third (everything)."""
+    part = network.model.language_model if told else network
+    name, rate = ("read", READ_RATE) if told else ("answer", ANSWER_RATE)
+
+    def loss_of() -> tuple[Tensor, Marks]:
+        return answer_loss(network, lessons.batch(rows, questions, told=told))
+
+    _learn(name, list(part.parameters()), loss_of, steps, rate, log, save)
+
+
 def save_vlm(out: Path, network: Any, processor: Any) -> None:
     """Write a directory that `pipelines.load_vlm` opens, in bfloat16, no file of it ever half-written."""
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
@@ -172,39 +189,40 @@ def train_vlm(
     out: Path,
     *,
     samples: int = 200_000,
-    see_steps: int = 1500,
+    see_steps: int = 3000,
+    read_steps: int = 1000,
     seed: int = 0,
     start: Path | None = None,
     rows: int = 8,
     questions: int = 6,
     log: Callable[[str], None] = print,
 ) -> VisionLanguageModel:
-    """Both stages; write the model to `out`, and every few minutes what it is so far; return it as it was written.
+    """All three stages; write the model to `out`, every few minutes what it is so far; return it as it was written.
 
-    `samples`: questions and descriptions to be answered in the second stage, `rows` videos a step with up to
-    `questions` of theirs each. `start` goes on from the weights of an earlier run, and the first stage is left out;
+    `samples`: questions and descriptions to be answered in the last stage, `rows` videos a step with up to
+    `questions` of theirs each. `start` goes on from the weights of an earlier run, and the other stages are left out;
     take another `seed`, or it sees the same videos again. The same arguments give the same weights.
 
     Raises:
         UserError: nothing to learn from, or `start` holds another model.
     """
-    if samples < 1 or see_steps < 0:
-        raise UserError(f"--samples {samples} must be at least 1, and --see-steps {see_steps} at least 0")
+    if samples < 1 or see_steps < 0 or read_steps < 0:
+        asked = f"--samples {samples}, --see-steps {see_steps}, --read-steps {read_steps}"
+        raise UserError(f"{asked}: at least one sample, and no fewer than 0 steps")
     processor = build_processor()
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     network = build_network(tokenizer, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
+    lessons = {name: Lessons(tokenizer, derive_seed(seed, name), GRID**2) for name in ("see", "read", "answer")}
     if start is not None:
         _go_on_from(network, start)
-    elif see_steps:
-        learn_to_see(network, Lessons(tokenizer, derive_seed(seed, "see"), GRID**2), see_steps, 8 * rows, log)
-    lessons = Lessons(tokenizer, derive_seed(seed, "answer"), GRID**2)
+    else:
+        learn_to_see(network, lessons["see"], see_steps, 8 * rows, log)
+        learn_to_answer(network, lessons["read"], read_steps, rows, questions, log, told=True)
     steps = -(-samples // (rows * (questions + 1)))
-    _learn(
-        "answer", list(network.parameters()), lambda: answer_loss(network, lessons.batch(rows, questions)), steps,
-        ANSWER_RATE, log, lambda: save_vlm(out, network, processor),
-    )  # fmt: skip
+    save = partial(save_vlm, out, network, processor)
+    learn_to_answer(network, lessons["answer"], steps, rows, questions, log, save)
     save_vlm(out, network, processor)
     return load_vlm(out, device="cpu")
 

@@ -82,7 +82,8 @@ def lessons_of(family: Family, name: str, seed: int = 0) -> list[list[Lesson]]:
 class Batch(NamedTuple):
     """Rows for training: a video each, its lessons in blocks after it, and which tokens are answers."""
 
-    videos: UInt8[Tensor, "rows frames 3 size size"]
+    videos: UInt8[Tensor, "rows frames 3 size size"] | None
+    """None where the rows begin with a description instead."""
     ids: Int[Tensor, "rows length"]
     positions: Int[Tensor, "rows length"]
     sees: Bool[Tensor, "rows 1 length length"]
@@ -107,7 +108,8 @@ class Lessons:
         chat = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         before, after = chat.split(tokenizer.video_token + "?")
         places = [tokenizer.video_token_id] * (FRAMES * frame_tokens + 1)
-        self._before = [*self._encode(before), *places]
+        self._user = self._encode(before)
+        self._before = [*self._user, *places]
         self._after, self._end = self._encode(after), [tokenizer.eos_token_id]
 
     def frames(self, count: int) -> tuple[UInt8[Tensor, "count 1 3 size size"], list[tuple[Track, ...]]]:
@@ -120,21 +122,29 @@ class Lessons:
             videos.append(draw(tracks[-1], scene.background, scene.size))
         return torch.stack(videos), tracks
 
-    def batch(self, rows: int, most: int) -> Batch:
-        """The next videos, by twos of a family, each with its description and, by chance, `most` of its questions."""
+    def batch(self, rows: int, most: int, *, told: bool = False) -> Batch:
+        """The next videos, by twos of a family, each with its description and, by chance, `most` of its questions.
+
+        told: the description takes the place of the video, which is not drawn.
+        """
         taken: list[tuple[VideoScene, list[Lesson]]] = []
         for number, family in islice(self._families, -(-rows // 2)):
-            told = lessons_of(family, f"train-{number}", self._seed)
-            members = self._rng.permutation(len(told))[: min(2, rows - len(taken))]
-            taken += [(family.scenes[member], told[member]) for member in members]
-        chosen = [[*(told[i] for i in self._rng.permutation(len(told) - 1)[:most]), told[-1]] for _, told in taken]
-        videos = torch.stack([render(scene) for scene, _ in taken])
-        kinds = [[lesson.kind for lesson in told] for told in chosen]
-        return Batch(videos, *self._pack(chosen), kinds)
+            asked = lessons_of(family, f"train-{number}", self._seed)
+            members = self._rng.permutation(len(asked))[: min(2, rows - len(taken))]
+            taken += [(family.scenes[member], asked[member]) for member in members]
+        chosen = [[*(asked[i] for i in self._rng.permutation(len(asked) - 1)[:most]), asked[-1]] for _, asked in taken]
+        before = [self._before] * rows
+        if told:
+            before = [[*self._user, *self._encode(lessons.pop().completion)] for lessons in chosen]
+        videos = [] if told else [render(scene) for scene, _ in taken]
+        kinds = [[lesson.kind for lesson in lessons] for lessons in chosen]
+        return Batch(torch.stack(videos) if videos else None, *self._pack(before, chosen), kinds)
 
-    def _pack(self, rows: Sequence[Sequence[Lesson]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _pack(
+        self, before: Sequence[list[int]], rows: Sequence[Sequence[Lesson]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Ids, positions, what sees what, which are answers, and blocks, of rows padded on the right."""
-        laid = [self._lay_out(lessons) for lessons in rows]
+        laid = [self._lay_out(*row) for row in zip(before, rows, strict=True)]
         length = max(len(row[0]) for row in laid)
         padding = (self._pad, 0, -1, 0)
         ids, positions, blocks, answers = (
@@ -145,9 +155,11 @@ class Lessons:
         sees &= torch.ones(length, length, dtype=torch.bool).tril()
         return ids, positions, sees[:, None], answers.bool(), blocks
 
-    def _lay_out(self, lessons: Sequence[Lesson]) -> tuple[list[int], list[int], list[int], list[int]]:
-        start = len(self._before)
-        ids, positions, blocks, answers = list(self._before), list(range(start)), [0] * start, [0] * start
+    def _lay_out(
+        self, before: list[int], lessons: Sequence[Lesson]
+    ) -> tuple[list[int], list[int], list[int], list[int]]:
+        start = len(before)
+        ids, positions, blocks, answers = list(before), list(range(start)), [0] * start, [0] * start
         for block, lesson in enumerate(lessons, 1):
             asked = [*self._encode(lesson.prompt), *self._after]
             said = [*self._encode(lesson.completion), *self._end]

@@ -86,7 +86,7 @@ def build_network(tokenizer: Any, seed: int, *, width: int = 192, layers: int = 
     }  # fmt: skip
     text = {
         "model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": width * 8 // 3,
-        "num_hidden_layers": layers, "num_attention_heads": width // 64, "num_key_value_heads": width // 64,
+        "num_hidden_layers": layers, "num_attention_heads": width // 32, "num_key_value_heads": width // 32,
         "max_position_embeddings": MAX_LENGTH, "initializer_range": 0.05, "tie_word_embeddings": True,
         "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip

@@ -94,8 +94,14 @@ def test_lessons_of_one_row_are_answered_as_if_each_had_been_asked_alone(process
     batch = lessons(processor).batch(2, 2)
     with torch.no_grad():
         packed, right = answer_loss(network, batch)
+        told = lessons(processor).batch(2, 2, told=True)
+        assert answer_loss(network, told)[1]["described"] == [] and told.videos is None
     assert {kind: len(marks) for kind, marks in right.items()} == {"static": 0, "temporal": 4, "described": 2}
     tokenizer, total, count = processor.tokenizer, 0.0, 0
+    for row in range(2):
+        before = tokenizer.decode(told.ids[row, told.blocks[row] == 0])
+        described = tokenizer.decode(batch.ids[row, (batch.blocks[row] == 3) & batch.answers[row]])
+        assert before == "<|user|>" + described.removesuffix("<|end|>")
     for row in range(2):
         for block in (1, 2, 3):
             inside = batch.blocks[row] == block
@@ -114,8 +120,8 @@ def test_lessons_of_one_row_are_answered_as_if_each_had_been_asked_alone(process
 
 def test_a_few_steps_lower_the_loss_and_what_is_written_opens_and_answers(processor, tmp_path: Path) -> None:
     said: list[str] = []
-    train_vlm(tmp_path / "a", samples=20, see_steps=1, rows=2, questions=1, log=said.append)
-    train_vlm(tmp_path / "b", samples=20, see_steps=1, rows=2, questions=1, log=said.append)
+    train_vlm(tmp_path / "a", samples=20, see_steps=1, read_steps=1, rows=2, questions=1, log=said.append)
+    train_vlm(tmp_path / "b", samples=20, see_steps=1, read_steps=1, rows=2, questions=1, log=said.append)
     assert [line.split()[:3] for line in said][0] == ["see", "step", "1/1"]
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
     assert first == second and len(first) < 12e6
@@ -174,7 +180,7 @@ def test_the_report_of_one_who_sees_everything(tmp_path: Path) -> None:
 
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--samples 0 must be at least 1"):
+    with pytest.raises(UserError, match="--samples 0, --see-steps 3000"):
         train_vlm(tmp_path / "a", samples=0)
     other = build_llava_onevision(tmp_path / "other")
     with pytest.raises(UserError, match="not a model of these sizes"):
