@@ -85,10 +85,10 @@ def _add_train_vlm(actions: argparse._SubParsersAction) -> None:
     )
     vlm.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go to DIR-validation.json beside")
     vlm.add_argument(
-        "--samples", type=int, default=200_000, metavar="N", help="answers to learn (default %(default)s)"
+        "--samples", type=int, default=150_000, metavar="N", help="answers to learn (default %(default)s)"
     )
     vlm.add_argument("--see-steps", type=int, default=3000, help="steps on single frames first (default %(default)s)")
-    vlm.add_argument("--read-steps", type=int, default=1000, help="then steps on words alone (default %(default)s)")
+    vlm.add_argument("--read-steps", type=int, default=1500, help="then steps on words alone (default %(default)s)")
     vlm.add_argument("--seed", type=int, default=0)
     vlm.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights, with another --seed")
     vlm.add_argument(

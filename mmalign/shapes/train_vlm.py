@@ -123,9 +123,9 @@ def _learn(
 ) -> None:
     """AdamW with a warm-up over 3 % of the steps and a cosine down to a fiftieth of `rate`; `save` now and then."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, foreach=True)
+    warm = 0.03 * steps + 1
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda n: min(1.0, (n + 1) / (0.03 * steps + 1)) * (0.02 + 0.49 * (1 + np.cos(np.pi * n / max(steps, 1)))),
+        optimizer, lambda n: min(1.0, (n + 1) / warm) * (0.02 + 0.49 * (1 + np.cos(np.pi * n / max(steps, 1))))
     )
     start = saved = time.time()
     losses: list[float] = []
@@ -188,9 +188,9 @@ def save_vlm(out: Path, network: Any, processor: Any) -> None:
 def train_vlm(
     out: Path,
     *,
-    samples: int = 200_000,
+    samples: int = 150_000,
     see_steps: int = 3000,
-    read_steps: int = 1000,
+    read_steps: int = 1500,
     seed: int = 0,
     start: Path | None = None,
     rows: int = 8,
