@@ -65,7 +65,7 @@ def build_processor() -> Any:
     import transformers as hf
 
     tokenizer = build_tokenizer()
-    looks = {"size": {"height": SIZE, "width": SIZE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    looks: dict[str, Any] = {"size": {"height": SIZE, "width": SIZE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return hf.LlavaOnevisionProcessor(
         hf.LlavaOnevisionImageProcessor(image_grid_pinpoints=[[SIZE, SIZE]], **looks),
         tokenizer,
@@ -91,8 +91,8 @@ def build_network(tokenizer: Any, seed: int, *, width: int = 192, layers: int = 
         "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     config = hf.LlavaOnevisionConfig(
-        vision_config=vision, text_config=text, image_token_id=tokenizer.image_token_id,
-        video_token_id=tokenizer.video_token_id, image_grid_pinpoints=[[SIZE, SIZE]], vision_feature_layer=-1,
+        vision_config=vision, text_config=text, image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id, image_grid_pinpoints=[[SIZE, SIZE]], vision_feature_layer=-1,
         vision_feature_select_strategy="full", tie_word_embeddings=True,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):

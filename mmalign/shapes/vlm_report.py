@@ -66,7 +66,11 @@ def measure(model: VisionLanguageModel, families: int, *, split: str = "validati
     lines = {}
     for name in ("all", *present):
         kept = [index for index, question in enumerate(questions) if name in ("all", question.topic)]
-        lines[name] = _line(*([values[index] for index in kept] for values in (questions, right, right_shuffled)))
+        lines[name] = _line(
+            [questions[index] for index in kept],
+            [right[index] for index in kept],
+            [right_shuffled[index] for index in kept],
+        )
     return lines
 
 
