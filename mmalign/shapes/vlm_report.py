@@ -53,7 +53,7 @@ def measure(model: VisionLanguageModel, families: int, *, split: str = "validati
     questions: list[ShapesQuestion] = []
     right: list[bool] = []
     right_shuffled: list[bool] = []
-    with track(families, "question") as job:
+    with track(families, "question", "families") as job:
         for number, family in enumerate(sample_families(families, split, seed)):
             asked = ask(family, f"{split}-{number}", seed)
             videos = [render(scene) for scene in family.scenes]
@@ -112,10 +112,9 @@ def write_report(lines: dict[str, Line], path: Path) -> None:
 def as_table(lines: dict[str, Line]) -> Table:
     """The lines as a table, in per cent."""
     table = Table(title="answers about validation videos, %")
-    columns = ("topic", "aspect", "questions", *FORMATS, "all", "chance", "twins", "shuffled")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("topic", "aspect") else "right")
+    for column in ("topic", "asked", "choice", "yes/no", "match", "caption", "all", "chance", "twins", "shuffle"):
+        table.add_column(column, justify="left" if column == "topic" else "right", no_wrap=True)
     for name, line in lines.items():
         shares = [*(line.accuracy[key] for key in (*FORMATS, "all")), line.chance, line.twins, line.shuffled]
-        table.add_row(name, TOPICS.get(name, ""), str(line.questions), *(f"{100 * share:.1f}" for share in shares))
+        table.add_row(name, str(line.questions), *(f"{100 * share:.1f}" for share in shares))
     return table
