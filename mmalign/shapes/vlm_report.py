@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
@@ -111,10 +112,10 @@ def write_report(lines: dict[str, Line], path: Path) -> None:
 
 def as_table(lines: dict[str, Line]) -> Table:
     """The lines as a table, in per cent."""
-    table = Table(title="answers about validation videos, %")
-    for column in ("topic", "asked", "choice", "yes/no", "match", "caption", "all", "chance", "twins", "shuffle"):
+    table = Table(title="answers about validation videos, %", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("topic", "choice", "yes/no", "match", "caption", "all", "chance", "twins", "shuffle"):
         table.add_column(column, justify="left" if column == "topic" else "right", no_wrap=True)
     for name, line in lines.items():
         shares = [*(line.accuracy[key] for key in (*FORMATS, "all")), line.chance, line.twins, line.shuffled]
-        table.add_row(name, str(line.questions), *(f"{100 * share:.1f}" for share in shares))
+        table.add_row(name, *(f"{100 * share:.1f}" for share in shares))
     return table
