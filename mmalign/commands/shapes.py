@@ -6,6 +6,7 @@ mmalign shapes read picture.png --prompt "a red circle above a blue square"
 mmalign shapes check-oracle --count 5000
 mmalign shapes videos --count 200 --split test --out runs/shapes-videos
 mmalign shapes train-base --out runs/shapes-sd
+mmalign shapes train-vlm --out runs/shapes-vlm
 mmalign shapes agreement runs/samples --rewards shapes-clip
 """
 
@@ -69,12 +70,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     clip.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights; no contrastive steps")
     clip.add_argument("--anchor", type=Path, metavar="DIR", help="mix in the weights of this first stage")
+    _add_train_vlm(actions)
     agreement = actions.add_parser(
         "agreement", help="measure how often rewards agree with the oracle on generated pictures"
     )
     agreement.add_argument("samples", type=Path, metavar="DIR", help="what `mmalign pairs sample` wrote")
     agreement.add_argument("--rewards", required=True, metavar="A,B|FILE.yaml", help="as `mmalign score` takes them")
     agreement.add_argument("--option", action="append", default=[], metavar="REWARD.KEY=VALUE", help="repeatable")
+
+
+def _add_train_vlm(actions: argparse._SubParsersAction) -> None:
+    vlm = actions.add_parser(
+        "train-vlm", help="train the video language model from scratch (about an hour on 2 cores), and measure it"
+    )
+    vlm.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go to DIR-validation.json beside")
+    vlm.add_argument(
+        "--samples", type=int, default=150_000, metavar="N", help="answers to learn (default %(default)s)"
+    )
+    vlm.add_argument("--see-steps", type=int, default=3000, help="steps on single frames first (default %(default)s)")
+    vlm.add_argument("--read-steps", type=int, default=1500, help="then steps on words alone (default %(default)s)")
+    vlm.add_argument("--seed", type=int, default=0)
+    vlm.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights, with another --seed")
+    vlm.add_argument(
+        "--measure", type=int, default=110, metavar="N", help="families of validation videos (default %(default)s)"
+    )
 
 
 def _add_videos(actions: argparse._SubParsersAction) -> None:
@@ -101,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     return {
         "draw": _draw, "scenes": _scenes, "read": _read, "check-oracle": _check_oracle, "words": _words,
         "prompts": _prompts, "train-base": _train_base, "train-clip": _train_clip,
-        "agreement": _agreement, "videos": _videos,
+        "train-vlm": _train_vlm, "agreement": _agreement, "videos": _videos,
     }[args.action](args)  # fmt: skip
 
 
@@ -236,6 +255,27 @@ def _train_clip(args: argparse.Namespace) -> int:
         anchor=args.anchor,
     )
     print(f"an open_clip model: {args.out}")
+    return 0
+
+
+def _train_vlm(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from mmalign.shapes.train_vlm import train_vlm
+    from mmalign.shapes.vlm_report import as_table, measure, write_report
+
+    if args.measure < 0:
+        raise UserError(f"--measure {args.measure}: must be 0 (nothing) or more")
+    model = train_vlm(
+        args.out, samples=args.samples, see_steps=args.see_steps, read_steps=args.read_steps, seed=args.seed,
+        start=args.start,
+    )  # fmt: skip
+    print(f"a vision-language model in transformers' layout: {args.out}")
+    if args.measure:
+        lines, report = measure(model, args.measure), args.out.with_name(f"{args.out.name}-validation.json")
+        write_report(lines, report)
+        Console().print(as_table(lines))
+        print(f"the same as JSON: {report}")
     return 0
 
 

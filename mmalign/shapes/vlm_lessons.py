@@ -1,0 +1,170 @@
+"""What the Shapes video language model is taught: videos, and what is asked and answered about each.
+
+Videos are drawn as they are needed, three milliseconds each, so no video is seen twice. The lessons of one video share
+one row of tokens: the video first, then question after question, each of which sees the video and itself alone, as if
+it had been asked by itself. That is half the tokens of a row for each question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+from mmalign.shapes.facts import STATIC, TOPICS, truth
+from mmalign.shapes.questions import ask
+from mmalign.shapes.twins import Family, sample_families
+from mmalign.shapes.video import Track, VideoScene, draw, render, unroll
+from mmalign.shapes.wording import say
+
+DESCRIBE = ("Describe the video.", "What can be seen in the video?", "What happens in the video?")
+SIZE, FRAMES = 48, 8
+CURRICULUM = (*TOPICS, *STATIC)
+"""Topics of families, in turn: static ones twice."""
+
+_EVENTS = (("recolouring", "same"), ("growth", "same"), ("presence", "always"))
+"""Topics that a description tells of, unless nothing happens; and how a shape moves, if none of them does."""
+
+
+class Lesson(NamedTuple):
+    """What is asked about a video, the answer, and what kind it is of: static, temporal or described."""
+
+    prompt: str
+    completion: str
+    kind: str
+
+
+def describe(tracks: Sequence[Track], size: int) -> str:
+    """Say how many shapes there are and what each does, in order of appearance, then of the alphabet."""
+    number = truth("count", (), tracks, size)
+    told = [say("count", str(number), (), ()).statement]
+    first = {next(s for s in track if s): track.index(next(s for s in track if s)) for track in tracks if any(track)}
+    for seen in sorted(first, key=lambda s: (first[s], s.colour, s.shape)):
+        told.append(_deed(seen.shape, f"the {seen.colour} {seen.shape}", tracks, size))
+    return " ".join(told)
+
+
+def _deed(shape: str, name: str, tracks: Sequence[Track], size: int) -> str:
+    subject, names = (shape,), (name,)
+    for topic, nothing in _EVENTS:
+        value = truth(topic, subject, tracks, size)
+        if value not in (None, nothing):
+            return say(topic, str(value), subject, names).statement
+    manner = truth("motion", subject, tracks, size)
+    topic = "direction" if manner in ("straight", "still") else "motion"
+    value = truth(topic, subject, tracks, size)
+    return say(topic, str(value), subject, names).statement
+
+
+def lessons_of(family: Family, name: str, seed: int = 0) -> list[list[Lesson]]:
+    """All lessons about each video of a family: the questions of :func:`ask`, and a description."""
+    lessons: list[list[Lesson]] = [[] for _ in family.scenes]
+    for question in ask(family, name, seed):
+        answer = question.answer
+        if question.format == "captioning":
+            value = family.values[question.member]
+            answer = say(question.topic, value, question.subject, question.names).statement
+        lessons[question.member].append(
+            Lesson(question.prompt, answer, "static" if question.topic in STATIC else "temporal")
+        )
+    request = DESCRIBE[sum(name.encode()) % len(DESCRIBE)]
+    for scene, told in zip(family.scenes, lessons, strict=True):
+        told.append(Lesson(request, describe(unroll(scene), scene.size), "described"))
+    return lessons
+
+
+class Batch(NamedTuple):
+    """Rows for training: a video each, its lessons in blocks after it, and which tokens are answers."""
+
+    videos: UInt8[Tensor, "rows frames 3 size size"] | None
+    """None where the rows begin with a description instead."""
+    ids: Int[Tensor, "rows length"]
+    positions: Int[Tensor, "rows length"]
+    sees: Bool[Tensor, "rows 1 length length"]
+    answers: Bool[Tensor, "rows length"]
+    blocks: Int[Tensor, "rows length"]
+    """0 for the video, 1, 2, ... for lessons, -1 for padding."""
+    kinds: list[list[str]]
+    """Of each row's lessons."""
+
+
+class Lessons:
+    """An endless stream of training rows; the same tokenizer, seed and calls always give the same."""
+
+    def __init__(self, tokenizer: Any, seed: int, frame_tokens: int) -> None:
+        """`frame_tokens`: how many tokens stand for one frame; one more ends the video."""
+        self._families = enumerate(sample_families(10**9, seed=seed, topics=CURRICULUM, frames=FRAMES, size=SIZE))
+        self._rng, self._seed = np.random.default_rng([seed, 1]), seed
+        self._encode = lru_cache(100_000)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        self._pad = tokenizer.pad_token_id
+        # The chat format is asked what stands before a question, after it, and (the end token) after its answer.
+        turn = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
+        chat = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        before, after = chat.split(tokenizer.video_token + "?")
+        places = [tokenizer.video_token_id] * (FRAMES * frame_tokens + 1)
+        self._user = self._encode(before)
+        self._before = [*self._user, *places]
+        self._after, self._end = self._encode(after), [tokenizer.eos_token_id]
+
+    def frames(self, count: int) -> tuple[UInt8[Tensor, "count 1 3 size size"], list[tuple[Track, ...]]]:
+        """One frame, drawn by chance, of one video each of the next families, and its tracks of that one frame."""
+        videos, tracks = [], []
+        for _, family in islice(self._families, count):
+            scene = family.scenes[int(self._rng.integers(len(family.scenes)))]
+            frame = int(self._rng.integers(scene.frames))
+            tracks.append(tuple(track[frame : frame + 1] for track in unroll(scene)))
+            videos.append(draw(tracks[-1], scene.background, scene.size))
+        return torch.stack(videos), tracks
+
+    def batch(self, rows: int, most: int, *, told: bool = False) -> Batch:
+        """The next videos, by twos of a family, each with its description and, by chance, `most` of its questions.
+
+        told: the description takes the place of the video, which is not drawn.
+        """
+        taken: list[tuple[VideoScene, list[Lesson]]] = []
+        for number, family in islice(self._families, -(-rows // 2)):
+            asked = lessons_of(family, f"train-{number}", self._seed)
+            members = self._rng.permutation(len(asked))[: min(2, rows - len(taken))]
+            taken += [(family.scenes[member], asked[member]) for member in members]
+        chosen = [[*(asked[i] for i in self._rng.permutation(len(asked) - 1)[:most]), asked[-1]] for _, asked in taken]
+        before = [self._before] * rows
+        if told:
+            before = [[*self._user, *self._encode(lessons.pop().completion)] for lessons in chosen]
+        videos = [] if told else [render(scene) for scene, _ in taken]
+        kinds = [[lesson.kind for lesson in lessons] for lessons in chosen]
+        return Batch(torch.stack(videos) if videos else None, *self._pack(before, chosen), kinds)
+
+    def _pack(
+        self, before: Sequence[list[int]], rows: Sequence[Sequence[Lesson]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Ids, positions, what sees what, which are answers, and blocks, of rows padded on the right."""
+        laid = [self._lay_out(*row) for row in zip(before, rows, strict=True)]
+        length = max(len(row[0]) for row in laid)
+        padding = (self._pad, 0, -1, 0)
+        ids, positions, blocks, answers = (
+            torch.tensor([row[part] + [empty] * (length - len(row[part])) for row in laid])
+            for part, empty in enumerate(padding)
+        )
+        sees = (blocks[:, None] == 0) | (blocks[:, None] == blocks[:, :, None])
+        sees &= torch.ones(length, length, dtype=torch.bool).tril()
+        return ids, positions, sees[:, None], answers.bool(), blocks
+
+    def _lay_out(
+        self, before: list[int], lessons: Sequence[Lesson]
+    ) -> tuple[list[int], list[int], list[int], list[int]]:
+        start = len(before)
+        ids, positions, blocks, answers = list(before), list(range(start)), [0] * start, [0] * start
+        for block, lesson in enumerate(lessons, 1):
+            asked = [*self._encode(lesson.prompt), *self._after]
+            said = [*self._encode(lesson.completion), *self._end]
+            ids += asked + said
+            positions += range(start, start + len(asked) + len(said))
+            blocks += [block] * (len(asked) + len(said))
+            answers += [0] * len(asked) + [1] * len(said)
+        return ids, positions, blocks, answers

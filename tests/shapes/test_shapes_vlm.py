@@ -1,0 +1,188 @@
+"""The training of the Shapes video language model: what it is taught, that it learns, that what it writes opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_vlms import build_llava_onevision
+
+from mmalign.compare.answers import rate
+from mmalign.data.video_questions import INSTRUCTIONS
+from mmalign.errors import UserError
+from mmalign.shapes.facts import TOPICS
+from mmalign.shapes.questions import ShapesQuestion, ask, judge_caption
+from mmalign.shapes.tracking import follow
+from mmalign.shapes.train_vlm import answer_loss, sights, train_vlm
+from mmalign.shapes.twins import sample_families
+from mmalign.shapes.video import Actor, Track, VideoScene, render, unroll
+from mmalign.shapes.vlm_lessons import DESCRIBE, Lessons, describe, lessons_of
+from mmalign.shapes.vlm_model import build_network, build_processor
+from mmalign.shapes.vlm_report import as_table, measure, write_report
+from mmalign.shapes.wording import say
+from mmalign.shapes.world import COLOURS, SHAPES
+from pipelines import VisionLanguageModel, load_vlm
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def network(processor):
+    return build_network(processor.tokenizer, 0, width=64, layers=1, vision_layers=1)
+
+
+def lessons(processor, seed: int = 0) -> Lessons:
+    return Lessons(processor.tokenizer, seed, 9)
+
+
+def test_every_word_of_questions_answers_and_captions_is_one_token(processor) -> None:
+    tokenizer, pieces = processor.tokenizer, processor.tokenizer.backend_tokenizer.pre_tokenizer
+    families = enumerate(sample_families(200, "validation", seed=5))
+    lessons_ = [one for i, family in families for told in lessons_of(family, f"f{i}") for one in told]
+    for text in {text for one in lessons_ for text in one[:2]}:
+        assert tokenizer.tokenize(text) == [word for word, _ in pieces.pre_tokenize_str(text)]
+    other = "Zebra-crossing №7?\n"
+    assert tokenizer.decode(tokenizer(other)["input_ids"]) == other
+    assert 400 < len(tokenizer) < 800
+
+
+def test_lessons_are_answered_as_the_rules_read_them() -> None:
+    for number, family in enumerate(sample_families(22, seed=1)):
+        name = f"train-{number}"
+        told = lessons_of(family, name)
+        for question in ask(family, name):
+            (answer,) = (one.completion for one in told[question.member] if one.prompt == question.prompt)
+            assert rate(question, answer, judge_caption).right
+            assert (question.prompt == question.text) == (INSTRUCTIONS[question.format] == "")
+        assert all(one[-1].prompt in DESCRIBE and one[-1].kind == "described" for one in told)
+
+
+def test_a_description_says_what_there_is_and_what_each_does() -> None:
+    ring = Actor("ring", "red", 5.5, 9.0, 30.0, "left", 2.0)
+    cross = Actor("cross", "blue", 5.0, 30.0, 8.0, end_radius=8.0)
+    late = Actor("star", "cyan", 5.0, 30.0, 40.0, shown=((4, 8),))
+    scene = VideoScene((ring, late, cross), "black", 8, 48)
+    assert describe(unroll(scene), 48) == (
+        "There are three shapes. The blue cross gets bigger. The red ring moves to the left. "
+        "The cyan star appears half-way."
+    )
+    for family in sample_families(44, seed=2):
+        for member in family.scenes:
+            assert describe(unroll(member), member.size).count(".") == len(member.actors) + 1
+
+
+def test_sights_say_what_lies_in_which_part() -> None:
+    scene = VideoScene((Actor("ring", "red", 5.5, 20.0, 47.0, "right", 2.0),), "black", 8, 48)
+    seen = sights([unroll(scene)])
+    assert seen.shape == (1, 8, 9, 6) and int(seen[..., 5].sum()) == 8
+    expected = torch.tensor([1 + list(COLOURS).index("red"), 1 + list(SHAPES).index("ring")])
+    assert torch.equal(seen[0, 0, 7, :2], expected.float())
+    assert seen[0, 0, 7, 2:].tolist() == pytest.approx([4 / 16, 15 / 16, 5.5 / 16, 1.0])
+    # 20 + 2 * 6 = 32 is where the last column begins.
+    assert seen[0, 5, 7, 5] == 1 and seen[0, 6, 8, 5] == 1 and seen[0, 6, 8, 2] == 0
+
+
+def test_lessons_of_one_row_are_answered_as_if_each_had_been_asked_alone(processor, network) -> None:
+    model = VisionLanguageModel(network, processor, "tiny")
+    batch = lessons(processor).batch(2, 2)
+    with torch.no_grad():
+        packed, right = answer_loss(network, batch)
+        told = lessons(processor).batch(2, 2, told=True)
+        assert answer_loss(network, told)[1]["described"] == [] and told.videos is None
+    assert {kind: len(marks) for kind, marks in right.items()} == {"static": 0, "temporal": 4, "described": 2}
+    tokenizer, total, count = processor.tokenizer, 0.0, 0
+    for row in range(2):
+        before = tokenizer.decode(told.ids[row, told.blocks[row] == 0])
+        described = tokenizer.decode(batch.ids[row, (batch.blocks[row] == 3) & batch.answers[row]])
+        assert before == "<|user|>" + described.removesuffix("<|end|>")
+    for row in range(2):
+        for block in (1, 2, 3):
+            inside = batch.blocks[row] == block
+            said = batch.ids[row, inside & batch.answers[row]]
+            asked = tokenizer.decode(batch.ids[row, inside & ~batch.answers[row]])
+            prompt = asked.removesuffix("<|end|><|assistant|>")
+            alone = model.encode([prompt], [[batch.videos[row]]], [tokenizer.decode(said[:-1])])
+            whole = torch.cat([batch.ids[row, batch.blocks[row] == 0], batch.ids[row, inside]])
+            assert torch.equal(alone.input_ids[0], whole)
+            with torch.no_grad():
+                values, _ = model.log_probs(alone)
+            total, count = total - float(values.sum()), count + len(said)
+    # The packed pass is in bfloat16.
+    assert float(packed) == pytest.approx(total / count, rel=5e-3)
+
+
+def test_a_few_steps_lower_the_loss_and_what_is_written_opens_and_answers(processor, tmp_path: Path) -> None:
+    said: list[str] = []
+    train_vlm(tmp_path / "a", samples=20, see_steps=1, read_steps=1, rows=2, questions=1, log=said.append)
+    train_vlm(tmp_path / "b", samples=20, see_steps=1, read_steps=1, rows=2, questions=1, log=said.append)
+    assert [line.split()[:3] for line in said][0] == ["see", "step", "1/1"]
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+    assert first == second and len(first) < 12e6
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+    loaded = load_vlm(tmp_path / "a")
+    assert 2e6 < sum(p.numel() for p in loaded.network.parameters()) < 6e6
+    video = render(VideoScene((Actor("ring", "red", 5.5, 20.0, 30.0),), "black", 8, 48))
+    answers = loaded.generate(["What colour is the ring?", "Describe the video."], [[video]] * 2, max_new_tokens=3)
+    assert len(answers) == 2
+    batch = loaded.encode(["What colour is the ring?"], [[video]], ["A. red"])
+    values, mask = loaded.log_probs(batch)
+    assert mask.sum() == 4 and torch.isfinite(values).all() and (values < 0).all()
+    fresh = build_network(processor.tokenizer, 0)
+    lesson = lessons(processor, 9).batch(4, 1)
+    with torch.no_grad():
+        assert answer_loss(loaded.network, lesson)[0] < answer_loss(fresh, lesson)[0] - 0.3
+
+
+class Reader:
+    """Answers what can be read from the pixels, and "none" where the frames show no answer."""
+
+    def __init__(self, questions: list[ShapesQuestion]) -> None:
+        self.questions = {question.prompt: question for question in questions}
+        self.tracks: dict[bytes, Sequence[Track]] = {}
+
+    def generate(self, prompts: list[str], media: list[list[torch.Tensor]], *, max_new_tokens: int) -> list[str]:
+        return [self.answer(self.questions[prompt], *one) for prompt, one in zip(prompts, media, strict=True)]
+
+    def answer(self, question: ShapesQuestion, video: torch.Tensor) -> str:
+        seen = video.numpy().tobytes()
+        if seen not in self.tracks:
+            self.tracks[seen] = follow(video)
+        told = question.answer_of(self.tracks[seen], 48)
+        if told is None or question.format != "captioning":
+            return told or "none"
+        value = {answer: value for value, answer in question.answers}[told]
+        return say(question.topic, value, question.subject, question.names).statement
+
+
+def test_the_report_of_one_who_sees_everything(tmp_path: Path) -> None:
+    families = list(sample_families(11, "validation", 0))
+    asked = [ask(family, f"validation-{number}", 0) for number, family in enumerate(families)]
+    questions = [question for part in asked for question in part]
+    lines = measure(Reader(questions), 11)  # type: ignore[arg-type]
+    assert list(lines) == ["all", *TOPICS] and lines["all"].questions == len(questions)
+    assert all(line.twins == 1 and set(line.accuracy.values()) == {1.0} for line in lines.values())
+    for topic, line in lines.items():
+        assert line.shuffled >= 0 and not (line.shuffled and topic in ("colour", "shape", "count"))
+    assert all(lines[topic].shuffled > 0.5 for topic in ("direction", "growth", "recolouring"))
+    # Three members: 3 questions of 3 options, twice; 6 yes/no and 6 of two captions.
+    assert lines["growth"].chance == pytest.approx((6 / 3 + 12 / 2) / 18)
+    write_report(lines, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["count"]["accuracy"]["yes_no"] == 1
+    assert as_table(lines).row_count == 12
+
+
+def test_wrong_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--samples 0, --see-steps 3000"):
+        train_vlm(tmp_path / "a", samples=0)
+    other = build_llava_onevision(tmp_path / "other")
+    with pytest.raises(UserError, match="not a model of these sizes"):
+        train_vlm(tmp_path / "a", samples=1, start=Path(other))
+    assert not (tmp_path / "a").exists()
