@@ -69,13 +69,15 @@ def measure_config(path: str, overrides: list[str], draws: int) -> dict[str, Gra
             parameter.grad = None
         return flat
 
+    count = len(parts.feed.samples)
+
     def batch_of(first: int, epoch: int) -> Any:
-        indices = [(first + i) % len(parts.feed.samples) for i in range(size)]
+        indices = [(first + i) % count for i in range(size)]
         return parts.feed.samples.batch(indices, epoch, config.trainer.seed).to(parts.feed.device)
 
     return {
         "same samples": estimate(lambda draw: gradient(batch_of(0, draw)), draws),
-        "new samples": estimate(lambda draw: gradient(batch_of(draw * size, 0)), draws),
+        "new samples": estimate(lambda draw: gradient(batch_of(draw * size, draw * size // count)), draws),
     }
 
 

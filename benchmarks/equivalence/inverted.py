@@ -49,7 +49,7 @@ def scheduler_of(diffusers: Checkout | None) -> type:
 
 @dataclass
 class Script:
-    """One of the two training scripts; `weight` is what SmPO multiplies the logit with, `eta` InPO's added noise."""
+    """One of the two training scripts, with `steps` of inversion; `renoise` is what ours is told, to do the same."""
 
     checkout: Checkout
     method: str

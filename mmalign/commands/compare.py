@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,8 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
     for key in ("out",) if args.questions else ("prompts", "rewards", "out"):
         if getattr(args, key) is None:
             raise UserError(f"--{key} is missing: needed where models are given instead of a config")
+    if args.questions:
+        _refuse_drawing([*options, *(key for key in _CONTROL_KEYS if getattr(args, key) is not None)])
     if control:
         if args.guidance_control is None or args.control_prompts is None:
             raise UserError(
@@ -123,8 +126,6 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
                 "validation prompts to choose by"
             )
         options["guidance_control"] = {"rewards": options["rewards"][:1], **control}
-    if args.questions:
-        _refuse_drawing(options)
     names = args.names or _folder_names(args.inputs)
     if len(names) != len(args.inputs):
         raise UserError(f"--names gives {len(names)} names for {len(args.inputs)} models; give one each")
@@ -134,7 +135,7 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
     return make_compare_config(systems=systems, **options)
 
 
-def _refuse_drawing(options: dict[str, Any]) -> None:
+def _refuse_drawing(options: Iterable[str]) -> None:
     from mmalign.compare.vlm_config import QuestionConfig
 
     drawing = [key for key in options if key not in QuestionConfig.model_fields]

@@ -82,3 +82,8 @@ def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int
     first, *others = [dict(curve) for curve in curves]
     steps = [step for step in first if all(step in other for other in others)]
     return [(step, float(np.mean([first[step], *(other[step] for other in others)]))) for step in steps]
+
+
+def replica_names(systems: Sequence[str], replicas: Replicas) -> dict[str, list[str]]:
+    """Return the names of every system's replicas, in the order of the training seeds."""
+    return {name: [one.name for one in replicas[name].values()] if name in replicas else [name] for name in systems}

@@ -31,7 +31,7 @@ from mmalign.compare.control import control_prompts, run_control
 from mmalign.compare.diversity import check_diversity, measure_diversity
 from mmalign.compare.draw import ModelHolder, draw_system
 from mmalign.compare.images import ImageStore
-from mmalign.compare.replicas import gather_scores, merge_systems
+from mmalign.compare.replicas import gather_scores, merge_systems, replica_names
 from mmalign.compare.results import Comparison, build_results, write_results, write_scores
 from mmalign.compare.scoring import score_all
 from mmalign.compare.systems import SystemFacts, read_system
@@ -107,7 +107,7 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
         facts[control.name] = control
     stores = _draw(config, facts, prompts, models)
     models.close()
-    names = {name: [one.name for one in replicas.get(name, {0: facts[name]}).values()] for name in systems}
+    names = replica_names([*systems], replicas)
     ordered = {name: stores[name] for held in names.values() for name in held}
     scores, rewards = score_all(config.rewards, ordered, output / "cache")
     if config.diversity is not None:

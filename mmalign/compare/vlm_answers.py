@@ -76,23 +76,24 @@ def answer_questions(config: QuestionConfig, name: str, model: str, asked: Seque
     """
     decoding = Decoding(config.max_new_tokens, precision=config.precision)
     answerer = Answerer(model, decoding, Path(config.output) / "answers", batch_size=config.batch_size)
-    answers = _answer(config, answerer, asked, f"ask {name}", None)
+    reader = video_reader(config)
+    answers = _answer(reader, answerer, asked, f"ask {name}", None)
     shuffled = None
     if config.shuffle_seed is not None:
-        shuffled = _answer(config, answerer, asked, f"ask {name}, shuffled", config.shuffle_seed)
+        shuffled = _answer(reader, answerer, asked, f"ask {name}, shuffled", config.shuffle_seed)
     answerer.close()
     return Sheet(answers, mark(asked, answers), shuffled, None if shuffled is None else mark(asked, shuffled))
 
 
 def _answer(
-    config: QuestionConfig, answerer: Answerer, asked: Sequence[AskedVideo], label: str, shuffle: int | None
+    reader: VideoReader, answerer: Answerer, asked: Sequence[AskedVideo], label: str, shuffle: int | None
 ) -> list[str]:
-    reader = video_reader(config)
     return answerer.answer([_request(reader, one, shuffle) for one in asked], label)
 
 
 def _request(reader: VideoReader, asked: AskedVideo, shuffle: int | None) -> Request:
-    item, media_id = item_of(asked), reader.media_id(item_of(asked))
+    item = item_of(asked)
+    media_id = reader.media_id(item)
     if shuffle is None:
         return Request(item.prompt, media_id, partial(reader.show, item))
     seed = derive_seed(shuffle, "shuffle", asked.question.video)

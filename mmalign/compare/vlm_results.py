@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.compare.replicas import Replicas, tile_pair
+from mmalign.compare.replicas import tile_pair
 from mmalign.compare.results import Comparison
 from mmalign.compare.scoring import RewardFacts, Scores
-from mmalign.compare.stats import compare_paired, direction, summarise
+from mmalign.compare.stats import category_rows, compare_paired, direction, summarise
 from mmalign.compare.vlm_answers import Sheet
 from mmalign.data.video_questions import VideoQuestion
 
@@ -68,14 +68,10 @@ def question_numbers(comparison: Comparison, questions: Sequence[VideoQuestion],
     """Return what results.json holds as `questions`, beside the accuracies over all and by aspect."""
     units, scores = comparison.units or [], comparison.scores[ACCURACY]
     by_format = {}
-    for name in dict.fromkeys(question.format for question in questions):
-        rows = [index for index, question in enumerate(questions) if question.format == name]
+    for name, rows in category_rows([question.format for question in questions]).items():
         part = {system: values[rows] for system, values in scores.items()}
         by_format[name] = {"count": len(rows), "systems": _measure(comparison, part, [units[row] for row in rows])}
-    groups: dict[str, list[int]] = {}
-    for index, question in enumerate(questions):
-        groups.setdefault(question.group, []).append(index)
-    twins = [rows for rows in groups.values() if len(rows) > 1]
+    twins = [rows for rows in category_rows([question.group for question in questions]).values() if len(rows) > 1]
     numbers: dict[str, Any] = {"source": source, "families": len(set(units)), "by_format": by_format}
     if twins:
         # Within a replica all twins must be right; replicas are columns.
@@ -97,8 +93,3 @@ def _measure(comparison: Comparison, scores: Scores, units: Sequence[str]) -> di
             entry["versus_baseline"] = {**vars(paired), "direction": direction(paired)}
         measured[name] = entry
     return measured
-
-
-def replica_names(systems: Sequence[str], replicas: Replicas) -> dict[str, list[str]]:
-    """Return the names of every system's replicas, in the order of the training seeds."""
-    return {name: [one.name for one in replicas[name].values()] if name in replicas else [name] for name in systems}

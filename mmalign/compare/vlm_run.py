@@ -15,14 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mmalign.compare.replicas import gather_scores, merge_systems
+from mmalign.compare.replicas import gather_scores, merge_systems, replica_names
 from mmalign.compare.results import Comparison, build_results, write_results, write_scores
 from mmalign.compare.run import Outcome, describe_machine
 from mmalign.compare.systems import SystemFacts, read_system
 from mmalign.compare.training import train_systems
 from mmalign.compare.vlm_answers import Sheet, answer_questions, choose_asked, write_answers
 from mmalign.compare.vlm_config import QuestionConfig
-from mmalign.compare.vlm_results import FACTS, families, question_numbers, question_scores, replica_names
+from mmalign.compare.vlm_results import FACTS, families, question_numbers, question_scores
 from mmalign.config import dump_config
 from mmalign.data.asked_videos import AskedVideo
 from mmalign.data.prompts import Prompt

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from mmalign.config import DataConfig, Guidance, Share, StrictModel, load_schema
+from mmalign.config import load_schema
+from mmalign.config_sections import DataConfig, Guidance, Share, StrictModel
 from mmalign.errors import UserError
 
 
