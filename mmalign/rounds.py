@@ -108,8 +108,14 @@ def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Pat
 
     prompts = load_prompts(rounds.prompts, rounds.limit)
     samples, pairs = folder / "samples", folder / PAIRS_FILE
-    counts = (rounds.images_per_prompt, rounds.batch_size)
-    sample_images(open_generator, prompts, samples, settings, images_per_prompt=counts[0], batch_size=counts[1])
+    sample_images(
+        open_generator,
+        prompts,
+        samples,
+        settings,
+        images_per_prompt=rounds.images_per_prompt,
+        batch_size=rounds.batch_size,
+    )
     images, labelling = samples / IMAGES_FILE, LabelSettings(seed=config.trainer.seed)
     made_from = {
         "rewards": [{"name": name, "weight": weight} for name, weight in weights.items()],

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     label.add_argument(
         "--mode", choices=modes, default="best-worst", help="who wins; calibrated: scores are win rates"
     )
-    label.add_argument("--temperature", type=float, default=1.0, help="of Bradley-Terry (default %(default)s)")
+    label.add_argument("--temperature", type=float, default=1.0, help="of both but best-worst (default %(default)s)")
     label.add_argument("--label-noise", type=float, default=0.0, metavar="P", help="flip labels with probability P")
     label.add_argument("--min-margin", type=float, default=0.0, metavar="M", help="leave out pairs closer than this")
     label.add_argument("--pairs-per-prompt", type=positive, default=1, metavar="K", help="default %(default)s")
@@ -114,7 +114,7 @@ def _check_out(out: Path) -> None:
 def _label(args: argparse.Namespace) -> int:
     _check_out(args.out)
     if args.mode == "best-worst" and args.temperature != 1.0:
-        raise UserError("--temperature belongs to --mode bradley-terry; best-worst draws nothing")
+        raise UserError("--temperature belongs to --mode bradley-terry or calibrated; best-worst draws nothing")
 
     from mmalign.data import labelling
     from mmalign.data.parquet import open_parquet

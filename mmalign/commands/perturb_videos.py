@@ -100,7 +100,8 @@ def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--compose belongs to --perturb captions")
     if args.length_ratio is not None and (mode == "questions" or 0 < args.length_ratio < 1 or args.length_ratio < 0):
         raise UserError("--length-ratio: 1 or more (0: any), and for descriptions alone: --mode answers")
-    if (args.temperature or 0) < 0 or (args.fps is not None and args.fps <= 0) or not 0 < (args.top_p or 1) <= 1:
+    top_p = 1.0 if args.top_p is None else args.top_p
+    if (args.temperature or 0) < 0 or (args.fps is not None and args.fps <= 0) or not 0 < top_p <= 1:
         raise UserError("--temperature: 0 or more; --fps: above 0; --top-p: above 0, at most 1")
     defaults = {
         "mode": mode, "perturb": perturb, "compose": "model", "operators": ["drop", "block_shuffle", "block_reverse"],
@@ -146,7 +147,10 @@ def _answerer(values: dict[str, Any], folder: Path) -> Answerer | None:
 
 
 def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise argparse.ArgumentTypeError(f"'{text}': give names separated by commas")
+    return words
 
 
 def _integers(text: str) -> list[int]:

@@ -39,7 +39,9 @@ def read_asked(source: str, formats: Sequence[str] = FORMATS) -> list[AskedVideo
         files = {row.video: row.file for row in read_videos(folder)}
         questions: Sequence[VideoQuestion] = read_questions(folder)
     elif (folder / "videos").is_dir() and path.is_dir():
-        files = {file.stem: file for file in (folder / "videos").iterdir() if file.suffix in CONTAINER_SUFFIXES}
+        files = {
+            file.stem: file for file in (folder / "videos").iterdir() if file.suffix.lower() in CONTAINER_SUFFIXES
+        }
         questions = read_tempcompass(folder / "questions" if (folder / "questions").is_dir() else folder)
     else:
         raise UserError(

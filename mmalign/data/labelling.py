@@ -162,10 +162,10 @@ def label_pairs(
 ) -> LabelCounts:
     """Score sampled images and write preference pairs to `out` with the columns of Pick-a-Pic, plus score_0, score_1.
 
-    The score is the sum of weight x reward (a reward for which lower is better counts negatively). Which image stands
-    on side 0 is random. Everything random depends on (settings.seed, prompt, images) alone. The metadata records
-    rewards, settings and the sampling. `progress` is called with the number of images newly scored. A prompt with a
-    score that is not finite is left out, and counted.
+    The score is the sum of weight x reward (a reward for which lower is better counts negatively), or for `calibrated`
+    the mean win rate. Which image stands on side 0 is random. Everything random depends on (settings.seed, prompt,
+    images) alone. The metadata records rewards, settings and the sampling. `progress` is called with the number of
+    images newly scored. A prompt with a score that is not finite is left out, and counted.
 
     Raises:
         UserError: `images` lacks a column or holds nothing, or no pair is left.

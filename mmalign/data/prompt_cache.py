@@ -12,7 +12,7 @@ import torch
 
 from mmalign.batches import PromptBatch
 from mmalign.config import DataConfig
-from mmalign.data.cache import PromptEncoder, default_cache_dir
+from mmalign.data.cache import PromptEncoder, cache_folder
 from mmalign.data.store import MEMORY_LIMIT, Rows
 from pipelines.conditioning import Conditioning
 
@@ -54,7 +54,7 @@ def build_prompt_cache(
 
     A prompt's id is its text and which occurrence it is, so that a repeated one gets other noise.
     """
-    folder = Path(cache_dir or data.cache or default_cache_dir()).expanduser()
+    folder = cache_folder(data, cache_dir)
     distinct = list(dict.fromkeys(prompts))
     rows = PromptEncoder(folder, generator, batch_size).encode(distinct, memory_limit)
     slot_of = {text: slot for slot, text in enumerate(distinct)}

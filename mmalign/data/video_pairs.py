@@ -39,6 +39,7 @@ _COLUMNS = [("id", _TEXT), ("prompt", _TEXT), ("chosen", _TEXT), ("rejected", _T
 
 REASONS = {
     "events": "videos with too few events",
+    "unknown": "questions whose right answer is not known",
     "unanswered": "questions that the model gets wrong",
     "keeps": "perturbations that leave the answer true",
     "depends": "perturbations that may leave the answer true",
@@ -259,7 +260,9 @@ class _Pipeline:
     def _answers(self, items: list[VideoItem]) -> list[tuple[VideoItem, str]]:
         """Return the items with the answers that are to be chosen, less those that are known to be wrong."""
         if self.settings.chosen == "truth":
-            return [(item, item.answer) for item in items if item.answer]
+            known = [(item, item.answer) for item in items if item.answer]
+            self.counts.left_out["unknown"] += len(items) - len(known)
+            return known
         answers = self._ask([self._request(item) for item in items], "answer videos")
         kept = [(item, answer) for item, answer in zip(items, answers, strict=True) if item.right(answer) is not False]
         self.counts.left_out["unanswered"] += len(items) - len(kept)

@@ -56,13 +56,14 @@ class VideoReader:
 
     def states(self, item: VideoItem) -> list[Hashable]:
         """Return what goes on in each frame: from the scene graph if all its frames are taken, else by shots."""
-        if item.file not in self._states:
+        key = (item.file, item.fps)  # which frames are taken may depend on the rate
+        if key not in self._states:
             if item.scene is not None and self.count(item) == item.scene.frames:
                 states = scene_states(unroll(item.scene), item.scene.size)
             else:
                 states = shot_states(self.show(item).media[0])
-            self._states[item.file] = states
-        return self._states[item.file]
+            self._states[key] = states
+        return self._states[key]
 
     def show_clip(self, item: VideoItem, number: int) -> TimedMedia:
         """Return one clip of an item's video, counted from 0."""

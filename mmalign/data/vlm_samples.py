@@ -116,7 +116,7 @@ class VlmPairs:
 
     def _encode(self, index: int) -> tuple[VlmSample, VlmSample]:
         record, model = self.table[index], self.model
-        media, fps = self._decode(index)
+        media, fps = self._read(record, record.media)
         asked = model.encode_prompt(record.prompt, media, fps=fps)
         other = asked
         if record.rejected_media is not None:

@@ -41,7 +41,7 @@ def split(table: PairTable, sides: CachedSides, share: float, seed: int) -> tupl
     """Return the pairs to learn from and those held out: all pairs of about that share of the prompts, by a hash.
 
     Raises:
-        UserError: nothing is held out, or nothing is left.
+        UserError: nothing is held out, or nothing is left, or what is held out are ties alone.
     """
     aside = [uniform(seed, "held out", prompt) < share for prompt in table.prompts]
     parts: tuple[list[int], list[int]] = ([], [])
@@ -52,4 +52,10 @@ def split(table: PairTable, sides: CachedSides, share: float, seed: int) -> tupl
             f"held_out {share:g} of {len(table.prompts)} prompts leaves {len(parts[0])} pairs to learn from and "
             f"{len(parts[1])} to measure on; give more prompts, or another share"
         )
-    return Comparisons(table, sides, parts[0]), Comparisons(table, sides, parts[1])
+    held_out = Comparisons(table, sides, parts[1])
+    if bool((held_out.preference == 0.5).all()):
+        raise UserError(
+            f"all {len(held_out)} pairs held out are ties, on which nothing can be right; give a larger held_out, or "
+            "data.ties drop"
+        )
+    return Comparisons(table, sides, parts[0]), held_out

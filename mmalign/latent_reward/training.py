@@ -97,8 +97,8 @@ def make_parts(generator: Any, config: LatentRewardConfig) -> LatentParts:
 
 
 def level_grid(levels: int, num_train_timesteps: int) -> list[int]:
-    """Return evenly spaced timesteps from 1: 1, 51, ..., 951 for 20 of 1000."""
-    return [1 + index * num_train_timesteps // levels for index in range(levels)]
+    """Return evenly spaced timesteps from 1 to the last at most: 1, 51, ..., 951 for 20 of 1000."""
+    return [min(1 + index * num_train_timesteps // levels, num_train_timesteps - 1) for index in range(levels)]
 
 
 class RewardTrainer:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.losses.diffusion_dpo import diffusion_dpo_logit
+from mmalign.losses.pair_loss import check_beta
 
 
 def noise_level_weight(
@@ -55,7 +56,6 @@ def capo(
     Raises:
         ValueError: beta is not positive.
     """
-    if not beta > 0:
-        raise ValueError(f"beta={beta} must be positive")
+    check_beta(beta)
     errors = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     return (margin - capo_logit(*errors, beta=beta, weight=weight)).square()

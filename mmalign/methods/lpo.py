@@ -70,7 +70,7 @@ class LPO(SPO):
     def describe(self) -> str:
         """Return what beta, the clip and the threshold are measured in."""
         level = "its own level" if self.config.fidelity == "paper" else "the level that it came from"
-        return f"{super().describe().replace('spo:', 'lpo:')}, latent reward at {level}"
+        return f"{super().describe()}, latent reward at {level}"
 
     def step_scores(self, run: Run, samples: PromptBatch, step: Branching) -> Float[Tensor, "candidates batch"]:
         """Return the latent reward of each candidate."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from mmalign.losses import denoising_error
 from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
+from mmalign.methods.noising import noise_images
 from mmalign.run import Run
 
 
@@ -29,8 +29,4 @@ class SFT(Method[SFTConfig]):
 
     def loss(self, run: Run, batch: LabelBatch) -> LossOutput:
         """Return the mean denoising error of the images at a random noise level each."""
-        noise = run.noise_like(batch.images, batch.ids, batch.epoch)
-        t = run.timesteps(batch, *self.config.timestep_bounds(run.process.num_train_timesteps))
-        x_t = run.process.add_noise(batch.images, noise, t)
-        target = run.process.target(batch.images, noise, t)
-        return LossOutput(denoising_error(run.predict(x_t, t, batch.cond), target).mean())
+        return LossOutput(noise_images(run, batch, self.config).errors(run.predict).mean())

@@ -77,8 +77,8 @@ class SPO(SamplingMethod[SPOConfig]):
         low, high = c.threshold
         gap = f"{low:g}" if low == high else f"{low:g}..{high:g} by the step's noise"
         return (
-            f"spo: beta={c.beta:g}, clip={c.clip:g} on ratios per dimension, best against worst of {c.candidates} "
-            f"where the softmax of {c.score_scale:g} x reward differs by {gap}, guidance {c.guidance:g}"
+            f"{self.name}: beta={c.beta:g}, clip={c.clip:g} on ratios per dimension, best against worst of "
+            f"{c.candidates} where the softmax of {c.score_scale:g} x reward differs by {gap}, guidance {c.guidance:g}"
         )
 
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[StepPairs]:
@@ -88,7 +88,7 @@ class SPO(SamplingMethod[SPOConfig]):
     def step_scores(self, run: Run, samples: PromptBatch, step: Branching) -> Float[Tensor, "candidates batch"]:
         """Return the score of each candidate: the reward of the image that the policy predicts from it."""
         assert step.clean is not None
-        decoded = (run.generator.decode(clean) for clean in step.clean)
+        decoded = (run.decode(clean) for clean in step.clean)
         return torch.stack([run.score(images, samples.prompts).total for images in decoded])
 
     def final_rewards(

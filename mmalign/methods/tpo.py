@@ -68,9 +68,9 @@ class TPO(Method[TPOConfig]):
         assert batch.rejected_cond is not None, "check_data has seen a rejected caption for every image"
         one = noise_images(run, batch, c)
         both = Noised(
-            one.x_t.repeat(2, *[1] * (one.x_t.ndim - 1)),
-            one.t.repeat(2),
-            one.target.repeat(2, *[1] * (one.target.ndim - 1)),
+            torch.cat([one.x_t, one.x_t]),
+            torch.cat([one.t, one.t]),
+            torch.cat([one.target, one.target]),
             Conditioning.cat([batch.cond, batch.rejected_cond]),
         )
         policy, reference = both.pair_errors(run.predict), both.pair_errors(run.reference.predict)

@@ -26,7 +26,6 @@ TOPICS = {
     "count": "count",
 }
 """What can be asked, and its aspect: TempCompass's five, and three that any frame answers."""
-TEMPORAL = ("direction", "speed", "order", "attribute_change", "action")
 STATIC = ("colour", "shape", "count")
 NUMBERS = ("one", "two", "three")
 

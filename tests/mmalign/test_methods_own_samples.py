@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmalign.batches import LabelBatch, PromptBatch
 from mmalign.engine import train
+from mmalign.errors import TrainingDiverged
 from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.dense_dpo import spaced
@@ -242,6 +243,14 @@ def test_spo_threshold_follows_the_noise_of_the_step(model: str) -> None:
     low, high = min(stds), max(stds)
     allowed = [0.2 + 0.4 * (std - low) / (high - low) < math.tanh(gap / 2) for std in stds]
     assert [bool(batch.valid.all()) for batch in collected] == allowed and {True, False} == set(allowed)
+
+
+def test_spo_breaks_off_where_the_policy_is_not_finite(model: str) -> None:
+    run = make_run(model)
+    with torch.no_grad():
+        next(iter(run.generator.trainable_parameters())).fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="after step 0 the model samples what is not finite"):
+        make_method("spo", **SPO).collect(run, [prompts(run, "a star")])
 
 
 # Diffusion-DRO
