@@ -6,11 +6,12 @@ What is finished is kept: the same call again goes on in the stage that was brok
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmalign.models import whole_model
-from mmalign.prepare import build_method, open_source, set_aside
+from mmalign.prepare import build_method, check_enough, open_source, set_aside
 from mmalign.progress import note
 from mmalign.rounds import check_chain, train_once
 
@@ -27,11 +28,15 @@ def train_in_stages(config: RunConfig, resume: str = "auto") -> Path:
     base. `resume` is "auto" or "never".
 
     Raises:
-        UserError: the configuration cannot work, a stage has no pairs; and what `mmalign.engine.train` raises.
+        UserError: the configuration cannot work, a stage has too few pairs; and what `mmalign.engine.train` raises.
     """
     check_chain(resume, "stages", "are merged")
     method, output = build_method(config), Path(config.output)
-    method.check_data(open_source(config, method))
+    limit = config.data.limit  # of each stage's pairs, not of all together
+    source = open_source(config.model_copy(update={"data": config.data.model_copy(update={"limit": None})}), method)
+    method.check_data(source)
+    for difficulty, count in Counter(source.difficulties()).items():
+        check_enough(min(count, limit or count), config, 1, f"pairs of difficulty {difficulty}")
     if resume == "never":
         set_aside(output / FOLDER)
     model = config.model

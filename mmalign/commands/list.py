@@ -75,10 +75,11 @@ def _methods() -> Listing:
                 needs.reward,
                 needs.modality,
                 f"arXiv {paper[1]}" if paper else "",
+                f"docs/methods.md#{name}" if method.__module__.startswith("mmalign.methods.") else "",
                 _first_line(method),
             ]
         )
-    columns = ["method", "learns from", "reference", "reward", "makes", "paper", "what it does"]
+    columns = ["method", "learns from", "reference", "reward", "makes", "paper", "objective and curve", "what it does"]
     hint = "Use one as `method: {name: NAME, ...}` in a config; `mmalign list configs` has examples."
     return Listing(columns, rows, hint)
 

@@ -68,6 +68,8 @@ def test_stages_start_where_the_stage_before_ended(world: dict[str, Any], tmp_pa
     assert (easy / "metrics.jsonl").read_text() == before  # finished: not trained again
     with pytest.raises(UserError, match="no pair of difficulty 8"):
         train(config(world, tmp_path / "other", {"name": "temple", "stages": [16, 8]}))
+    with pytest.raises(UserError, match="3 pairs of difficulty 16 and one step takes 4"):
+        train(config(world, tmp_path / "other", options, batch_size=4))
 
 
 def test_the_command_line_trains_a_vlm(
