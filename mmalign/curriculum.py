@@ -30,11 +30,14 @@ def train_in_stages(config: RunConfig, resume: str = "auto") -> Path:
     Raises:
         UserError: the configuration cannot work, a stage has too few pairs; and what `mmalign.engine.train` raises.
     """
+    from mmalign.data.vlm_pairs import VlmPairTable
+
     check_chain(resume, "stages", "are merged")
     method, output = build_method(config), Path(config.output)
     limit = config.data.limit  # of each stage's pairs, not of all together
     source = open_source(config.model_copy(update={"data": config.data.model_copy(update={"limit": None})}), method)
     method.check_data(source)
+    assert isinstance(source, VlmPairTable)
     for difficulty, count in Counter(source.difficulties()).items():
         check_enough(min(count, limit or count), config, 1, f"pairs of difficulty {difficulty}")
     if resume == "never":
