@@ -24,7 +24,7 @@ from mmalign.tracking import read_metrics
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 170, 48, 12, 26, 34
 COST = "images_seen"
 Curve = list[tuple[float, float, float, float]]
-"""Points: images seen, mean over training seeds, least, largest."""
+"""Points: images seen; above the start: mean over training seeds, least, largest."""
 
 
 def read_curves(comparison: Path) -> dict[str, dict[str, Curve]]:
@@ -48,12 +48,12 @@ def read_curves(comparison: Path) -> dict[str, dict[str, Curve]]:
 
 
 def _average(runs: Sequence[list[dict[str, float]]]) -> dict[str, Curve]:
-    """Bring the looks of several seeds together: the n-th of one with the n-th of the others."""
+    """Bring the looks of several seeds, each less its first, together: the n-th of one with the n-th of the others."""
     curves: dict[str, Curve] = defaultdict(list)
     for looks in zip(*runs, strict=False):
         for name in looks[0]:
             if name.startswith(LOOK) and all(name in look for look in looks):
-                values = [look[name] for look in looks]
+                values = [look[name] - run[0][name] for look, run in zip(looks, runs, strict=True)]
                 cost = sum(look[COST] for look in looks) / len(looks)
                 curves[name.removeprefix(LOOK)].append((cost, sum(values) / len(values), min(values), max(values)))
     return dict(curves)
@@ -89,14 +89,13 @@ def _panel(reward: str, curve: Curve, axis: Axis, cost: Axis) -> str:
         across, _ = place(tick, axis.low).split(",")
         grid.append(f'<text x="{across}" y="{HEIGHT - 20}" text-anchor="middle" fill="#555">{tick / 1000:g}k</text>')
     band = [place(x, low) for x, _, low, _ in curve] + [place(x, high) for x, _, _, high in reversed(curve)]
-    start = curve[0][1]
     return "".join(
         [
-            f'<text x="{LEFT}" y="16" font-weight="bold">{escape(reward)}</text>',
+            f'<text x="{LEFT}" y="16" font-weight="bold">{escape(reward)}, change</text>',
             *grid,
             f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end" fill="#555">images seen</text>',
             f'<polygon points="{" ".join(band)}" fill="#2b6cb0" opacity="0.18"/>',
-            line([place(cost.low, start), place(cost.high, start)], 'stroke="#888" stroke-dasharray="2 3"'),
+            line([place(cost.low, 0), place(cost.high, 0)], 'stroke="#888" stroke-dasharray="2 3"'),
             line([place(x, mean) for x, mean, _, _ in curve], 'stroke="#2b6cb0" stroke-width="2"'),
         ]
     )

@@ -15,6 +15,7 @@ from tiny_models import build_tiny_sd
 from mmalign.cli import main
 from mmalign.compare.config import load_compare_config
 from mmalign.compare.training import plan_trainings
+from mmalign.methods import methods
 from rewards import load_reward
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +117,18 @@ def test_the_reward_of_the_contributors_guide(folder: Path) -> None:
     Image.new("RGB", (4, 4), (255, 255, 255)).save("white.png")
     assert main(["score", "white.png", "--rewards", name, "--out", "s.csv"]) == 0
     assert "gamma 1" in (folder / "s.csv.meta.json").read_text()
+
+
+def test_every_method_has_its_section_and_every_picture_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "methods"]) == 0
+    places = re.findall(r"docs/methods\.md#(\w+)", capsys.readouterr().out)
+    pages = (ROOT / "docs" / "methods.md").read_text()
+    sections = dict(re.findall(r'<a id="(\w+)"></a>\n\n(## .*?)(?=\n<a id|\n## |\Z)', pages, re.S))
+    assert sorted(places) == sorted(methods.names()) and set(places) <= set(sections)
+    for name in places:
+        pictures = re.findall(r"\((images/[^)]*)\)", sections[name])
+        assert pictures or methods.get(name).needs.modality != "image", name
+        assert all((ROOT / "docs" / picture).is_file() for picture in pictures), name
 
 
 def test_the_table_of_rewards_agrees_with_the_registry() -> None:

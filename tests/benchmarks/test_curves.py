@@ -33,12 +33,13 @@ def comparison(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_curves_are_means_and_spans_over_the_seeds(comparison: Path) -> None:
+def test_curves_are_means_and_spans_over_the_seeds_above_their_starts(comparison: Path) -> None:
     curves = read_curves(comparison)
     assert set(curves) == {"a<b", "c"}
     points = [value for point in curves["a<b"]["clip"] for value in point]
-    assert points == pytest.approx([0, 0.45, 0.4, 0.5, 100, 0.8, 0.7, 0.9])
-    assert curves["c"]["clip"] == [(0.0, 0.5, 0.5, 0.5), (300.0, 0.6, 0.6, 0.6)]
+    assert points == pytest.approx([0, 0, 0, 0, 100, 0.35, 0.2, 0.5])
+    (start, end) = curves["c"]["clip"]
+    assert start == (0, 0, 0, 0) and end == pytest.approx((300, 0.1, 0.1, 0.1))
 
 
 def test_every_trained_system_gets_a_picture_on_one_scale(
@@ -51,7 +52,7 @@ def test_every_trained_system_gets_a_picture_on_one_scale(
     title = next(pictures["a<b"].iter("{http://www.w3.org/2000/svg}title"))
     assert title.text == "a<b"
     ticks = [[text.text for text in one.iter("{http://www.w3.org/2000/svg}text")] for one in pictures.values()]
-    assert ticks[0] == ticks[1] and "0.8" in ticks[0]
+    assert ticks[0] == ticks[1] and "0.4" in ticks[0]
     # Both end at their own cost: the means' lines stop a third and all of the way along the axis.
     ends = {
         name: float(
