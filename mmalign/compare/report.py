@@ -29,7 +29,7 @@ _OUTCOMES = {
     "inconclusive": "no clear difference",
     "none": "no verdict",
 }
-_COLOURS = 7  # of challengers; report.css numbers them c2 to c8, after the baseline's c0 and the control's c1
+_COLOURS = 12  # of challengers; report.css numbers them c2 to c13, after the baseline's c0 and the control's c1
 
 
 def write_report(
