@@ -76,9 +76,10 @@ def _training_seeds(document: dict[str, Any]) -> PlainTable:
 
 
 def _questions(document: dict[str, Any]) -> PlainTable:
-    """Return a row for each format of questions, and for twins, and each system."""
+    """Return a row for temporal and static questions, each format, and twins, and each system."""
     numbers = document.get("questions", {})
-    parts = {f"{name} ({part['count']})": part for name, part in numbers.get("by_format", {}).items()}
+    shares = {**numbers.get("by_kind", {}), **numbers.get("by_format", {})}
+    parts = {f"{name} ({part['count']})": part for name, part in shares.items()}
     if "twins" in numbers:
         parts[f"twin accuracy ({numbers['twins']['count']} groups)"] = numbers["twins"]
     rows = []
@@ -88,9 +89,12 @@ def _questions(document: dict[str, Any]) -> PlainTable:
             versus = one.get("versus_baseline")
             delta = describe_delta(versus, 3) if versus else ABSENT
             rows.append([measure, system, f"{one['mean']:.3f}{interval or ''}", delta])
-    note = "Twin accuracy: the share of groups of conflicting questions in which every answer is right."
+    note = (
+        "Static questions are those that any frame answers. Twin accuracy: the share of groups of conflicting "
+        "questions in which every answer is right."
+    )
     head = ["measure", "system", "accuracy", f"Δ vs {document['baseline']}"]
-    return PlainTable("formats", "By format, and twins", note, head, rows)
+    return PlainTable("formats", "By kind and format, and twins", note, head, rows)
 
 
 def _costs(document: dict[str, Any]) -> PlainTable:

@@ -17,7 +17,7 @@ from mmalign.compare.results import Comparison
 from mmalign.compare.scoring import RewardFacts, Scores
 from mmalign.compare.stats import category_rows, compare_paired, direction, summarise
 from mmalign.compare.vlm_answers import Sheet
-from mmalign.data.video_questions import VideoQuestion
+from mmalign.data.video_questions import ASPECTS, VideoQuestion
 
 ACCURACY, SENSITIVITY, TWINS = "accuracy", "shuffle sensitivity", "twin accuracy"
 _RULES = "none: TempCompass's matching rules"
@@ -65,14 +65,25 @@ def _column(values: Sequence[bool]) -> np.ndarray:
 
 
 def question_numbers(comparison: Comparison, questions: Sequence[VideoQuestion], source: str) -> dict[str, Any]:
-    """Return what results.json holds as `questions`, beside the accuracies over all and by aspect."""
+    """Return what results.json holds as `questions`, beside the accuracies over all and by aspect.
+
+    Temporal are TempCompass's aspects, static those that any frame answers (colour, shape, count).
+    """
     units, scores = comparison.units or [], comparison.scores[ACCURACY]
-    by_format = {}
-    for name, rows in category_rows([question.format for question in questions]).items():
-        part = {system: values[rows] for system, values in scores.items()}
-        by_format[name] = {"count": len(rows), "systems": _measure(comparison, part, [units[row] for row in rows])}
+
+    def parts(names: Sequence[str]) -> dict[str, Any]:
+        by_name = {}
+        for name, rows in category_rows(names).items():
+            part = {system: values[rows] for system, values in scores.items()}
+            by_name[name] = {"count": len(rows), "systems": _measure(comparison, part, [units[row] for row in rows])}
+        return by_name
+
+    by_format = parts([question.format for question in questions])
+    by_kind = parts(["temporal" if question.aspect in ASPECTS else "static" for question in questions])
     twins = [rows for rows in category_rows([question.group for question in questions]).values() if len(rows) > 1]
     numbers: dict[str, Any] = {"source": source, "families": len(set(units)), "by_format": by_format}
+    if len(by_kind) > 1:
+        numbers["by_kind"] = by_kind
     if twins:
         # Within a replica all twins must be right; replicas are columns.
         part = {system: np.array([values[rows].min(axis=0) for rows in twins]) for system, values in scores.items()}

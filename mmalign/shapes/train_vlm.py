@@ -36,7 +36,7 @@ from pipelines import VisionLanguageModel, load_vlm
 
 GRID = -(-SIDE // 2)
 """Features a side that the language model is given of each frame."""
-SEE_RATE, READ_RATE, ANSWER_RATE = 2e-3, 2e-3, 1e-3
+SEE_RATE, READ_RATE, ANSWER_RATE, GO_ON_RATE = 2e-3, 2e-3, 1e-3, 4e-4
 SNAPSHOT_SECONDS, LOG_STEPS = 300, 50
 
 Marks = dict[str, list[bool]]
@@ -164,11 +164,11 @@ def learn_to_see(network: Any, lessons: Lessons, steps: int, frames: int, log: C
 
 def learn_to_answer(
     network: Any, lessons: Lessons, steps: int, rows: int, questions: int, log: Callable[[str], None],
-    save: Callable[[], None] | None = None, *, told: bool = False,
+    save: Callable[[], None] | None = None, *, told: bool = False, rate: float = ANSWER_RATE,
 ) -> None:  # fmt: skip
     """Second stage (told: the language model alone, descriptions in place of videos) and third (everything)."""
     part = network.model.language_model if told else network
-    name, rate = ("read", READ_RATE) if told else ("answer", ANSWER_RATE)
+    name = "read" if told else "answer"
 
     def loss_of() -> tuple[Tensor, Marks]:
         return answer_loss(network, lessons.batch(rows, questions, told=told))
@@ -200,8 +200,8 @@ def train_vlm(
     """All three stages; write the model to `out`, every few minutes what it is so far; return it as it was written.
 
     `samples`: questions and descriptions to be answered in the last stage, `rows` videos a step with up to
-    `questions` of theirs each. `start` goes on from the weights of an earlier run, and the other stages are left out;
-    take another `seed`, or it sees the same videos again. The same arguments give the same weights.
+    `questions` of theirs each. `start` goes on from the weights of an earlier run at a lower rate, and the other stages are
+    left out; take another `seed`, or it sees the same videos again. The same arguments give the same weights.
 
     Raises:
         UserError: nothing to learn from, or `start` holds another model.
@@ -219,10 +219,11 @@ def train_vlm(
         _go_on_from(network, start)
     else:
         learn_to_see(network, lessons["see"], see_steps, 8 * rows, log)
-        learn_to_answer(network, lessons["read"], read_steps, rows, questions, log, told=True)
+        learn_to_answer(network, lessons["read"], read_steps, rows, questions, log, told=True, rate=READ_RATE)
     steps = -(-samples // (rows * (questions + 1)))
     save = partial(save_vlm, out, network, processor)
-    learn_to_answer(network, lessons["answer"], steps, rows, questions, log, save)
+    rate = ANSWER_RATE if start is None else GO_ON_RATE
+    learn_to_answer(network, lessons["answer"], steps, rows, questions, log, save, rate=rate)
     save_vlm(out, network, processor)
     return load_vlm(out, device="cpu")
 

@@ -137,6 +137,11 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     assert {name: part["count"] for name, part in by_format.items()} == {"yes_no": 4, "multi-choice": 2}
     assert by_format["multi-choice"]["systems"]["one"]["mean"] == pytest.approx(3 / 4)
     assert by_format["multi-choice"]["systems"]["one"]["versus_baseline"]["delta"] == pytest.approx(1 / 4)
+    by_kind = numbers["by_kind"]
+    assert {name: part["count"] for name, part in by_kind.items()} == {"temporal": 3, "static": 3}
+    assert by_kind["temporal"]["systems"]["one"]["mean"] == pytest.approx(5 / 6)
+    assert by_kind["temporal"]["systems"]["one"]["versus_baseline"]["delta"] == pytest.approx(1 / 6)
+    assert by_kind["static"]["systems"]["base"]["mean"] == pytest.approx(2 / 3)
     twins = numbers["twins"]["systems"]
     # Groups g0 and g2: base has g2; seed 0 has g0, seed 1 both.
     assert numbers["twins"]["count"] == 2
