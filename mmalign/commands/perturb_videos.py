@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _OPTIONS = (
     "model", "mode", "perturb", "compose", "operators", "difficulty", "chosen", "rejected", "min_events",
-    "length_ratio", "frames", "fps", "max_new_tokens", "temperature", "top_p", "precision", "batch_size",
+    "length_ratio", "mirrored", "frames", "fps", "max_new_tokens", "temperature", "top_p", "precision", "batch_size",
 )  # fmt: skip
 _NEW_TOKENS = {"questions": 32, "answers": 256}
 
@@ -45,6 +45,12 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="R",
         help="longest of two descriptions over the other (default: 1.5; 0: any)",
+    )
+    group.add_argument(
+        "--mirrored",
+        action="store_const",
+        const=True,
+        help="keep pairs of questions only with their opposite: words alone teach nothing",
     )
     frames = group.add_mutually_exclusive_group()
     frames.add_argument("--frames", type=positive, metavar="N", help="show N frames of a video (default: all)")
@@ -105,7 +111,7 @@ def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--temperature: 0 or more; --fps: above 0; --top-p: above 0, at most 1")
     defaults = {
         "mode": mode, "perturb": perturb, "compose": "model", "operators": ["drop", "block_shuffle", "block_reverse"],
-        "difficulty": [16, 8, 4, 2], "chosen": "model", "rejected": "answers", "length_ratio": 1.5,
+        "difficulty": [16, 8, 4, 2], "chosen": "model", "rejected": "answers", "length_ratio": 1.5, "mirrored": False,
         "min_events": 1 if mode == "questions" else 2, "max_new_tokens": _NEW_TOKENS[mode], "temperature": 0.0,
         "top_p": 1.0, "precision": "fp32", "batch_size": 8,
     }  # fmt: skip
@@ -125,6 +131,7 @@ def _settings(values: dict[str, Any], seed: int) -> VideoPairSettings:
         rejected=values["rejected"],
         min_events=values["min_events"],
         length_ratio=values["length_ratio"] or None,
+        mirrored=values["mirrored"],
         frames=Frames(values.get("frames"), values.get("fps")),
         seed=seed,
     )

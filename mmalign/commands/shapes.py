@@ -92,6 +92,13 @@ def _add_train_vlm(actions: argparse._SubParsersAction) -> None:
     vlm.add_argument("--seed", type=int, default=0)
     vlm.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights, with another --seed")
     vlm.add_argument(
+        "--prior",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of temporal questions whose answer is the first option, whatever is shown (default 0)",
+    )
+    vlm.add_argument(
         "--measure", type=int, default=110, metavar="N", help="families of validation videos (default %(default)s)"
     )
 
@@ -269,6 +276,7 @@ def _train_vlm(args: argparse.Namespace) -> int:
     model = train_vlm(
         args.out, samples=args.samples, see_steps=args.see_steps, read_steps=args.read_steps, seed=args.seed,
         start=args.start,
+        prior=args.prior,
     )  # fmt: skip
     print(f"a vision-language model in transformers' layout: {args.out}")
     if args.measure:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from mmalign.data.answering import Answerer, Request
@@ -48,6 +49,7 @@ REASONS = {
     "substring": "chosen answers that are part of the rejected one",
     "length": "answers of unlike lengths",
     "right": "rejected answers that are right",
+    "mirror": "pairs without an opposite",
 }
 """Why something gives no pair, in the order in which it is checked."""
 
@@ -60,7 +62,8 @@ class VideoPairSettings:
     of frames, composed by the `model` or simply `join`ed. chosen: the `model`'s answer, or the `truth`. rejected:
     `answers` to the perturbed video, the perturbed `videos` with the chosen answer, or `both`. min_events: leave out
     videos with fewer. length_ratio: leave out descriptions of which one is more than so many times as long as the
-    other, or (where frames were dropped) the chosen one not longer; None keeps them.
+    other, or (where frames were dropped) the chosen one not longer; None keeps them. mirrored: keep a pair only with
+    its opposite, the same question about another video with both answers swapped.
     """
 
     perturbations: tuple[Perturbation, ...]
@@ -70,6 +73,7 @@ class VideoPairSettings:
     rejected: Literal["answers", "videos", "both"] = "answers"
     min_events: int = 1
     length_ratio: float | None = 1.5
+    mirrored: bool = False
     frames: Frames = ALL_FRAMES
     seed: int = 0
 
@@ -87,6 +91,10 @@ class VideoPairSettings:
                 raise UserError("captions of clips make descriptions: no questions, and no videos as rejected side")
             if self.min_events < 2:
                 raise UserError(f"min_events {self.min_events}: one caption cannot be re-ordered; use 2 or more")
+        if self.mirrored and not (self.questions and self.rejected == "answers"):
+            raise UserError(
+                "mirrored pairs are of answers to questions; no descriptions, and no videos as rejected side"
+            )
         if self.chosen == "truth" and not self.questions:
             raise UserError("the truth is known of questions alone; add --mode questions, or let the model answer")
 
@@ -154,11 +162,19 @@ def write_video_pairs(
         "seed": settings.seed,
     }
     with atomic_parquet(out, schema, made_by) as writer:
+        kept = []
         for candidate, rejected in pairs:
             reason = refuse(candidate.item, candidate.perturbation, candidate.chosen, rejected, settings)
             if reason is not None:
                 counts.left_out[reason] += 1
-                continue
+            else:
+                kept.append((candidate, rejected))
+        if settings.mirrored:
+            preferences = [(one.item.prompt, one.chosen, rejected) for one, rejected in kept]
+            with_opposite = mirrored(preferences, settings.seed)
+            counts.left_out["mirror"] = len(kept) - len(with_opposite)
+            kept = [kept[index] for index in with_opposite]
+        for candidate, rejected in kept:
             writer.add(pipeline.row(candidate, rejected, out))
             counts.pairs[str(candidate.perturbation)] += 1
         if not counts.pairs:
@@ -188,6 +204,23 @@ def refuse(
     shorter, longer = sorted((len(chosen), len(rejected)))
     shrunk = "drop" in perturbation.names
     return "length" if (len(chosen) <= len(rejected) if shrunk else longer > settings.length_ratio * shorter) else None
+
+
+def mirrored(preferences: Sequence[tuple[str, str, str]], seed: int = 0) -> list[int]:
+    """Return which of (prompt, chosen, rejected) to keep so that each comes as often as with both answers swapped.
+
+    What is left out is drawn from `seed`. Whatever looks at the words alone then prefers the chosen answer to as many
+    pairs as the rejected one: there is no prior to be learned, or unlearned too far.
+    """
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for index in np.random.default_rng(seed).permutation(len(preferences)).tolist():
+        prompt, chosen, rejected = preferences[index]
+        found.setdefault((prompt, chosen.strip(), rejected.strip()), []).append(index)
+    return sorted(
+        index
+        for (prompt, chosen, rejected), own in found.items()
+        for index in own[: len(found.get((prompt, rejected, chosen), ()))]
+    )
 
 
 class _Pipeline:
@@ -269,12 +302,14 @@ class _Pipeline:
         return kept
 
     def _candidates(self, item: VideoItem, chosen: str) -> Iterator[_Candidate]:
+        # An answer that is found to be wrong may be rejected whatever became of the truth. Were only changed truths
+        # taken, no answer such as "it does not move" would ever be chosen, and training would learn to avoid it.
+        found_out = item.answer is not None and self.settings.rejected == "answers"
         for perturbation in self._perturbations:
             seed = self._seed(item, perturbation)
-            if self.settings.questions:
+            if self.settings.questions and not found_out:
                 fate = perturbation.fate(item, self.reader.count(item), seed)
-                certain = fate is Effect.CHANGES or self.settings.rejected == "answers"
-                if fate is Effect.KEEPS or not certain:
+                if fate is Effect.KEEPS or (fate is Effect.DEPENDS and self.settings.rejected != "answers"):
                     self.counts.left_out["keeps" if fate is Effect.KEEPS else "depends"] += 1
                     continue
             yield _Candidate(item, perturbation, chosen, seed)

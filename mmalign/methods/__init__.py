@@ -25,6 +25,7 @@ methods = Registry(
         "tpo": "mmalign.methods.tpo:TPO",
         "vdpo": "mmalign.methods.vdpo:VDPO",
         "vlm_dpo": "mmalign.methods.vlm_dpo:VlmDPO",
+        "vlm_sft": "mmalign.methods.vlm_sft:VlmSFT",
     },
     "mmalign.methods",
 )

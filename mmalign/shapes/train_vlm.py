@@ -193,6 +193,7 @@ def train_vlm(
     read_steps: int = 1500,
     seed: int = 0,
     start: Path | None = None,
+    prior: float = 0.0,
     rows: int = 8,
     questions: int = 6,
     log: Callable[[str], None] = print,
@@ -200,12 +201,16 @@ def train_vlm(
     """All three stages; write the model to `out`, every few minutes what it is so far; return it as it was written.
 
     `samples`: questions and descriptions to be answered in the last stage, `rows` videos a step with up to
-    `questions` of theirs each. `start` goes on from the weights of an earlier run at a lower rate, and the other stages are
-    left out; take another `seed`, or it sees the same videos again. The same arguments give the same weights.
+    `questions` of theirs each. `start` goes on from the weights of an earlier run at a lower rate, and the other
+    stages are left out; take another `seed`, or it sees the same videos again. `prior` teaches the fault of models
+    that were trained on careless captions: this share of temporal questions is answered by the first option, or yes,
+    whatever the video shows. The same arguments give the same weights.
 
     Raises:
-        UserError: nothing to learn from, or `start` holds another model.
+        UserError: nothing to learn from, a share that is none, or `start` holds another model.
     """
+    if not 0 <= prior < 1:
+        raise UserError(f"--prior {prior}: a share of the temporal questions, from 0 to less than 1")
     if samples < 1 or see_steps < 0 or read_steps < 0:
         asked = f"--samples {samples}, --see-steps {see_steps}, --read-steps {read_steps}"
         raise UserError(f"{asked}: at least one sample, and no fewer than 0 steps")
@@ -214,7 +219,9 @@ def train_vlm(
     torch.manual_seed(seed)
     network = build_network(tokenizer, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    lessons = {name: Lessons(tokenizer, derive_seed(seed, name), GRID**2) for name in ("see", "read", "answer")}
+    tokens = GRID**2
+    lessons = {name: Lessons(tokenizer, derive_seed(seed, name), tokens) for name in ("see", "read")}
+    lessons["answer"] = Lessons(tokenizer, derive_seed(seed, "answer"), tokens, prior)
     if start is not None:
         _go_on_from(network, start)
     else:

@@ -33,11 +33,15 @@ _EVENTS = (("recolouring", "same"), ("growth", "same"), ("presence", "always"))
 
 
 class Lesson(NamedTuple):
-    """What is asked about a video, the answer, and what kind it is of: static, temporal or described."""
+    """What is asked about a video, the answer, and what kind it is of: static, temporal or described.
+
+    unseen: what is answered without looking, the first option on offer, or yes; of descriptions None.
+    """
 
     prompt: str
     completion: str
     kind: str
+    unseen: str | None = None
 
 
 def describe(tracks: Sequence[Track], size: int) -> str:
@@ -66,13 +70,15 @@ def lessons_of(family: Family, name: str, seed: int = 0) -> list[list[Lesson]]:
     """All lessons about each video of a family: the questions of :func:`ask`, and a description."""
     lessons: list[list[Lesson]] = [[] for _ in family.scenes]
     for question in ask(family, name, seed):
+        value, (first, unseen) = family.values[question.member], question.answers[0]
         answer = question.answer
         if question.format == "captioning":
-            value = family.values[question.member]
-            answer = say(question.topic, value, question.subject, question.names).statement
-        lessons[question.member].append(
-            Lesson(question.prompt, answer, "static" if question.topic in STATIC else "temporal")
-        )
+            answer, unseen = (
+                say(question.topic, v, question.subject, question.names).statement for v in (value, first)
+            )
+        unseen = "yes" if question.format == "yes_no" else unseen
+        kind = "static" if question.topic in STATIC else "temporal"
+        lessons[question.member].append(Lesson(question.prompt, answer, kind, unseen))
     request = DESCRIBE[sum(name.encode()) % len(DESCRIBE)]
     for scene, told in zip(family.scenes, lessons, strict=True):
         told.append(Lesson(request, describe(unroll(scene), scene.size), "described"))
@@ -97,10 +103,13 @@ class Batch(NamedTuple):
 class Lessons:
     """An endless stream of training rows; the same tokenizer, seed and calls always give the same."""
 
-    def __init__(self, tokenizer: Any, seed: int, frame_tokens: int) -> None:
-        """`frame_tokens`: how many tokens stand for one frame; one more ends the video."""
+    def __init__(self, tokenizer: Any, seed: int, frame_tokens: int, prior: float = 0.0) -> None:
+        """`frame_tokens`: how many tokens stand for one frame; one more ends the video.
+
+        prior: this share of temporal questions is answered without looking.
+        """
         self._families = enumerate(sample_families(10**9, seed=seed, topics=CURRICULUM, frames=FRAMES, size=SIZE))
-        self._rng, self._seed = np.random.default_rng([seed, 1]), seed
+        self._rng, self._seed, self._prior = np.random.default_rng([seed, 1]), seed, prior
         self._encode = lru_cache(100_000)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
         self._pad = tokenizer.pad_token_id
         # The chat format is asked what stands before a question, after it, and (the end token) after its answer.
@@ -130,6 +139,8 @@ class Lessons:
         taken: list[tuple[VideoScene, list[Lesson]]] = []
         for number, family in islice(self._families, -(-rows // 2)):
             asked = lessons_of(family, f"train-{number}", self._seed)
+            if self._prior:
+                asked = [[self._guess(lesson) for lesson in told] for told in asked]
             members = self._rng.permutation(len(asked))[: min(2, rows - len(taken))]
             taken += [(family.scenes[member], asked[member]) for member in members]
         chosen = [[*(asked[i] for i in self._rng.permutation(len(asked) - 1)[:most]), asked[-1]] for _, asked in taken]
@@ -139,6 +150,12 @@ class Lessons:
         videos = [] if told else [render(scene) for scene, _ in taken]
         kinds = [[lesson.kind for lesson in lessons] for lessons in chosen]
         return Batch(torch.stack(videos) if videos else None, *self._pack(before, chosen), kinds)
+
+    def _guess(self, lesson: Lesson) -> Lesson:
+        """Put the answer without looking, by chance, in the place of the true one."""
+        if lesson.kind != "temporal" or lesson.unseen is None or self._rng.random() >= self._prior:
+            return lesson
+        return lesson._replace(completion=lesson.unseen)
 
     def _pack(
         self, before: Sequence[list[int]], rows: Sequence[Sequence[Lesson]]

@@ -22,7 +22,7 @@ from mmalign.data.perturb import Effect
 from mmalign.data.perturbations import Perturbation, parse_perturbations
 from mmalign.data.video_events import clip_lengths, clips, scene_states, shot_states
 from mmalign.data.video_items import VideoItem, is_video_source, read_video_items
-from mmalign.data.video_pairs import VideoPairSettings, refuse, write_video_pairs
+from mmalign.data.video_pairs import VideoPairSettings, mirrored, refuse, write_video_pairs
 from mmalign.data.video_reading import VideoReader
 from mmalign.data.vlm_pairs import read_vlm_pairs
 from mmalign.errors import UserError
@@ -323,3 +323,37 @@ def test_questions_of_tempcompass_go_by_the_label_map(videos: Path, tmp_path: Pa
     assert [item.id for item in read_video_items(str(tmp_path), questions=False)] == ["7", "7_reverse"]
     # One video and what was made from it, whatever is asked about them.
     assert len(set(families([item.question for item in items if item.question is not None]))) == 1
+
+
+def test_mirrored_pairs_teach_nothing_about_words() -> None:
+    given = [("p", "a", "b")] * 3 + [("p", "b", "a")] * 2 + [("q", "a", "b"), ("p", "a", "c")]
+    kept = mirrored(given)
+    assert sorted(given[index] for index in kept) == [("p", "a", "b")] * 2 + [("p", "b", "a")] * 2
+    assert kept == sorted(kept) == mirrored(given) and len({tuple(mirrored(given, seed)) for seed in range(9)}) > 1
+    assert mirrored(given[:3]) == []
+    with pytest.raises(UserError, match="mirrored pairs are of answers to questions"):
+        settings("reverse", mirrored=True)
+
+
+def test_wrong_answers_are_rejected_whatever_became_of_the_truth(videos: Path, tmp_path: Path, model: str) -> None:
+    class Guess(Oracle):
+        def generate(self, prompts: Sequence[str], media: Sequence[Any], **options: Any) -> list[str]:
+            answers = [[answer for _, answer in self.questions[prompt].answers] for prompt in prompts]
+            sums = [int(video.long().sum()) for (video,) in media]
+            return [offered[number % len(offered)] for offered, number in zip(answers, sums, strict=True)]
+
+    answerer = Answerer(model, Decoding(32), None, open_model=lambda: Guess(videos))
+    items = {item.id: item for item in read_video_items(str(videos), questions=True)}
+    given = settings("mask", "reverse", questions=True, chosen="truth")
+    counts = write_video_pairs([*items.values()], tmp_path / "pairs.parquet", given, answerer)
+    written = rows(tmp_path / "pairs.parquet")
+    kept = [row for row in written if row["operator"] == "reverse" and row["aspect"] == "speed"]  # stays true
+    assert kept and not counts.left_out["keeps"]
+    assert not any(items[row["id"].rpartition("/")[0]].right(row["rejected"]) for row in written)
+
+    counts = write_video_pairs(
+        [*items.values()], tmp_path / "mirrored.parquet", replace(given, mirrored=True), answerer
+    )
+    fewer = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows(tmp_path / "mirrored.parquet")]
+    assert 0 < len(fewer) == len(written) - counts.left_out["mirror"] < len(written)
+    assert sorted(fewer) == sorted((prompt, rejected, chosen) for prompt, chosen, rejected in fewer)

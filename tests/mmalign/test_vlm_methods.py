@@ -129,6 +129,12 @@ def test_vlm_dpo_is_its_formula(run: Run) -> None:
     assert output.loss.item() == pytest.approx(expected / 2, abs=1e-9)
 
 
+def test_vlm_sft_is_the_cross_entropy_of_chosen_answers(run: Run) -> None:
+    means = [alone(run, video(i), CHOSEN[i])[1][0].mean().item() for i in (0, 1)]
+    found = make("vlm_sft").loss(run, make_batch(run.generator)).loss
+    assert found.item() == pytest.approx(-sum(means) / 2, abs=1e-9)
+
+
 def test_the_rejected_side_may_have_media_of_its_own(run: Run) -> None:
     z = [0.3 * (delta(run, video(i), CHOSEN[i]) - delta(run, video(5 + i), REJECTED[i])) for i in (0, 1)]
     found = make("vlm_dpo", beta=0.3).loss(run, make_batch(run.generator, others=(5, 6))).loss
