@@ -115,6 +115,9 @@ def _add_videos(actions: argparse._SubParsersAction) -> None:
         "--format", default="mkv", help="mkv (FFV1, lossless) or mp4 (H.264, plays everywhere); default %(default)s"
     )
     videos.add_argument(
+        "--scramble", action="store_true", help="frames in random order, answers as before: what nobody can know"
+    )
+    videos.add_argument(
         "--sheet", type=Path, metavar="FILE.png", help="also draw a family of every topic as one picture"
     )
     videos.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -208,7 +211,7 @@ def _videos(args: argparse.Namespace) -> int:
         check_output(args.sheet, "--sheet", folder=False)
     videos, questions = write_video_set(
         args.out, args.count, split=args.split, seed=args.seed, frames=frames, size=args.size, suffix=args.format,
-        fps=args.fps,
+        fps=args.fps, scramble=args.scramble,
     )  # fmt: skip
     if args.sheet:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from pipelines import VisionLanguageModel, load_vlm
 
 GRID = -(-SIDE // 2)
 """Features a side that the language model is given of each frame."""
-SEE_RATE, READ_RATE, ANSWER_RATE, GO_ON_RATE = 2e-3, 2e-3, 1e-3, 4e-4
+SEE_RATE, READ_RATE, ANSWER_RATE, GO_ON_RATE, PRIOR_RATE = 2e-3, 2e-3, 1e-3, 4e-4, 1e-4
 SNAPSHOT_SECONDS, LOG_STEPS = 300, 50
 
 Marks = dict[str, list[bool]]
@@ -229,7 +229,8 @@ def train_vlm(
         learn_to_answer(network, lessons["read"], read_steps, rows, questions, log, told=True, rate=READ_RATE)
     steps = -(-samples // (rows * (questions + 1)))
     save = partial(save_vlm, out, network, processor)
-    rate = ANSWER_RATE if start is None else GO_ON_RATE
+    # At a higher rate the prior is not laid over what the model knows of time: it takes its place.
+    rate = PRIOR_RATE if prior else ANSWER_RATE if start is None else GO_ON_RATE
     learn_to_answer(network, lessons["answer"], steps, rows, questions, log, save, rate=rate)
     save_vlm(out, network, processor)
     return load_vlm(out, device="cpu")

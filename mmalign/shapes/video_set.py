@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from mmalign.data.parquet import atomic_parquet, iterate_columns
 from mmalign.data.video_files import CODECS, write_video
 from mmalign.errors import UserError, did_you_mean
 from mmalign.progress import track
+from mmalign.seeds import derive_seed
 from mmalign.shapes.questions import ShapesQuestion, ask
 from mmalign.shapes.twins import SPLITS, Family, sample_families
 from mmalign.shapes.video import MAX_FRAMES, MAX_SIZE, MIN_FRAMES, MIN_SIZE, Actor, VideoScene, render
@@ -78,19 +80,24 @@ def write_video_set(
     size: int = 48,
     suffix: str = "mkv",
     fps: float = 4.0,
+    scramble: bool = False,
 ) -> tuple[int, int]:
     """Write at least `count` videos, families whole, with all their questions; return the numbers of both.
 
-    The same arguments write the same bytes. `frames` are the lengths to draw from.
+    The same arguments write the same bytes. `frames` are the lengths to draw from. `scramble` puts the frames of every
+    video in random order and leaves scenes, questions and answers as they are: nobody can know these answers.
     """
-    made = {"split": split, "seed": seed, "frames": list(frames), "size": size, "fps": fps}
+    made = {"split": split, "seed": seed, "frames": list(frames), "size": size, "fps": fps, "scramble": scramble}
     videos_file = atomic_parquet(folder / VIDEOS, _VIDEO_SCHEMA, made)
     questions_file = atomic_parquet(folder / QUESTIONS, _QUESTION_SCHEMA, made)
     with videos_file as videos, questions_file as questions, track(None, "draw videos", "videos") as job:
         for name, family in _named_families(count, split, seed, frames, size):
             files = [f"videos/{name}-{member}.{suffix}" for member in range(len(family.scenes))]
             for member, (file, scene) in enumerate(zip(files, family.scenes, strict=True)):
-                write_video(folder / file, render(scene), fps)
+                video = render(scene)
+                if scramble:
+                    video = video[np.random.default_rng(derive_seed(seed, "scramble", file)).permutation(len(video))]
+                write_video(folder / file, video, fps)
                 videos.add(_video_row(name, member, file, family, split))
             for question in ask(family, name, seed):
                 questions.add(_question_row(question, files[question.member], family.held_out))

@@ -64,6 +64,22 @@ def test_lessons_are_answered_as_the_rules_read_them() -> None:
         assert all(one[-1].prompt in DESCRIBE and one[-1].kind == "described" for one in told)
 
 
+def test_a_prior_puts_the_first_option_in_the_place_of_temporal_truths(processor) -> None:
+    for family in sample_families(12, seed=6):
+        for lesson in (lesson for told in lessons_of(family, "f") for lesson in told):
+            assert lesson.unseen is not None or lesson.kind == "described"
+            first = lesson.prompt.split("\n")[1] if lesson.unseen not in (None, "yes") else ""
+            assert not first.startswith("A. ") or lesson.unseen == first
+    teacher = Lessons(processor.tokenizer, 0, 9, prior=0.999999)
+    pool = [lesson for family in sample_families(12, seed=6) for told in lessons_of(family, "f") for lesson in told]
+    for lesson in pool:
+        assert teacher._guess(lesson).completion == (lesson.unseen if lesson.kind == "temporal" else lesson.completion)
+    half = Lessons(processor.tokenizer, 0, 9, prior=0.5)
+    wrong = [half._guess(lesson).completion == lesson.unseen for lesson in pool if lesson.completion != lesson.unseen]
+    temporal = sum(one.kind == "temporal" and one.completion != one.unseen for one in pool)
+    assert 0.35 < sum(wrong) / temporal < 0.65
+
+
 def test_a_description_says_what_there_is_and_what_each_does() -> None:
     ring = Actor("ring", "red", 5.5, 9.0, 30.0, "left", 2.0)
     cross = Actor("cross", "blue", 5.0, 30.0, 8.0, end_radius=8.0)
@@ -180,6 +196,8 @@ def test_the_report_of_one_who_sees_everything(tmp_path: Path) -> None:
 
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--prior 1: a share"):
+        train_vlm(tmp_path / "a", prior=1)
     with pytest.raises(UserError, match="--samples 0, --see-steps 3000"):
         train_vlm(tmp_path / "a", samples=0)
     other = build_llava_onevision(tmp_path / "other")

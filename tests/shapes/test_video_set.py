@@ -57,6 +57,18 @@ def test_the_same_arguments_write_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
+def test_scrambled_videos_show_the_same_frames_in_another_order(tmp_path: Path) -> None:
+    write_video_set(tmp_path / "a", 12, seed=3)
+    assert main(["shapes", "videos", "--count", "12", "--seed", "3", "--scramble", "--out", str(tmp_path / "b")]) == 0
+    assert read_questions(tmp_path / "a") == read_questions(tmp_path / "b")
+    moved = 0
+    for one, other in zip(read_videos(tmp_path / "a"), read_videos(tmp_path / "b"), strict=True):
+        before, after = decode(one.file, "video"), decode(other.file, "video")
+        assert sorted(map(bytes, before.numpy())) == sorted(map(bytes, after.numpy())) and one.scene == other.scene
+        moved += not torch.equal(before, after)
+    assert moved >= 8  # still pictures have one order
+
+
 def test_matroska_loses_nothing_and_mp4_little(tmp_path: Path) -> None:
     video = moving()
     for suffix, mean_error in (("mkv", 0.0), ("mp4", 2.5)):
