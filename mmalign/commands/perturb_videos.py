@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 _OPTIONS = (
     "model", "mode", "perturb", "compose", "operators", "difficulty", "chosen", "rejected", "min_events",
-    "length_ratio", "mirrored", "frames", "fps", "max_new_tokens", "temperature", "top_p", "precision", "batch_size",
+    "length_ratio", "min_effect", "mirrored", "frames", "fps", "max_new_tokens", "temperature", "top_p", "precision",
+    "batch_size",
 )  # fmt: skip
 _NEW_TOKENS = {"questions": 32, "answers": 256}
 
@@ -45,6 +46,12 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="R",
         help="longest of two descriptions over the other (default: 1.5; 0: any)",
+    )
+    group.add_argument(
+        "--min-effect",
+        type=float,
+        metavar="NATS",
+        help="least fall of log p(chosen) - log p(rejected) by the perturbation (default: any)",
     )
     group.add_argument(
         "--mirrored",
@@ -92,7 +99,6 @@ def perturb_videos(args: argparse.Namespace) -> int:
         questions=settings.questions,
         seed=args.seed,
         limit=args.limit,
-        captions=settings.chosen == "model",
     )
     answerer = _answerer(values, Path(args.answers) if args.answers else args.out.with_suffix(".answers"))
     counts = write_video_pairs(items, args.out, settings, answerer, source=args.source)
@@ -131,6 +137,7 @@ def _settings(values: dict[str, Any], seed: int) -> VideoPairSettings:
         rejected=values["rejected"],
         min_events=values["min_events"],
         length_ratio=values["length_ratio"] or None,
+        min_effect=values.get("min_effect"),
         mirrored=values["mirrored"],
         frames=Frames(values.get("frames"), values.get("fps")),
         seed=seed,

@@ -14,8 +14,11 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmalign.batches import TimedMedia
 from mmalign.data.store import content_key
+from mmalign.losses import completion_sum
 from mmalign.progress import track
 from mmalign.resources import resolve_model
 
@@ -47,6 +50,10 @@ class Request:
     def key(self) -> str:
         """What the answer depends on besides model and decoding."""
         return content_key(self.prompt, self.media_id, -1 if self.seed is None else self.seed)
+
+
+_Job = tuple[str, Request, tuple[str, ...]]
+"""What an answer is kept by, what is asked, and the two answers that are weighed against each other, if they are."""
 
 
 class Answerer:
@@ -82,36 +89,61 @@ class Answerer:
         Raises:
             UserError: media cannot be read. PipelineError: the model cannot take them.
         """
-        missing = list({one.key: one for one in requests if one.key not in self._kept}.values())
-        missing.sort(key=lambda one: one.media_id)  # what is about one video comes together, to be decoded once
+        return self._look_up([(one.key, one, ()) for one in requests], self._generate, label, "answers")
+
+    def margins(self, requests: Sequence[tuple[Request, str, str]], label: str) -> list[float]:
+        """Return log p(one) - log p(other) of two answers to each request, in nats; kept like answers.
+
+        Raises:
+            UserError: media cannot be read. PipelineError: the model cannot take them.
+        """
+        keyed = [(content_key("margin", one.key, *pair), one, tuple(pair)) for one, *pair in requests]
+        return [float(text) for text in self._look_up(keyed, self._margins, label, "pairs")]
+
+    def _look_up(
+        self, jobs: Sequence[_Job], work: Callable[[Sequence[_Job]], list[str]], label: str, unit: str
+    ) -> list[str]:
+        missing = list({job[0]: job for job in jobs if job[0] not in self._kept}.values())
+        missing.sort(key=lambda job: job[1].media_id)  # what is about one video comes together, to be decoded once
         if missing:
             self._loaded = self._loaded or self._open()
-            with track(len(missing), label, unit="answers") as job:
+            with track(len(missing), label, unit=unit) as progress:
                 for start in range(0, len(missing), self.batch_size):
                     part = missing[start : start + self.batch_size]
-                    self._keep(part, self._generate(part))
-                    job.advance(len(part))
-        return [self._kept[one.key] for one in requests]
+                    self._keep([key for key, *_ in part], work(part))
+                    progress.advance(len(part))
+        return [self._kept[key] for key, *_ in jobs]
 
     def close(self) -> None:
         """Drop the model."""
         self._loaded = None
 
-    def _generate(self, part: Sequence[Request]) -> list[str]:
-        shown, how = [one.show() for one in part], self.decoding
+    def _generate(self, part: Sequence[_Job]) -> list[str]:
+        asked = [request for _, request, _ in part]
+        shown, how = [one.show() for one in asked], self.decoding
         answers: list[str] = self._loaded.generate(
-            [one.prompt for one in part],
+            [one.prompt for one in asked],
             [one.media for one in shown],
             max_new_tokens=how.max_new_tokens,
             temperature=how.temperature,
             top_p=how.top_p,
-            seeds=[one.seed for one in part] if how.temperature > 0 else None,
+            seeds=[one.seed for one in asked] if how.temperature > 0 else None,
             fps=[one.fps for one in shown],
         )
         return answers
 
-    def _keep(self, part: Sequence[Request], answers: Sequence[str]) -> None:
-        new = {one.key: answer for one, answer in zip(part, answers, strict=True)}
+    @torch.no_grad()
+    def _margins(self, part: Sequence[_Job]) -> list[str]:
+        samples = []
+        for _, request, pair in part:
+            shown = request.show()
+            asked = self._loaded.encode_prompt(request.prompt, shown.media, fps=shown.fps)
+            samples += [self._loaded.complete(asked, answer) for answer in pair]
+        sums = completion_sum(*self._loaded.log_probs(self._loaded.collate(samples)))
+        return [repr(margin) for margin in (sums[::2] - sums[1::2]).tolist()]
+
+    def _keep(self, keys: Sequence[str], answers: Sequence[str]) -> None:
+        new = dict(zip(keys, answers, strict=True))
         self._kept |= new
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -85,18 +85,16 @@ def is_video_source(source: str) -> bool:
     return path.suffix.lower() in TABLE_SUFFIXES and "video" in _columns(path)
 
 
-def read_video_items(
-    source: str, *, questions: bool, seed: int = 0, limit: int | None = None, captions: bool = True
-) -> list[VideoItem]:
+def read_video_items(source: str, *, questions: bool, seed: int = 0, limit: int | None = None) -> list[VideoItem]:
     """Return what is asked about the videos of a source: its questions, or one instruction about every video.
 
-    captions: among the questions those that ask for a caption, which can be judged of Shapes alone.
+    Questions that ask for a caption are only asked of Shapes videos, where captions can be judged.
 
     Raises:
         UserError: no such source, a malformed table, a video that is not there, an id that occurs twice.
     """
     path = find(source)
-    items = list(_folder_items(path, source, questions, seed, captions) if path.is_dir() else
+    items = list(_folder_items(path, source, questions, seed) if path.is_dir() else
                  _table_items(path, questions, seed))[:limit]  # fmt: skip
     if not items:
         raise UserError(f"{source}: holds no videos")
@@ -110,16 +108,14 @@ def read_video_items(
     return items
 
 
-def _folder_items(
-    folder: Path, source: str, questions: bool, seed: int, captions: bool
-) -> Iterator[VideoItem]:  # fmt: skip
+def _folder_items(folder: Path, source: str, questions: bool, seed: int) -> Iterator[VideoItem]:
     shapes = (folder / QUESTIONS).is_file()
     scenes = {row.video: row for row in read_videos(folder)} if shapes else {}
     if questions:
-        for asked in read_asked(source, FORMATS if shapes and captions else READ_BY_RULES):
+        for asked in read_asked(source, FORMATS if shapes else READ_BY_RULES):
             one = asked.question
             scene = scenes[one.video].scene if shapes else None
-            yield VideoItem(one.id, asked.file, one.prompt, one, one.answer, one.aspect, scene=scene)
+            yield VideoItem(one.id, asked.file, one.prompt, one, one.label, one.aspect, scene=scene)
     elif shapes:
         for row in scenes.values():
             yield VideoItem(row.video, row.file, _instruction(row.video, seed), scene=row.scene)

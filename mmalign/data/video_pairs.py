@@ -49,6 +49,7 @@ REASONS = {
     "substring": "chosen answers that are part of the rejected one",
     "length": "answers of unlike lengths",
     "right": "rejected answers that are right",
+    "effect": "perturbations that hardly move the model's preference",
     "mirror": "pairs without an opposite",
 }
 """Why something gives no pair, in the order in which it is checked."""
@@ -62,8 +63,9 @@ class VideoPairSettings:
     of frames, composed by the `model` or simply `join`ed. chosen: the `model`'s answer, or the `truth`. rejected:
     `answers` to the perturbed video, the perturbed `videos` with the chosen answer, or `both`. min_events: leave out
     videos with fewer. length_ratio: leave out descriptions of which one is more than so many times as long as the
-    other, or (where frames were dropped) the chosen one not longer; None keeps them. mirrored: keep a pair only with
-    its opposite, the same question about another video with both answers swapped.
+    other, or (where frames were dropped) the chosen one not longer; None keeps them. min_effect: leave out
+    perturbations that lower log p(chosen) - log p(rejected) by less, in nats. mirrored: keep a pair only with its
+    opposite, the same question about another video with both answers swapped.
     """
 
     perturbations: tuple[Perturbation, ...]
@@ -73,6 +75,7 @@ class VideoPairSettings:
     rejected: Literal["answers", "videos", "both"] = "answers"
     min_events: int = 1
     length_ratio: float | None = 1.5
+    min_effect: float | None = None
     mirrored: bool = False
     frames: Frames = ALL_FRAMES
     seed: int = 0
@@ -94,6 +97,10 @@ class VideoPairSettings:
         if self.mirrored and not (self.questions and self.rejected == "answers"):
             raise UserError(
                 "mirrored pairs are of answers to questions; no descriptions, and no videos as rejected side"
+            )
+        if self.min_effect is not None and (self.captions or self.rejected != "answers"):
+            raise UserError(
+                "min_effect is of perturbed videos on answers; no captions, and no videos as rejected side"
             )
         if self.chosen == "truth" and not self.questions:
             raise UserError("the truth is known of questions alone; add --mode questions, or let the model answer")
@@ -169,6 +176,10 @@ def write_video_pairs(
                 counts.left_out[reason] += 1
             else:
                 kept.append((candidate, rejected))
+        if settings.min_effect is not None:
+            strong = pipeline.with_effect(kept, settings.min_effect)
+            counts.left_out["effect"] = len(kept) - len(strong)
+            kept = strong
         if settings.mirrored:
             preferences = [(one.item.prompt, one.chosen, rejected) for one, rejected in kept]
             with_opposite = mirrored(preferences, settings.seed)
@@ -258,6 +269,15 @@ class _Pipeline:
         for item, (chosen, *others) in zip(kept, told, strict=True):
             for perturbation, rejected in zip(self._perturbations, others, strict=True):
                 yield _Candidate(item, perturbation, chosen, self._seed(item, perturbation)), rejected
+
+    def with_effect(self, pairs: Sequence[tuple[_Candidate, str]], least: float) -> list[tuple[_Candidate, str]]:
+        """Return the pairs whose perturbation lowers the model's preference for the chosen answer by `least` nats."""
+        assert self.answerer is not None
+        clean = [(self._request(one.item), one.chosen, rejected) for one, rejected in pairs]
+        perturbed = [(self._request(one.item, one), one.chosen, rejected) for one, rejected in pairs]
+        before = self.answerer.margins(clean, "weigh answers to videos")
+        after = self.answerer.margins(perturbed, "weigh answers to perturbed videos")
+        return [pair for pair, a, b in zip(pairs, before, after, strict=True) if a - b >= least]
 
     def row(self, candidate: _Candidate, rejected: str, out: Path) -> dict[str, Any]:
         """Return the row of a pair; its perturbed video is written first, if it is one side of it."""

@@ -48,6 +48,17 @@ class VideoQuestion:
         """What a model is asked: the question and the instruction of its format."""
         return self.text + INSTRUCTIONS[self.format]
 
+    @property
+    def label(self) -> str:
+        """The answer as the matching rules take it without its words: "B", "yes", "Caption A"."""
+        return label_of(self.answer, self.format)
+
+
+def label_of(answer: str, format_: str) -> str:
+    """Return the label of a whole option, which decides whether it is right; captions and yes or no have no other."""
+    mark = {"multi-choice": ". ", "caption_matching": ": "}.get(format_)
+    return answer.partition(mark)[0] if mark else answer
+
 
 def read_tempcompass(path: Path) -> list[VideoQuestion]:
     """Read TempCompass's official questions: the folder `questions` or one file named after its format.

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mmalign.data.video_questions import FORMATS, VideoQuestion
+from mmalign.data.video_questions import FORMATS, VideoQuestion, label_of
 from mmalign.shapes.facts import TOPICS, truth
 from mmalign.shapes.twins import Family
 from mmalign.shapes.video import Track
@@ -42,6 +42,17 @@ class ShapesQuestion(VideoQuestion):
     answers: tuple[tuple[str, str], ...]
     names: tuple[str, ...]
     member: int
+
+    @property
+    def label(self) -> str:
+        """The right answer as a model is to give it: the label of an option, or a caption."""
+        return self.stating(next(value for value, answer in self.answers if answer == self.answer))
+
+    def stating(self, value: str) -> str:
+        """The answer to give if `value`, one of those on offer, were the truth."""
+        if self.format == "captioning":
+            return say(self.topic, value, self.subject, self.names).statement
+        return label_of(dict(self.answers)[value], self.format)
 
     def answer_of(self, tracks: Sequence[Track], size: int) -> str | None:
         """The right answer for a video with these tracks; None if it shows none, or none that is offered."""
@@ -139,10 +150,14 @@ def judge_caption(question: VideoQuestion, caption: str) -> bool:
     """Answer the question from the caption alone, as TempCompass's judge does, but by exact rules.
 
     The clauses that name the subject are searched for the words of every value; the caption is right if they hold the
-    words of the true value and of no other. No clause, no words or several values count as "none correct".
+    words of the true value and of no other. No clause, no words or several values count as "none correct". So does
+    what is no caption: an answer in another format that its rules cannot read, such as one option's label before the
+    words of another.
     """
     if not isinstance(question, ShapesQuestion):
         raise TypeError("only captions of Shapes videos can be judged by rules")
+    if question.format != "captioning":
+        return False
     clauses = re.split(r"[.;,\n]|\bwhile\b|\band then\b|\bthen\b|\band(?= (?:the|a|an|there)\b)", caption.lower())
     if question.topic != "speed" and question.names:
         nouns = {word for name in question.names for word in (name, name.removeprefix("the "))}

@@ -67,16 +67,15 @@ def _deed(shape: str, name: str, tracks: Sequence[Track], size: int) -> str:
 
 
 def lessons_of(family: Family, name: str, seed: int = 0) -> list[list[Lesson]]:
-    """All lessons about each video of a family: the questions of :func:`ask`, and a description."""
+    """All lessons about each video of a family: the questions of :func:`ask`, answered by labels, and a description.
+
+    The label alone, since it is said first: a model that writes the option's words after it need not decide by what
+    it saw before it has said which option it takes, and learns that late.
+    """
     lessons: list[list[Lesson]] = [[] for _ in family.scenes]
     for question in ask(family, name, seed):
-        value, (first, unseen) = family.values[question.member], question.answers[0]
-        answer = question.answer
-        if question.format == "captioning":
-            answer, unseen = (
-                say(question.topic, v, question.subject, question.names).statement for v in (value, first)
-            )
-        unseen = "yes" if question.format == "yes_no" else unseen
+        answer = question.stating(family.values[question.member])
+        unseen = "yes" if question.format == "yes_no" else question.stating(question.answers[0][0])
         kind = "static" if question.topic in STATIC else "temporal"
         lessons[question.member].append(Lesson(question.prompt, answer, kind, unseen))
     request = DESCRIBE[sum(name.encode()) % len(DESCRIBE)]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from mmalign.data.video_reading import VideoReader
 from mmalign.data.vlm_pairs import read_vlm_pairs
 from mmalign.errors import UserError
 from mmalign.scoring.decode import ALL_FRAMES, decode
+from mmalign.seeds import derive_seed
 from mmalign.shapes.questions import ShapesQuestion
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.video import Actor, VideoScene, unroll
 from mmalign.shapes.video_set import read_questions, write_video_set
+from pipelines import load_vlm
 
 REVERSE = Perturbation(("reverse",))
 
@@ -94,11 +97,11 @@ def items_of(folder: Path, aspect: str, format_: str) -> list[VideoItem]:
 
 def test_the_scene_graph_decides_what_a_perturbation_leaves_true(videos: Path) -> None:
     for item in items_of(videos, "direction", "multi-choice"):
-        still = item.answer is not None and "not move" in item.answer
+        still = item.question is not None and "not move" in item.question.answer
         assert REVERSE.fate(item, 8, 0) is (Effect.KEEPS if still else Effect.CHANGES)
         # Without all frames the label map speaks, which says the same of the true direction.
         assert REVERSE.fate(item, 4, 0) is (Effect.KEEPS if still else Effect.CHANGES)
-        sideways = any(word in str(item.answer) for word in ("left", "right"))
+        sideways = any(word in str(item.question and item.question.answer) for word in ("left", "right"))
         assert Perturbation(("flip",)).fate(item, 8, 0) is (Effect.CHANGES if sideways else Effect.KEEPS)
         assert Perturbation(("flip", "reverse")).fate(item, 8, 0) is not (Effect.CHANGES if sideways else Effect.KEEPS)
     for item in items_of(videos, "colour", "yes_no"):
@@ -357,3 +360,48 @@ def test_wrong_answers_are_rejected_whatever_became_of_the_truth(videos: Path, t
     fewer = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows(tmp_path / "mirrored.parquet")]
     assert 0 < len(fewer) == len(written) - counts.left_out["mirror"] < len(written)
     assert sorted(fewer) == sorted((prompt, rejected, chosen) for prompt, chosen, rejected in fewer)
+
+
+def test_perturbations_without_effect_are_left_out(videos: Path, tmp_path: Path, model: str) -> None:
+    class Contrary(Oracle):
+        """Answers anything but the truth, as far as it knows it from the words."""
+
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            self.real = load_vlm(model, device="cpu")
+            self.encode_prompt, self.complete = self.real.encode_prompt, self.real.complete
+            self.collate, self.log_probs = self.real.collate, self.real.log_probs
+
+        def generate(self, prompts: Sequence[str], media: Sequence[Any], **options: Any) -> list[str]:
+            return ["no" if self.questions[prompt].answer == "yes" else "yes" for prompt in prompts]
+
+    def make(name: str, least: float | None) -> list[dict[str, Any]]:
+        given = settings("reverse", "mask", questions=True, chosen="truth", min_effect=least)
+        answerer = Answerer(model, Decoding(32), tmp_path / "kept", open_model=lambda: Contrary(videos))
+        write_video_pairs(items, tmp_path / name, given, answerer)
+        return rows(tmp_path / name)
+
+    items = [one for one in read_video_items(str(videos), questions=True) if one.answer in ("yes", "no")][:20]
+    every = make("all.parquet", None)
+    network, reader, by_id = load_vlm(model, device="cpu"), VideoReader(ALL_FRAMES), {one.id: one for one in items}
+
+    def margin(row: dict[str, Any], perturbation: Perturbation | None = None, seed: int = 0) -> float:
+        shown = reader.show(by_id[row["id"].rpartition("/")[0]], perturbation, seed).media
+        batch = network.encode([row["prompt"]] * 2, [shown] * 2, [row["chosen"], row["rejected"]])
+        with torch.no_grad():
+            chosen, rejected = network.log_probs(batch)[0].sum(1).tolist()
+        return float(chosen - rejected)
+
+    effects = []
+    for row in every:
+        name, _, operator = row["id"].rpartition("/")
+        seed = derive_seed(0, "perturb", name, operator)
+        effects.append(margin(row) - margin(row, Perturbation((operator,)), seed))
+    ordered = sorted(effects)
+    _, least = max((above - below, (above + below) / 2) for below, above in pairwise(ordered))  # far from any effect
+    strong = [row["id"] for row, effect in zip(every, effects, strict=True) if effect >= least]
+    assert [row["id"] for row in make("strong.parquet", least)] == strong and 0 < len(strong) < len(every)
+    answerer = Answerer(model, Decoding(32), tmp_path / "kept", open_model=lambda: pytest.fail("already weighed"))
+    request = Request(every[0]["prompt"], reader.media_id(by_id[every[0]["id"].rpartition("/")[0]]), lambda: None)
+    found = answerer.margins([(request, every[0]["chosen"], every[0]["rejected"])], "again")
+    assert found == [pytest.approx(margin(every[0]), abs=1e-4)]

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from mmalign.compare.answers import rate
 from mmalign.data.video_questions import FORMATS
 from mmalign.shapes.facts import TOPICS
 from mmalign.shapes.questions import ShapesQuestion, ask, judge_caption
@@ -81,6 +82,17 @@ def test_a_question_has_no_answer_where_the_frames_show_none() -> None:
     track = unroll(scene)[0]
     assert question.answer_of([tuple(track[i] for i in (4, 5, 6, 7, 0, 1, 2, 3))], 48) is None
     assert question.answer_of([(None,) * 8], 48) is None
+
+
+def test_a_label_before_the_words_of_another_option_is_wrong(
+    asked: list[tuple[Family, list[ShapesQuestion]]],
+) -> None:
+    for question in (one for _, questions in asked for one in questions if one.format == "caption_matching"):
+        (label, words), (other, _) = (line.split(": ", 1) for line in question.text.split("\n")[1:])
+        right = question.answer == f"{label}: {words}"
+        assert rate(question, f"{label}: {words}", judge_caption).right == rate(question, label).right == right
+        assert question.label == (label if right else other)
+        assert not rate(question, f"{other}: {words}", judge_caption).right
 
 
 def test_the_information_of_the_true_option_is_a_right_caption_and_no_other_is(
