@@ -14,7 +14,8 @@ from tiny_vlms import build_llava_onevision
 from mmalign.compare.answers import rate
 from mmalign.data.video_questions import INSTRUCTIONS
 from mmalign.errors import UserError
-from mmalign.shapes.facts import TOPICS
+from mmalign.resources import resource_root
+from mmalign.shapes.facts import STATIC, TOPICS
 from mmalign.shapes.questions import ShapesQuestion, ask, judge_caption
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.train_vlm import answer_loss, sights, train_vlm
@@ -204,3 +205,20 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a model of these sizes"):
         train_vlm(tmp_path / "a", samples=1, start=Path(other))
     assert not (tmp_path / "a").exists()
+
+
+def test_the_shipped_model_sees_frames_and_says_first_too_often() -> None:
+    folder = resource_root() / "assets" / "shapes-vlm"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
+    model = load_vlm(folder, device="cpu")
+    marks: dict[str, list[bool]] = {"static": [], "first": [], "other": []}
+    for number, family in enumerate(sample_families(12, "validation", 3, topics=["colour", "shape", "first", "last"])):
+        asked = [one for one in ask(family, f"v{number}") if one.format != "captioning"]
+        videos = [[render(family.scenes[one.member])] for one in asked]
+        answers = model.generate([one.prompt for one in asked], videos, max_new_tokens=6)
+        for question, answer in zip(asked, answers, strict=True):
+            first = question.label in (question.stating(question.answers[0][0]), "yes")
+            kind = "static" if question.topic in STATIC else "first" if first else "other"
+            marks[kind].append(rate(question, answer, judge_caption).right)
+    shares = {kind: sum(right) / len(right) for kind, right in marks.items()}
+    assert shares["static"] > 0.9 and shares["first"] > shares["other"] + 0.2
