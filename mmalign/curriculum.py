@@ -10,6 +10,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmalign.config import dump_config
+from mmalign.files import write_atomically
+from mmalign.hub import CONFIG_FILE
 from mmalign.models import whole_model
 from mmalign.prepare import build_method, check_enough, open_source, set_aside
 from mmalign.progress import note
@@ -25,7 +28,7 @@ def train_in_stages(config: RunConfig, resume: str = "auto") -> Path:
     """Train `trainer.steps` steps on each difficulty and return the folder of the last model, `config.output`.
 
     Earlier stages lie in `stages/DIFFICULTY` within it, each with its merged model, which the next one names as its
-    base. `resume` is "auto" or "never".
+    base; `stages/config.yaml`, written last, is the whole recipe. `resume` is "auto" or "never".
 
     Raises:
         UserError: the configuration cannot work, a stage has too few pairs; and what `mmalign.engine.train` raises.
@@ -51,4 +54,5 @@ def train_in_stages(config: RunConfig, resume: str = "auto") -> Path:
         trained = train_once(one, resume if last else "auto")
         if not last:
             model = str(whole_model(one, trained, folder / "merged"))
+    write_atomically(output / FOLDER / CONFIG_FILE, dump_config(config))
     return output

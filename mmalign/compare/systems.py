@@ -90,7 +90,7 @@ def read_system(
         curves=read_curves(metrics),
         looks=read_looks(metrics),
         look_steps=[int(line["step"]) for line in metrics if _is_look(line)],
-        cost=read_cost(metrics),
+        cost=_whole_cost(Path(location), metrics),
         adapter_scale=adapter_scale,
         remark=remark,
     )
@@ -136,6 +136,17 @@ def read_looks(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Return the rewards of every look with what the training had cost by then; empty where that was not counted."""
     looks = [_numbers(line) for line in metrics if _is_look(line)]
     return [{name: value for name, value in look.items() if name in COSTS or name.startswith(LOOK)} for look in looks]
+
+
+def _whole_cost(folder: Path, metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """Return what a training cost with the stages before it, of which the memory counts once."""
+    before = sorted((folder / "stages").glob("*/model"))
+    costs = [read_cost(metrics), *(read_cost(read_metrics(stage)) for stage in before)]
+    return {
+        name: (max if name == MEMORY else sum)(cost[name] for cost in costs)
+        for name in costs[0]
+        if all(name in cost for cost in costs)
+    }
 
 
 def read_cost(metrics: list[dict[str, Any]]) -> dict[str, float]:

@@ -16,9 +16,10 @@ from mmalign.compare.systems import read_cost
 from mmalign.compare.systems_config import Replica, SystemConfig, SystemsConfig
 from mmalign.config import BudgetConfig, RunConfig, load_config
 from mmalign.config_files import Faults, flatten
+from mmalign.curriculum import FOLDER
 from mmalign.errors import UserError
 from mmalign.hub import CONFIG_FILE, has_export, is_finished
-from mmalign.prepare import set_aside
+from mmalign.prepare import build_method, set_aside
 from mmalign.progress import note, reset_peak_memory
 from mmalign.resources import resolve_model
 from mmalign.tracking import read_metrics
@@ -154,6 +155,10 @@ def _look_into(run: RunConfig) -> tuple[State, list[str]]:
     """Return what a training's folder holds and, if that is another training, what differs."""
     output = Path(run.output)
     kept = output / CONFIG_FILE
+    if len(build_method(run).stages) > 1:  # beside the model lies the config of the last stage alone
+        kept = output / FOLDER / CONFIG_FILE
+        if not kept.is_file() and (output / FOLDER).is_dir():
+            return "unfinished", []
     if not kept.is_file():
         return ("different", [f"{CONFIG_FILE} is missing beside its model"]) if has_export(output) else ("absent", [])
     try:

@@ -14,12 +14,17 @@ from tiny_runs import losses, run_config, write_answer_pairs
 from tiny_vlms import build_llava_onevision, build_qwen2_5_vl
 
 from mmalign.cli import main
+from mmalign.compare.systems import read_cost, read_system
+from mmalign.compare.systems_config import check_values
+from mmalign.compare.training import plan_trainings
+from mmalign.compare.vlm_config import QuestionConfig
 from mmalign.config import RunConfig, dump_config, load_config
 from mmalign.engine import train
 from mmalign.errors import UserError
 from mmalign.resources import resolve_model
 from mmalign.shapes.video_set import write_video_set
-from pipelines import load_vlm
+from mmalign.tracking import read_metrics
+from pipelines import fingerprint_vlm, load_vlm
 
 LN2 = math.log(2)
 LOOK = {"every": 2, "limit": 4, "max_new_tokens": 2}
@@ -67,6 +72,21 @@ def test_stages_start_where_the_stage_before_ended(world: dict[str, Any], tmp_pa
     shutil.rmtree(merged)
     train(config(world, tmp_path, options, steps=2, batch_size=3, learning_rate=1e-2))
     assert (easy / "metrics.jsonl").read_text() == before  # finished: not trained again
+    # A comparison finds it finished, and counts the cost of all stages.
+    recipe = tmp_path / "temple.yaml"
+    recipe.write_text(dump_config(config(world, tmp_path, options, steps=2, batch_size=3, learning_rate=1e-2)))
+    systems = [{"name": "base", "model": world["vlm"]}, {"name": "temple", "train": str(recipe)}]
+    compared = {"systems": systems, "questions": world["asked"], "output": str(tmp_path.with_name("compared"))}
+    assert [one.state for one in plan_trainings(check_values(QuestionConfig, compared))] == ["finished"]
+    systems[1]["overrides"] = ["trainer.steps=3"]
+    (other,) = plan_trainings(check_values(QuestionConfig, compared))
+    assert (other.state, other.differences) == ("different", ["trainer.steps was 2, now 3"])
+    costs = [read_cost(read_metrics(stage))["images_seen"] for stage in (easy, output)]
+    facts = read_system("temple", str(output), 1.0, [], identify=fingerprint_vlm)
+    assert facts.cost["images_seen"] == sum(costs) and min(costs) > 0
+    shutil.move(tmp_path / "stages" / "config.yaml", tmp_path / "elsewhere")
+    systems[1].pop("overrides")
+    assert [one.state for one in plan_trainings(check_values(QuestionConfig, compared))] == ["unfinished"]
     with pytest.raises(UserError, match="no pair of difficulty 8"):
         train(config(world, tmp_path / "other", {"name": "temple", "stages": [16, 8]}))
     with pytest.raises(UserError, match="3 pairs of difficulty 16 and one step takes 4"):
