@@ -1,8 +1,9 @@
 """How far fine-tuning moved a vision-language model: `python -m benchmarks.answer_drift BASE QUESTIONS MODEL...`.
 
-Every model reads the right answer to every question of a folder (`mmalign shapes videos`, or TempCompass's). Printed
-are means over questions with their standard errors: the divergence KL(base || model) summed over an answer's tokens
-and the vocabulary, in nats, and the change of the right answer's log-probability, for temporal and static questions.
+Every model reads the right answer (its label) to every question of a folder (`mmalign shapes videos`, or
+TempCompass's). Printed are means over questions with their standard errors: the divergence KL(base || model) summed
+over an answer's tokens and the vocabulary, in nats, and the change of the right answer's log-probability, for temporal
+and static questions.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def measure(base: VisionLanguageModel, model: VisionLanguageModel, asked: Sequen
             part = asked[start : start + AT_ONCE]
             media = [read_media([one.file], "video", Frames(), None, one.question.id).media for one in part]
             questions = [one.question for one in part]
-            batch = base.encode([one.prompt for one in questions], media, [one.answer for one in questions])
+            batch = base.encode([one.prompt for one in questions], media, [one.label for one in questions])
             before, after = base.completion_logits(batch), model.completion_logits(batch)
             risen = token_log_probs(after, batch) - token_log_probs(before, batch)
             mask = batch.token_mask
@@ -59,7 +60,7 @@ def main() -> None:
 
     asked = read_asked(args.questions, READ_BY_RULES)
     temporal = np.array([one.question.aspect in ASPECTS for one in asked])
-    base = load_vlm(resolve_model(args.base), device="cpu")
+    base = load_vlm(resolve_model(args.base), device="cpu", resolve=resolve_model)
     table = Table(box=SIMPLE_HEAD)
     for head in ("model", "KL, temporal", "KL, static", "log-prob, temporal", "log-prob, static"):
         table.add_column(head, justify="left" if head == "model" else "right", no_wrap=True)

@@ -40,6 +40,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "mmalign compare assets/shapes-sd runs/first --prompts shapes-drawbench --rewards shapes-correctness "
         "--out runs/compare",
     ),
+    "merge": (
+        "merge an adapter into its base: one model, to train further or to share",
+        "mmalign merge runs/first --out runs/first-merged",
+    ),
     "pairs": (
         "build preference data: sample images, then label them",
         "mmalign pairs sample assets/shapes-sd --prompts shapes-train --out runs/samples",

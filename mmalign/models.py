@@ -52,10 +52,9 @@ def load_model(config: RunConfig, device: Any) -> Any:
     prefer_trainable_sdpa(device)
     model = open_model(config, resolve_model(config.model), device)
     if model.has_adapter:
-        loader = "load_vlm" if answers(config) else "load_generator"
         raise UserError(
             f"model {config.model} is an adapter on {model.name_or_path}; train from that, or merge it first: "
-            f"{loader}(MODEL).save(DIR), then model: DIR"
+            f"`mmalign merge {config.model} --out DIR`, then model: DIR"
         )
     return model
 
@@ -103,9 +102,17 @@ def whole_model(config: RunConfig, trained: Path, merged: Path) -> Path:
     """Return a model to start from: the export itself, or for an adapter, its base with the adapter merged in."""
     if config.adapter.kind == "full":
         return trained
-    unfinished = merged.with_name(merged.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    open_model(config.model_copy(update={"attention": "sdpa"}), str(trained), "cpu").save(unfinished)
-    shutil.rmtree(merged, ignore_errors=True)
-    unfinished.replace(merged)
+    save_whole(open_model(config.model_copy(update={"attention": "sdpa"}), str(trained), "cpu"), trained, merged)
     return merged
+
+
+def save_whole(model: Any, trained: Path, folder: Path) -> None:
+    """Write a model with its adapter merged in, and the config that `trained` was trained by, in place of `folder`."""
+    unfinished = folder.with_name(folder.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save(unfinished)
+    config = trained / "config.yaml"
+    if config.is_file():
+        shutil.copyfile(config, unfinished / config.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.replace(folder)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mmalign.config_files import flatten
+from mmalign.curriculum import FOLDER
 from mmalign.data.parquet import read_metadata
 from mmalign.errors import UserError
 from mmalign.resources import find, require_adapter, resolve_model
@@ -140,7 +141,7 @@ def read_looks(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 def _whole_cost(folder: Path, metrics: list[dict[str, Any]]) -> dict[str, float]:
     """Return what a training cost with the stages before it, of which the memory counts once."""
-    before = sorted((folder / "stages").glob("*/model"))
+    before = sorted((folder / FOLDER).glob("*/model"))
     costs = [read_cost(metrics), *(read_cost(read_metrics(stage)) for stage in before)]
     return {
         name: (max if name == MEMORY else sum)(cost[name] for cost in costs)

@@ -219,9 +219,10 @@ def train_vlm(
     torch.manual_seed(seed)
     network = build_network(tokenizer, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    tokens = GRID**2
-    lessons = {name: Lessons(tokenizer, derive_seed(seed, name), tokens) for name in ("see", "read")}
-    lessons["answer"] = Lessons(tokenizer, derive_seed(seed, "answer"), tokens, prior)
+    lessons = {
+        name: Lessons(tokenizer, derive_seed(seed, name), GRID**2, share)
+        for name, share in (("see", 0.0), ("read", 0.0), ("answer", prior))
+    }
     if start is not None:
         _go_on_from(network, start)
     else:

@@ -74,10 +74,9 @@ def lessons_of(family: Family, name: str, seed: int = 0) -> list[list[Lesson]]:
     """
     lessons: list[list[Lesson]] = [[] for _ in family.scenes]
     for question in ask(family, name, seed):
-        answer = question.stating(family.values[question.member])
         unseen = "yes" if question.format == "yes_no" else question.stating(question.answers[0][0])
         kind = "static" if question.topic in STATIC else "temporal"
-        lessons[question.member].append(Lesson(question.prompt, answer, kind, unseen))
+        lessons[question.member].append(Lesson(question.prompt, question.label, kind, unseen))
     request = DESCRIBE[sum(name.encode()) % len(DESCRIBE)]
     for scene, told in zip(family.scenes, lessons, strict=True):
         told.append(Lesson(request, describe(unroll(scene), scene.size), "described"))
