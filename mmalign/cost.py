@@ -1,4 +1,4 @@
-"""What a training has used: images through the denoiser, images made, reward calls, seconds; the basis of budgets."""
+"""What a training has used: images through the network, images made, reward calls, seconds; the basis of budgets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ class Cost:
 
     images_seen
         Images that went through the denoiser, forward or backward: each direction counts one, a guided call two for
-        each image. What gradient checkpointing computes again does not count: it is a matter of memory, not of method.
+        each image. With a vision-language model, prompts with their media through the language model, where answers to
+        one prompt go together. What gradient checkpointing computes again does not count: it is a matter of memory,
+        not of method.
     images_sampled, reward_calls
         Images drawn, and images scored (an image scored by two rewards counts two).
     seconds

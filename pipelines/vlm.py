@@ -24,6 +24,7 @@ from pipelines.errors import PipelineError
 from pipelines.vlm_batch import PaddingSide, VlmBatch, VlmSample, collate
 from pipelines.vlm_decoding import NextToken
 from pipelines.vlm_families import FAMILIES, join, signature
+from pipelines.vlm_packing import pack
 
 Media = Sequence[Tensor]
 """One sample's media, in order: images `[3, H, W]` and videos `[F, 3, H, W]`, floats in [0, 1] or uint8."""
@@ -56,6 +57,11 @@ class VisionLanguageModel:
         self._end_ids = sorted({self.tokenizer.eos_token_id, *ends} - {None})
         first = self.tokenizer("x", add_special_tokens=False)["input_ids"][0]
         self._writes_space = self.tokenizer.convert_ids_to_tokens(first).startswith("▁")
+        text_config = network.config.get_text_config()
+        # Kernels but this one take no mask of their own, nor do layers that see a window.
+        self._packs = network.config._attn_implementation == "sdpa" and not any(
+            "sliding" in kind for kind in getattr(text_config, "layer_types", None) or ()
+        )
         self._takes_types = "mm_token_type_ids" in inspect.signature(network.model.forward).parameters
 
     def _find_vision_ids(self) -> frozenset[int]:
@@ -201,9 +207,12 @@ class VisionLanguageModel:
         head = self.network.get_output_embeddings()
         for indices in self._groups(batch):
             group = batch.select(indices)
-            hidden = self.network.model(**self._inputs(group), use_cache=False).last_hidden_state
+            inputs, before = self._inputs(group), group.completion_mask.roll(-1, 1).nonzero(as_tuple=True)
+            if self._packs and len({*group.prompts}) < len(group):
+                inputs, before = self._packed_inputs(group)
+            hidden = self.network.model(**inputs, use_cache=False).last_hidden_state
             # The state before a token predicts it.
-            logits = head(hidden[:, :-1][group.completion_mask[:, 1:]])
+            logits = head(hidden[before])
             logits = logits if logits.dtype == torch.float64 else logits.float()
             for index, part in zip(indices, logits.split(group.completion_mask.sum(1).tolist()), strict=True):
                 parts[index] = part
@@ -230,6 +239,18 @@ class VisionLanguageModel:
         if not self.family.grid_positions:
             inputs["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
         return inputs
+
+    def _packed_inputs(self, batch: VlmBatch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """Return the arguments of the network for a row a prompt, and the places of the states that predict tokens."""
+        rows = pack(batch)
+        inputs = self._inputs(rows.batch)
+        positions = None
+        if self.family.grid_positions:
+            find = self.network.model.compute_3d_position_ids
+            positions = find(**{name: inputs.get(name) for name in inspect.signature(find).parameters})
+        if positions is None:  # one axis, or no media
+            positions = rows.batch.attention_mask.cumsum(1) - 1
+        return {**inputs, "position_ids": positions - rows.back, "attention_mask": rows.reads}, rows.before
 
     def token_types(self, input_ids: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
         """Return 1 for a placeholder of an image, 2 for one of a video and 0 for text: prompt, completion, padding."""

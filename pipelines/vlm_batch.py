@@ -42,12 +42,21 @@ class VlmSample:
 
 @dataclass(frozen=True)
 class VlmBatch:
-    """Padded token ids, what of them is real, what of them is completion, and every sample's vision."""
+    """Padded token ids, what of them is real, what of them is completion, and every sample's vision.
+
+    prompts: for every sample the first one that has the very same prompt and media (by default none shares them).
+    """
 
     input_ids: Int[Tensor, "batch length"]
     attention_mask: Int[Tensor, "batch length"]
     completion_mask: Bool[Tensor, "batch length"]
     vision: tuple[Vision, ...]
+    prompts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Take every prompt for another where nothing is said of them."""
+        if not self.prompts:
+            object.__setattr__(self, "prompts", tuple(range(len(self))))
 
     def __len__(self) -> int:
         """Samples."""
@@ -75,14 +84,16 @@ class VlmBatch:
         """Return some samples, in that order, padded as they were."""
         chosen = torch.tensor(list(indices), device=self.input_ids.device)
         tensors = (self.input_ids[chosen], self.attention_mask[chosen], self.completion_mask[chosen])
-        return VlmBatch(*tensors, tuple(self.vision[index] for index in indices))
+        prompts = [self.prompts[index] for index in indices]
+        return VlmBatch(*tensors, tuple(self.vision[index] for index in indices), tuple(map(prompts.index, prompts)))
 
     def to(self, device: str | torch.device) -> VlmBatch:
         """Return the batch on another device."""
         tensors = (self.input_ids.to(device), self.attention_mask.to(device), self.completion_mask.to(device))
-        return VlmBatch(
-            *tensors, tuple({name: value.to(device) for name, value in one.items()} for one in self.vision)
-        )
+        first = {
+            index: {name: one.to(device) for name, one in self.vision[index].items()} for index in {*self.prompts}
+        }
+        return VlmBatch(*tensors, tuple(first[index] for index in self.prompts), self.prompts)
 
 
 def collate(
@@ -99,4 +110,7 @@ def collate(
         ids[row, start:end] = torch.cat([sample.prompt_ids, sample.completion_ids])
         attention[row, start:end] = 1
         completion[row, start + len(sample.prompt_ids) : end] = True
-    return VlmBatch(ids, attention, completion, tuple(sample.vision for sample in samples))
+    # Completions of one encoded prompt hold its very tensors.
+    prompts = [(id(sample.prompt_ids), id(sample.vision)) for sample in samples]
+    vision = tuple(sample.vision for sample in samples)
+    return VlmBatch(ids, attention, completion, vision, tuple(map(prompts.index, prompts)))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import BENCHMARKS, cpu_attention, memory, sampling, scoring, training_step
+from benchmarks import BENCHMARKS, answer_step, cpu_attention, memory, sampling, scoring, training_step
 from benchmarks.__main__ import main
 from benchmarks.models import write_pipeline
 from benchmarks.timing import Report, Settings, interleave
@@ -41,6 +41,13 @@ def test_training_step_measures_all_three_sides_of_both_kinds() -> None:
         assert list(report.seconds) == ["mmalign", "public recipe", "lower bound"]
         assert report.images == 4
     assert torch.backends.cuda.flash_sdp_enabled() == flash
+
+
+def test_answers_in_shared_rows_are_as_likely_as_in_rows_of_their_own() -> None:
+    for report in answer_step.measure(SMALLEST):
+        assert list(report.seconds) == ["mmalign", "a row an answer", "one answer a pair"]
+        spread = float(report.facts["spread of log-probabilities"])
+        assert float(report.facts["max difference of log-probabilities"]) < 1e-4 < spread
 
 
 def test_sampling_compares_equal_images() -> None:
