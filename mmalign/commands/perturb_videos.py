@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from mmalign.data.video_pairs import VideoPairSettings
 
 _OPTIONS = (
-    "model", "mode", "perturb", "compose", "operators", "difficulty", "chosen", "rejected", "min_events",
-    "length_ratio", "min_effect", "mirrored", "frames", "fps", "max_new_tokens", "temperature", "top_p", "precision",
-    "batch_size",
+    "model", "mode", "instruction", "perturb", "compose", "operators", "difficulty", "chosen", "rejected",
+    "min_events", "length_ratio", "min_effect", "mirrored", "frames", "fps", "max_new_tokens", "temperature", "top_p",
+    "precision", "batch_size",
 )  # fmt: skip
 _NEW_TOKENS = {"questions": 32, "answers": 256}
 
@@ -29,6 +29,12 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("questions", "answers"),
         help="ask the questions of the source (default), or for descriptions",
+    )
+    group.add_argument(
+        "--instruction",
+        action="append",
+        metavar="TEXT",
+        help="ask for descriptions in these words, drawn from where given several times (default: six wordings)",
     )
     group.add_argument(
         "--operators", type=_words, metavar="A,B+C", help="perturbations (default: drop,block-shuffle,block-reverse)"
@@ -90,7 +96,7 @@ def perturb_videos(args: argparse.Namespace) -> int:
         raise UserError(f"--{captions[0].replace('_', '-')} is for captions of images, and {args.source} holds videos")
     values = _with_defaults(args)
 
-    from mmalign.data.video_items import read_video_items
+    from mmalign.data.video_items import INSTRUCTIONS, read_video_items
     from mmalign.data.video_pairs import write_video_pairs
 
     settings = _settings(values, args.seed)
@@ -99,6 +105,7 @@ def perturb_videos(args: argparse.Namespace) -> int:
         questions=settings.questions,
         seed=args.seed,
         limit=args.limit,
+        instructions=values.get("instruction") or INSTRUCTIONS,
     )
     answerer = _answerer(values, Path(args.answers) if args.answers else args.out.with_suffix(".answers"))
     counts = write_video_pairs(items, args.out, settings, answerer, source=args.source)
@@ -110,6 +117,8 @@ def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
     mode, perturb = args.mode or "questions", args.perturb or "video"
     if args.compose is not None and perturb == "video":
         raise UserError("--compose belongs to --perturb captions")
+    if args.instruction is not None and (mode == "questions" or not all(map(str.strip, args.instruction))):
+        raise UserError("--instruction: some text, and for descriptions alone: --mode answers")
     if args.length_ratio is not None and (mode == "questions" or 0 < args.length_ratio < 1 or args.length_ratio < 0):
         raise UserError("--length-ratio: 1 or more (0: any), and for descriptions alone: --mode answers")
     top_p = 1.0 if args.top_p is None else args.top_p

@@ -7,8 +7,9 @@ optional are `answer` (the right one), `aspect`, `fps` (of a video that does not
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ INSTRUCTIONS = (
     "Write down what can be seen, and how it changes over time.",
 )
 """What a model is asked where nothing else is; one is drawn for every video by (seed, id)."""
+
+Instruct = Callable[[str], str]
+"""The id of a video -> what a model is asked about it."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,15 @@ def is_video_source(source: str) -> bool:
     return path.suffix.lower() in TABLE_SUFFIXES and "video" in _columns(path)
 
 
-def read_video_items(source: str, *, questions: bool, seed: int = 0, limit: int | None = None) -> list[VideoItem]:
-    """Return what is asked about the videos of a source: its questions, or one instruction about every video.
+def read_video_items(
+    source: str,
+    *,
+    questions: bool,
+    seed: int = 0,
+    limit: int | None = None,
+    instructions: Sequence[str] = INSTRUCTIONS,
+) -> list[VideoItem]:
+    """Return what is asked about the videos of a source: its questions, or one of `instructions` about every video.
 
     Questions that ask for a caption are only asked of Shapes videos, where captions can be judged.
 
@@ -94,8 +105,9 @@ def read_video_items(source: str, *, questions: bool, seed: int = 0, limit: int 
         UserError: no such source, a malformed table, a video that is not there, an id that occurs twice.
     """
     path = find(source)
-    items = list(_folder_items(path, source, questions, seed) if path.is_dir() else
-                 _table_items(path, questions, seed))[:limit]  # fmt: skip
+    instruct = partial(_instruction, instructions, seed)
+    items = list(_folder_items(path, source, questions, instruct) if path.is_dir() else
+                 _table_items(path, questions, instruct))[:limit]  # fmt: skip
     if not items:
         raise UserError(f"{source}: holds no videos")
     seen: set[str] = set()
@@ -108,7 +120,7 @@ def read_video_items(source: str, *, questions: bool, seed: int = 0, limit: int 
     return items
 
 
-def _folder_items(folder: Path, source: str, questions: bool, seed: int) -> Iterator[VideoItem]:
+def _folder_items(folder: Path, source: str, questions: bool, instruct: Instruct) -> Iterator[VideoItem]:
     shapes = (folder / QUESTIONS).is_file()
     scenes = {row.video: row for row in read_videos(folder)} if shapes else {}
     if questions:
@@ -118,18 +130,18 @@ def _folder_items(folder: Path, source: str, questions: bool, seed: int) -> Iter
             yield VideoItem(one.id, asked.file, one.prompt, one, one.label, one.aspect, scene=scene)
     elif shapes:
         for row in scenes.values():
-            yield VideoItem(row.video, row.file, _instruction(row.video, seed), scene=row.scene)
+            yield VideoItem(row.video, row.file, instruct(row.video), scene=row.scene)
     else:
         for file in sorted((folder / "videos").iterdir()):
             if file.suffix.lower() in CONTAINER_SUFFIXES:
-                yield VideoItem(file.stem, file, _instruction(file.stem, seed))
+                yield VideoItem(file.stem, file, instruct(file.stem))
 
 
-def _instruction(name: str, seed: int) -> str:
-    return INSTRUCTIONS[derive_seed(seed, "instruction", name) % len(INSTRUCTIONS)]
+def _instruction(instructions: Sequence[str], seed: int, name: str) -> str:
+    return instructions[derive_seed(seed, "instruction", name) % len(instructions)]
 
 
-def _table_items(path: Path, questions: bool, seed: int) -> Iterator[VideoItem]:
+def _table_items(path: Path, questions: bool, instruct: Instruct) -> Iterator[VideoItem]:
     found = _columns(path)
     if "video" not in found:
         raise missing_columns(str(path), ["video"], found)
@@ -149,7 +161,7 @@ def _table_items(path: Path, questions: bool, seed: int) -> Iterator[VideoItem]:
         yield VideoItem(
             name,
             path.parent / video,
-            prompt or _instruction(name, seed),
+            prompt or instruct(name),
             answer=_text(row.get("answer")) if questions else None,
             aspect=_text(row.get("aspect")),
             fps=_rate(row.get("fps"), where),

@@ -262,6 +262,7 @@ def test_the_command_goes_on_and_writes_what_training_reads(
         (["--perturb", "captions"], "no questions"),
         (["--mode", "answers", "--chosen", "truth"], "--mode questions"),
         (["--length-ratio", "2"], "descriptions alone"),
+        (["--instruction", "Describe it."], "--instruction: some text, and for descriptions alone"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -278,6 +279,8 @@ def test_tables_of_videos(videos: Path, tmp_path: Path) -> None:
     assert is_video_source(str(table)) and not is_video_source("org/name:train")
     first, second = read_video_items(str(table), questions=True)
     assert (first.answer, first.aspect, second.answer, second.aspect) == ("red", "colour", None, None)
+    told = {one.prompt for one in read_video_items(str(videos), questions=False, instructions=["Tell.", "Say."])}
+    assert told == {"Tell.", "Say."}
     table.write_text("video\nmissing.mp4\n")
     with pytest.raises(UserError, match="missing.mp4, which does not exist"):
         read_video_items(str(table), questions=False)
