@@ -17,9 +17,8 @@ class Cost:
 
     images_seen
         Images that went through the denoiser, forward or backward: each direction counts one, a guided call two for
-        each image. With a vision-language model, prompts with their media through the language model, where answers to
-        one prompt go together. What gradient checkpointing computes again does not count: it is a matter of memory,
-        not of method.
+        each image. Of a vision-language model, answers that it scored, forward or backward. What gradient
+        checkpointing computes again does not count: it is a matter of memory, not of method.
     images_sampled, reward_calls
         Images drawn, and images scored (an image scored by two rewards counts two).
     seconds

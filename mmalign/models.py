@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from mmalign.errors import UserError
 from mmalign.precision import round_frozen
@@ -84,11 +83,6 @@ def make_trainable(model: Any, config: RunConfig) -> None:
         model.network.train()
 
 
-def trunk(config: RunConfig, network: nn.Module) -> Any:
-    """Return the module through which every sample goes, whose calls are counted."""
-    return network.model if answers(config) else network
-
-
 def base_model_name(config: RunConfig) -> str:
     """Return how an adapter names its base: as given if that means the same anywhere, else as an absolute path."""
     given = Path(config.model).expanduser()
@@ -108,11 +102,14 @@ def whole_model(config: RunConfig, trained: Path, merged: Path) -> Path:
 
 def save_whole(model: Any, trained: Path, folder: Path) -> None:
     """Write a model with its adapter merged in, and the config that `trained` was trained by, in place of `folder`."""
-    unfinished = folder.with_name(folder.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save(unfinished)
-    config = trained / "config.yaml"
-    if config.is_file():
-        shutil.copyfile(config, unfinished / config.name)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.replace(folder)
+    folder = folder.resolve()
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        model.save(unfinished)
+        config = trained / "config.yaml"
+        if config.is_file():
+            shutil.copyfile(config, unfinished / config.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -42,6 +42,8 @@ def round_frozen(network: nn.Module, precision: Precision) -> None:
 
     Changes no result under `autocast`, which rounds the same weights to the same values.
     """
+    # transformers takes the type of a whole network from its first weights, and SmolVLM casts features to it.
+    first = next(network.parameters()) if hasattr(network, "get_input_embeddings") else None
     for layer in network.modules():
-        if isinstance(layer, _AUTOCAST_LAYERS) and not any(p.requires_grad for p in layer.parameters()):
+        if isinstance(layer, _AUTOCAST_LAYERS) and not any(p.requires_grad or p is first for p in layer.parameters()):
             layer.to(DTYPES[precision])

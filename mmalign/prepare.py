@@ -19,7 +19,7 @@ from mmalign.errors import UserError
 from mmalign.feed import Feed
 from mmalign.files import check_output
 from mmalign.methods.base import Method
-from mmalign.models import EXPORTS, answers, content_id, load_model, make_trainable, trunk
+from mmalign.models import EXPORTS, answers, content_id, load_model, make_trainable
 from mmalign.monitors import Monitors
 from mmalign.optim import warmup_steps
 from mmalign.precision import autocast, check_precision
@@ -217,9 +217,9 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
         kept=kept,
         samples=samples,
     )
-    run.cost.watch(trunk(config, generator.network))
-    if reference is not None and reference.frozen is not None:
-        run.cost.watch(trunk(config, reference.frozen))
+    frozen = [] if reference is None or reference.frozen is None else [reference.frozen]
+    for module in [generator.scored] if answers(config) else [generator.network, *frozen]:
+        run.cost.watch(module)
     with accelerator.main_process_first():
         method.begin(run)
     feed = Feed(

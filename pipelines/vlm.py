@@ -24,7 +24,7 @@ from pipelines.errors import PipelineError
 from pipelines.vlm_batch import PaddingSide, VlmBatch, VlmSample, collate
 from pipelines.vlm_decoding import NextToken
 from pipelines.vlm_families import FAMILIES, join, signature
-from pipelines.vlm_packing import pack
+from pipelines.vlm_packing import pack, saves
 
 Media = Sequence[Tensor]
 """One sample's media, in order: images `[3, H, W]` and videos `[F, 3, H, W]`, floats in [0, 1] or uint8."""
@@ -37,7 +37,8 @@ class VisionLanguageModel:
     """A vision-language model from transformers with its processor.
 
     Attributes: `name_or_path` as given (the base model, when an adapter was named); `network` and `processor`;
-    `family`, what is special about them; `vision_ids`, the tokens that stand for vision, which no completion holds.
+    `family`, what is special about them; `vision_ids`, the tokens that stand for vision, which no completion holds;
+    `scored`, a module that changes nothing and through which all scores go, a row a sample, to be counted.
     """
 
     def __init__(self, network: Any, processor: Any, name_or_path: str) -> None:
@@ -47,6 +48,7 @@ class VisionLanguageModel:
         self.tokenizer = processor.tokenizer
         self.name_or_path = name_or_path
         self.family = FAMILIES[network.config.model_type]
+        self.scored: Any = torch.nn.Identity()
         if self.tokenizer.eos_token_id is None:
             raise PipelineError(f"{name_or_path}: the tokenizer has no end token; set eos_token in its configuration.")
         if not getattr(processor, "chat_template", None):
@@ -57,11 +59,8 @@ class VisionLanguageModel:
         self._end_ids = sorted({self.tokenizer.eos_token_id, *ends} - {None})
         first = self.tokenizer("x", add_special_tokens=False)["input_ids"][0]
         self._writes_space = self.tokenizer.convert_ids_to_tokens(first).startswith("▁")
-        text_config = network.config.get_text_config()
-        # Kernels but this one take no mask of their own, nor do layers that see a window.
-        self._packs = network.config._attn_implementation == "sdpa" and not any(
-            "sliding" in kind for kind in getattr(text_config, "layer_types", None) or ()
-        )
+        # Other kernels take no mask that says what reads what, and layers that see a window make one of their own.
+        self._packs = network.config._attn_implementation == "sdpa" and _sees_everything(network.config)
         self._takes_types = "mm_token_type_ids" in inspect.signature(network.model.forward).parameters
 
     def _find_vision_ids(self) -> frozenset[int]:
@@ -107,6 +106,8 @@ class VisionLanguageModel:
             raise PipelineError(f"the processor refuses a prompt with {kinds or 'no media'}: {error}") from error
         text_names = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
         vision = {name: torch.as_tensor(value) for name, value in encoded.items() if name not in text_names}
+        if self.family.axis:  # what several videos of one sample hold is joined as that of several samples is
+            vision = {name: value.flatten(0, self.family.axis)[None] for name, value in vision.items()}
         sample = VlmSample(encoded["input_ids"][0], vision, self._separator(turns, text))
         self._check_placeholders(sample.prompt_ids, sample.vision)
         return sample
@@ -195,11 +196,11 @@ class VisionLanguageModel:
         logits = self._flat_logits(batch)
         tokens = batch.input_ids[batch.completion_mask]
         values = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
-        return batch.by_column(values), batch.token_mask
+        return self.scored(batch.by_column(values)), batch.token_mask
 
     def completion_logits(self, batch: VlmBatch) -> Float[Tensor, "batch tokens vocabulary"]:
         """Return the logits that predict each completion token, laid out as `log_probs` is; for divergences."""
-        return batch.by_column(self._flat_logits(batch))
+        return self.scored(batch.by_column(self._flat_logits(batch)))
 
     def _flat_logits(self, batch: VlmBatch) -> Float[Tensor, "all vocabulary"]:
         """Logits at completion positions alone, sample after sample; the head sees no other position."""
@@ -207,9 +208,12 @@ class VisionLanguageModel:
         head = self.network.get_output_embeddings()
         for indices in self._groups(batch):
             group = batch.select(indices)
-            inputs, before = self._inputs(group), group.completion_mask.roll(-1, 1).nonzero(as_tuple=True)
-            if self._packs and len({*group.prompts}) < len(group):
+            if self._packs and saves(group):
                 inputs, before = self._packed_inputs(group)
+            else:
+                inputs = self._inputs(group)
+                places = group.completion_mask.roll(-1, 1).nonzero()
+                before = places[:, 0], places[:, 1]
             hidden = self.network.model(**inputs, use_cache=False).last_hidden_state
             # The state before a token predicts it.
             logits = head(hidden[before])
@@ -244,12 +248,10 @@ class VisionLanguageModel:
         """Return the arguments of the network for a row a prompt, and the places of the states that predict tokens."""
         rows = pack(batch)
         inputs = self._inputs(rows.batch)
-        positions = None
-        if self.family.grid_positions:
+        positions = (rows.batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+        if self.family.grid_positions and any(name.endswith("_grid_thw") for name in inputs):
             find = self.network.model.compute_3d_position_ids
             positions = find(**{name: inputs.get(name) for name in inspect.signature(find).parameters})
-        if positions is None:  # one axis, or no media
-            positions = rows.batch.attention_mask.cumsum(1) - 1
         return {**inputs, "position_ids": positions - rows.back, "attention_mask": rows.reads}, rows.before
 
     def token_types(self, input_ids: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
@@ -404,6 +406,13 @@ def _to_uint8(media: Tensor) -> Tensor:
     if not media.is_floating_point() or not (0 <= float(media.min()) and float(media.max()) <= 1):
         raise PipelineError(f"media of {media.dtype} from {media.min()} to {media.max()}; give floats in [0, 1].")
     return (media.detach().float() * 255).round().to(torch.uint8).cpu()
+
+
+def _sees_everything(config: Any) -> bool:
+    """Tell whether every layer of the language model reads all that stands before."""
+    text_config = config.get_text_config()
+    kinds = getattr(text_config, "layer_types", None)
+    return {*kinds} <= {"full_attention"} if kinds else getattr(text_config, "sliding_window", None) is None
 
 
 def _video_arguments(videos: list[Tensor], fps: float) -> dict[str, Any]:

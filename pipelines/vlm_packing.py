@@ -16,6 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipelines.vlm_batch import VlmBatch
 
+MOST = 0.8
+"""Rows are packed if they then have at most this share of the tokens, padding counted."""
+
 _PROMPT, _PADDING = 0, -1
 
 
@@ -34,37 +37,53 @@ class PackedRows:
     before: tuple[Int[Tensor, " all"], Int[Tensor, " all"]]
 
 
+def saves(batch: VlmBatch) -> bool:
+    """Tell whether packing leaves out a good part of the tokens: answers longer than their prompt leave out few."""
+    firsts = set(batch.prompts)
+    if len(firsts) == len(batch):
+        return False
+    lengths, said = batch.attention_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
+    widths = dict.fromkeys(firsts, 0)
+    for first, length, own in zip(batch.prompts, lengths, said, strict=True):
+        widths[first] += own if widths[first] else length
+    return len(firsts) * max(widths.values()) <= MOST * len(batch) * max(lengths)
+
+
 def pack(batch: VlmBatch) -> PackedRows:
     """Put the completions of a batch that share a prompt into one row, padded on the right."""
-    device = batch.input_ids.device
-    firsts = list(dict.fromkeys(batch.prompts))
-    parts = [_Row(batch, first) for first in firsts]
-    places: list[tuple[int, list[int]]] = [(0, [])] * len(batch)
+    device, ids = batch.input_ids.device, batch.input_ids.cpu()
+    completed, read = batch.completion_mask.cpu(), batch.attention_mask.cpu().bool()
+    rows = {first: _Row(ids[first][read[first] & ~completed[first]]) for first in batch.prompts}
+    numbers = {first: number for number, first in enumerate(rows)}
+    before: tuple[list[int], list[int]] = ([], [])
     for sample, first in enumerate(batch.prompts):
-        row = firsts.index(first)
-        places[sample] = (row, parts[row].add(batch.input_ids[sample][batch.completion_mask[sample]]))
-    ids = pad_sequence([torch.cat(row.ids) for row in parts], batch_first=True)
-    kind, back = (
-        pad_sequence([torch.tensor(values) for values in column], batch_first=True, padding_value=_PADDING).to(device)
-        for column in ([row.kinds for row in parts], [row.back for row in parts])
-    )
-    kind_of_read = kind[:, None]
-    reads = (kind_of_read == _PROMPT) | (kind_of_read == kind[:, :, None])
-    rows = torch.tensor([row for row, columns in places for _ in columns], device=device)
-    columns = torch.tensor([column for _, columns in places for column in columns], device=device)
+        columns = rows[first].add(ids[sample][completed[sample]])
+        before[0].extend([numbers[first]] * len(columns))
+        before[1].extend(columns)
+    kind = _padded([torch.tensor(row.kinds) for row in rows.values()], _PADDING).to(device)
+    back = _padded([torch.tensor(row.back) for row in rows.values()], 0).to(device)
+    seen = kind[:, None]
     return PackedRows(
-        VlmBatch(ids, (kind != _PADDING).long(), kind > _PROMPT, tuple(batch.vision[first] for first in firsts)),
-        back.clamp(min=0),
-        reads.tril()[:, None],
-        (rows, columns),
+        VlmBatch(
+            _padded([torch.cat(row.ids) for row in rows.values()], 0).to(device),
+            (kind != _PADDING).long(),
+            kind > _PROMPT,
+            tuple(batch.vision[first] for first in rows),
+        ),
+        back,
+        ((seen == _PROMPT) | (seen == kind[:, :, None])).tril()[:, None],
+        (torch.tensor(before[0], device=device), torch.tensor(before[1], device=device)),
     )
+
+
+def _padded(rows: list[Tensor], value: int) -> Int[Tensor, "rows length"]:
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 class _Row:
     """A row as it grows: its tokens, the completion that each belongs to, and the tokens of others before it."""
 
-    def __init__(self, batch: VlmBatch, first: int) -> None:
-        prompt = batch.input_ids[first][batch.attention_mask[first].bool() & ~batch.completion_mask[first]]
+    def __init__(self, prompt: Int[Tensor, " prompt"]) -> None:
         self.prompt = len(prompt)
         self.ids = [prompt]
         self.kinds = [_PROMPT] * self.prompt

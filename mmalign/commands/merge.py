@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
 
     load = load_vlm if is_vlm_adapter(location) else load_generator
     if load is load_generator and not is_adapter_directory(location):
-        raise UserError(
-            f"{args.model} is a whole model already; name the directory of a training with adapter.kind lora"
-        )
+        whole = any((Path(location) / name).is_file() for name in ("config.json", "model_index.json"))
+        what = "is a whole model already" if whole else "holds no adapter"
+        raise UserError(f"{args.model} {what}; name the directory of a finished training with adapter.kind lora")
     check_output(args.out)
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"--out {args.out}: is not empty; name another folder, or remove it")

@@ -34,7 +34,7 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
         "--instruction",
         action="append",
         metavar="TEXT",
-        help="ask for descriptions in these words, drawn from where given several times (default: six wordings)",
+        help="ask for descriptions in these words where the source has none; may be given often (default: six)",
     )
     group.add_argument(
         "--operators", type=_words, metavar="A,B+C", help="perturbations (default: drop,block-shuffle,block-reverse)"

@@ -21,7 +21,7 @@ _MAX_LINEAGE = 8
 LOOK = "evaluation/"
 """What the metrics of a look at fixed prompts start with, before the reward's name."""
 COSTS = ("images_seen", "images_sampled", "reward_calls", "seconds")
-"""What a training run counts: images through the denoiser, images sampled, images scored, wall time without looks."""
+"""What a training run counts: images through the network, images sampled, images scored, wall time without looks."""
 MEMORY = "memory_gb"
 """The peak memory of a training run, in GB: the GPU's, or that of the process where there is none."""
 

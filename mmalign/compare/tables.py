@@ -105,10 +105,10 @@ def _costs(document: dict[str, Any]) -> PlainTable:
         [name, *(f"{cost[key]:,.{digits.get(key, 0)}f}" if key in cost else ABSENT for key in _COSTS)]
         for name, cost in costs.items()
     ]
-    through = "language model" if "item" in document else "denoiser"
+    seen = "answers that the model scored" if "item" in document else "those through the denoiser"
     several = "Means over the training seeds. " if document.get("training_seeds") else ""
     note = (
-        f"{several}Images seen are those through the {through}, forward or backward each counting one; wall time "
+        f"{several}Images seen are {seen}, forward or backward each counting one; wall time "
         "leaves out the looks; memory is the GPU's, or that of the process where there is none."
     )
     return PlainTable("cost-table", "Cost of training", note, ["system", *_COSTS.values()], rows)

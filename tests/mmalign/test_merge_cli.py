@@ -66,3 +66,6 @@ def test_the_merged_model_says_what_base_and_adapter_said(
     assert "is not empty" in capsys.readouterr().err
     assert main(["merge", str(merged), "--out", str(tmp_path / "again")]) == 2
     assert "is a whole model already" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["merge", str(tmp_path / "empty"), "--out", str(tmp_path / "again")]) == 2
+    assert "holds no adapter" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import losses, run_config, write_answer_pairs
-from tiny_vlms import build_llava_onevision, build_qwen2_5_vl
+from tiny_vlms import BUILDERS, build_llava_onevision, build_qwen2_5_vl
 
 from mmalign.cli import main
 from mmalign.compare.systems import read_cost, read_system
@@ -52,8 +52,16 @@ def test_looks_ask_questions(world: dict[str, Any], tmp_path: Path) -> None:
     line = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
     by_aspect = [key for key in line if key.startswith("evaluation/accuracy/")]
     assert by_aspect and line["evaluation/accuracy"] in (0, 0.25, 0.5, 0.75, 1)
-    assert losses(output, "images_seen")[2] == 2 * 2 * 3  # looks do not count
+    assert losses(output, "images_seen")[2] == 2 * 2 * 6  # looks do not count
     assert not (output / "evaluation").exists()
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_every_family_trains_in_bfloat16(family: str, tmp_path: Path) -> None:
+    pairs = write_answer_pairs(tmp_path / "data")
+    model = BUILDERS[family](tmp_path / "vlm")
+    output = train(run_config(model, pairs, tmp_path / "out", "vlm_dpo", steps=2, precision="bf16"))
+    assert losses(output)[1] == pytest.approx(LN2, abs=1e-6) and math.isfinite(losses(output)[2])
 
 
 def test_stages_start_where_the_stage_before_ended(world: dict[str, Any], tmp_path: Path) -> None:

@@ -52,8 +52,9 @@ def test_the_loss_starts_at_multiples_of_ln_2_and_falls(
     found = losses(output)
     assert found[1] == pytest.approx(expected, abs=1e-6)
     assert found[2] < expected - 1e-3
-    # Two media a pair, which the third answer of rdpo shares: forward and backward, and the reference forward.
-    assert losses(output, "images_seen")[2] == 2 * 6 * 3 * 2
+    # Forward and backward of two or three answers a pair, and of the reference forward.
+    name = method if isinstance(method, str) else method["name"]
+    assert losses(output, "images_seen")[2] == 2 * 6 * 3 * (3 if name == "rdpo" else 2)
 
 
 def test_jsd_counts_what_it_looks_at(world: dict[str, Any], tmp_path: Path) -> None:
@@ -103,8 +104,8 @@ def test_a_precomputed_reference_gives_the_losses_of_a_live_one(
     given = {**options, "beta": 0.5, "reference": "precomputed"}
     stored = train(config(world, tmp_path / "stored", given, **changes))
     assert losses(stored) == pytest.approx(losses(live), abs=5e-6)
-    # The policy alone: forward and backward of both media.
-    assert losses(stored, "images_seen")[3] == 3 * 2 * 2 * 2
+    # The policy alone: forward and backward of every side.
+    assert losses(stored, "images_seen")[3] == 3 * 2 * 2 * (3 if options["name"] == "rdpo" else 2)
     (shard,) = (tmp_path / "cache" / "references").rglob("*.safetensors")
     made = shard.stat().st_mtime_ns
     changes["steps"] = 1

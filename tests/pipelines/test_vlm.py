@@ -101,6 +101,15 @@ def test_log_probs_depend_on_neither_padding_nor_batch(model: VisionLanguageMode
 
 
 @torch.no_grad()
+def test_several_videos_of_a_sample_stay_in_order(model: VisionLanguageModel) -> None:
+    first, second = [video(4, seed=1), video(4, seed=2)], [video(4, seed=3), video(4, seed=4)]
+    together, _ = model.log_probs(model.encode([QUESTION] * 2, [first, second], [ANSWER] * 2))
+    for row, media in enumerate((first, second)):
+        alone, _ = model.log_probs(model.encode([QUESTION], [media], [ANSWER]))
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-5, atol=2e-5)
+
+
+@torch.no_grad()
 def test_chosen_and_rejected_may_see_different_media(model: VisionLanguageModel) -> None:
     clean, broken = video(4), video(4).flip(0)
     both = model.encode([QUESTION] * 2, [[clean], [broken]], [ANSWER] * 2)

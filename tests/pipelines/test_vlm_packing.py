@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_vlms
@@ -12,7 +13,7 @@ from torch import Tensor
 from pipelines.vlm import VisionLanguageModel
 from pipelines.vlm_batch import VlmBatch, VlmSample, collate
 from pipelines.vlm_load import load_vlm
-from pipelines.vlm_packing import pack
+from pipelines.vlm_packing import pack, saves
 
 
 @pytest.fixture(scope="module", params=tuple(tiny_vlms.BUILDERS))
@@ -78,7 +79,7 @@ def test_a_video_and_its_prompt_are_seen_once(model: VisionLanguageModel) -> Non
         model.log_probs(replace(batch, prompts=()))
     hook.remove()
     assert packed < 0.75 * sum(tokens)
-    assert sum(len(one.vision) for one in (pack(batch.select([0, 4, 6])).batch,)) == 1
+    assert len(pack(batch.select([0, 4, 6])).batch.vision) == 1
 
 
 def test_checkpointed_blocks_take_shared_rows(model: VisionLanguageModel) -> None:
@@ -98,6 +99,30 @@ def test_kernels_that_take_no_mask_get_rows_of_their_own(model: VisionLanguageMo
     values, _ = other.log_probs(shared(other))
     expected, _ = load_vlm(folder, device="cpu", dtype=torch.float64).log_probs(shared(other))
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def test_layers_with_a_window_get_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tiny_vlms._text
+    monkeypatch.setattr(tiny_vlms, "_text", lambda tokenizer, _: text(tokenizer, "mistral", sliding_window=16))
+    model = load_vlm(tiny_vlms.build_llava_next_video(tmp_path / "windowed"), device="cpu")
+    asked = model.encode_prompt("what moves here?", [video(4, 1)])
+    together = model.collate([model.complete(asked, "a red one"), model.complete(asked, "no")])
+    assert len(asked.prompt_ids) > 16 and together.prompts == (0, 0)
+    apart, _ = model.log_probs(replace(together, prompts=()))
+    torch.testing.assert_close(model.log_probs(together)[0], apart, rtol=1e-5, atol=2e-5)
+
+
+def test_rows_are_shared_only_where_that_saves_tokens() -> None:
+    def batch(prompt: int, *answers: tuple[int, int]) -> VlmBatch:
+        prompts = [VlmSample(torch.ones(prompt, dtype=torch.long), {}) for _ in range(8)]
+        return collate([prompts[which].with_completion([1] * count) for which, count in answers], 0)
+
+    assert saves(batch(100, (0, 10), (0, 12)))
+    assert not saves(batch(50, (0, 400), (0, 400)))
+    assert not saves(batch(100, (0, 10), (1, 10)))
+    # One long row would lengthen the others.
+    assert not saves(batch(60, (0, 300), (0, 300), *((k, 300) for k in range(1, 8))))
 
 
 def test_a_row_by_hand() -> None:
