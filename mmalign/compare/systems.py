@@ -78,7 +78,7 @@ def read_system(
     location = resolve_model(model)
     if adapter_scale != 1:
         require_adapter(model, f"system '{name}': adapter_scale {adapter_scale:g}", "train it with adapter.kind lora")
-    metrics = read_metrics(Path(location))
+    metrics = _whole_metrics(Path(location))
     run_config = _run_config(Path(location))
     declared, remark = (trained_on, "") if trained_on is not None else find_trained_on(location)
     return SystemFacts(
@@ -91,7 +91,7 @@ def read_system(
         curves=read_curves(metrics),
         looks=read_looks(metrics),
         look_steps=[int(line["step"]) for line in metrics if _is_look(line)],
-        cost=_whole_cost(Path(location), metrics),
+        cost=read_cost(metrics),
         adapter_scale=adapter_scale,
         remark=remark,
     )
@@ -139,15 +139,17 @@ def read_looks(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{name: value for name, value in look.items() if name in COSTS or name.startswith(LOOK)} for look in looks]
 
 
-def _whole_cost(folder: Path, metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """Return what a training cost with the stages before it, of which the memory counts once."""
-    before = sorted((folder / FOLDER).glob("*/model"))
-    costs = [read_cost(metrics), *(read_cost(read_metrics(stage)) for stage in before)]
-    return {
-        name: (max if name == MEMORY else sum)(cost[name] for cost in costs)
-        for name in costs[0]
-        if all(name in cost for cost in costs)
-    }
+def _whole_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics of a training with those of the stages before it, steps and costs counted on."""
+    method = _run_config(folder / FOLDER).get("method") or {}
+    parts = [*(folder / FOLDER / str(stage) / "model" for stage in method.get("stages", [])[:-1]), folder]
+    whole: list[dict[str, Any]] = []
+    for part in parts:
+        done = {name: max((line[name] for line in whole if name in line), default=0) for name in ("step", *COSTS)}
+        for line in read_metrics(part):
+            if line["step"] or not done["step"]:  # where a stage starts, the one before has ended
+                whole.append({name: value + done[name] if name in done else value for name, value in line.items()})
+    return whole
 
 
 def read_cost(metrics: list[dict[str, Any]]) -> dict[str, float]:

@@ -92,6 +92,7 @@ def test_stages_start_where_the_stage_before_ended(world: dict[str, Any], tmp_pa
     costs = [read_cost(read_metrics(stage))["images_seen"] for stage in (easy, output)]
     facts = read_system("temple", str(output), 1.0, [], identify=fingerprint_vlm)
     assert facts.cost["images_seen"] == sum(costs) and min(costs) > 0
+    assert [step for step, _ in facts.curves["loss"]] == [1, 2, 3, 4]
     shutil.move(tmp_path / "stages" / "config.yaml", tmp_path / "elsewhere")
     systems[1].pop("overrides")
     assert [one.state for one in plan_trainings(check_values(QuestionConfig, compared))] == ["unfinished"]
