@@ -14,6 +14,15 @@ class UserError(Exception):
     """The user's input is wrong; the command line prints the message as one line and exits with code 2."""
 
 
+class MissingPath(UserError):
+    """A file or folder that the user names is not there; `path` is it, as given."""
+
+    def __init__(self, path: object, hint: str) -> None:
+        """Say that `path` does not exist, and `hint` at what was meant."""
+        super().__init__(f"{path}: no such file or directory{hint}")
+        self.path = str(path)
+
+
 class TrainingDiverged(RuntimeError):
     """What a run computes has stopped to mean anything; nothing was saved after it."""
 

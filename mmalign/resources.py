@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mmalign.errors import UserError, nearest
+from mmalign.errors import MissingPath, UserError, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
@@ -21,7 +21,7 @@ def find(path: str | Path) -> Path:
     """Return `path` as given if it exists, else the shipped file or directory of that relative name.
 
     Raises:
-        UserError: neither exists; the message names the nearest existing path.
+        MissingPath: neither exists; the message names the nearest existing path.
     """
     given = Path(path).expanduser()
     if given.exists():
@@ -30,7 +30,7 @@ def find(path: str | Path) -> Path:
         shipped = resource_root() / given
         if shipped.exists():
             return shipped
-    raise UserError(f"{path}: no such file or directory{_path_hint(given)}")
+    raise MissingPath(path, _path_hint(given))
 
 
 def resolve_model(name: str) -> str:

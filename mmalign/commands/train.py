@@ -9,7 +9,10 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from mmalign.config import load_config
+from mmalign.config import RunConfig, load_config
+from mmalign.config_files import find_config
+from mmalign.errors import MissingPath, UserError
+from mmalign.resources import resource_root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; returns 0, 1 for a run that broke off, 130 after Ctrl-C."""
     config = load_config(args.config, args.overrides)
+    try:
+        return _train(config, args)
+    except MissingPath as error:
+        recipe = find_config(args.config)
+        if not recipe.is_relative_to(resource_root() / "configs") or any(
+            error.path in override for override in args.overrides
+        ):
+            raise
+        raise UserError(f"{error}; the first lines of {recipe} say how it is made") from None
+
+
+def _train(config: RunConfig, args: argparse.Namespace) -> int:
     # After the config has been checked, so that a mistake in it is told before the seconds that these imports take.
     from mmalign.engine import plan, train
 

@@ -50,6 +50,20 @@ def test_trains_with_overrides_and_exports(recipe: Path, tmp_path: Path, capsys:
     assert main(["train", str(recipe), "method.beta=600", "trainer.steps=2", "--resume", "never"]) == 0
 
 
+def test_a_shipped_config_says_how_its_data_are_made(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "shapes_vlm/vlm_dpo"]) == 2
+    assert "configs/shapes_vlm/vlm_dpo.yaml say how it is made" in capsys.readouterr().err
+    assert main(["train", "shapes/diffusion_dpo", "data.pairs=mine.parquet"]) == 2
+    assert "say how" not in capsys.readouterr().err
+    recipe.write_text(recipe.read_text().replace("pairs:", "pairs: nowhere.parquet #"))
+    assert main(["train", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "nowhere.parquet: no such file" in said and "say how" not in said
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
