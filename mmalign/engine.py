@@ -158,9 +158,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             hub.write_config(self.config, self.output)
         self.metrics = Metrics(self.output, self.config, self.accelerator, run.step)
-        note(str(make_plan(self.config, self.method, len(self.feed.samples), run.generator, self.feed.world_size)))
+        todo = make_plan(self.config, self.method, len(self.feed.samples), run.generator, self.feed.world_size)
+        note(str(todo))
         total, done = settings.steps * self.images_per_step, run.step * self.images_per_step
-        with graceful_stop() as stop, track(total, "train", initial=done) as job:
+        with graceful_stop() as stop, track(total, "train", todo.unit, initial=done) as job:
             if run.step == 0:
                 self._look()
             self._clock = (run.step, time.monotonic())

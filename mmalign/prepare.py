@@ -82,6 +82,7 @@ class Plan:
     steps: int
     samples_per_step: int
     images_per_step: int
+    unit: str
     epochs: float
     trainable: int
     parameters: int
@@ -96,8 +97,8 @@ class Plan:
             [
                 f"  method     {self.method}",
                 f"  data       {self.data}",
-                f"  steps      {self.steps} of {self.samples_per_step} samples ({self.images_per_step} images) each: "
-                f"{passes} over the data; warm-up {self.warmup} steps",
+                f"  steps      {self.steps} of {self.samples_per_step} samples ({self.images_per_step} {self.unit}) "
+                f"each: {passes} over the data; warm-up {self.warmup} steps",
                 f"  trainable  {self.trainable:,} of {self.parameters:,} parameters ({share:.3g} %)",
             ]
         )
@@ -325,6 +326,7 @@ def make_plan(config: RunConfig, method: Method[Any], samples: int, generator: A
         steps=trainer.steps,
         samples_per_step=per_step,
         images_per_step=per_step * method.images_per_sample,
+        unit="answers" if answers(config) else "images",
         epochs=rounds / (samples // per_step),
         trainable=sum(p.numel() for p in generator.trainable_parameters()),
         parameters=sum(p.numel() for p in generator.network.parameters()),
