@@ -24,7 +24,8 @@ from pipelines.errors import PipelineError
 from pipelines.vlm_batch import PaddingSide, VlmBatch, VlmSample, collate
 from pipelines.vlm_decoding import NextToken
 from pipelines.vlm_families import FAMILIES, join, signature
-from pipelines.vlm_packing import pack, saves
+from pipelines.vlm_media import to_uint8, video_arguments
+from pipelines.vlm_packing import pack, saves, sees_everything
 
 Media = Sequence[Tensor]
 """One sample's media, in order: images `[3, H, W]` and videos `[F, 3, H, W]`, floats in [0, 1] or uint8."""
@@ -60,7 +61,7 @@ class VisionLanguageModel:
         first = self.tokenizer("x", add_special_tokens=False)["input_ids"][0]
         self._writes_space = self.tokenizer.convert_ids_to_tokens(first).startswith("▁")
         # Other kernels take no mask that says what reads what, and layers that see a window make one of their own.
-        self._packs = network.config._attn_implementation == "sdpa" and _sees_everything(network.config)
+        self._packs = network.config._attn_implementation == "sdpa" and sees_everything(network.config)
         self._takes_types = "mm_token_type_ids" in inspect.signature(network.model.forward).parameters
 
     def _find_vision_ids(self) -> frozenset[int]:
@@ -86,7 +87,7 @@ class VisionLanguageModel:
         Raises:
             PipelineError: media of a wrong shape, range or mix, or a prompt that holds words standing for vision.
         """
-        pixels = [_to_uint8(one) for one in media]
+        pixels = [to_uint8(one) for one in media]
         kinds = ["video" if one.ndim == 4 else "image" for one in pixels]
         if len(set(kinds)) > 1 and not self.family.mixes_media:
             raise PipelineError("this model takes images or videos in one prompt, not both; split the sample.")
@@ -100,7 +101,7 @@ class VisionLanguageModel:
                 text=[text],
                 images=[images] if images else None,
                 return_tensors="pt",
-                **_video_arguments(videos, fps),
+                **video_arguments(videos, fps),
             )
         except (ValueError, StopIteration) as error:
             raise PipelineError(f"the processor refuses a prompt with {kinds or 'no media'}: {error}") from error
@@ -395,35 +396,3 @@ class VisionLanguageModel:
         """Write the adapter in peft's layout, and ``mmalign.json`` naming the base model."""
         record = {"base_model": base_model or self.name_or_path, "family": self.network.config.model_type}
         vlm_adapters.save_adapter(self.network, path, record)
-
-
-def _to_uint8(media: Tensor) -> Tensor:
-    """Return one image or video as the processors were made for: whole levels of 0 to 255, on the CPU."""
-    if media.ndim not in (3, 4) or media.shape[-3] != 3 or 0 in media.shape:
-        raise PipelineError(f"media of shape {list(media.shape)}; images are [3, H, W] and videos [frames, 3, H, W].")
-    if media.dtype == torch.uint8:
-        return media.cpu()
-    if not media.is_floating_point() or not (0 <= float(media.min()) and float(media.max()) <= 1):
-        raise PipelineError(f"media of {media.dtype} from {media.min()} to {media.max()}; give floats in [0, 1].")
-    return (media.detach().float() * 255).round().to(torch.uint8).cpu()
-
-
-def _sees_everything(config: Any) -> bool:
-    """Tell whether every layer of the language model reads all that stands before."""
-    text_config = config.get_text_config()
-    kinds = getattr(text_config, "layer_types", None)
-    return {*kinds} <= {"full_attention"} if kinds else getattr(text_config, "sliding_window", None) is None
-
-
-def _video_arguments(videos: list[Tensor], fps: float) -> dict[str, Any]:
-    """Return what tells a processor that these are all the frames there are, and when they were taken."""
-    from transformers.video_utils import VideoMetadata
-
-    if not videos:
-        return {}
-    if not fps > 0:
-        raise PipelineError(f"fps={fps}: frames per second must be positive.")
-    metadata = [
-        VideoMetadata(total_num_frames=len(video), fps=fps, frames_indices=list(range(len(video)))) for video in videos
-    ]
-    return {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}

@@ -8,6 +8,7 @@ up to rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -37,6 +38,13 @@ class PackedRows:
     before: tuple[Int[Tensor, " all"], Int[Tensor, " all"]]
 
 
+def sees_everything(config: Any) -> bool:
+    """Tell whether every layer of the language model reads all that stands before."""
+    text_config = config.get_text_config()
+    kinds = getattr(text_config, "layer_types", None)
+    return {*kinds} <= {"full_attention"} if kinds else getattr(text_config, "sliding_window", None) is None
+
+
 def saves(batch: VlmBatch) -> bool:
     """Tell whether packing leaves out a good part of the tokens: answers longer than their prompt leave out few."""
     firsts = set(batch.prompts)
@@ -53,7 +61,7 @@ def pack(batch: VlmBatch) -> PackedRows:
     """Put the completions of a batch that share a prompt into one row, padded on the right."""
     device, ids = batch.input_ids.device, batch.input_ids.cpu()
     completed, read = batch.completion_mask.cpu(), batch.attention_mask.cpu().bool()
-    rows = {first: _Row(ids[first][read[first] & ~completed[first]]) for first in batch.prompts}
+    rows = {first: _Row(ids[first][read[first] & ~completed[first]]) for first in dict.fromkeys(batch.prompts)}
     numbers = {first: number for number, first in enumerate(rows)}
     before: tuple[list[int], list[int]] = ([], [])
     for sample, first in enumerate(batch.prompts):

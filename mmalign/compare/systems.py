@@ -147,7 +147,7 @@ def _whole_metrics(folder: Path) -> list[dict[str, Any]]:
     for part in parts:
         done = {name: max((line[name] for line in whole if name in line), default=0) for name in ("step", *COSTS)}
         for line in read_metrics(part):
-            if line["step"] or not done["step"]:  # where a stage starts, the one before has ended
+            if line.get("step") or not done["step"]:  # where a stage starts, the one before has ended
                 whole.append({name: value + done[name] if name in done else value for name, value in line.items()})
     return whole
 
