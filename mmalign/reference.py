@@ -97,6 +97,10 @@ class Reference:
 def _frozen_copy(network: nn.Module, precision: Precision) -> nn.Module:
     frozen = copy.deepcopy(network).eval().requires_grad_(False)
     round_frozen(frozen, precision)
+    # Used under no_grad alone. torch chooses a kernel for strided inputs by whether the weights want gradients, and
+    # on some processors these kernels round differently.
+    for parameter, own in zip(frozen.parameters(), network.parameters(), strict=True):
+        parameter.requires_grad_(own.requires_grad)
     return frozen
 
 

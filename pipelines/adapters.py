@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import MissingModelError, PipelineError, nearest
+from pipelines.saving import replacing_parts
 
 ADAPTER = "default"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -61,7 +59,7 @@ def add_adapter(
     chosen = list(targets or DEFAULT_TARGETS)
     config = LoraConfig(r=rank, lora_alpha=cast(int, rank if alpha is None else alpha), target_modules=chosen)
     _check_targets(network, chosen)
-    network.add_adapter(config, adapter_name=ADAPTER)
+    attach(network, config)
     generator = torch.Generator().manual_seed(seed)
     network.requires_grad_(False)
     with torch.no_grad():
@@ -72,6 +70,19 @@ def add_adapter(
             else:
                 parameter.zero_()
             parameter.requires_grad_(True)
+
+
+def attach(network: Any, config: Any) -> None:
+    """Put peft's layers into a network of diffusers or transformers.
+
+    What their own ``add_adapter`` does, without the release of peft that it asks for: transformers 5.24 asks for one
+    that is not published.
+    """
+    from peft import inject_adapter_in_model
+
+    config.base_model_name_or_path = vars(network).get("name_or_path")
+    inject_adapter_in_model(config, network, ADAPTER)
+    network._hf_peft_config_loaded = True
 
 
 def _check_targets(network: Any, targets: list[str]) -> None:
@@ -169,23 +180,16 @@ def save_adapter(network: Any, path: str | Path, pipeline_class: Any, record: di
 
     if not has_adapter(network):
         raise PipelineError("there is no adapter to save; the model was not trained with adapter: {kind: lora}.")
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     weights: dict[str, Tensor] = convert_state_dict_to_diffusers(
         get_peft_model_state_dict(network, adapter_name=ADAPTER)
     )
     config = network.peft_config[ADAPTER].to_dict()
     # peft keeps the targets in a set; sorted, the same adapter makes the same file.
     config["target_modules"] = sorted(config["target_modules"])
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
-    try:
+    with replacing_parts(Path(path), RECORD_NAME) as scratch:
         pipeline_class.save_lora_weights(scratch, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
         _sort_metadata(scratch / WEIGHTS_NAME)
         (scratch / RECORD_NAME).write_text(json.dumps({**record, "rank": config["r"]}, indent=2) + "\n")
-        for name in (WEIGHTS_NAME, RECORD_NAME):
-            os.replace(scratch / name, path / name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _sort_metadata(file: Path) -> None:

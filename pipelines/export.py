@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from pipelines.components import has_component, weight_files
 from pipelines.errors import PipelineError
+from pipelines.saving import replacing_parts
 
 UNSAFE = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx", ".onnx_data")
 
@@ -24,19 +23,12 @@ def save_pipeline(path: str | Path, root: Path, index: dict[str, Any], network_n
     path = Path(path)
     if path.resolve() == root.resolve():
         raise PipelineError(f"refusing to save over the base model {root}; choose another directory.")
-    path.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
-    try:
+    with replacing_parts(path, "model_index.json") as scratch:
         for name in index:
             if name != network_name and has_component(index, name):
                 _copy_component(root / name, scratch / name)
         network.save_pretrained(scratch / network_name, safe_serialization=True)
-        for part in sorted(scratch.iterdir()):
-            _replace(part, path / part.name, scratch)
         (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        os.replace(scratch / "model_index.json", path / "model_index.json")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _copy_component(source: Path, target: Path) -> None:
@@ -47,9 +39,3 @@ def _copy_component(source: Path, target: Path) -> None:
         skipped = file.suffix in UNSAFE or (file.suffix == ".safetensors" and file.name not in wanted)
         if file.is_file() and not skipped:
             shutil.copyfile(file, target / file.name)
-
-
-def _replace(part: Path, target: Path, scratch: Path) -> None:
-    if target.exists():
-        os.replace(target, scratch / f"{target.name}.old")
-    os.replace(part, target)

@@ -7,17 +7,15 @@ A directory holds ``adapter_config.json``, ``adapter_model.safetensors`` and ``m
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipelines.adapters import ADAPTER, RECORD_NAME, has_adapter, lora_layers, lora_parameters
+from pipelines.adapters import ADAPTER, RECORD_NAME, attach, has_adapter, lora_layers, lora_parameters
 from pipelines.errors import MissingModelError, PipelineError, nearest
+from pipelines.saving import replacing_parts
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -70,10 +68,7 @@ def save_adapter(network: Any, path: str | Path, record: dict[str, Any]) -> None
     # peft keeps the targets in a set; sorted, the same adapter makes the same file.
     config |= {"target_modules": sorted(config["target_modules"]), "inference_mode": True}
     state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
-    try:
+    with replacing_parts(Path(path), RECORD_NAME) as scratch:
         save_file(
             {_PREFIX + name: value.detach().cpu().contiguous() for name, value in state.items()},
             scratch / PEFT_WEIGHTS,
@@ -81,10 +76,6 @@ def save_adapter(network: Any, path: str | Path, record: dict[str, Any]) -> None
         )
         (scratch / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
         (scratch / RECORD_NAME).write_text(json.dumps({**record, "rank": config["r"]}, indent=2) + "\n")
-        for name in (PEFT_WEIGHTS, CONFIG_NAME, RECORD_NAME):
-            os.replace(scratch / name, path / name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def load_adapter(network: Any, path: str | Path) -> None:
@@ -104,7 +95,7 @@ def load_adapter(network: Any, path: str | Path) -> None:
             raise MissingModelError(f"no adapter at {path}: {name} is missing; give a directory that peft wrote.")
     state = {name.removeprefix(_PREFIX): value for name, value in load_file(path / PEFT_WEIGHTS).items()}
     try:
-        network.add_adapter(LoraConfig.from_pretrained(str(path)), adapter_name=ADAPTER)
+        attach(network, LoraConfig.from_pretrained(str(path)))
         outcome: Any = set_peft_model_state_dict(network, state, adapter_name=ADAPTER)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]

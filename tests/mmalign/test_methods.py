@@ -83,9 +83,11 @@ def test_dpo_starts_at_log_two_exactly(model: str, kind: str, precision: str) ->
 def test_both_references_are_the_base_model_whatever_became_of_the_policy(model: str, precision: str) -> None:
     batch = InMemoryPairs(3).batch(range(3), 0, 0)
     t = torch.tensor([5, 400, 990])
-    with torch.no_grad(), autocast(precision, CPU):  # type: ignore[arg-type]
-        base = load_generator(model, device="cpu").predict(batch.chosen, t, batch.cond)
+    untrained = load_generator(model, device="cpu")
     for kind in ("lora", "full"):
+        untrained.network.requires_grad_(kind == "full")
+        with torch.no_grad(), autocast(precision, CPU):  # type: ignore[arg-type]
+            base = untrained.predict(batch.chosen, t, batch.cond)
         run = make_run(model, kind, precision)
         disturb(run)
         assert torch.equal(run.reference.predict(batch.chosen, t, batch.cond), base), kind

@@ -1,0 +1,29 @@
+"""Directories of models of which nobody ever reads a half-written part."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing_parts(folder: Path, last: str) -> Iterator[Path]:
+    """Yield an empty directory: when the block ends well, what it put there takes its place in `folder`, part by part.
+
+    `last` is the part whose presence says that the others are there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        yield scratch
+        for part in sorted(scratch.iterdir(), key=lambda part: (part.name == last, part.name)):
+            target = folder / part.name
+            if target.is_dir():
+                os.replace(target, scratch / f"{target.name}.old")
+            os.replace(part, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
