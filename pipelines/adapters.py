@@ -75,8 +75,8 @@ def add_adapter(
 def attach(network: Any, config: Any) -> None:
     """Put peft's layers into a network of diffusers or transformers.
 
-    What their own ``add_adapter`` does, without the release of peft that it asks for: transformers 5.24 asks for one
-    that is not published.
+    What their own ``add_adapter`` does, whatever release of peft it asks for: transformers 5.24 asks for a newer one
+    than installs beside it.
     """
     from peft import inject_adapter_in_model
 
