@@ -145,7 +145,7 @@ def adapter_file(path: str | Path) -> Path:
 
 @contextmanager
 def adapter_disabled(layers: Iterable[Any]) -> Iterator[None]:
-    """Run the network as its base: bit-equal to never having had an adapter.
+    """Run the network as its base: bit-equal to the frozen network that never had an adapter.
 
     peft switches ``requires_grad`` along with the adapter; it is put back as it was, and nesting is safe.
     """

@@ -22,7 +22,7 @@ def replacing_parts(folder: Path, last: str) -> Iterator[Path]:
         yield scratch
         for part in sorted(scratch.iterdir(), key=lambda part: (part.name == last, part.name)):
             target = folder / part.name
-            if target.is_dir():
+            if target.exists() and (target.is_dir() or part.is_dir()):  # files are replaced in one step, these are not
                 os.replace(target, scratch / f"{target.name}.old")
             os.replace(part, target)
     finally:
