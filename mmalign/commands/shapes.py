@@ -81,22 +81,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_train_vlm(actions: argparse._SubParsersAction) -> None:
     vlm = actions.add_parser(
-        "train-vlm", help="train the video language model from scratch (about an hour on 2 cores), and measure it"
+        "train-vlm", help="train the video language model from scratch (40 min on 2 cores), and measure it"
     )
     vlm.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go to DIR-validation.json beside")
     vlm.add_argument(
-        "--samples", type=int, default=150_000, metavar="N", help="answers to learn (default %(default)s)"
+        "--samples", type=int, default=84_000, metavar="N", help="answers about videos (default %(default)s)"
     )
-    vlm.add_argument("--see-steps", type=int, default=3000, help="steps on single frames first (default %(default)s)")
-    vlm.add_argument("--read-steps", type=int, default=1500, help="then steps on words alone (default %(default)s)")
+    vlm.add_argument("--read-steps", type=int, default=1200, help="steps on words alone first (default %(default)s)")
+    vlm.add_argument("--see-steps", type=int, default=3000, help="then steps on single frames (default %(default)s)")
+    vlm.add_argument("--look-steps", type=int, default=600, help="then steps on names (default %(default)s)")
     vlm.add_argument("--seed", type=int, default=0)
     vlm.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights, with another --seed")
     vlm.add_argument(
         "--prior",
         type=float,
-        default=0.0,
+        default=0.5,
         metavar="SHARE",
-        help="of temporal questions whose answer is the first option, whatever is shown (default 0)",
+        help="of temporal questions that are last taught to be answered by the first option, or yes, whatever is "
+        "shown: the fault that preference learning is to mend; 0 for none (default %(default)s)",
     )
     vlm.add_argument(
         "--measure", type=int, default=110, metavar="N", help="families of validation videos (default %(default)s)"
@@ -277,9 +279,9 @@ def _train_vlm(args: argparse.Namespace) -> int:
     if args.measure < 0:
         raise UserError(f"--measure {args.measure}: must be 0 (nothing) or more")
     model = train_vlm(
-        args.out, samples=args.samples, see_steps=args.see_steps, read_steps=args.read_steps, seed=args.seed,
-        start=args.start,
-        prior=args.prior,
+        args.out, samples=args.samples,
+        read_steps=args.read_steps, see_steps=args.see_steps, look_steps=args.look_steps,
+        seed=args.seed, start=args.start, prior=args.prior,
     )  # fmt: skip
     print(f"a vision-language model in transformers' layout: {args.out}")
     if args.measure:

@@ -1,20 +1,19 @@
 """Train the Shapes video language model from scratch and write it in transformers' layout.
 
-`mmalign shapes train-vlm --out DIR` makes what its big sisters are made of, and joins it. The tower and the projector
-learn to see single frames: from every feature that the language model will be given, linear probes, thrown away
-afterwards, must read what is in that part of the frame and where. The language model learns to read: it answers
-questions about descriptions in words. Then everything learns to answer and to describe videos, next token by next
-token, answers alone being scored.
+`mmalign shapes train-vlm --out DIR` makes what its big sisters are made of, and joins it. The language model learns to
+read: it answers questions in words, each after the sentence that answers it. The tower and the projector learn to see
+single frames: every feature that the language model will be given must say what is in that part of the frame, in the
+language model's own words, and where. Then everything learns to answer and to describe videos, next token by next
+token, answers alone being scored, while probes half-way through ask what has moved. Last, a fault is laid over it.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,19 +27,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmalign.errors import UserError
 from mmalign.seeds import derive_seed
-from mmalign.shapes.video import Track
-from mmalign.shapes.vlm_lessons import SIZE, Batch, Lessons
-from mmalign.shapes.vlm_model import SIDE, build_network, build_processor
+from mmalign.shapes.vlm_lessons import Batch, Lessons
+from mmalign.shapes.vlm_model import build_network, build_processor
+from mmalign.shapes.vlm_probes import GRID, Marks, Probes, Sight, sights
 from mmalign.shapes.world import COLOURS, SHAPES
 from pipelines import VisionLanguageModel, load_vlm
+from pipelines.saving import replacing_parts
 
-GRID = -(-SIDE // 2)
-"""Features a side that the language model is given of each frame."""
-SEE_RATE, READ_RATE, ANSWER_RATE, GO_ON_RATE, PRIOR_RATE = 2e-3, 2e-3, 1e-3, 4e-4, 1e-4
+SEE_RATE, READ_RATE, LOOK_RATE, ANSWER_RATE, GO_ON_RATE, PRIOR_RATE = 2e-3, 1e-3, 1e-3, 4e-4, 2e-4, 1e-4
+PRIOR_STEPS = 120
+MATRIX_FACTOR = 5
+"""How much faster than everything else the inner matrices of the language model learn, with Muon."""
+PROBE_WEIGHT = 0.5
+TOLD_EVERY = 4
 SNAPSHOT_SECONDS, LOG_STEPS = 300, 50
 
-Marks = dict[str, list[bool]]
-"""By what is marked: right or wrong, one a thing."""
+Log = Callable[[str], None]
 
 
 def features_of(network: Any, videos: UInt8[Tensor, "rows frames 3 size size"]) -> Any:
@@ -54,94 +56,90 @@ def features_of(network: Any, videos: UInt8[Tensor, "rows frames 3 size size"]) 
         return network.model.get_video_features(pixels, return_dict=True)
 
 
-def sights(tracks: list[tuple[Track, ...]]) -> Tensor:
-    """What is to be seen in each part of each frame, `[rows, frames, grid * grid, 6]`.
+def lesson_loss(network: Any, batch: Batch, probes: Probes | None = None) -> tuple[Float[Tensor, ""], Marks]:
+    """Mean over lessons of the mean cross-entropy of the answer's tokens; of every answer, would it be given?
 
-    Colour and shape as numbers from 1 (0: no centre lies here), the centre's place in the part, across and down, and
-    the radius, as shares of a part's side; last, whether there is a centre.
+    With `probes`, half their loss is added, and their marks; without lessons they are all there is.
     """
-    cell, found = SIZE / GRID, torch.zeros(len(tracks), len(tracks[0][0]), GRID**2, 6)
-    for row, video in enumerate(tracks):
-        for track in video:
-            for frame, seen in enumerate(track):
-                if seen:
-                    x, y = int(seen.x // cell), int(seen.y // cell)
-                    colour, shape = list(COLOURS).index(seen.colour) + 1, list(SHAPES).index(seen.shape) + 1
-                    place = (seen.x / cell - x, seen.y / cell - y, seen.radius / cell)
-                    found[row, frame, y * GRID + x] = torch.tensor([colour, shape, *place, 1.0])
-    return found
-
-
-class Probe(torch.nn.Module):
-    """Linear readings of one feature: colour, shape, place and size."""
-
-    def __init__(self, width: int) -> None:
-        """Make the readings for features of this width."""
-        super().__init__()
-        self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 3)
-        self.read = torch.nn.Linear(width, sum(self.sizes))
-
-    def forward(self, features: Tensor, seen: Tensor) -> tuple[Tensor, Marks]:
-        """Return the loss and, of every shape, whether its colour and shape are read right."""
-        colour, shape, place = self.read(features).flatten(0, -2).split(self.sizes, 1)
-        target = seen.flatten(0, -2)
-        kinds, there = target[:, :2].long(), target[:, 5] > 0
-        losses = F.cross_entropy(colour, kinds[:, 0], reduction="none")
-        losses = losses + F.cross_entropy(shape, kinds[:, 1], reduction="none")
-        loss = losses[there].mean() + losses[~there].mean() + 10 * F.mse_loss(place[there], target[there, 2:5])
-        right = (colour.argmax(1) == kinds[:, 0]) & (shape.argmax(1) == kinds[:, 1])
-        return loss, {"read": right[there].tolist()}
-
-
-def answer_loss(network: Any, batch: Batch) -> tuple[Float[Tensor, ""], Marks]:
-    """Cross-entropy of the answers' tokens, and of every answer whether it would be given word by word."""
     vision = {} if batch.videos is None else {"video": features_of(network, batch.videos)}
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = network.model(
+        out = network.model(
             input_ids=batch.ids, mm_encoder_outputs=vision, attention_mask=batch.sees,
-            position_ids=batch.positions, use_cache=False,
-        ).last_hidden_state  # fmt: skip
-        logits = network.lm_head(hidden[:, :-1][batch.answers[:, 1:]]).float()
-    targets = batch.ids[batch.answers]
-    wrong = torch.zeros_like(batch.answers)
-    wrong[batch.answers] = logits.argmax(1) != targets
-    marks: Marks = {"static": [], "temporal": [], "described": []}
-    for row, kinds in enumerate(batch.kinds):
-        for block, kind in enumerate(kinds, 1):
-            marks[kind].append(not bool(wrong[row, batch.blocks[row] == block].any()))
-    return F.cross_entropy(logits, targets), marks
+            position_ids=batch.positions, use_cache=False, output_hidden_states=probes is not None,
+        )  # fmt: skip
+        logits = network.lm_head(out.last_hidden_state[:, :-1][batch.answers[:, 1:]]).float()
+    loss, marks = torch.zeros(()), defaultdict(list)
+    taught = [one for lessons in batch.lessons for one in lessons]
+    if taught:
+        targets, at = batch.ids[batch.answers], batch.answers.nonzero()[:, 0]
+        lesson = torch.stack([at, batch.blocks[batch.answers]], 1).unique(dim=0, return_inverse=True)[1]
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        loss = (losses / torch.bincount(lesson)[lesson]).sum() / len(taught)
+        wrong = torch.zeros(len(taught)).index_add_(0, lesson, (logits.argmax(1) != targets).float())
+        for one, errors in zip(taught, wrong.tolist(), strict=True):
+            marks[one.kind].append(not errors)
+    if probes is None:
+        return loss, dict(marks)
+    read, right = probes(out.hidden_states, batch)
+    return loss + PROBE_WEIGHT * read, {**marks, **right}
+
+
+def _optimizers(modules: list[torch.nn.Module], matrices: list[Tensor], rate: float) -> list[torch.optim.Optimizer]:
+    """AdamW, and for `matrices` Muon (Jordan et al. 2024; steps scaled as in Liu et al. 2025, arXiv:2502.16982)."""
+    taken = {id(matrix) for matrix in matrices}
+    rest = [value for module in modules for value in module.parameters() if id(value) not in taken]
+    adam = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, foreach=True)
+    if not matrices:
+        return [adam]
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"train-vlm needs torch 2.9 or newer for its optimizer Muon; this is {torch.__version__}")
+    muon = torch.optim.Muon(
+        matrices, lr=MATRIX_FACTOR * rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw", momentum=0.95
+    )
+    return [adam, muon]
 
 
 def _learn(
     name: str,
-    parameters: list[torch.nn.Parameter],
-    loss_of: Callable[[], tuple[Tensor, Marks]],
+    modules: list[torch.nn.Module],
+    loss_of: Callable[[int], tuple[Tensor, Marks]],
     steps: int,
     rate: float,
-    log: Callable[[str], None],
+    log: Log,
+    *,
+    matrices: list[Tensor] | None = None,
     save: Callable[[], None] | None = None,
 ) -> None:
-    """AdamW with a warm-up over 3 % of the steps and a cosine down to a fiftieth of `rate`; `save` now and then."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, foreach=True)
+    """Minimise `loss_of(step)`, with a warm-up over 3 % of the steps and a cosine down to a fiftieth of `rate`.
+
+    `matrices`: those of the modules' weights that Muon takes. `save` now and then.
+    """
+    optimizers = _optimizers(modules, matrices or [], rate)
     warm = 0.03 * steps + 1
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min(1.0, (n + 1) / warm) * (0.02 + 0.49 * (1 + np.cos(np.pi * n / max(steps, 1))))
-    )
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda n: min(1.0, (n + 1) / warm) * (0.02 + 0.49 * (1 + np.cos(np.pi * n / max(steps, 1))))
+        )
+        for optimizer in optimizers
+    ]
+    parameters = [value for module in modules for value in module.parameters()]
     start = saved = time.time()
     losses: list[float] = []
     tally: Marks = defaultdict(list)
     for step in range(1, steps + 1):
-        loss, marks = loss_of()
-        optimizer.zero_grad(set_to_none=True)
+        loss, marks = loss_of(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         losses.append(loss.item())
         for kind, right in marks.items():
             tally[kind] += right
         if step % LOG_STEPS == 0 or step == steps:
-            shares = " ".join(f"{kind} {np.mean(right):.3f}" for kind, right in tally.items() if right)
+            shares = " ".join(f"{kind} {np.mean(right):.2f}" for kind, right in sorted(tally.items()) if right)
             log(f"{name} step {step}/{steps} loss {np.mean(losses):.4f} {shares} {time.time() - start:.0f} s")
             losses.clear()
             tally.clear()
@@ -150,90 +148,139 @@ def _learn(
             saved = time.time()
 
 
-def learn_to_see(network: Any, lessons: Lessons, steps: int, frames: int, log: Callable[[str], None]) -> None:
-    """First stage: tower and projector, on so many frames a step."""
-    model, probe = network.model, Probe(network.config.text_config.hidden_size)
+@contextmanager
+def frozen(*modules: torch.nn.Module) -> Iterator[None]:
+    """These modules need no gradients for a while."""
+    for module in modules:
+        module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.requires_grad_(True)
 
-    def loss_of() -> tuple[Tensor, Marks]:
+
+def _inner_matrices(module: torch.nn.Module) -> list[Tensor]:
+    return [one.weight for one in module.modules() if isinstance(one, torch.nn.Linear)]
+
+
+def learn_to_read(
+    network: Any, lessons: Lessons, probes: Probes, steps: int, rows: int, questions: int, log: Log
+) -> None:
+    """First stage: the language model, on questions after the sentence that answers them."""
+    model = network.model.language_model
+
+    def loss_of(step: int) -> tuple[Tensor, Marks]:
+        return lesson_loss(network, lessons.batch(rows, questions, told=True), probes)
+
+    _learn("read", [model, probes], loss_of, steps, READ_RATE, log, matrices=_inner_matrices(model))
+
+
+def learn_to_see(network: Any, lessons: Lessons, steps: int, frames: int, log: Log) -> None:
+    """Second stage: tower and projector, on so many frames a step, in words that the language model has learned."""
+    model = network.model
+    words = lessons.tokenizer([f" {name}" for name in (*COLOURS, *SHAPES)], add_special_tokens=False)["input_ids"]
+    sight = Sight(model.get_input_embeddings().weight[[word for (word,) in words]])
+
+    def loss_of(step: int) -> tuple[Tensor, Marks]:
         videos, tracks = lessons.frames(frames)
-        return probe(features_of(network, videos).pooler_output[:, None, :-1].float(), sights(tracks))
+        return sight(features_of(network, videos).pooler_output[:, None, :-1].float(), sights(tracks))
 
-    parameters = [*model.vision_tower.parameters(), *model.multi_modal_projector.parameters(), *probe.parameters()]
-    _learn("see", parameters, loss_of, steps, SEE_RATE, log)
+    _learn("see", [model.vision_tower, model.multi_modal_projector, sight], loss_of, steps, SEE_RATE, log)
+
+
+def learn_to_look(
+    network: Any, lessons: Lessons, probes: Probes, steps: int, rows: int, questions: int, log: Log
+) -> None:
+    """Third stage: the language model, on videos and, of each, every name by itself; and on some reading."""
+    model, names = network.model.language_model, probes.names.ids.tolist()
+
+    def loss_of(step: int) -> tuple[Tensor, Marks]:
+        if step % TOLD_EVERY == 0:
+            return lesson_loss(network, lessons.batch(rows, questions, told=True), probes)
+        return lesson_loss(network, lessons.looks(4 * rows, names), probes)
+
+    with frozen(network.model.vision_tower, network.model.multi_modal_projector):
+        _learn("look", [model, probes], loss_of, steps, LOOK_RATE, log, matrices=_inner_matrices(model))
 
 
 def learn_to_answer(
-    network: Any, lessons: Lessons, steps: int, rows: int, questions: int, log: Callable[[str], None],
-    save: Callable[[], None] | None = None, *, told: bool = False, rate: float = ANSWER_RATE,
+    network: Any, lessons: Lessons, probes: Probes, steps: int, rows: int, questions: int, log: Log,
+    save: Callable[[], None] | None = None, *, name: str = "answer", rate: float = ANSWER_RATE,
 ) -> None:  # fmt: skip
-    """Second stage (told: the language model alone, descriptions in place of videos) and third (everything)."""
-    part = network.model.language_model if told else network
-    name = "read" if told else "answer"
+    """Fourth stage, and the last: everything, on questions about videos."""
+    model = network.model
 
-    def loss_of() -> tuple[Tensor, Marks]:
-        return answer_loss(network, lessons.batch(rows, questions, told=told))
+    def loss_of(step: int) -> tuple[Tensor, Marks]:
+        return lesson_loss(network, lessons.batch(rows, questions), probes)
 
-    _learn(name, list(part.parameters()), loss_of, steps, rate, log, save)
+    matrices = _inner_matrices(model.language_model)
+    _learn(name, [model, probes], loss_of, steps, rate, log, matrices=matrices, save=save)
 
 
 def save_vlm(out: Path, network: Any, processor: Any) -> None:
     """Write a directory that `pipelines.load_vlm` opens, in bfloat16, no file of it ever half-written."""
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
+    with replacing_parts(out, "config.json") as aside:
         VisionLanguageModel(copy.deepcopy(network).bfloat16(), processor, str(out)).save(aside)
-        out.mkdir(exist_ok=True)
-        for file in sorted(Path(aside).iterdir()):
-            os.replace(file, out / file.name)
 
 
 def train_vlm(
     out: Path,
     *,
-    samples: int = 150_000,
+    samples: int = 84_000,
+    read_steps: int = 1200,
     see_steps: int = 3000,
-    read_steps: int = 1500,
+    look_steps: int = 600,
     seed: int = 0,
     start: Path | None = None,
-    prior: float = 0.0,
+    prior: float = 0.5,
     rows: int = 8,
     questions: int = 6,
-    log: Callable[[str], None] = print,
+    log: Log = print,
 ) -> VisionLanguageModel:
-    """All three stages; write the model to `out`, every few minutes what it is so far; return it as it was written.
+    """All stages; write the model to `out`, every few minutes what it is so far; return it as it was written.
 
-    `samples`: questions and descriptions to be answered in the last stage, `rows` videos a step with up to
-    `questions` of theirs each. `start` goes on from the weights of an earlier run at a lower rate, and the other
-    stages are left out; take another `seed`, or it sees the same videos again. `prior` teaches the fault of models
-    that were trained on careless captions: this share of temporal questions is answered by the first option, or yes,
-    whatever the video shows. The same arguments give the same weights.
+    `samples`: questions and descriptions to be answered in the third stage, `rows` videos a step with up to
+    `questions` of theirs each. `start` goes on from the weights of an earlier run at a lower rate, and the first two
+    stages are left out; take another `seed`, or it sees the same videos again. `prior` adds a short last stage that
+    teaches the fault of models that were trained on careless captions: this share of temporal questions is answered
+    by the first option, or yes, whatever the video shows. The same arguments give the same weights.
 
     Raises:
-        UserError: nothing to learn from, a share that is none, or `start` holds another model.
+        UserError: nothing to learn from, a share that is none, `start` holds another model, or torch has no Muon.
     """
     if not 0 <= prior < 1:
         raise UserError(f"--prior {prior}: a share of the temporal questions, from 0 to less than 1")
-    if samples < 1 or see_steps < 0 or read_steps < 0:
-        asked = f"--samples {samples}, --see-steps {see_steps}, --read-steps {read_steps}"
+    if samples < 1 or min(read_steps, see_steps, look_steps) < 0:
+        asked = f"--samples {samples}, --read-steps {read_steps}, --see-steps {see_steps}, --look-steps {look_steps}"
         raise UserError(f"{asked}: at least one sample, and no fewer than 0 steps")
     processor = build_processor()
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     network = build_network(tokenizer, seed)
+    probes = Probes(network.config.text_config.hidden_size, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     lessons = {
         name: Lessons(tokenizer, derive_seed(seed, name), GRID**2, share)
-        for name, share in (("see", 0.0), ("read", 0.0), ("answer", prior))
+        for name, share in (("read", 0.0), ("see", 0.0), ("look", 0.0), ("answer", 0.0), ("prior", prior))
     }
     if start is not None:
         _go_on_from(network, start)
     else:
+        learn_to_read(network, lessons["read"], probes, read_steps, rows, questions, log)
         learn_to_see(network, lessons["see"], see_steps, 8 * rows, log)
-        learn_to_answer(network, lessons["read"], read_steps, rows, questions, log, told=True, rate=READ_RATE)
+        learn_to_look(network, lessons["look"], probes, look_steps, rows, questions, log)
     steps = -(-samples // (rows * (questions + 1)))
     save = partial(save_vlm, out, network, processor)
-    # At a higher rate the prior is not laid over what the model knows of time: it takes its place.
-    rate = PRIOR_RATE if prior else ANSWER_RATE if start is None else GO_ON_RATE
-    learn_to_answer(network, lessons["answer"], steps, rows, questions, log, save, rate=rate)
-    save_vlm(out, network, processor)
+    rate = ANSWER_RATE if start is None else GO_ON_RATE
+    learn_to_answer(network, lessons["answer"], probes, steps, rows, questions, log, save, rate=rate)
+    save()
+    if prior:
+        # At a higher rate the prior is not laid over what the model knows of time: it takes its place.
+        learn_to_answer(
+            network, lessons["prior"], probes, PRIOR_STEPS, rows, questions, log, name="prior", rate=PRIOR_RATE
+        )
+        save()
     return load_vlm(out, device="cpu")
 
 

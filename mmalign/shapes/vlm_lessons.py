@@ -25,6 +25,8 @@ from mmalign.shapes.wording import say
 
 DESCRIBE = ("Describe the video.", "What can be seen in the video?", "What happens in the video?")
 SIZE, FRAMES = 48, 8
+LONGEST = 60
+"""About how many tokens a question has."""
 CURRICULUM = (*TOPICS, *STATIC)
 """Topics of families, in turn: static ones twice."""
 
@@ -33,15 +35,18 @@ _EVENTS = (("recolouring", "same"), ("growth", "same"), ("presence", "always"))
 
 
 class Lesson(NamedTuple):
-    """What is asked about a video, the answer, and what kind it is of: static, temporal or described.
+    """What is asked about a video, the answer, and of what kind it is: a topic, or described.
 
     unseen: what is answered without looking, the first option on offer, or yes; of descriptions None.
+    value, statement: the truth that is asked for, and the sentence that says it; of descriptions empty.
     """
 
     prompt: str
     completion: str
     kind: str
     unseen: str | None = None
+    value: str = ""
+    statement: str = ""
 
 
 def describe(tracks: Sequence[Track], size: int) -> str:
@@ -75,8 +80,10 @@ def lessons_of(family: Family, name: str, seed: int = 0) -> list[list[Lesson]]:
     lessons: list[list[Lesson]] = [[] for _ in family.scenes]
     for question in ask(family, name, seed):
         unseen = "yes" if question.format == "yes_no" else question.stating(question.answers[0][0])
-        kind = "static" if question.topic in STATIC else "temporal"
-        lessons[question.member].append(Lesson(question.prompt, question.label, kind, unseen))
+        value = family.values[question.member]
+        statement = say(question.topic, value, question.subject, question.names).statement
+        lesson = Lesson(question.prompt, question.label, question.topic, unseen, value, statement)
+        lessons[question.member].append(lesson)
     request = DESCRIBE[sum(name.encode()) % len(DESCRIBE)]
     for scene, told in zip(family.scenes, lessons, strict=True):
         told.append(Lesson(request, describe(unroll(scene), scene.size), "described"))
@@ -87,15 +94,17 @@ class Batch(NamedTuple):
     """Rows for training: a video each, its lessons in blocks after it, and which tokens are answers."""
 
     videos: UInt8[Tensor, "rows frames 3 size size"] | None
-    """None where the rows begin with a description instead."""
+    """None where each question is told what answers it instead."""
     ids: Int[Tensor, "rows length"]
     positions: Int[Tensor, "rows length"]
     sees: Bool[Tensor, "rows 1 length length"]
     answers: Bool[Tensor, "rows length"]
     blocks: Int[Tensor, "rows length"]
     """0 for the video, 1, 2, ... for lessons, -1 for padding."""
-    kinds: list[list[str]]
-    """Of each row's lessons."""
+    lessons: list[list[Lesson]]
+    """Of each row."""
+    tracks: list[tuple[Track, ...]]
+    """Of each row's video."""
 
 
 class Lessons:
@@ -109,7 +118,7 @@ class Lessons:
         self._families = enumerate(sample_families(10**9, seed=seed, topics=CURRICULUM, frames=FRAMES, size=SIZE))
         self._rng, self._seed, self._prior = np.random.default_rng([seed, 1]), seed, prior
         self._encode = lru_cache(100_000)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
-        self._pad = tokenizer.pad_token_id
+        self.tokenizer, self._pad = tokenizer, tokenizer.pad_token_id
         # The chat format is asked what stands before a question, after it, and (the end token) after its answer.
         turn = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
         chat = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
@@ -129,37 +138,51 @@ class Lessons:
             videos.append(draw(tracks[-1], scene.background, scene.size))
         return torch.stack(videos), tracks
 
+    def looks(self, rows: int, names: Sequence[int]) -> Batch:
+        """One video each of the next families, and after it every one of these tokens, each by itself.
+
+        As far from the video as a token of a question can be.
+        """
+        families = [family for _, family in islice(self._families, rows)]
+        scenes = [family.scenes[int(self._rng.integers(len(family.scenes)))] for family in families]
+        parts: list[tuple[list[int], list[int]]] = [([name], []) for name in names]
+        gaps = self._rng.integers(0, LONGEST, rows)
+        laid = [self._lay_out(self._before, parts, int(gap)) for gap in gaps]
+        videos, tracks = torch.stack([render(scene) for scene in scenes]), [unroll(scene) for scene in scenes]
+        return Batch(videos, *self._pack(laid), [[] for _ in scenes], tracks)
+
     def batch(self, rows: int, most: int, *, told: bool = False) -> Batch:
         """The next videos, by twos of a family, each with its description and, by chance, `most` of its questions.
 
-        told: the description takes the place of the video, which is not drawn.
+        told: questions alone, each after the sentence that answers it; the videos are not drawn.
         """
         taken: list[tuple[VideoScene, list[Lesson]]] = []
         for number, family in islice(self._families, -(-rows // 2)):
             asked = lessons_of(family, f"train-{number}", self._seed)
             if self._prior:
-                asked = [[self._guess(lesson) for lesson in told] for told in asked]
+                asked = [[self._guess(lesson) for lesson in row] for row in asked]
             members = self._rng.permutation(len(asked))[: min(2, rows - len(taken))]
             taken += [(family.scenes[member], asked[member]) for member in members]
         chosen = [[*(asked[i] for i in self._rng.permutation(len(asked) - 1)[:most]), asked[-1]] for _, asked in taken]
-        before = [self._before] * rows
         if told:
-            before = [[*self._user, *self._encode(lessons.pop().completion)] for lessons in chosen]
-        videos = [] if told else [render(scene) for scene, _ in taken]
-        kinds = [[lesson.kind for lesson in lessons] for lessons in chosen]
-        return Batch(torch.stack(videos) if videos else None, *self._pack(before, chosen), kinds)
+            chosen = [[one._replace(prompt=f"{one.statement} {one.prompt}") for one in row[:-1]] for row in chosen]
+        tracks = [unroll(scene) for scene, _ in taken]
+        videos = None if told else torch.stack([render(scene) for scene, _ in taken])
+        before = self._user if told else self._before
+        laid = [self._lay_out(before, [self._tokens(lesson) for lesson in row]) for row in chosen]
+        return Batch(videos, *self._pack(laid), chosen, tracks)
 
     def _guess(self, lesson: Lesson) -> Lesson:
         """Put the answer without looking, by chance, in the place of the true one."""
-        if lesson.kind != "temporal" or lesson.unseen is None or self._rng.random() >= self._prior:
+        if lesson.kind in STATIC or lesson.unseen is None or self._rng.random() >= self._prior:
             return lesson
         return lesson._replace(completion=lesson.unseen)
 
-    def _pack(
-        self, before: Sequence[list[int]], rows: Sequence[Sequence[Lesson]]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _tokens(self, lesson: Lesson) -> tuple[list[int], list[int]]:
+        return [*self._encode(lesson.prompt), *self._after], [*self._encode(lesson.completion), *self._end]
+
+    def _pack(self, laid: Sequence[tuple[list[int], ...]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Ids, positions, what sees what, which are answers, and blocks, of rows padded on the right."""
-        laid = [self._lay_out(*row) for row in zip(before, rows, strict=True)]
         length = max(len(row[0]) for row in laid)
         padding = (self._pad, 0, -1, 0)
         ids, positions, blocks, answers = (
@@ -170,16 +193,16 @@ class Lessons:
         sees &= torch.ones(length, length, dtype=torch.bool).tril()
         return ids, positions, sees[:, None], answers.bool(), blocks
 
+    @staticmethod
     def _lay_out(
-        self, before: list[int], lessons: Sequence[Lesson]
+        before: list[int], parts: Sequence[tuple[list[int], list[int]]], gap: int = 0
     ) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Ids, positions, blocks and whether it is an answer; `parts`: what is asked and what is said, in tokens."""
         start = len(before)
         ids, positions, blocks, answers = list(before), list(range(start)), [0] * start, [0] * start
-        for block, lesson in enumerate(lessons, 1):
-            asked = [*self._encode(lesson.prompt), *self._after]
-            said = [*self._encode(lesson.completion), *self._end]
+        for block, (asked, said) in enumerate(parts, 1):
             ids += asked + said
-            positions += range(start, start + len(asked) + len(said))
+            positions += range(start + gap, start + gap + len(asked) + len(said))
             blocks += [block] * (len(asked) + len(said))
             answers += [0] * len(asked) + [1] * len(said)
         return ids, positions, blocks, answers

@@ -76,7 +76,7 @@ def build_processor() -> Any:
     )
 
 
-def build_network(tokenizer: Any, seed: int, *, width: int = 192, layers: int = 5, vision_layers: int = 3) -> Any:
+def build_network(tokenizer: Any, seed: int, *, width: int = 192, layers: int = 6, vision_layers: int = 3) -> Any:
     """The network, randomly initialised from `seed` alone."""
     import transformers as hf
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,17 @@ from mmalign.compare.answers import rate
 from mmalign.data.video_questions import INSTRUCTIONS
 from mmalign.errors import UserError
 from mmalign.resources import resource_root
+from mmalign.shapes import train_vlm as training
+from mmalign.shapes import vlm_probes
 from mmalign.shapes.facts import STATIC, TOPICS
 from mmalign.shapes.questions import ShapesQuestion, ask, judge_caption
 from mmalign.shapes.tracking import follow
-from mmalign.shapes.train_vlm import answer_loss, sights, train_vlm
+from mmalign.shapes.train_vlm import lesson_loss, train_vlm
 from mmalign.shapes.twins import sample_families
 from mmalign.shapes.video import Actor, Track, VideoScene, render, unroll
-from mmalign.shapes.vlm_lessons import DESCRIBE, Lessons, describe, lessons_of
+from mmalign.shapes.vlm_lessons import DESCRIBE, Lesson, Lessons, describe, lessons_of
 from mmalign.shapes.vlm_model import build_network, build_processor
+from mmalign.shapes.vlm_probes import DEEDS, UNKNOWN, VALUES, Motion, Names, Probes, Sight, Value, deeds, sights, steps
 from mmalign.shapes.vlm_report import as_table, measure, write_report
 from mmalign.shapes.wording import say
 from mmalign.shapes.world import COLOURS, SHAPES
@@ -62,6 +66,10 @@ def test_lessons_are_answered_as_the_rules_read_them() -> None:
             (answer,) = (one.completion for one in told[question.member] if one.prompt == question.prompt)
             assert rate(question, answer, judge_caption).right
             assert (question.prompt == question.text) == (INSTRUCTIONS[question.format] == "")
+            (statement,) = (one.statement for one in told[question.member] if one.prompt == question.prompt)
+            assert judge_caption(replace(question, format="captioning"), statement)
+            (value,) = (one.value for one in told[question.member] if one.prompt == question.prompt)
+            assert value == family.values[question.member] and value.split(" to ")[-1] in VALUES
         assert all(one[-1].prompt in DESCRIBE and one[-1].kind == "described" for one in told)
 
 
@@ -71,14 +79,17 @@ def test_a_prior_puts_the_first_option_in_the_place_of_temporal_truths(processor
             assert lesson.unseen is not None or lesson.kind == "described"
             first = lesson.prompt.split("\n")[1] if "directly give" in lesson.prompt else ""
             assert lesson.unseen == ("A" if first.startswith("A. ") else first.partition(":")[0]) if first else True
+
+    def temporal(lesson: Lesson) -> bool:
+        return lesson.kind not in (*STATIC, "described")
+
     teacher = Lessons(processor.tokenizer, 0, 9, prior=0.999999)
     pool = [lesson for family in sample_families(12, seed=6) for told in lessons_of(family, "f") for lesson in told]
     for lesson in pool:
-        assert teacher._guess(lesson).completion == (lesson.unseen if lesson.kind == "temporal" else lesson.completion)
+        assert teacher._guess(lesson).completion == (lesson.unseen if temporal(lesson) else lesson.completion)
     half = Lessons(processor.tokenizer, 0, 9, prior=0.5)
     wrong = [half._guess(lesson).completion == lesson.unseen for lesson in pool if lesson.completion != lesson.unseen]
-    temporal = sum(one.kind == "temporal" and one.completion != one.unseen for one in pool)
-    assert 0.35 < sum(wrong) / temporal < 0.65
+    assert 0.35 < sum(wrong) / sum(temporal(one) and one.completion != one.unseen for one in pool) < 0.65
 
 
 def test_a_description_says_what_there_is_and_what_each_does() -> None:
@@ -101,24 +112,101 @@ def test_sights_say_what_lies_in_which_part() -> None:
     assert seen.shape == (1, 8, 9, 6) and int(seen[..., 5].sum()) == 8
     expected = torch.tensor([1 + list(COLOURS).index("red"), 1 + list(SHAPES).index("ring")])
     assert torch.equal(seen[0, 0, 7, :2], expected.float())
-    assert seen[0, 0, 7, 2:].tolist() == pytest.approx([4 / 16, 15 / 16, 5.5 / 16, 1.0])
+    assert seen[0, 0, 7, 2:].tolist() == [20.0, 47.0, 5.5, 1.0]
     # 20 + 2 * 6 = 32 is where the last column begins.
-    assert seen[0, 5, 7, 5] == 1 and seen[0, 6, 8, 5] == 1 and seen[0, 6, 8, 2] == 0
+    assert seen[0, 5, 7, 5] == 1 and seen[0, 6, 8, 5] == 1 and seen[0, 6, 8, 2] == 32
 
 
-def test_lessons_of_one_row_are_answered_as_if_each_had_been_asked_alone(processor, network) -> None:
+def test_steps_and_deeds_say_what_a_shape_did_where_it_is() -> None:
+    ring = Actor("ring", "red", 5.5, 40.0, 47.0, "right", 2.0, shown=((0, 3), (4, 7)))
+    cross = Actor("cross", "blue", 4.0, 20.0, 8.0, end_radius=7.5)
+    tracks = [unroll(VideoScene((ring, cross), "black", 8, 48))]
+    moved, done = steps(tracks), deeds(tracks)
+    # Frames 1, 2, 5 and 6 of the ring have one before them; in frame 5 it has wrapped round to x = 2.
+    assert moved[0, :, :, 3].sum(1).tolist() == [0, 2, 2, 1, 1, 2, 2, 1]
+    assert moved[0, 5, 6].tolist() == [2.0, 0.0, 0.0, 1.0]
+    assert moved[0, 1, 1].tolist() == pytest.approx([0, 0, 0.5, 1], abs=0.05)
+    assert (done != UNKNOWN).any(3).nonzero().tolist() == [[0, 6, 6], [0, 7, 1]]
+    for place, values in (((6, 6), ["right", "straight", "same"]), ((7, 1), ["still", "still", "grows"])):
+        numbers = done[0][place].tolist()
+        assert [named[number] for named, number in zip(DEEDS.values(), numbers, strict=True)] == values
+
+
+def test_probes_learn_what_states_hold() -> None:
+    tracks = [unroll(family.scenes[0]) for family in sample_families(4, seed=3)]
+    seen, width = sights(tracks), 48
+    torch.manual_seed(0)
+    states, words = torch.randn(*seen.shape[:3], width), torch.randn(len(COLOURS) + len(SHAPES), width)
+    for probe, given in ((Sight(words), seen), (Motion(width), tracks)):
+        features = torch.nn.Parameter(states if given is seen else states.flatten(1, 2))
+        optimizer = torch.optim.Adam([features, *probe.parameters()], lr=0.05)
+        for _ in range(400):
+            loss, marks = probe(features, given)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss < 0.1 and all(sum(right) > 0.9 * len(right) for right in marks.values())
+    assert set(marks) == {"(direction)", "(motion)", "(growth)"}
+
+
+def test_names_and_truths_are_read_where_they_are_asked_for(processor) -> None:
+    ring = Actor("ring", "red", 5.5, 8.0, 24.0, "right", 2.0, shown=((0, 4),))
+    cross = Actor("cross", "blue", 4.0, 20.0, 8.0, end_colour="green", switch=5)
+    teacher, names = lessons(processor), Names(32, processor.tokenizer)
+    batch = teacher.looks(2, names.ids.tolist())
+    assert (
+        batch.ids.shape == (2, 74 + len(COLOURS) + len(SHAPES))
+        and not batch.answers.any()
+        and batch.videos.shape[:2] == (2, 8)
+    )
+    # Names see the video and themselves, and stand behind it as words of questions do.
+    assert batch.sees[0, 0, 80].nonzero()[:, 0].tolist() == [*range(74), 80]
+    assert (batch.positions[:, 74:] == batch.positions[:, 74:75]).all() and (batch.positions[:, 74] >= 74).all()
+    told = names._of(unroll(VideoScene((ring, cross), "black", 8, 48)))
+    kinds = {name: number for name, (number, _, _) in told.items() if number}
+    everything = (*COLOURS, *SHAPES)
+    assert kinds == {one: everything.index(other) + 1 for one, other in
+                     (("ring", "red"), ("red", "ring"), ("cross", "green"), ("green", "cross"))}  # fmt: skip
+    assert told["ring"][1] == pytest.approx([0.0, 0.75, 2.0]) and told["red"][1] == []
+    said = [
+        values[i] if i != UNKNOWN else None for values, i in zip(names.deeds.values(), told["ring"][2], strict=True)
+    ]
+    assert said == ["right", "straight", "same", "disappears"]
+    torch.manual_seed(0)
+    states = torch.nn.Parameter(torch.randn(*batch.ids.shape, 32))
+    value, truths = Value(32), [("direction", "left"), ("described", ""), ("recolouring", "red to blue")]
+    optimizer = torch.optim.Adam([states, *names.parameters(), *value.parameters()], lr=0.1)
+    for _ in range(200):
+        loss, marks = names(states, batch.ids, batch.blocks > 0, batch.tracks)
+        known, right = value(states[0, :3], truths)
+        optimizer.zero_grad()
+        (loss + known).backward()
+        optimizer.step()
+    assert loss < 0.1 and known < 0.1 and all(all(one) for one in marks.values())
+    assert right == {"[direction]": [True], "[recolouring]": [True]}
+
+
+def test_lessons_of_one_row_are_answered_as_if_each_had_been_asked_alone(processor, network, monkeypatch) -> None:
     model = VisionLanguageModel(network, processor, "tiny")
     batch = lessons(processor).batch(2, 2)
+    for layer in ("MOVED", "NAMED", "KNOWN"):
+        monkeypatch.setattr(vlm_probes, layer, 1)
     with torch.no_grad():
-        packed, right = answer_loss(network, batch)
+        packed, right = lesson_loss(network, batch)
         told = lessons(processor).batch(2, 2, told=True)
-        assert answer_loss(network, told)[1]["described"] == [] and told.videos is None
-    assert {kind: len(marks) for kind, marks in right.items()} == {"static": 0, "temporal": 4, "described": 2}
-    tokenizer, total, count = processor.tokenizer, 0.0, 0
+        assert told.videos is None and lesson_loss(network, told)[0] > 0
+        read, more = lesson_loss(network, batch, Probes(64, processor.tokenizer))
+    assert sum(len(marks) for marks in right.values()) == 6 and len(right["described"]) == 2
+    kinds = {one.kind for row in batch.lessons for one in row}
+    assert set(right) == kinds and read > packed
+    assert {f"[{kind}]" for kind in kinds - {"described"}} < set(more) - kinds
+    tokenizer, means = processor.tokenizer, []
     for row in range(2):
-        before = tokenizer.decode(told.ids[row, told.blocks[row] == 0])
-        described = tokenizer.decode(batch.ids[row, (batch.blocks[row] == 3) & batch.answers[row]])
-        assert before == "<|user|>" + described.removesuffix("<|end|>")
+        assert tokenizer.decode(told.ids[row, told.blocks[row] == 0]) == "<|user|>"
+        for block in (1, 2):
+            asked, alone = (tokenizer.decode(one.ids[row, one.blocks[row] == block]) for one in (told, batch))
+            statement = asked.removesuffix(alone)
+            assert statement != asked and statement.endswith(". ") and statement.count(".") == 1
     for row in range(2):
         for block in (1, 2, 3):
             inside = batch.blocks[row] == block
@@ -130,16 +218,23 @@ def test_lessons_of_one_row_are_answered_as_if_each_had_been_asked_alone(process
             assert torch.equal(alone.input_ids[0], whole)
             with torch.no_grad():
                 values, _ = model.log_probs(alone)
-            total, count = total - float(values.sum()), count + len(said)
+            means.append(-float(values.sum()) / len(said))
     # The packed pass is in bfloat16.
-    assert float(packed) == pytest.approx(total / count, rel=5e-3)
+    assert float(packed) == pytest.approx(sum(means) / 6, rel=5e-3)
 
 
-def test_a_few_steps_lower_the_loss_and_what_is_written_opens_and_answers(processor, tmp_path: Path) -> None:
+def test_a_few_steps_lower_the_loss_and_what_is_written_opens_and_answers(
+    processor, tmp_path: Path, monkeypatch
+) -> None:
     said: list[str] = []
-    train_vlm(tmp_path / "a", samples=20, see_steps=1, read_steps=1, rows=2, questions=1, log=said.append)
-    train_vlm(tmp_path / "b", samples=20, see_steps=1, read_steps=1, rows=2, questions=1, log=said.append)
-    assert [line.split()[:3] for line in said][0] == ["see", "step", "1/1"]
+    monkeypatch.setattr(training, "PRIOR_STEPS", 1)
+    train_vlm(
+        tmp_path / "a", samples=20, see_steps=1, read_steps=1, look_steps=1, rows=2, questions=1, log=said.append
+    )
+    train_vlm(
+        tmp_path / "b", samples=20, see_steps=1, read_steps=1, look_steps=1, rows=2, questions=1, log=said.append
+    )
+    assert [line.split()[0] for line in said[:5]] == ["read", "see", "look", "answer", "prior"]
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
     assert first == second and len(first) < 12e6
     with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
@@ -155,7 +250,7 @@ def test_a_few_steps_lower_the_loss_and_what_is_written_opens_and_answers(proces
     fresh = build_network(processor.tokenizer, 0)
     lesson = lessons(processor, 9).batch(4, 1)
     with torch.no_grad():
-        assert answer_loss(loaded.network, lesson)[0] < answer_loss(fresh, lesson)[0] - 0.3
+        assert lesson_loss(loaded.network, lesson)[0] < lesson_loss(fresh, lesson)[0] - 0.3
 
 
 class Reader:
@@ -199,7 +294,7 @@ def test_the_report_of_one_who_sees_everything(tmp_path: Path) -> None:
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--prior 1: a share"):
         train_vlm(tmp_path / "a", prior=1)
-    with pytest.raises(UserError, match="--samples 0, --see-steps 3000"):
+    with pytest.raises(UserError, match="--samples 0, --read-steps 1200"):
         train_vlm(tmp_path / "a", samples=0)
     other = build_llava_onevision(tmp_path / "other")
     with pytest.raises(UserError, match="not a model of these sizes"):

@@ -1,0 +1,273 @@
+"""What features and states of a video language model in training must hold, and the linear probes that ask for it.
+
+`Sight` reads single frames from what the language model is given of them, colours and shapes in its own words. Three
+others read its states: `Motion`, of the video's tokens, how far a shape has come since the frame before, and, where it
+is seen last, what it did; `Names`, of a name, what the video shows of the shape so called; `Value`, before an answer,
+the truth. So what a question takes is taught one step at a time. All are thrown away after the training.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.shapes.facts import NUMBERS, truth
+from mmalign.shapes.video import Sighting, Track
+from mmalign.shapes.vlm_lessons import FRAMES, SIZE, Batch
+from mmalign.shapes.vlm_model import SIDE
+from mmalign.shapes.world import COLOURS, SHAPES
+
+GRID = -(-SIDE // 2)
+"""Features a side that the language model is given of each frame."""
+CELL = SIZE / GRID
+DEEDS = {
+    "direction": ("left", "right", "up", "down", "still"),
+    "motion": ("straight", "bounces", "shakes", "still"),
+    "growth": ("grows", "shrinks", "same"),
+}
+"""Topics whose truth a state must hold where a shape is seen last, and their values."""
+PRESENCE = ("always", "appears", "disappears", "hides", "flashes")
+VALUES = tuple(
+    dict.fromkeys(
+        [value for values in DEEDS.values() for value in values] + [*PRESENCE, "equal", *COLOURS, *SHAPES, *NUMBERS]
+    )
+)
+"""What the truth of any question can be; of a change of colour the colour after it."""
+UNKNOWN = -100
+_MIDDLE = (SIZE / 2, SIZE / 2, 6.0)
+MOVED, NAMED, KNOWN = 3, 4, 5
+"""After how many layers of six a feature must know its motion, a name its shape, and a question its truth."""
+_NAMES = (*COLOURS, *SHAPES)
+_SHARPNESS, _NORM = 20.0, 1.5
+
+Marks = dict[str, list[bool]]
+"""By what is marked: right or wrong, one a thing."""
+
+
+def place_of(seen: Sighting) -> int:
+    """The number of the part of the frame that the centre lies in, row by row."""
+    return int(seen.y // CELL) * GRID + int(seen.x // CELL)
+
+
+def sights(tracks: Sequence[tuple[Track, ...]]) -> Float[Tensor, "rows frames places 6"]:
+    """What is to be seen in each part of each frame.
+
+    Colour and shape as numbers from 1 (0: no centre lies here), the centre's place in the frame, across and down, and
+    the radius, in pixels; last, whether there is a centre.
+    """
+    found = torch.zeros(len(tracks), len(tracks[0][0]), GRID**2, 6)
+    for row, video in enumerate(tracks):
+        for track in video:
+            for frame, seen in enumerate(track):
+                if seen:
+                    kind = (list(COLOURS).index(seen.colour) + 1, list(SHAPES).index(seen.shape) + 1)
+                    found[row, frame, place_of(seen)] = torch.tensor([*kind, seen.x, seen.y, seen.radius, 1.0])
+    return found
+
+
+def steps(tracks: Sequence[tuple[Track, ...]]) -> Float[Tensor, "rows frames places 4"]:
+    """How far across and down each shape has come since the frame before and by how much it has grown, in pixels.
+
+    Last, whether there is a centre here of a shape that the frame before shows as well. The short way round.
+    """
+    found = torch.zeros(len(tracks), len(tracks[0][0]), GRID**2, 4)
+    for row, video in enumerate(tracks):
+        for track in video:
+            for frame, (was, now) in enumerate(zip(track, track[1:], strict=False), 1):
+                if was and now:
+                    moved = [(b - a + SIZE / 2) % SIZE - SIZE / 2 for a, b in ((was.x, now.x), (was.y, now.y))]
+                    found[row, frame, place_of(now)] = torch.tensor([*moved, now.radius - was.radius, 1.0])
+    return found
+
+
+def deeds(tracks: Sequence[tuple[Track, ...]]) -> Tensor:
+    """What each shape did, of the `DEEDS` in turn, `[rows, frames, places, 3]`, where and when it is seen last.
+
+    Numbers of values; `UNKNOWN` everywhere else, and where the frames show no answer.
+    """
+    found = torch.full((len(tracks), len(tracks[0][0]), GRID**2, len(DEEDS)), UNKNOWN)
+    for row, video in enumerate(tracks):
+        for track in video:
+            if not any(track):
+                continue
+            frame, seen = [(frame, seen) for frame, seen in enumerate(track) if seen][-1]
+            for number, (topic, values) in enumerate(DEEDS.items()):
+                value = truth(topic, (seen.shape,), (track,), SIZE)
+                if value in values:
+                    found[row, frame, place_of(seen), number] = values.index(value)
+    return found
+
+
+class Sight(torch.nn.Module):
+    """Readings of one feature: colour and shape by their words, place and size by a linear map.
+
+    The words are the language model's embeddings, as they are, and a feature is read as the first layer reads it, by
+    its direction alone: one that is read right lies along the words for what it shows, and holds little else than
+    that and the place, so that who has learned to read finds there what he knows. Its length is held near that of
+    two words, for a longer one drowns what the layers add to it.
+    """
+
+    words: Tensor
+
+    def __init__(self, words: Float[Tensor, "words width"]) -> None:
+        """`words`: the embeddings of the colours, then of the shapes, in the order of the world."""
+        super().__init__()
+        self.register_buffer("words", F.normalize(words.detach().float(), dim=1))
+        self.read = torch.nn.Linear(words.shape[1], 3)
+        self.nothing = torch.nn.Parameter(torch.full((2,), _SHARPNESS / 4))
+
+    def forward(self, features: Tensor, seen: Tensor) -> tuple[Tensor, Marks]:
+        """Return the loss and of every shape whether its kind is read right, and its place and size to a pixel."""
+        features, target = features.flatten(0, -2), seen.flatten(0, -2)
+        named = _SHARPNESS * F.normalize(features, dim=1) @ self.words.T
+        kinds, there = target[:, :2].long(), target[:, 5] > 0
+        losses, right = (features.norm(dim=1) - _NORM) ** 2, torch.ones(len(target), dtype=torch.bool)
+        for number, logits in enumerate(named.split([len(COLOURS), len(SHAPES)], 1)):
+            logits = torch.cat([self.nothing[number].expand(len(logits), 1), logits], 1)
+            losses = losses + F.cross_entropy(logits, kinds[:, number], reduction="none")
+            right &= logits.argmax(1) == kinds[:, number]
+        where = (target[there, 2:5] - torch.tensor(_MIDDLE)) / 4
+        read = self.read(F.rms_norm(features[there], features.shape[1:]))
+        loss = losses[there].mean() + losses[~there].mean() + F.mse_loss(read, where)
+        near = ((read - where).abs() < 0.25).all(1)
+        return loss, {"read": right[there].tolist(), "near": near.tolist()}
+
+
+class Motion(torch.nn.Module):
+    """Linear readings of one state, layer-normed: the step since the frame before, and the deeds."""
+
+    def __init__(self, width: int) -> None:
+        """Make the readings for states of this width."""
+        super().__init__()
+        self.sizes = (3, *(len(values) for values in DEEDS.values()))
+        self.read = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes)))
+
+    def forward(
+        self, states: Float[Tensor, "rows tokens width"], tracks: Sequence[tuple[Track, ...]]
+    ) -> tuple[Tensor, Marks]:
+        """Return the loss and of every deed whether it is read right; a state for every part of every frame."""
+        step, *named = self.read(states.float()).flatten(0, 1).split(self.sizes, 1)
+        target, done = steps(tracks).flatten(0, 2), deeds(tracks).flatten(0, 2)
+        known = target[:, 3] > 0
+        loss, marks = F.mse_loss(step[known], target[known, :3]), {}
+        for number, (topic, logits) in enumerate(zip(DEEDS, named, strict=True)):
+            asked = done[:, number] != UNKNOWN
+            loss = loss + F.cross_entropy(logits[asked], done[asked, number]) if asked.any() else loss
+            marks[f"({topic})"] = (logits[asked].argmax(1) == done[asked, number]).tolist()
+        return loss, marks
+
+
+class Value(torch.nn.Module):
+    """A linear reading of the state before an answer: the truth, not yet the label that stands for it."""
+
+    def __init__(self, width: int) -> None:
+        """Make the reading for states of this width."""
+        super().__init__()
+        self.read = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, len(VALUES)))
+
+    def forward(
+        self, states: Float[Tensor, "lessons width"], lessons: Sequence[tuple[str, str]]
+    ) -> tuple[Tensor, Marks]:
+        """Return the loss and of every question, by topic, whether its truth is read; `lessons`: (topic, truth).
+
+        A lesson with an empty truth has none.
+        """
+        numbers = [VALUES.index(value.split(" to ")[-1]) if value else UNKNOWN for _, value in lessons]
+        target, logits = torch.tensor(numbers), self.read(states.float())
+        right, marks = (logits.argmax(1) == target).tolist(), defaultdict(list)
+        for (topic, value), one in zip(lessons, right, strict=True):
+            if value:
+                marks[f"[{topic}]"].append(one)
+        return F.cross_entropy(logits, target, ignore_index=UNKNOWN), dict(marks)
+
+
+class Names(torch.nn.Module):
+    """Linear readings of the state at a word for a shape or a colour: what the video shows of the shape so called.
+
+    At a shape's name its colour, its deeds and presence, and when and how fast; at a colour's the shape that has it.
+    """
+
+    def __init__(self, width: int, tokenizer: Any) -> None:
+        """Make the readings for states of this width, at the words as this tokenizer writes them."""
+        super().__init__()
+        self.names = {tokenizer(f" {name}", add_special_tokens=False)["input_ids"][0]: name for name in _NAMES}
+        self.ids = torch.tensor(list(self.names))
+        self.deeds = {**DEEDS, "presence": PRESENCE}
+        self.sizes = (len(_NAMES) + 1, 3, *(len(values) for values in self.deeds.values()))
+        self.read = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes)))
+
+    def forward(
+        self,
+        states: Float[Tensor, "rows tokens width"],
+        ids: Tensor,
+        asked: Tensor,
+        tracks: Sequence[tuple[Track, ...]],
+    ) -> tuple[Tensor, Marks]:
+        """Return the loss at the names among the tokens that are `asked`, and the marks."""
+        at = asked & torch.isin(ids, self.ids)
+        places = at.nonzero().tolist()
+        known = [self._of(video) for video in tracks]
+        told = [known[row][self.names[int(ids[row, token])]] for row, token in places]
+        what, when, *named = self.read(states[at].float()).split(self.sizes, 1)
+        other = torch.tensor([one[0] for one in told])
+        loss = F.cross_entropy(what, other)
+        marks = {"{kind}": [bool(a) for a, b in zip(what.argmax(1) == other, told, strict=True) if b[0]]}
+        there = torch.tensor([bool(one[1]) for one in told])
+        if there.any():
+            loss = loss + F.mse_loss(when[there], torch.tensor([one[1] for one in told if one[1]]))
+        deeds = torch.tensor([one[2] for one in told])
+        for number, (topic, logits) in enumerate(zip(self.deeds, named, strict=True)):
+            sure = deeds[:, number] != UNKNOWN
+            loss = loss + F.cross_entropy(logits[sure], deeds[sure, number]) if sure.any() else loss
+            marks[f"{{{topic}}}"] = (logits[sure].argmax(1) == deeds[sure, number]).tolist()
+        return loss, marks
+
+    def _of(self, video: tuple[Track, ...]) -> dict[str, tuple[int, list[float], list[int]]]:
+        """By name: the number of the other name or 0; when first and last seen and how fast; numbers of deeds."""
+        nothing: tuple[int, list[float], list[int]] = (0, [], [UNKNOWN] * len(self.deeds))
+        told = dict.fromkeys(_NAMES, nothing)
+        for track in video:
+            frames = [frame for frame, seen in enumerate(track) if seen]
+            last = next((seen for seen in reversed(track) if seen), None)
+            if last is None:
+                continue
+            moved = steps([(track,)])[0].flatten(0, 1)
+            pace = moved[moved[:, 3] > 0, :2].norm(dim=1)
+            when = [frames[0] / 4, frames[-1] / 4, float(pace.mean()) if len(pace) else 0.0]
+            numbers = []
+            for topic, values in self.deeds.items():
+                value = truth(topic, (last.shape,), (track,), SIZE)
+                numbers.append(values.index(value) if value in values else UNKNOWN)
+            told[last.shape] = (_NAMES.index(last.colour) + 1, when, numbers)
+            told[last.colour] = (_NAMES.index(last.shape) + 1, *nothing[1:])
+        return told
+
+
+class Probes(torch.nn.Module):
+    """What the states of the language model are to hold, each kind after so many layers."""
+
+    def __init__(self, width: int, tokenizer: Any) -> None:
+        """Make the probes for states of this width."""
+        super().__init__()
+        self.motion, self.names, self.value = Motion(width), Names(width, tokenizer), Value(width)
+
+    def forward(self, states: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Marks]:
+        """Return the sum of the losses, and the marks; `states`: before the first layer and after each."""
+        loss, marks = torch.zeros(()), Marks()
+        if batch.videos is not None:
+            end = int((batch.blocks[0] == 0).sum()) - 1
+            moved, right = self.motion(states[MOVED][:, end - FRAMES * GRID**2 : end], batch.tracks)
+            named, more = self.names(states[NAMED], batch.ids, batch.blocks > 0, batch.tracks)
+            loss, marks = loss + moved + named, {**marks, **right, **more}
+        taught = [(one.kind, one.value) for lessons in batch.lessons for one in lessons]
+        if taught:
+            before = ~batch.answers[:, :-1] & batch.answers[:, 1:]
+            known, right = self.value(states[KNOWN][:, :-1][before], taught)
+            loss, marks = loss + known, {**marks, **right}
+        return loss, marks
