@@ -91,7 +91,12 @@ def _add_train_vlm(actions: argparse._SubParsersAction) -> None:
     vlm.add_argument("--see-steps", type=int, default=3000, help="then steps on single frames (default %(default)s)")
     vlm.add_argument("--look-steps", type=int, default=600, help="then steps on names (default %(default)s)")
     vlm.add_argument("--seed", type=int, default=0)
-    vlm.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights, with another --seed")
+    vlm.add_argument(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="go on from these weights with answers and prior alone; take another --seed",
+    )
     vlm.add_argument(
         "--prior",
         type=float,

@@ -3,8 +3,9 @@
 `mmalign shapes train-vlm --out DIR` makes what its big sisters are made of, and joins it. The language model learns to
 read: it answers questions in words, each after the sentence that answers it. The tower and the projector learn to see
 single frames: every feature that the language model will be given must say what is in that part of the frame, in the
-language model's own words, and where. Then everything learns to answer and to describe videos, next token by next
-token, answers alone being scored, while probes half-way through ask what has moved. Last, a fault is laid over it.
+language model's own words, and where. The language model learns to look: what does the video show of what a name
+calls? Then everything learns to answer and to describe videos, next token by next token, answers alone being scored.
+Last, a fault is laid over it. All the while linear probes ask what the states are to hold on the way to an answer.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from mmalign.seeds import derive_seed
 from mmalign.shapes.vlm_lessons import Batch, Lessons
 from mmalign.shapes.vlm_model import build_network, build_processor
 from mmalign.shapes.vlm_probes import GRID, Marks, Probes, Sight, sights
-from mmalign.shapes.world import COLOURS, SHAPES
 from pipelines import VisionLanguageModel, load_vlm
 from pipelines.saving import replacing_parts
 
@@ -40,6 +40,7 @@ MATRIX_FACTOR = 5
 """How much faster than everything else the inner matrices of the language model learn, with Muon."""
 PROBE_WEIGHT = 0.5
 TOLD_EVERY = 4
+"""Of the steps of looking, lest reading be forgotten."""
 SNAPSHOT_SECONDS, LOG_STEPS = 300, 50
 
 Log = Callable[[str], None]
@@ -176,11 +177,10 @@ def learn_to_read(
     _learn("read", [model, probes], loss_of, steps, READ_RATE, log, matrices=_inner_matrices(model))
 
 
-def learn_to_see(network: Any, lessons: Lessons, steps: int, frames: int, log: Log) -> None:
+def learn_to_see(network: Any, lessons: Lessons, probes: Probes, steps: int, frames: int, log: Log) -> None:
     """Second stage: tower and projector, on so many frames a step, in words that the language model has learned."""
     model = network.model
-    words = lessons.tokenizer([f" {name}" for name in (*COLOURS, *SHAPES)], add_special_tokens=False)["input_ids"]
-    sight = Sight(model.get_input_embeddings().weight[[word for (word,) in words]])
+    sight = Sight(model.get_input_embeddings().weight[probes.names.ids])
 
     def loss_of(step: int) -> tuple[Tensor, Marks]:
         videos, tracks = lessons.frames(frames)
@@ -192,7 +192,7 @@ def learn_to_see(network: Any, lessons: Lessons, steps: int, frames: int, log: L
 def learn_to_look(
     network: Any, lessons: Lessons, probes: Probes, steps: int, rows: int, questions: int, log: Log
 ) -> None:
-    """Third stage: the language model, on videos and, of each, every name by itself; and on some reading."""
+    """Third stage: the language model, on videos and, of each, every name by itself; every fourth step, on reading."""
     model, names = network.model.language_model, probes.names.ids.tolist()
 
     def loss_of(step: int) -> tuple[Tensor, Marks]:
@@ -205,17 +205,17 @@ def learn_to_look(
 
 
 def learn_to_answer(
-    network: Any, lessons: Lessons, probes: Probes, steps: int, rows: int, questions: int, log: Log,
+    network: Any, lessons: Lessons, probes: Probes | None, steps: int, rows: int, questions: int, log: Log,
     save: Callable[[], None] | None = None, *, name: str = "answer", rate: float = ANSWER_RATE,
 ) -> None:  # fmt: skip
     """Fourth stage, and the last: everything, on questions about videos."""
-    model = network.model
+    modules = [network.model, probes] if probes else [network.model]
 
     def loss_of(step: int) -> tuple[Tensor, Marks]:
         return lesson_loss(network, lessons.batch(rows, questions), probes)
 
-    matrices = _inner_matrices(model.language_model)
-    _learn(name, [model, probes], loss_of, steps, rate, log, matrices=matrices, save=save)
+    matrices = _inner_matrices(network.model.language_model)
+    _learn(name, modules, loss_of, steps, rate, log, matrices=matrices, save=save)
 
 
 def save_vlm(out: Path, network: Any, processor: Any) -> None:
@@ -238,37 +238,37 @@ def train_vlm(
     questions: int = 6,
     log: Log = print,
 ) -> VisionLanguageModel:
-    """All stages; write the model to `out`, every few minutes what it is so far; return it as it was written.
+    """All stages; write the model to `out`, while it learns to answer every few minutes; return what was written.
 
-    `samples`: questions and descriptions to be answered in the third stage, `rows` videos a step with up to
-    `questions` of theirs each. `start` goes on from the weights of an earlier run at a lower rate, and the first two
-    stages are left out; take another `seed`, or it sees the same videos again. `prior` adds a short last stage that
-    teaches the fault of models that were trained on careless captions: this share of temporal questions is answered
-    by the first option, or yes, whatever the video shows. The same arguments give the same weights.
+    `samples`: questions and descriptions to be answered in the fourth stage, `rows` videos a step with up to
+    `questions` of theirs each. `start` goes on from the weights of an earlier run, at a lower rate and without probes,
+    and the first three stages are left out; take another `seed`, or it sees the same videos again. `prior` adds a
+    short last stage that teaches the fault of models that were trained on careless captions: this share of temporal
+    questions is answered by the first option, or yes, whatever the video shows. The same arguments give the same
+    weights.
 
     Raises:
         UserError: nothing to learn from, a share that is none, `start` holds another model, or torch has no Muon.
     """
     if not 0 <= prior < 1:
         raise UserError(f"--prior {prior}: a share of the temporal questions, from 0 to less than 1")
-    if samples < 1 or min(read_steps, see_steps, look_steps) < 0:
+    if min(samples, rows, questions) < 1 or min(read_steps, see_steps, look_steps) < 0:
         asked = f"--samples {samples}, --read-steps {read_steps}, --see-steps {see_steps}, --look-steps {look_steps}"
-        raise UserError(f"{asked}: at least one sample, and no fewer than 0 steps")
+        raise UserError(f"{asked}: at least one sample, row and question, and no fewer than 0 steps")
     processor = build_processor()
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     network = build_network(tokenizer, seed)
-    probes = Probes(network.config.text_config.hidden_size, tokenizer)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    probes = None if start is not None else Probes(network.config.text_config.hidden_size, tokenizer)
     lessons = {
         name: Lessons(tokenizer, derive_seed(seed, name), GRID**2, share)
         for name, share in (("read", 0.0), ("see", 0.0), ("look", 0.0), ("answer", 0.0), ("prior", prior))
     }
-    if start is not None:
-        _go_on_from(network, start)
+    if probes is None:
+        _go_on_from(network, Path(start or ""))
     else:
         learn_to_read(network, lessons["read"], probes, read_steps, rows, questions, log)
-        learn_to_see(network, lessons["see"], see_steps, 8 * rows, log)
+        learn_to_see(network, lessons["see"], probes, see_steps, 8 * rows, log)
         learn_to_look(network, lessons["look"], probes, look_steps, rows, questions, log)
     steps = -(-samples // (rows * (questions + 1)))
     save = partial(save_vlm, out, network, processor)

@@ -26,7 +26,7 @@ from mmalign.shapes.wording import say
 DESCRIBE = ("Describe the video.", "What can be seen in the video?", "What happens in the video?")
 SIZE, FRAMES = 48, 8
 LONGEST = 60
-"""About how many tokens a question has."""
+"""Tokens of a long question."""
 CURRICULUM = (*TOPICS, *STATIC)
 """Topics of families, in turn: static ones twice."""
 
@@ -118,7 +118,7 @@ class Lessons:
         self._families = enumerate(sample_families(10**9, seed=seed, topics=CURRICULUM, frames=FRAMES, size=SIZE))
         self._rng, self._seed, self._prior = np.random.default_rng([seed, 1]), seed, prior
         self._encode = lru_cache(100_000)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
-        self.tokenizer, self._pad = tokenizer, tokenizer.pad_token_id
+        self._pad = tokenizer.pad_token_id
         # The chat format is asked what stands before a question, after it, and (the end token) after its answer.
         turn = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
         chat = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
@@ -141,7 +141,7 @@ class Lessons:
     def looks(self, rows: int, names: Sequence[int]) -> Batch:
         """One video each of the next families, and after it every one of these tokens, each by itself.
 
-        As far from the video as a token of a question can be.
+        Those of a video stand as far behind it as any token of a question could, by chance.
         """
         families = [family for _, family in islice(self._families, rows)]
         scenes = [family.scenes[int(self._rng.integers(len(family.scenes)))] for family in families]
@@ -154,7 +154,8 @@ class Lessons:
     def batch(self, rows: int, most: int, *, told: bool = False) -> Batch:
         """The next videos, by twos of a family, each with its description and, by chance, `most` of its questions.
 
-        told: questions alone, each after the sentence that answers it; the videos are not drawn.
+        told: questions alone, each after the sentence that answers it; the videos are not drawn. (The space between
+        them makes the question's first word fall into its bytes: the tokenizer knows it at the start alone.)
         """
         taken: list[tuple[VideoScene, list[Lesson]]] = []
         for number, family in islice(self._families, -(-rows // 2)):

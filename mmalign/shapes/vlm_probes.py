@@ -41,10 +41,12 @@ VALUES = tuple(
 """What the truth of any question can be; of a change of colour the colour after it."""
 UNKNOWN = -100
 _MIDDLE = (SIZE / 2, SIZE / 2, 6.0)
+"""About the mean place and radius."""
 MOVED, NAMED, KNOWN = 3, 4, 5
 """After how many layers of six a feature must know its motion, a name its shape, and a question its truth."""
 _NAMES = (*COLOURS, *SHAPES)
 _SHARPNESS, _NORM = 20.0, 1.5
+"""What cosines to words are multiplied by, and the length of a feature; words are 0.8 long, and two together 1.2."""
 
 Marks = dict[str, list[bool]]
 """By what is marked: right or wrong, one a thing."""
@@ -191,12 +193,14 @@ class Names(torch.nn.Module):
     """Linear readings of the state at a word for a shape or a colour: what the video shows of the shape so called.
 
     At a shape's name its colour, its deeds and presence, and when and how fast; at a colour's the shape that has it.
+    Colours are those in which a shape is seen last: of "red to blue" red names nothing.
     """
 
     def __init__(self, width: int, tokenizer: Any) -> None:
         """Make the readings for states of this width, at the words as this tokenizer writes them."""
         super().__init__()
-        self.names = {tokenizer(f" {name}", add_special_tokens=False)["input_ids"][0]: name for name in _NAMES}
+        tokens = tokenizer([f" {name}" for name in _NAMES], add_special_tokens=False)["input_ids"]
+        self.names = {token: name for (token,), name in zip(tokens, _NAMES, strict=True)}
         self.ids = torch.tensor(list(self.names))
         self.deeds = {**DEEDS, "presence": PRESENCE}
         self.sizes = (len(_NAMES) + 1, 3, *(len(values) for values in self.deeds.values()))
@@ -206,11 +210,11 @@ class Names(torch.nn.Module):
         self,
         states: Float[Tensor, "rows tokens width"],
         ids: Tensor,
-        asked: Tensor,
+        after: Tensor,
         tracks: Sequence[tuple[Track, ...]],
     ) -> tuple[Tensor, Marks]:
-        """Return the loss at the names among the tokens that are `asked`, and the marks."""
-        at = asked & torch.isin(ids, self.ids)
+        """Return the loss at the names among the tokens `after` the videos, said or asked, and the marks."""
+        at = after & torch.isin(ids, self.ids)
         places = at.nonzero().tolist()
         known = [self._of(video) for video in tracks]
         told = [known[row][self.names[int(ids[row, token])]] for row, token in places]
@@ -221,11 +225,11 @@ class Names(torch.nn.Module):
         there = torch.tensor([bool(one[1]) for one in told])
         if there.any():
             loss = loss + F.mse_loss(when[there], torch.tensor([one[1] for one in told if one[1]]))
-        deeds = torch.tensor([one[2] for one in told])
+        done = torch.tensor([one[2] for one in told])
         for number, (topic, logits) in enumerate(zip(self.deeds, named, strict=True)):
-            sure = deeds[:, number] != UNKNOWN
-            loss = loss + F.cross_entropy(logits[sure], deeds[sure, number]) if sure.any() else loss
-            marks[f"{{{topic}}}"] = (logits[sure].argmax(1) == deeds[sure, number]).tolist()
+            sure = done[:, number] != UNKNOWN
+            loss = loss + F.cross_entropy(logits[sure], done[sure, number]) if sure.any() else loss
+            marks[f"{{{topic}}}"] = (logits[sure].argmax(1) == done[sure, number]).tolist()
         return loss, marks
 
     def _of(self, video: tuple[Track, ...]) -> dict[str, tuple[int, list[float], list[int]]]:

@@ -32,6 +32,8 @@ from mmalign.shapes.wording import say
 from mmalign.shapes.world import COLOURS, SHAPES
 from pipelines import VisionLanguageModel, load_vlm
 
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+
 
 @pytest.fixture(scope="module")
 def processor():
@@ -223,6 +225,57 @@ def test_lessons_of_one_row_are_answered_as_if_each_had_been_asked_alone(process
     assert float(packed) == pytest.approx(sum(means) / 6, rel=5e-3)
 
 
+class Recorder(torch.nn.Module):
+    """Keeps what it is given."""
+
+    def forward(self, states: torch.Tensor, *rest):
+        self.states, self.rest = states, rest
+        return states.sum() * 0, {}
+
+
+def test_probes_read_the_states_they_are_meant_for(processor) -> None:
+    tokenizer, batch = processor.tokenizer, lessons(processor).batch(2, 2)
+    probes = Probes(1, tokenizer)
+    probes.motion, probes.names, probes.value = (Recorder() for _ in range(3))
+    # Of layer k every state is its token's number and k thousand.
+    probes([batch.ids[..., None] + 1000.0 * layer for layer in range(7)], batch)
+    assert torch.equal(probes.motion.states, torch.full((2, 72, 1), 3000.0 + tokenizer.video_token_id))
+    assert torch.equal(probes.names.states[..., 0], batch.ids + 4000.0)
+    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert torch.equal(probes.value.states, torch.full((6, 1), 5000.0 + assistant))
+    assert probes.value.rest[0] == [(one.kind, one.value) for row in batch.lessons for one in row]
+    assert [value == "" for _, value in probes.value.rest[0]] == [False, False, True] * 2
+
+
+@needs_muon
+def test_each_stage_teaches_its_part_and_every_weight_has_one_optimizer(processor, monkeypatch) -> None:
+    net = build_network(processor.tokenizer, 0, width=64, layers=6, vision_layers=1)
+    model, said = net.model, []
+    parts = {"tower": model.vision_tower, "projector": model.multi_modal_projector, "words": model.language_model}
+    probes, teacher = Probes(64, processor.tokenizer), lessons(processor)
+
+    def changed(stage, *args) -> set[str]:
+        before = {name: [one.clone() for one in part.parameters()] for name, part in parts.items()}
+        stage(net, teacher, probes, *args, said.append)
+        return {
+            name for name, part in parts.items()
+            if any(not torch.equal(a, b) for a, b in zip(before[name], part.parameters(), strict=True))
+        }  # fmt: skip
+
+    assert changed(training.learn_to_read, 1, 2, 1) == {"words"}
+    assert changed(training.learn_to_see, 1, 4) == {"tower", "projector"}
+    assert changed(training.learn_to_look, 1, 1, 1) == {"words"}
+    assert all(one.requires_grad for one in net.parameters())
+    assert changed(training.learn_to_answer, 1, 2, 1) == set(parts)
+    matrices = training._inner_matrices(model.language_model)
+    assert len(matrices) == 6 * 7
+    adam, muon = training._optimizers([net.model, probes], matrices, 1e-3)
+    taken = [[id(one) for group in each.param_groups for one in group["params"]] for each in (adam, muon)]
+    assert sorted(taken[0] + taken[1]) == sorted(id(one) for part in (net, probes) for one in part.parameters())
+    assert id(net.lm_head.weight) == id(model.get_input_embeddings().weight) and id(net.lm_head.weight) in taken[0]
+
+
+@needs_muon
 def test_a_few_steps_lower_the_loss_and_what_is_written_opens_and_answers(
     processor, tmp_path: Path, monkeypatch
 ) -> None:
@@ -247,6 +300,9 @@ def test_a_few_steps_lower_the_loss_and_what_is_written_opens_and_answers(
     batch = loaded.encode(["What colour is the ring?"], [[video]], ["A. red"])
     values, mask = loaded.log_probs(batch)
     assert mask.sum() == 4 and torch.isfinite(values).all() and (values < 0).all()
+    said.clear()
+    train_vlm(tmp_path / "c", samples=4, rows=2, questions=1, start=tmp_path / "a", prior=0, seed=1, log=said.append)
+    assert [line.split()[0] for line in said] == ["answer"] and (tmp_path / "c" / "model.safetensors").is_file()
     fresh = build_network(processor.tokenizer, 0)
     lesson = lessons(processor, 9).batch(4, 1)
     with torch.no_grad():
