@@ -13,8 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,18 +148,6 @@ def _learn(
             saved = time.time()
 
 
-@contextmanager
-def frozen(*modules: torch.nn.Module) -> Iterator[None]:
-    """These modules need no gradients for a while."""
-    for module in modules:
-        module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.requires_grad_(True)
-
-
 def _inner_matrices(module: torch.nn.Module) -> list[Tensor]:
     return [one.weight for one in module.modules() if isinstance(one, torch.nn.Linear)]
 
@@ -200,8 +187,12 @@ def learn_to_look(
             return lesson_loss(network, lessons.batch(rows, questions, told=True), probes)
         return lesson_loss(network, lessons.looks(4 * rows, names), probes)
 
-    with frozen(network.model.vision_tower, network.model.multi_modal_projector):
-        _learn("look", [model, probes], loss_of, steps, LOOK_RATE, log, matrices=_inner_matrices(model))
+    seeing = (network.model.vision_tower, network.model.multi_modal_projector)
+    for part in seeing:
+        part.requires_grad_(False)
+    _learn("look", [model, probes], loss_of, steps, LOOK_RATE, log, matrices=_inner_matrices(model))
+    for part in seeing:
+        part.requires_grad_(True)
 
 
 def learn_to_answer(

@@ -9,7 +9,7 @@ the truth. So what a question takes is taught one step at a time. All are thrown
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,11 +99,27 @@ def deeds(tracks: Sequence[tuple[Track, ...]]) -> Tensor:
             if not any(track):
                 continue
             frame, seen = [(frame, seen) for frame, seen in enumerate(track) if seen][-1]
-            for number, (topic, values) in enumerate(DEEDS.items()):
-                value = truth(topic, (seen.shape,), (track,), SIZE)
-                if value in values:
-                    found[row, frame, place_of(seen), number] = values.index(value)
+            found[row, frame, place_of(seen)] = torch.tensor(_numbers(track, seen.shape, DEEDS))
     return found
+
+
+def _numbers(track: Track, shape: str, topics: Mapping[str, tuple[str, ...]]) -> list[int]:
+    """The number of the truth among the values of each topic, or `UNKNOWN`."""
+    told = [(values, truth(topic, (shape,), (track,), SIZE)) for topic, values in topics.items()]
+    return [values.index(value) if value in values else UNKNOWN for values, value in told]
+
+
+def _read_numbers(
+    named: Sequence[Tensor], done: Tensor, topics: Mapping[str, tuple[str, ...]], brackets: str
+) -> tuple[Tensor, Marks]:
+    """Sum over topics of the cross-entropy where the number is known, and by topic which are read right."""
+    loss, marks = torch.zeros(()), Marks()
+    for number, (topic, logits) in enumerate(zip(topics, named, strict=True)):
+        sure = done[:, number] != UNKNOWN
+        if sure.any():
+            loss = loss + F.cross_entropy(logits[sure], done[sure, number])
+        marks[topic.join(brackets)] = (logits[sure].argmax(1) == done[sure, number]).tolist()
+    return loss, marks
 
 
 class Sight(torch.nn.Module):
@@ -157,12 +173,8 @@ class Motion(torch.nn.Module):
         step, *named = self.read(states.float()).flatten(0, 1).split(self.sizes, 1)
         target, done = steps(tracks).flatten(0, 2), deeds(tracks).flatten(0, 2)
         known = target[:, 3] > 0
-        loss, marks = F.mse_loss(step[known], target[known, :3]), {}
-        for number, (topic, logits) in enumerate(zip(DEEDS, named, strict=True)):
-            asked = done[:, number] != UNKNOWN
-            loss = loss + F.cross_entropy(logits[asked], done[asked, number]) if asked.any() else loss
-            marks[f"({topic})"] = (logits[asked].argmax(1) == done[asked, number]).tolist()
-        return loss, marks
+        loss, marks = _read_numbers(named, done, DEEDS, "()")
+        return F.mse_loss(step[known], target[known, :3]) + loss, marks
 
 
 class Value(torch.nn.Module):
@@ -225,12 +237,8 @@ class Names(torch.nn.Module):
         there = torch.tensor([bool(one[1]) for one in told])
         if there.any():
             loss = loss + F.mse_loss(when[there], torch.tensor([one[1] for one in told if one[1]]))
-        done = torch.tensor([one[2] for one in told])
-        for number, (topic, logits) in enumerate(zip(self.deeds, named, strict=True)):
-            sure = done[:, number] != UNKNOWN
-            loss = loss + F.cross_entropy(logits[sure], done[sure, number]) if sure.any() else loss
-            marks[f"{{{topic}}}"] = (logits[sure].argmax(1) == done[sure, number]).tolist()
-        return loss, marks
+        read, right = _read_numbers(named, torch.tensor([one[2] for one in told]), self.deeds, "{}")
+        return loss + read, {**marks, **right}
 
     def _of(self, video: tuple[Track, ...]) -> dict[str, tuple[int, list[float], list[int]]]:
         """By name: the number of the other name or 0; when first and last seen and how fast; numbers of deeds."""
@@ -244,11 +252,7 @@ class Names(torch.nn.Module):
             moved = steps([(track,)])[0].flatten(0, 1)
             pace = moved[moved[:, 3] > 0, :2].norm(dim=1)
             when = [frames[0] / 4, frames[-1] / 4, float(pace.mean()) if len(pace) else 0.0]
-            numbers = []
-            for topic, values in self.deeds.items():
-                value = truth(topic, (last.shape,), (track,), SIZE)
-                numbers.append(values.index(value) if value in values else UNKNOWN)
-            told[last.shape] = (_NAMES.index(last.colour) + 1, when, numbers)
+            told[last.shape] = (_NAMES.index(last.colour) + 1, when, _numbers(track, last.shape, self.deeds))
             told[last.colour] = (_NAMES.index(last.shape) + 1, *nothing[1:])
         return told
 
