@@ -173,8 +173,9 @@ def _help() -> str:
         lines += [f"  {verb:<12} {about}", f"  {'':<12}   $ {example}"]
     lines += [
         "",
-        "MODEL is a diffusers directory, a directory that `mmalign train` wrote, or a hub id; names such as",
-        "assets/shapes-sd and shapes/diffusion_dpo are found wherever mmalign is installed.",
+        "MODEL is a directory of diffusers or, for a model that answers, of transformers, a directory that",
+        "`mmalign train` wrote, or a hub id; names such as assets/shapes-sd and shapes/diffusion_dpo are found",
+        "wherever mmalign is installed.",
         "--debug shows the traceback of an error. Exit codes: 0 done, 2 wrong input, 3 some items have no score,",
         "130 Ctrl-C, 1 anything else.",
     ]

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from mmalign.errors import UserError, nearest
-from mmalign.resources import resource_root
+from mmalign.resources import resource_root, shipped
 
 KeyPath = tuple[str | int, ...]
 COMMAND_LINE = "the command line"
@@ -101,9 +101,8 @@ def find_config(name: str | Path, relative_to: Path | None = None) -> Path:
         UserError: there is none; the message names the nearest shipped config.
     """
     given = Path(name).expanduser()
-    root = resource_root()
-    for base in ([relative_to] if relative_to else [Path()]) + [root, root / "configs"]:
-        for candidate in (base / given, base / f"{given}.yaml"):
+    for path in ((relative_to or Path()) / given, shipped(given), resource_root() / "configs" / given):
+        for candidate in (path, Path(f"{path}.yaml")) if path is not None else ():
             if candidate.is_file():
                 return candidate
     if given.is_dir():

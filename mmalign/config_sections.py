@@ -69,13 +69,13 @@ class AdapterConfig(StrictModel):
     """What is trained: a low-rank adapter, or every weight."""
 
     kind: Literal["lora", "full"] = "lora"
-    """lora: small matrices beside frozen weights; full: all weights of the denoiser"""
+    """lora: small matrices beside frozen weights; full: all weights (of an image model, of the denoiser)"""
     rank: int = Field(16, ge=1)
     """rank of the LoRA matrices"""
     alpha: float | None = Field(None, gt=0)
     """LoRA scale times rank; null: equal to the rank"""
     targets: list[str] | None = Field(None, min_length=1)
-    """names of the layers that get LoRA matrices; null: the attention projections"""
+    """names of layers that get LoRA matrices; null: attention projections, or all linear layers of a language model"""
 
     @model_serializer(mode="wrap")
     def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import UserError
 from mmalign.precision import round_frozen
-from mmalign.resources import resolve_model, resource_root
+from mmalign.resources import resolve_model, shipped
 from mmalign.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def make_trainable(model: Any, config: RunConfig) -> None:
 def base_model_name(config: RunConfig) -> str:
     """Return how an adapter names its base: as given if that means the same anywhere, else as an absolute path."""
     given = Path(config.model).expanduser()
-    shipped = resource_root() / given
-    if not given.exists() or (shipped.exists() and shipped.samefile(given)):
+    ours = shipped(given)
+    if not given.exists() or (ours is not None and ours.exists() and ours.samefile(given)):
         return config.model
     return str(given.resolve())
 

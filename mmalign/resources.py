@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmalign.errors import MissingPath, UserError, nearest
 
+_SHIPPED = ("configs", "assets")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -18,7 +19,7 @@ def resource_root() -> Path:
 
 
 def find(path: str | Path) -> Path:
-    """Return `path` as given if it exists, else the shipped file or directory of that relative name.
+    """Return `path` as given if it exists, else what has that name among the shipped `configs/` and `assets/`.
 
     Raises:
         MissingPath: neither exists; the message names the nearest existing path.
@@ -26,11 +27,19 @@ def find(path: str | Path) -> Path:
     given = Path(path).expanduser()
     if given.exists():
         return given
-    if not given.is_absolute():
-        shipped = resource_root() / given
-        if shipped.exists():
-            return shipped
+    ours = shipped(given)
+    if ours is not None and ours.exists():
+        return ours
     raise MissingPath(path, _path_hint(given))
+
+
+def shipped(given: Path) -> Path | None:
+    """Return where `given` would lie among what ships; None if it names nothing of `configs/` or `assets/`.
+
+    A checkout is the root of what ships, but its `runs/` and `tests/` are no part of it: a command called elsewhere
+    must not read them because a name matches.
+    """
+    return resource_root() / given if given.parts[:1] and given.parts[0] in _SHIPPED else None
 
 
 def resolve_model(name: str) -> str:
@@ -45,9 +54,7 @@ def resolve_model(name: str) -> str:
     given = Path(name).expanduser()
     looks_like_hub_id = _HUB_ID.fullmatch(name) is not None
     if looks_like_hub_id and not given.exists():
-        shipped = resource_root() / given
-        first_part_is_local = Path(given.parts[0]).is_dir() or (resource_root() / given.parts[0]).is_dir()
-        if not shipped.exists() and not first_part_is_local:
+        if shipped(given) is None and not Path(given.parts[0]).is_dir():
             return name
     try:
         return str(find(given))
@@ -71,9 +78,8 @@ def require_adapter(model: str, what: str, fix: str) -> None:
 
 def _path_hint(missing: Path) -> str:
     """Describe the nearest existing neighbour of a missing path, or where it was looked for."""
-    folders = [missing.parent] if missing.is_absolute() else [missing.parent, resource_root() / missing.parent]
-    for folder in folders:
-        if folder.is_dir():
+    for folder in (missing.parent, shipped(missing.parent)):
+        if folder is not None and folder.is_dir():
             match = nearest(missing.name, (entry.name for entry in folder.iterdir()))
             if match:
                 return f"; did you mean '{missing.parent / match}'?"

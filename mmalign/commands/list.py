@@ -171,7 +171,7 @@ def _configs() -> Listing:
     for name in list_configs():
         first = find_config(name).read_text(encoding="utf-8").partition("\n")[0]
         rows.append([name, first.lstrip("# ") if first.startswith("#") else ""])
-    hint = "Run one with `mmalign train NAME`; see it with `mmalign show-config NAME`."
+    hint = "Run one as its header says, mostly with `mmalign train NAME`; see it with `mmalign show-config NAME`."
     return Listing(["config", "header"], rows, hint)
 
 

@@ -14,6 +14,7 @@ from mmalign.commands.generate import (
     add_sampling_arguments,
     check_sampling,
     model_identity,
+    not_negative,
     open_generator,
     positive,
     read_prompts,
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sample = actions.add_parser("sample", help="draw images: DIR/images.parquet")
     add_sampling_arguments(sample)
     sample.add_argument("--images-per-prompt", type=positive, default=4, metavar="N", help="default %(default)s")
-    sample.add_argument("--seed", type=int, default=0, help="all image seeds derive from it (default %(default)s)")
+    sample.add_argument("--seed", type=not_negative, default=0, help="of all image seeds (default %(default)s)")
     label = actions.add_parser("label", help="score the images and write pairs")
     label.add_argument("images", metavar="DIR", help="what `mmalign pairs sample` wrote")
     label.add_argument("--reward", required=True, metavar="R,R2:0.5", help="rewards, with weights other than 1")
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     label.add_argument("--label-noise", type=float, default=0.0, metavar="P", help="flip labels with probability P")
     label.add_argument("--min-margin", type=float, default=0.0, metavar="M", help="leave out pairs closer than this")
     label.add_argument("--pairs-per-prompt", type=positive, default=1, metavar="K", help="default %(default)s")
-    label.add_argument("--seed", type=int, default=0, help="of draws, noise and sides (default %(default)s)")
+    label.add_argument("--seed", type=not_negative, default=0, help="of draws, noise and sides (default %(default)s)")
     _add_perturb_arguments(actions.add_parser("perturb", help="write captions, or answers, that do not fit"))
 
 
@@ -53,8 +54,8 @@ def _add_perturb_arguments(perturb: argparse.ArgumentParser) -> None:
     )
     perturb.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="for data.labels, data.pairs")
     perturb.add_argument("--answers", metavar="DIR", help="keep a model's answers here, to ask for none twice")
-    perturb.add_argument("--limit", type=positive, metavar="N", help="no more than this many images or questions")
-    perturb.add_argument("--seed", type=int, default=0, help="of all that is drawn (default %(default)s)")
+    perturb.add_argument("--limit", type=positive, metavar="N", help="only the first N images, or questions")
+    perturb.add_argument("--seed", type=not_negative, default=0, help="of all that is drawn (default %(default)s)")
     add_video_arguments(perturb)
     captions = perturb.add_argument_group("captions of images")
     captions.add_argument(

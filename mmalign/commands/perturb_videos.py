@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.commands.generate import positive
 from mmalign.errors import UserError
+from mmalign.resources import find
 
 if TYPE_CHECKING:
     from mmalign.data.answering import Answerer
@@ -79,10 +80,11 @@ def refuse_video_options(args: argparse.Namespace) -> None:
     """Refuse options of videos for a source that holds none.
 
     Raises:
-        UserError: one was given.
+        UserError: one was given, or there is no such source.
     """
     given = [name for name in _OPTIONS if getattr(args, name) is not None]
     if given:
+        find(args.source)  # a mistyped path is told so
         raise UserError(
             f"--{given[0].replace('_', '-')} is for videos, and {args.source} holds none; give a folder that "
             "`mmalign shapes videos` wrote, or a table with a column 'video'"

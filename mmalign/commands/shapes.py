@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mmalign.commands.generate import not_negative
 from mmalign.errors import UserError
 from mmalign.files import check_output
 
@@ -24,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     draw = actions.add_parser("draw", help="draw random scenes with their captions as one picture")
     draw.add_argument("--count", type=int, default=48)
-    draw.add_argument("--seed", type=int, default=0)
+    draw.add_argument("--seed", type=not_negative, default=0)
     draw.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     scenes = actions.add_parser("scenes", help="draw scenes with true captions as good images, for data.labels")
     scenes.add_argument("--count", type=int, default=500, metavar="N", help="(default %(default)s)")
-    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument("--seed", type=not_negative, default=0)
     scenes.add_argument(
         "--crisp", type=float, default=1.0, help="share of pictures that are not degraded (default %(default)s)"
     )
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     read.add_argument("--prompt")
     check = actions.add_parser("check-oracle", help="measure how often the oracle reads freshly drawn scenes right")
     check.add_argument("--count", type=int, default=4000)
-    check.add_argument("--seed", type=int, default=7)
+    check.add_argument("--seed", type=not_negative, default=7)
     _add_videos(actions)
     actions.add_parser("words", help="print every word that prompts may use")
     prompts = actions.add_parser("prompts", help="write the test, validation and training prompt sets again")
@@ -87,15 +88,15 @@ def _add_train_vlm(actions: argparse._SubParsersAction) -> None:
     vlm.add_argument(
         "--samples", type=int, default=84_000, metavar="N", help="answers about videos (default %(default)s)"
     )
-    vlm.add_argument("--read-steps", type=int, default=1200, help="steps on words alone first (default %(default)s)")
-    vlm.add_argument("--see-steps", type=int, default=3000, help="then steps on single frames (default %(default)s)")
-    vlm.add_argument("--look-steps", type=int, default=600, help="then steps on names (default %(default)s)")
-    vlm.add_argument("--seed", type=int, default=0)
+    vlm.add_argument("--read-steps", type=int, metavar="N", help="steps on words alone first (default 1200)")
+    vlm.add_argument("--see-steps", type=int, metavar="N", help="then steps on single frames (default 3000)")
+    vlm.add_argument("--look-steps", type=int, metavar="N", help="then steps on names (default 600)")
+    vlm.add_argument("--seed", type=not_negative, default=0)
     vlm.add_argument(
         "--start",
         type=Path,
         metavar="DIR",
-        help="go on from these weights with answers and prior alone; take another --seed",
+        help="go on from these weights with answers and prior alone (no --read-steps and so on); take another --seed",
     )
     vlm.add_argument(
         "--prior",
@@ -114,7 +115,7 @@ def _add_videos(actions: argparse._SubParsersAction) -> None:
     videos = actions.add_parser("videos", help="draw videos with questions: files, videos.parquet, questions.parquet")
     videos.add_argument("--count", type=int, default=100, metavar="N", help="at least so many videos, twins together")
     videos.add_argument("--split", default="train", help="train, validation or test (default %(default)s)")
-    videos.add_argument("--seed", type=int, default=0)
+    videos.add_argument("--seed", type=not_negative, default=0)
     videos.add_argument("--frames", default="8", metavar="N|A,B", help="frames a video, 8 to 16; drawn from a list")
     videos.add_argument("--size", type=int, default=48, help="pixels a side, 32 to 48 (default %(default)s)")
     videos.add_argument("--fps", type=float, default=4.0, help="frames a second in the files (default %(default)s)")
@@ -283,14 +284,16 @@ def _train_vlm(args: argparse.Namespace) -> int:
 
     if args.measure < 0:
         raise UserError(f"--measure {args.measure}: must be 0 (nothing) or more")
-    model = train_vlm(
-        args.out, samples=args.samples,
-        read_steps=args.read_steps, see_steps=args.see_steps, look_steps=args.look_steps,
-        seed=args.seed, start=args.start, prior=args.prior,
-    )  # fmt: skip
+    names = ("read_steps", "see_steps", "look_steps")
+    steps = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.start and steps:
+        option = next(iter(steps)).replace("_", "-")
+        raise UserError(f"--{option} is of a stage that --start leaves out; give one or the other")
+    report = Path(f"{args.out.resolve()}-validation.json")
+    model = train_vlm(args.out, samples=args.samples, seed=args.seed, start=args.start, prior=args.prior, **steps)
     print(f"a vision-language model in transformers' layout: {args.out}")
     if args.measure:
-        lines, report = measure(model, args.measure), args.out.with_name(f"{args.out.name}-validation.json")
+        lines = measure(model, args.measure)
         write_report(lines, report)
         Console().print(as_table(lines))
         print(f"the same as JSON: {report}")

@@ -1,10 +1,10 @@
 """A comparison of vision-language models: the same systems, asked questions about videos instead of drawing.
 
     systems:
-      - {name: base, model: runs/shapes-vlm}
-      - {name: dpo, train: shapes/vlm_dpo, overrides: [output=runs/versus/dpo]}
+      - {name: base, model: assets/shapes-vlm}
+      - {name: dpo, train: shapes_vlm/vlm_dpo, overrides: [output=runs/versus/dpo]}
     training_seeds: [0, 1, 2]
-    questions: runs/shapes-videos/test
+    questions: runs/shapes_vlm/test
     output: runs/versus/compare
 
 `questions` takes the place of `prompts` and `rewards`; what the systems, budget and training seeds mean stays.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mmalign.errors import UserError, nearest
 from mmalign.progress import note
-from mmalign.resources import resource_root
+from mmalign.resources import resource_root, shipped
 
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 CATEGORY_COLUMNS = ("category", "categories", "tag")
@@ -65,8 +65,8 @@ def load_prompts(name_or_path: str | Path, limit: int | None = None) -> list[Pro
 def _locate(name_or_path: str | Path) -> Path:
     builtin = builtin_prompt_sets()
     given = Path(name_or_path).expanduser()
-    for path in (given, resource_root() / given):
-        if path.is_file():
+    for path in (given, shipped(given)):
+        if path is not None and path.is_file():
             return path
     if str(name_or_path) in builtin:
         return builtin[str(name_or_path)]

@@ -1,7 +1,7 @@
 """Videos that a model is to be asked about: from a Shapes set, TempCompass's folder, or a table.
 
 A table (parquet, JSONL, CSV or TSV) has `video`, a path relative to it, and where questions are asked `prompt`;
-optional are `answer` (the right one), `aspect`, `fps` (of a video that does not say) and `id`.
+optional are `answer` (the right one), `aspect`, `fps` (of a video that does not say, or says it wrongly) and `id`.
 """
 
 from __future__ import annotations

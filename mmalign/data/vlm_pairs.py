@@ -2,8 +2,8 @@
 
 Columns: `prompt`, `chosen`, `rejected`, and `video`, `image` or `images`, paths relative to the table or bytes.
 Optional: `rejected_video` or `rejected_image`, media of the rejected answer's own; `fps`, the frames a second of a
-video that does not say (such as a folder of frames); `id`, `aspect`, `margin` (how much better the chosen answer is),
-`difficulty`.
+video that does not say (such as a folder of frames), or says it wrongly; `id`, `aspect`, `margin` (how much better the
+chosen answer is), `difficulty`.
 """
 
 from __future__ import annotations

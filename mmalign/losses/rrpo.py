@@ -1,4 +1,4 @@
-"""RRPO: rewards on the tokens in which two aligned completions differ, and a token-wise bound on all the others.
+"""RRPO: rewards on the tokens in which two aligned completions differ, and a token-wise bound on the chosen one.
 
 Source: Sarkar and Etemad, "Self-alignment of Large Video Language Models with Refined Regularized Preference
 Optimization" (arXiv 2504.12083), in the convention of the authors' code (pritamqu/RRPO): the divergence is added (the

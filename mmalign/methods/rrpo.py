@@ -1,4 +1,4 @@
-"""RRPO: preference on the tokens in which two answers differ, and a bound on all others (arXiv 2504.12083).
+"""RRPO: preference on the tokens in which answers differ, the chosen one near the reference (arXiv 2504.12083).
 
 The objective itself is `mmalign.losses.rrpo`.
 """
@@ -28,7 +28,7 @@ class RRPOConfig(MethodConfig):
 
 
 class RRPO(Method[RRPOConfig]):
-    """Prefer the spans in which the chosen answer differs, and keep the rest of it as the reference has it."""
+    """Prefer the spans in which the chosen answer differs, and hold the whole of it near the reference."""
 
     name: ClassVar[str] = "rrpo"
     Config = RRPOConfig

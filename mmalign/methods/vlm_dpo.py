@@ -33,7 +33,7 @@ class VlmDPOConfig(FixedSidesConfig):
     anchor_weight: float = Field(0.0, ge=0)
     """adds this many times mDPO's anchor, which keeps the chosen answer from becoming less likely"""
     margin_rise: float = Field(0.0, ge=0)
-    """MM-DPO's beta of each pair: up to 1 + this times beta for a large `margin` of the data (published: 0.5)"""
+    """MM-DPO's beta of each pair: up to (1 + this) times beta for a large `margin` of the data (published: 0.5)"""
     margin_slope: float = Field(0.5, gt=0)
     """how fast beta rises with the margin, where `margin_rise` is given"""
 

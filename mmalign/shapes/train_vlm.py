@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmalign.errors import UserError
+from mmalign.resources import resolve_model
 from mmalign.seeds import derive_seed
 from mmalign.shapes.vlm_lessons import Batch, Lessons
 from mmalign.shapes.vlm_model import build_network, build_processor
@@ -276,7 +277,7 @@ def train_vlm(
 
 
 def _go_on_from(network: Any, start: Path) -> None:
-    earlier = load_vlm(start, device="cpu").network.state_dict()
+    earlier = load_vlm(resolve_model(str(start)), device="cpu").network.state_dict()
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     if {name: value.shape for name, value in earlier.items()} != shapes:
         raise UserError(f"--start {start}: not a model of these sizes; give a directory that train-vlm wrote")

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import mmalign
+from mmalign.config_files import find_config
+from mmalign.data.prompts import load_prompts
 from mmalign.errors import UserError, did_you_mean, nearest
 from mmalign.registry import Registry
 from mmalign.resources import find, resolve_model, resource_root
@@ -54,6 +56,13 @@ class TestResources:
         (tmp_path / "assets" / "prompts").mkdir(parents=True)
         (tmp_path / name).touch()
         assert find(name) == Path(name)
+
+    def test_only_what_ships_is_taken_from_elsewhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for read in (find, find_config, load_prompts):
+            with pytest.raises(UserError, match="no such"):
+                read("tests/core/test_basics.py")  # lies in a checkout, but is not what ships
+        assert resolve_model("tests/core") == "tests/core"  # no such folder here: shaped like a hub id
 
     def test_missing_names_the_neighbour(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

@@ -12,7 +12,6 @@ from tiny_models import build_tiny_sd
 from tiny_runs import losses, write_pairs
 
 from mmalign.cli import main
-from mmalign.resources import resource_root
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +53,6 @@ def test_trains_with_overrides_and_exports(recipe: Path, tmp_path: Path, capsys:
 def test_a_shipped_config_says_how_its_data_are_made(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if (resource_root() / "runs" / "shapes_vlm" / "pairs.parquet").exists():
-        pytest.skip("this checkout has made the data")
     monkeypatch.chdir(tmp_path)
     assert main(["train", "shapes_vlm/vlm_dpo"]) == 2
     assert "configs/shapes_vlm/vlm_dpo.yaml say how it is made" in capsys.readouterr().err

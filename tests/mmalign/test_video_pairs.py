@@ -263,6 +263,7 @@ def test_the_command_goes_on_and_writes_what_training_reads(
         (["--mode", "answers", "--chosen", "truth"], "--mode questions"),
         (["--length-ratio", "2"], "descriptions alone"),
         (["--instruction", "Describe it."], "--instruction: some text, and for descriptions alone"),
+        (["--seed", "-1"], "'-1' is no whole number of at least 0"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -270,6 +271,14 @@ def test_mistakes_are_one_line(
 ) -> None:
     assert main(["pairs", "perturb", str(videos), "--out", str(tmp_path / "out.parquet"), *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_mistyped_source_is_told_so(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = videos.with_name(f"{videos.name}s")
+    assert main(["pairs", "perturb", str(wrong), "--model", "m", "--out", str(tmp_path / "out.parquet")]) == 2
+    assert f"did you mean '{videos}'" in capsys.readouterr().err
+    assert main(["pairs", "perturb", str(tmp_path), "--model", "m", "--out", str(tmp_path / "out.parquet")]) == 2
+    assert f"--model is for videos, and {tmp_path} holds none" in capsys.readouterr().err
 
 
 def test_tables_of_videos(videos: Path, tmp_path: Path) -> None:

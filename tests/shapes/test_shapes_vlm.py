@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from tiny_vlms import build_llava_onevision
 
+from mmalign.cli import main
 from mmalign.compare.answers import rate
 from mmalign.data.video_questions import INSTRUCTIONS
 from mmalign.errors import UserError
@@ -347,7 +348,7 @@ def test_the_report_of_one_who_sees_everything(tmp_path: Path) -> None:
     assert as_table(lines).row_count == 12
 
 
-def test_wrong_requests_are_refused(tmp_path: Path) -> None:
+def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="--prior 1: a share"):
         train_vlm(tmp_path / "a", prior=1)
     with pytest.raises(UserError, match="--samples 0, --read-steps 1200"):
@@ -355,6 +356,9 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     other = build_llava_onevision(tmp_path / "other")
     with pytest.raises(UserError, match="not a model of these sizes"):
         train_vlm(tmp_path / "a", samples=1, start=Path(other))
+    command = ["shapes", "train-vlm", "--out", str(tmp_path / "a"), "--start", "assets/shapes-vlm"]
+    assert main([*command, "--look-steps", "9"]) == 2
+    assert "--look-steps is of a stage that --start leaves out" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
 
