@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_train_vlm(actions: argparse._SubParsersAction) -> None:
     vlm = actions.add_parser(
-        "train-vlm", help="train the video language model from scratch (about 40 min on 2 cores), and measure it"
+        "train-vlm", help="train the video language model from scratch (40 to 50 min on 2 cores), and measure it"
     )
     vlm.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go to DIR-validation.json beside")
     vlm.add_argument(
