@@ -52,10 +52,9 @@ def resolve_model(name: str) -> str:
         UserError: `name` is neither an existing path nor shaped like a hub id.
     """
     given = Path(name).expanduser()
-    looks_like_hub_id = _HUB_ID.fullmatch(name) is not None
-    if looks_like_hub_id and not given.exists():
-        if shipped(given) is None and not Path(given.parts[0]).is_dir():
-            return name
+    lies_nowhere = not given.exists() and shipped(given) is None and not Path(given.parts[0]).is_dir()
+    if lies_nowhere and _HUB_ID.fullmatch(name):
+        return name
     try:
         return str(find(given))
     except UserError as error:

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 7.5)")
     parser.add_argument("--solver", choices=("ddim", "dpm++"), help="sampler (default: ddim)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: fp32)")
-    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N prompts (questions: about N)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N prompts, or questions")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images drawn at once (default: 8)")
     training = parser.add_argument_group("systems that the config trains").add_mutually_exclusive_group()
     training.add_argument("--no-train", action="store_true", help="refuse to train: everything must be there already")

@@ -237,7 +237,7 @@ def train_vlm(
     and the first three stages are left out; take another `seed`, or it sees the same videos again. `prior` adds a
     short last stage that teaches the fault of models that were trained on careless captions: this share of temporal
     questions is answered by the first option, or yes, whatever the video shows. The same arguments give the same
-    weights.
+    weights on the same processor with as many threads; elsewhere sums round differently, and trainings drift apart.
 
     Raises:
         UserError: nothing to learn from, a share that is none, `start` holds another model, or torch has no Muon.
@@ -251,14 +251,15 @@ def train_vlm(
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     network = build_network(tokenizer, seed)
-    probes = None if start is not None else Probes(network.config.text_config.hidden_size, tokenizer)
     lessons = {
         name: Lessons(tokenizer, derive_seed(seed, name), GRID**2, share)
         for name, share in (("read", 0.0), ("see", 0.0), ("look", 0.0), ("answer", 0.0), ("prior", prior))
     }
-    if probes is None:
-        _go_on_from(network, Path(start or ""))
+    probes = None
+    if start is not None:
+        _go_on_from(network, start)
     else:
+        probes = Probes(network.config.text_config.hidden_size, tokenizer)
         learn_to_read(network, lessons["read"], probes, read_steps, rows, questions, log)
         learn_to_see(network, lessons["see"], probes, see_steps, 8 * rows, log)
         learn_to_look(network, lessons["look"], probes, look_steps, rows, questions, log)
