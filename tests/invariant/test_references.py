@@ -1,7 +1,8 @@
 """The recorded runs, again: what a method computes moves only when somebody means it to.
 
-On the machine and the versions that a record names, it is the same to the bit; elsewhere kernels round differently, and
-metrics agree to a tolerance. `python tests/invariant/trajectories.py tests/invariant/references` records anew.
+On the machine and the versions that a record names, it is the same to the bit; elsewhere kernels round differently,
+and metrics agree to a tolerance. `PYTHONPATH=tests python -m invariant.trajectories tests/invariant/references`
+records anew.
 """
 
 from __future__ import annotations

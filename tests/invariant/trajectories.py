@@ -1,7 +1,7 @@
 """Short runs of every method on tiny models, and what they leave: metrics by step, weights, what the export makes.
 
-`python tests/invariant/trajectories.py FOLDER` writes one JSON file a method into FOLDER. The files in `references/`
-were written so; `test_references.py` compares every change with them.
+`PYTHONPATH=tests python -m invariant.trajectories FOLDER` writes one JSON file a method into FOLDER. The files in
+`references/` were written so; `test_references.py` compares every change with them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "rewards")) if path not in sys.path]
 
 import pyarrow as pa
 import pyarrow.parquet as pq
