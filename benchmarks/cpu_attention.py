@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import Report, Settings, interleave
+from mmalign.core.precision import Precision, autocast
 from mmalign.optim import build_optimizer
-from mmalign.precision import Precision, autocast
 from mmalign.shapes.train_base import build_unet
 
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}

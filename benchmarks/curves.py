@@ -17,8 +17,8 @@ from xml.sax.saxutils import escape
 
 from mmalign.compare.charts import Axis, tick_text
 from mmalign.compare.systems import LOOK, read_looks
-from mmalign.errors import UserError
-from mmalign.files import write_atomically
+from mmalign.core.errors import UserError
+from mmalign.core.files import write_atomically
 from mmalign.tracking import read_metrics
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 170, 48, 12, 26, 34

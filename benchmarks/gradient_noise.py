@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.files import write_atomically
+from mmalign.core.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from mmalign.errors import UserError
+    from mmalign.core.errors import UserError
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gradient_noise", description=__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG | key=value", help="training configs, then overrides")

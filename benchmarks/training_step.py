@@ -14,9 +14,9 @@ from benchmarks.models import corpus, write_pairs, write_pipeline
 from benchmarks.public_recipe import recipe_step
 from benchmarks.timing import Report, Settings, interleave
 from mmalign.config import AdapterConfig, DataConfig, RunConfig, TrainerConfig
+from mmalign.core.precision import DTYPES, Precision
 from mmalign.engine import make_accelerator
 from mmalign.optim import build_optimizer
-from mmalign.precision import DTYPES, Precision
 from mmalign.prepare import Prepared, prepare
 from mmalign.shapes.train_base import to_batch
 from pipelines.attention import prefer_trainable_sdpa

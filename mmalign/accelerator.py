@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from mmalign.errors import UserError
-from mmalign.precision import ACCELERATE_NAMES
+from mmalign.core.errors import UserError
+from mmalign.core.precision import ACCELERATE_NAMES
 from mmalign.tracking import check_trackers
 
 if TYPE_CHECKING:

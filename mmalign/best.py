@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.progress import note
+from mmalign.core.progress import note
 
 
 class Best:

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmalign.errors import UserError
-from mmalign.progress import note
+from mmalign.core.errors import UserError
+from mmalign.core.progress import note
 
 FORMAT = 2
 _PARTIAL, _ABANDONED = ".partial", ".abandoned"

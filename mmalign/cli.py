@@ -15,7 +15,7 @@ import traceback
 from typing import NoReturn
 
 from mmalign import __version__
-from mmalign.errors import UserError, did_you_mean
+from mmalign.core.errors import UserError, did_you_mean
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("the whole story on Shapes: base, pairs, training, comparison, report", "mmalign demo"),

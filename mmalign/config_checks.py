@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mmalign.config_files import KeyPath
-from mmalign.errors import UserError, did_you_mean
+from mmalign.core.errors import UserError, did_you_mean
 
 SOURCES = ("pairs", "labels", "prompts")
 TAKEN = {"pairs": ("pairs",), "labels": ("labels",), "images": ("labels", "pairs"), "prompts": ("prompts",)}

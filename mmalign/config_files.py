@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from mmalign.errors import UserError, nearest
-from mmalign.resources import resource_root, shipped
+from mmalign.core.errors import UserError, nearest
+from mmalign.core.resources import resource_root, shipped
 
 KeyPath = tuple[str | int, ...]
 COMMAND_LINE = "the command line"

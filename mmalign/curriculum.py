@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmalign.config import dump_config
-from mmalign.files import write_atomically
+from mmalign.core.files import write_atomically
+from mmalign.core.progress import note
 from mmalign.hub import CONFIG_FILE
 from mmalign.models import whole_model
 from mmalign.prepare import build_method, check_enough, open_source, set_aside
-from mmalign.progress import note
 from mmalign.rounds import check_chain, train_once
 
 if TYPE_CHECKING:

@@ -27,11 +27,14 @@ from mmalign.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from mmalign.cost import COUNTERS
-from mmalign.ema import EMA
-from mmalign.errors import TrainingDiverged, UserError
+from mmalign.core.cost import COUNTERS
+from mmalign.core.distributed import gather
+from mmalign.core.ema import EMA
+from mmalign.core.errors import TrainingDiverged, TrainingInterrupted, UserError
+from mmalign.core.interrupt import StopRequest, graceful_stop
+from mmalign.core.progress import Track, memory_gigabytes, note, track
+from mmalign.core.seeds import derive_seed
 from mmalign.export import export, verify
-from mmalign.interrupt import StopRequest, graceful_stop
 from mmalign.optim import (
     average_gradients,
     build_optimizer,
@@ -51,18 +54,11 @@ from mmalign.prepare import (
     recipe,
     set_aside,
 )
-from mmalign.progress import Track, memory_gigabytes, note, track
-from mmalign.ranks import gather
-from mmalign.seeds import derive_seed
 from mmalign.tracking import MetricBuffer, Metrics
 from mmalign.validation import save_grid
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """The user stopped the run; a checkpoint was saved."""
 
 
 def train(config: RunConfig, *, resume: str = "auto") -> Path:

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.core.errors import UserError
 from mmalign.data.prompts import Prompt
-from mmalign.errors import UserError
 from pipelines.conditioning import Conditioning
 
 

@@ -10,10 +10,10 @@ import torch
 
 from mmalign import hub
 from mmalign.checkpoint import as_disk_full
+from mmalign.core.precision import autocast, round_frozen
+from mmalign.core.progress import note
 from mmalign.models import answers, base_model_name, open_model
-from mmalign.precision import autocast, round_frozen
 from mmalign.prepare import Prepared
-from mmalign.progress import note
 from pipelines.sampling import seeded_noise
 from pipelines.vlm_batch import VlmSample
 

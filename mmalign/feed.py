@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from mmalign.batches import ComparisonBatch, LabelBatch, PairBatch, PromptBatch, VlmPairBatch
-from mmalign.seeds import derive_seed
+from mmalign.core.seeds import derive_seed
 
 
 class Samples(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmalign import __version__
 from mmalign.config import dump_config
-from mmalign.files import write_atomically
+from mmalign.core.files import write_atomically
 from mmalign.models import EXPORTS, answers
 from mmalign.tracking import read_metrics
 from pipelines.conditioning import Conditioning

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.errors import UserError
-from mmalign.precision import round_frozen
-from mmalign.resources import resolve_model, shipped
-from mmalign.seeds import derive_seed
+from mmalign.core.errors import UserError
+from mmalign.core.precision import round_frozen
+from mmalign.core.resources import resolve_model, shipped
+from mmalign.core.seeds import derive_seed
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.core.progress import note
 from mmalign.image_statistics import diversity, high_frequency, saturation
-from mmalign.progress import note
 
 if TYPE_CHECKING:
     from mmalign.config import MonitorConfig

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.best import Best
 from mmalign.config_files import flatten
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.files import check_output
+from mmalign.core.precision import autocast, check_precision
+from mmalign.core.progress import note, track
+from mmalign.core.resources import resolve_model
 from mmalign.feed import Feed
-from mmalign.files import check_output
 from mmalign.methods.base import Method
 from mmalign.models import EXPORTS, answers, content_id, load_model, make_trainable
 from mmalign.monitors import Monitors
 from mmalign.optim import warmup_steps
-from mmalign.precision import autocast, check_precision
-from mmalign.progress import note, track
 from mmalign.questioning import Questioning, choose_questions
 from mmalign.reference import Reference
-from mmalign.resources import resolve_model
 from mmalign.reward_checks import check_reward
 from mmalign.run import Run
 from mmalign.scoring.chosen import WeightedReward

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmalign.compare.answers import accuracy_by, micro_accuracy, rate
+from mmalign.core.errors import UserError
+from mmalign.core.io.answers import accuracy_by, micro_accuracy, rate
+from mmalign.core.io.decode import Frames
 from mmalign.data.asked_videos import READ_BY_RULES, AskedVideo, read_asked
 from mmalign.data.vlm_samples import read_media
-from mmalign.errors import UserError
-from mmalign.scoring.decode import Frames
 
 if TYPE_CHECKING:
     from mmalign.config import DataConfig, EvaluateConfig

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from mmalign.precision import Precision, round_frozen
+from mmalign.core.precision import Precision, round_frozen
 from pipelines.conditioning import Conditioning
 from pipelines.vlm_batch import VlmBatch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 if TYPE_CHECKING:
     from rewards import Facts

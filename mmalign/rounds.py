@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.config import dump_config
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.progress import note, track
+from mmalign.core.resources import resolve_model
+from mmalign.core.seeds import derive_seed
 from mmalign.hub import CONFIG_FILE, is_finished
 from mmalign.models import whole_model
 from mmalign.prepare import build_method, set_aside
-from mmalign.progress import note, track
-from mmalign.resources import resolve_model
-from mmalign.seeds import derive_seed
 
 if TYPE_CHECKING:
     from mmalign.config import RoundsConfig, RunConfig
@@ -85,9 +85,9 @@ def check_chain(resume: str, what: str, work: str) -> None:
 
 def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Path, number: int) -> Path:
     """Complete the samples and the pairs of a round, and return the file of pairs."""
+    from mmalign.core.io.parquet import open_parquet, read_metadata
     from mmalign.data.build import IMAGES_FILE, SampleSettings, sample_images
     from mmalign.data.labelling import LabelSettings, image_prompts, label_pairs
-    from mmalign.data.parquet import open_parquet, read_metadata
     from mmalign.data.prompts import load_prompts
     from mmalign.scoring.chosen import load_weighted_rewards, parse_rewards
     from pipelines import fingerprint_model, load_generator
@@ -139,9 +139,9 @@ def _read_real(config: RunConfig, rounds: RoundsConfig) -> LabelTable | None:
 
 def _mix(config: RunConfig, rounds: RoundsConfig, real: LabelTable, folder: Path, number: int) -> Path:
     """Write the chosen images of a round's pairs with the share of real ones, and return the file."""
+    from mmalign.core.io.parquet import read_metadata
     from mmalign.data.labels import read_labels
     from mmalign.data.mixing import mix_real
-    from mmalign.data.parquet import read_metadata
 
     pairs, mixed = folder / PAIRS_FILE, folder / MIXED_FILE
     own, seed = read_labels(str(pairs), config.data, good_only=True), derive_seed(config.trainer.seed, "real", number)

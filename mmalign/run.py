@@ -11,12 +11,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mmalign.batches import LabelBatch, PairBatch
-from mmalign.cost import Cost
-from mmalign.errors import TrainingDiverged
+from mmalign.core.cost import Cost
+from mmalign.core.errors import TrainingDiverged
+from mmalign.core.seeds import derive_seed
 from mmalign.reference import Reference, TokenValues
 from mmalign.scoring.chosen import WeightedReward
 from mmalign.scoring.live import LiveRewards
-from mmalign.seeds import derive_seed
 from pipelines.conditioning import Conditioning
 from pipelines.vlm_batch import VlmBatch
 

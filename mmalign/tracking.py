@@ -13,8 +13,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from mmalign.errors import UserError
-from mmalign.files import write_atomically
+from mmalign.core.errors import UserError
+from mmalign.core.files import write_atomically
 
 FILE = "metrics.jsonl"
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmalign.data.images import encode_png
+from mmalign.core.files import write_atomically
+from mmalign.core.io.grid import image_grid
+from mmalign.core.io.images import encode_png
+from mmalign.core.seeds import derive_seed
 from mmalign.data.prompts import load_prompts
-from mmalign.files import write_atomically
-from mmalign.grid import image_grid
 from mmalign.reward_checks import check_reward
-from mmalign.seeds import derive_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -69,7 +69,7 @@ def test_nothing_imports_the_command_line() -> None:
 def test_the_walk_sees_every_form_of_import() -> None:
     source = "\n".join(
         [
-            "import mmalign.errors as e",
+            "import mmalign.core.errors as e",
             "from rewards import clip",
             "from . import noise",
             "from ..deep import thing",
@@ -78,7 +78,7 @@ def test_the_walk_sees_every_form_of_import() -> None:
         ]
     )
     assert set(imported_modules(source, "pipelines.inner")) == {
-        "mmalign.errors",
+        "mmalign.core.errors",
         "rewards",
         "rewards.clip",
         "pipelines.inner",

@@ -148,7 +148,7 @@ def write_answer_pairs(folder: Path, count: int = 6, *, own_media: bool = False,
 
     own_media: every rejected side has a video of its own. columns: further columns, a value for each pair.
     """
-    from mmalign.data.video_files import write_video
+    from mmalign.core.io.video_files import write_video
 
     source = torch.Generator().manual_seed(0)
     lines = []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.commands.train import end_training_well
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 if TYPE_CHECKING:
     from mmalign.compare.config import CompareConfig

@@ -11,7 +11,7 @@ import shlex
 import time
 from pathlib import Path
 
-from mmalign.files import check_output
+from mmalign.core.files import check_output
 
 BASE = "assets/shapes-sd"
 CONFIG = "shapes/diffusion_dpo"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mmalign
-from mmalign.resources import resource_root
+from mmalign.core.resources import resource_root
 
 REQUIRED = (
     "torch torchvision diffusers transformers open-clip-torch accelerate peft safetensors datasets pydantic pyyaml "

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.errors import UserError
-from mmalign.files import check_output, write_atomically
-from mmalign.progress import track
-from mmalign.resources import find, require_adapter, resolve_model
+from mmalign.core.errors import UserError
+from mmalign.core.files import check_output, write_atomically
+from mmalign.core.progress import track
+from mmalign.core.resources import find, require_adapter, resolve_model
 
 if TYPE_CHECKING:
     from mmalign.data.prompts import Prompt
@@ -96,7 +96,7 @@ def check_sampling(args: argparse.Namespace) -> None:
             args.model, f"--adapter-scale {args.adapter_scale:g}", "give --adapter PATH or a MODEL that is one"
         )
     check_output(args.out)
-    from mmalign.precision import check_precision
+    from mmalign.core.precision import check_precision
 
     check_precision(args.precision, key="--precision")
 
@@ -212,7 +212,7 @@ class _Folder:
 
     def put(self, index: int, seed: int, image: Any) -> None:
         """Write one image and note what it shows, so that an interrupted run is continued."""
-        from mmalign.data.images import encode_png
+        from mmalign.core.io.images import encode_png
 
         prompt, name = self.prompts[index], self.name(index, seed)
         write_atomically(self.path / name, encode_png(image))
@@ -229,8 +229,8 @@ class _Folder:
         """Draw the first prompts as a picture and return its path."""
         from PIL import Image
 
-        from mmalign.data.images import encode_png
-        from mmalign.grid import image_grid
+        from mmalign.core.io.grid import image_grid
+        from mmalign.core.io.images import encode_png
 
         shown = range(min(len(self.prompts), GRID_ROWS))
         rows = [[Image.open(self.path / self.name(index, seed)) for seed in self.seeds] for index in shown]

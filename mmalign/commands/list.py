@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmalign.errors import UserError
-from mmalign.progress import note
-from mmalign.registry import Registry
+from mmalign.core.errors import UserError
+from mmalign.core.progress import note
+from mmalign.core.registry import Registry
 
 
 class Listing(NamedTuple):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmalign.errors import UserError
-from mmalign.files import check_output
-from mmalign.resources import resolve_model
+from mmalign.core.errors import UserError
+from mmalign.core.files import check_output
+from mmalign.core.resources import resolve_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,9 +20,9 @@ from mmalign.commands.generate import (
     read_prompts,
 )
 from mmalign.commands.perturb_videos import add_video_arguments, perturb_videos, refuse_video_options
-from mmalign.errors import UserError
-from mmalign.files import check_output
-from mmalign.progress import track
+from mmalign.core.errors import UserError
+from mmalign.core.files import check_output
+from mmalign.core.progress import track
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,8 +117,8 @@ def _label(args: argparse.Namespace) -> int:
     if args.mode == "best-worst" and args.temperature != 1.0:
         raise UserError("--temperature belongs to --mode bradley-terry or calibrated; best-worst draws nothing")
 
+    from mmalign.core.io.parquet import open_parquet
     from mmalign.data import labelling
-    from mmalign.data.parquet import open_parquet
     from mmalign.scoring.chosen import load_weighted_rewards, parse_rewards
 
     settings = labelling.LabelSettings(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.commands.generate import positive
-from mmalign.errors import UserError
-from mmalign.resources import find
+from mmalign.core.errors import UserError
+from mmalign.core.resources import find
 
 if TYPE_CHECKING:
     from mmalign.data.answering import Answerer
@@ -136,9 +136,9 @@ def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _settings(values: dict[str, Any], seed: int) -> VideoPairSettings:
+    from mmalign.core.io.decode import Frames
     from mmalign.data.perturbations import parse_perturbations
     from mmalign.data.video_pairs import VideoPairSettings
-    from mmalign.scoring.decode import Frames
 
     return VideoPairSettings(
         perturbations=tuple(parse_perturbations(values["operators"], values["difficulty"])),
@@ -163,8 +163,8 @@ def _answerer(values: dict[str, Any], folder: Path) -> Answerer | None:
             return None
         raise UserError("--model is missing: the one that answers; only --chosen truth --rejected videos needs none")
 
+    from mmalign.core.precision import check_precision
     from mmalign.data.answering import Answerer, Decoding
-    from mmalign.precision import check_precision
 
     check_precision(values["precision"], key="--precision")
     decoding = Decoding(values["max_new_tokens"], values["temperature"], values["top_p"], values["precision"])

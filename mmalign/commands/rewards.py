@@ -12,7 +12,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 if TYPE_CHECKING:
     from rewards.goldens import Verdict
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.download:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's client when it is imported
 
-    from mmalign.progress import note
+    from mmalign.core.progress import note
     from rewards.goldens import golden_folder, goldens_of, verify
 
     chosen, folder = goldens_of(args.name), golden_folder(args.golden)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmalign.commands.generate import positive
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 if TYPE_CHECKING:
     from mmalign.scoring.run import Outcome
@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if args.fps is not None and not 0 < args.fps < float("inf"):
         raise UserError(f"--fps {args.fps}: must be a number above 0")
 
+    from mmalign.core.io.decode import Frames
     from mmalign.scoring.chosen import read_choices
-    from mmalign.scoring.decode import Frames
     from mmalign.scoring.run import ScoreSettings, score_files
 
     settings = ScoreSettings(

@@ -16,8 +16,8 @@ import argparse
 from pathlib import Path
 
 from mmalign.commands.generate import not_negative
-from mmalign.errors import UserError
-from mmalign.files import check_output
+from mmalign.core.errors import UserError
+from mmalign.core.files import check_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +146,7 @@ def _draw(args: argparse.Namespace) -> int:
     import numpy as np
     from PIL import Image
 
-    from mmalign.grid import labelled_grid
+    from mmalign.core.io.grid import labelled_grid
     from mmalign.shapes.language import caption
     from mmalign.shapes.world import render, sample_scene
 
@@ -172,7 +172,7 @@ def _scenes(args: argparse.Namespace) -> int:
 def _read(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from mmalign.data.images import open_image, read_bytes
+    from mmalign.core.io.images import open_image, read_bytes
     from mmalign.shapes import oracle
     from mmalign.shapes.language import parse
 
@@ -305,7 +305,7 @@ def _agreement(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from mmalign.progress import track
+    from mmalign.core.progress import track
     from mmalign.scoring.chosen import load_choices, read_choices
     from mmalign.shapes.agreement import agreement, read_samples
 

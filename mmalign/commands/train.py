@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from mmalign.config import RunConfig, load_config
 from mmalign.config_files import find_config
-from mmalign.errors import MissingPath, UserError
-from mmalign.resources import resource_root
+from mmalign.core.errors import MissingPath, UserError
+from mmalign.core.resources import resource_root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,8 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
 def end_training_well(do: Callable[[], object]) -> int:
     """Do something that trains and return the exit code: 0, 1 for a run that broke off, 130 after Ctrl-C."""
     from mmalign.checkpoint import DiskFull
-    from mmalign.engine import TrainingDiverged, TrainingInterrupted
+    from mmalign.core.errors import TrainingInterrupted
+    from mmalign.engine import TrainingDiverged
     from mmalign.hub import ExportError
 
     try:

@@ -32,7 +32,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmalign.compare.systems_config import SystemsConfig, check_values, different_seeds, no_duplicates
 from mmalign.config import Guidance, StrictModel, load_schema
-from mmalign.errors import did_you_mean
+from mmalign.core.errors import did_you_mean
 
 
 class RewardEntry(StrictModel):

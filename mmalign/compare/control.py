@@ -19,8 +19,8 @@ from mmalign.compare.images import ImageStore
 from mmalign.compare.scoring import RewardFacts, Scores, score_all
 from mmalign.compare.stats import summarise
 from mmalign.compare.systems import SystemFacts
+from mmalign.core.progress import note
 from mmalign.data.prompts import Prompt, load_prompts
-from mmalign.progress import note
 from mmalign.reward_checks import check_reward
 
 

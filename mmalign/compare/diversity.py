@@ -18,8 +18,8 @@ from jaxtyping import Float
 from mmalign.compare.config import RewardEntry
 from mmalign.compare.images import ImageStore
 from mmalign.compare.scoring import SCORE_CHUNK, RewardFacts, ScoreCache, Scores, describe_reward
-from mmalign.errors import UserError
-from mmalign.progress import track
+from mmalign.core.errors import UserError
+from mmalign.core.progress import track
 
 Group = tuple[Path, ...]
 """The images of one prompt, a seed each."""

@@ -9,8 +9,8 @@ from typing import Any
 from mmalign.compare.config import CompareConfig
 from mmalign.compare.images import ImageStore, Sampling, draw_missing
 from mmalign.compare.systems import SystemFacts
+from mmalign.core.resources import resolve_model
 from mmalign.data.prompts import Prompt
-from mmalign.resources import resolve_model
 
 
 class ModelHolder:

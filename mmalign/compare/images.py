@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.images import encode_png
-from mmalign.files import write_atomically
-from mmalign.progress import track
-from mmalign.seeds import derive_seed
+from mmalign.core.files import write_atomically
+from mmalign.core.io.images import encode_png
+from mmalign.core.progress import track
+from mmalign.core.seeds import derive_seed
 
 FORMAT = 2
 _SAVE_EVERY = 32

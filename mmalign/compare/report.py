@@ -19,7 +19,7 @@ from mmalign.compare import report_costs, report_plots, report_tables
 from mmalign.compare.results import Comparison, describe_delta
 from mmalign.compare.tables import more_tables
 from mmalign.compare.thumbnails import MAX_SIDE, choose_prompts, embed
-from mmalign.files import write_atomically
+from mmalign.core.files import write_atomically
 
 _HERE = Path(__file__).parent
 _OUTCOMES = {

@@ -30,8 +30,8 @@ from mmalign.compare.stats import (
     summarise,
 )
 from mmalign.compare.systems import SystemFacts
+from mmalign.core.files import write_atomically
 from mmalign.data.prompts import Prompt
-from mmalign.files import write_atomically
 
 CATEGORY_MISSING = "(none)"
 

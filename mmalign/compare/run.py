@@ -38,10 +38,10 @@ from mmalign.compare.systems import SystemFacts, read_system
 from mmalign.compare.systems_config import SystemConfig
 from mmalign.compare.training import train_systems
 from mmalign.config import dump_config
+from mmalign.core.files import check_output, write_atomically
+from mmalign.core.precision import check_precision
+from mmalign.core.progress import note
 from mmalign.data.prompts import Prompt, load_prompts
-from mmalign.files import check_output, write_atomically
-from mmalign.precision import check_precision
-from mmalign.progress import note
 from mmalign.reward_checks import check_reward
 
 __all__ = [

@@ -15,9 +15,9 @@ import numpy as np
 
 from mmalign.compare.config import RewardEntry
 from mmalign.compare.images import ImageStore
-from mmalign.errors import UserError
-from mmalign.files import write_atomically
-from mmalign.progress import track
+from mmalign.core.errors import UserError
+from mmalign.core.files import write_atomically
+from mmalign.core.progress import track
 from mmalign.reward_checks import check_usable
 from mmalign.scoring.chosen import fingerprint_reward
 

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from mmalign.config_files import flatten
+from mmalign.core.errors import UserError
+from mmalign.core.io.parquet import read_metadata
+from mmalign.core.resources import find, require_adapter, resolve_model
 from mmalign.curriculum import FOLDER
-from mmalign.data.parquet import read_metadata
-from mmalign.errors import UserError
-from mmalign.resources import find, require_adapter, resolve_model
 from mmalign.tracking import read_metrics
 from pipelines import fingerprint_model
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmalign.compare.stats import RESAMPLES
 from mmalign.config import BudgetConfig, Guidance, StrictModel, expand_short_forms
-from mmalign.errors import UserError, did_you_mean
+from mmalign.core.errors import UserError, did_you_mean
 
 ConfigT = TypeVar("ConfigT", bound="SystemsConfig")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")

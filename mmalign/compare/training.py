@@ -16,12 +16,12 @@ from mmalign.compare.systems import read_cost
 from mmalign.compare.systems_config import Replica, SystemConfig, SystemsConfig
 from mmalign.config import BudgetConfig, RunConfig, load_config
 from mmalign.config_files import Faults, flatten
+from mmalign.core.errors import UserError
+from mmalign.core.progress import note, reset_peak_memory
+from mmalign.core.resources import resolve_model
 from mmalign.curriculum import FOLDER
-from mmalign.errors import UserError
 from mmalign.hub import CONFIG_FILE, has_export, is_finished
 from mmalign.prepare import build_method, set_aside
-from mmalign.progress import note, reset_peak_memory
-from mmalign.resources import resolve_model
 from mmalign.tracking import read_metrics
 
 State = Literal["absent", "unfinished", "finished", "different"]

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mmalign.compare.answers import rate
 from mmalign.compare.vlm_config import QuestionConfig
+from mmalign.core.errors import UserError
+from mmalign.core.files import write_atomically
+from mmalign.core.io.answers import rate
+from mmalign.core.io.decode import Frames
+from mmalign.core.seeds import derive_seed
 from mmalign.data.answering import Answerer, Decoding, Request
 from mmalign.data.asked_videos import AskedVideo, read_asked
 from mmalign.data.perturbations import Perturbation
 from mmalign.data.video_items import VideoItem
 from mmalign.data.video_reading import VideoReader
-from mmalign.errors import UserError
-from mmalign.files import write_atomically
-from mmalign.scoring.decode import Frames
-from mmalign.seeds import derive_seed
 from mmalign.shapes.questions import ShapesQuestion, judge_caption
 
 _SINGLE_FRAMES = Perturbation(("block_shuffle",), 2**20)  # blocks of one frame each, however long the video

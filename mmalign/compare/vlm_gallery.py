@@ -15,8 +15,8 @@ from mmalign.compare.thumbnails import PIXEL_ART_SIDE, Thumbnail, choose_prompts
 from mmalign.compare.vlm_answers import Sheet, item_of, video_reader
 from mmalign.compare.vlm_config import QuestionConfig
 from mmalign.compare.vlm_results import ACCURACY
+from mmalign.core.io.decode import Frames
 from mmalign.data.asked_videos import AskedVideo
-from mmalign.scoring.decode import Frames
 
 MOST_QUESTIONS = 300
 """More questions than this and only some are shown, evenly spaced and never picked by who answers them right."""

@@ -17,7 +17,7 @@ from mmalign.compare.results import Comparison
 from mmalign.compare.scoring import RewardFacts, Scores
 from mmalign.compare.stats import category_rows, compare_paired, direction, summarise
 from mmalign.compare.vlm_answers import Sheet
-from mmalign.data.video_questions import ASPECTS, VideoQuestion
+from mmalign.core.io.video_questions import ASPECTS, VideoQuestion
 
 ACCURACY, SENSITIVITY, TWINS = "accuracy", "shuffle sensitivity", "twin accuracy"
 _RULES = "none: TempCompass's matching rules"

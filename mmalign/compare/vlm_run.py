@@ -24,10 +24,10 @@ from mmalign.compare.vlm_answers import Sheet, answer_questions, choose_asked, w
 from mmalign.compare.vlm_config import QuestionConfig
 from mmalign.compare.vlm_results import FACTS, families, question_numbers, question_scores
 from mmalign.config import dump_config
+from mmalign.core.files import check_output, write_atomically
+from mmalign.core.precision import check_precision
 from mmalign.data.asked_videos import AskedVideo
 from mmalign.data.prompts import Prompt
-from mmalign.files import check_output, write_atomically
-from mmalign.precision import check_precision
 
 
 def compare_questions(config: QuestionConfig, *, train: bool = True, retrain: bool = False) -> Outcome:

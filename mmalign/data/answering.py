@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from mmalign.batches import TimedMedia
-from mmalign.data.store import content_key
+from mmalign.core.hashing import content_key
+from mmalign.core.progress import track
+from mmalign.core.resources import resolve_model
 from mmalign.losses import completion_sum
-from mmalign.progress import track
-from mmalign.resources import resolve_model
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmalign.data.video_questions import FORMATS, VideoQuestion, read_tempcompass
-from mmalign.errors import UserError
-from mmalign.resources import find
-from mmalign.scoring.decode import CONTAINER_SUFFIXES
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import CONTAINER_SUFFIXES
+from mmalign.core.io.video_questions import FORMATS, VideoQuestion, read_tempcompass
+from mmalign.core.resources import find
 from mmalign.shapes.video_set import QUESTIONS, read_questions, read_videos
 
 READ_BY_RULES = tuple(name for name in FORMATS if name != "captioning")

@@ -11,14 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmalign.data.images import encode_png
-from mmalign.data.parquet import ForwardReader, atomic_parquet, iterate_columns, read_metadata
+from mmalign.core.errors import UserError
+from mmalign.core.hashing import content_key
+from mmalign.core.io.images import encode_png
+from mmalign.core.io.parquet import ForwardReader, atomic_parquet, iterate_columns, read_metadata
+from mmalign.core.progress import track
+from mmalign.core.seeds import derive_seed
 from mmalign.data.prompts import Prompt
-from mmalign.data.store import content_key
-from mmalign.errors import UserError
 from mmalign.evaluation import GeneratedImage, generate_images
-from mmalign.progress import track
-from mmalign.seeds import derive_seed
 
 IMAGES_FILE = "images.parquet"
 PARTS_FOLDER = "parts"

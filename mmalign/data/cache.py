@@ -19,11 +19,12 @@ from torch import Tensor
 
 from mmalign.batches import PairBatch
 from mmalign.config import DataConfig
-from mmalign.data.images import Media, image_size, open_image, read_bytes
+from mmalign.core.hashing import content_key, uniform
+from mmalign.core.io.images import Media, image_size, open_image, read_bytes
+from mmalign.core.seeds import derive_seed
 from mmalign.data.pairs import PairRecord, PairTable
-from mmalign.data.store import MEMORY_LIMIT, Rows, TensorStore, content_key
-from mmalign.data.transforms import Decision, PairTransform, uniform
-from mmalign.seeds import derive_seed
+from mmalign.data.store import MEMORY_LIMIT, Rows, TensorStore
+from mmalign.data.transforms import Decision, PairTransform
 from pipelines.conditioning import Conditioning
 
 RecordT = TypeVar("RecordT", covariant=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 RATIOS = (16, 8, 4, 2)
 """TEMPLE's curriculum, from what is easy to tell from the original to what is hard."""

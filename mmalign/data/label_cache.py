@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmalign.batches import LabelBatch
 from mmalign.config import DataConfig
+from mmalign.core.io.images import Media
 from mmalign.data.cache import CachedImages, encode_table
-from mmalign.data.images import Media
 from mmalign.data.labels import LabelRecord, LabelTable
 
 

@@ -17,8 +17,11 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from mmalign.data.calibration import Merits, frontier_pairs, win_rates
-from mmalign.data.parquet import (
+from mmalign.core.errors import UserError
+from mmalign.core.hashing import content_key, uniform
+from mmalign.core.io.columns import missing_columns
+from mmalign.core.io.items import Item
+from mmalign.core.io.parquet import (
     ForwardReader,
     RowWriter,
     atomic_parquet,
@@ -26,15 +29,11 @@ from mmalign.data.parquet import (
     open_parquet,
     read_metadata,
 )
-from mmalign.data.source import missing_columns
-from mmalign.data.store import content_key
-from mmalign.data.transforms import uniform
-from mmalign.errors import UserError
-from mmalign.progress import note
+from mmalign.core.progress import note
+from mmalign.core.seeds import derive_seed
+from mmalign.data.calibration import Merits, frontier_pairs, win_rates
 from mmalign.scoring.chosen import WeightedReward, weighted_total
 from mmalign.scoring.engine import Scored, score_items
-from mmalign.scoring.items import Item
-from mmalign.seeds import derive_seed
 
 SOURCE_COLUMNS = ("prompt", "prompt_id", "seed", "image", "model")
 PAIR_SCHEMA = pa.schema(

@@ -8,9 +8,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.images import Media
-from mmalign.data.source import Candidate, choose_caption_column, missing_columns
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.io.columns import missing_columns
+from mmalign.core.io.images import Media
+from mmalign.data.source import Candidate, choose_caption_column
 
 IMAGE_LISTS = ("image_path", "images", "file_path")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})

@@ -7,13 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from mmalign.data.images import read_bytes
+from mmalign.core.io.columns import SCHEMA
+from mmalign.core.io.images import read_bytes
+from mmalign.core.io.parquet import atomic_parquet
 from mmalign.data.labels import LabelTable
-from mmalign.data.parquet import atomic_parquet
-
-SCHEMA = pa.schema([("id", pa.string()), ("image", pa.binary()), ("caption", pa.string()), ("label", pa.string())])
 
 
 def real_count(own: int, share: float) -> int:

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmalign.config import DataConfig
-from mmalign.data.images import Media
+from mmalign.core.errors import UserError
+from mmalign.core.hashing import uniform
+from mmalign.core.io.images import Media
+from mmalign.core.progress import note
+from mmalign.core.resources import find
 from mmalign.data.listed import paired_folders, read_folder_pairs, read_json_pairs
 from mmalign.data.source import Candidate, PairSource
 from mmalign.data.tabular import ParquetPairs, load_hub_pairs, load_saved_pairs
-from mmalign.data.transforms import uniform
-from mmalign.errors import UserError
-from mmalign.progress import note
-from mmalign.resources import find
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.]+)?")
 _FILE_SUFFIXES = (".parquet", ".json", ".jsonl")

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.seeds import derive_seed
 from mmalign.data import frame_orders, picture_changes
-from mmalign.errors import UserError, did_you_mean
-from mmalign.seeds import derive_seed
 
 Item = TypeVar("Item")
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from mmalign.core.errors import UserError
+from mmalign.core.seeds import derive_seed
 from mmalign.data.perturb import Effect, Item, Operator, get_operator
 from mmalign.data.video_items import VideoItem
-from mmalign.errors import UserError
-from mmalign.seeds import derive_seed
 from mmalign.shapes.facts import TOPICS, truth
 from mmalign.shapes.questions import ShapesQuestion
 from mmalign.shapes.video import unroll

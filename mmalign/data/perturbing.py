@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmalign.data.images import read_bytes
+from mmalign.core.errors import UserError
+from mmalign.core.io.images import read_bytes
+from mmalign.core.io.parquet import atomic_parquet
+from mmalign.core.seeds import derive_seed
 from mmalign.data.labels import LabelRecord, LabelTable
-from mmalign.data.parquet import atomic_parquet
-from mmalign.errors import UserError
-from mmalign.seeds import derive_seed
 from mmalign.shapes.language import PromptError
 from mmalign.shapes.perturb import KINDS, false_captions
 from rewards.contrast import make_contrast

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 Media = Num[Tensor, "*frames 3 height width"]
 

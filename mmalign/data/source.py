@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from mmalign.data.images import Media
-from mmalign.errors import UserError
+from mmalign.core.io.columns import missing_columns
+from mmalign.core.io.images import Media
 
 
 class Candidate(NamedTuple):
@@ -51,10 +51,3 @@ def choose_caption_column(found: Sequence[str], asked: str, source: str) -> str:
         if name in found:
             return name
     raise missing_columns(source, [asked], found, "; data.caption_column names the one that holds the prompt")
-
-
-def missing_columns(source: str, missing: Iterable[str], found: Iterable[str], fix: str = "") -> UserError:
-    """Return the error for columns or keys that a source lacks."""
-    lacking = ", ".join(f"'{name}'" for name in missing)
-    present = ", ".join(f"'{name}'" for name in found) or "none"
-    return UserError(f"{source}: no column {lacking}; found {present}{fix}")

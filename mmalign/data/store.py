@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,22 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmalign.files import replacing
-from mmalign.progress import note
+from mmalign.core.files import replacing
+from mmalign.core.hashing import content_key
+from mmalign.core.progress import note
 
 SHARD_ROWS = 1024
 SHARD_BYTES = 256 * 2**20
 MEMORY_LIMIT = 2 * 2**30
-
-
-def content_key(*parts: bytes | str | int) -> str:
-    """Return a 128-bit hexadecimal key of bytes, strings and integers; the length of each part is hashed with it."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        raw = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(len(raw).to_bytes(8, "big"))
-        digest.update(raw)
-    return digest.hexdigest()
 
 
 class TensorStore:

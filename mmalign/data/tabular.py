@@ -13,10 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmalign.data.images import Media
-from mmalign.data.parquet import ForwardReader, iterate_columns, open_parquet, read_metadata
-from mmalign.data.source import Candidate, choose_caption_column, missing_columns
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.io.columns import missing_columns
+from mmalign.core.io.images import Media
+from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet, read_metadata
+from mmalign.data.source import Candidate, choose_caption_column
 
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
 LABEL_COLUMNS = ("label_0", "label_1")

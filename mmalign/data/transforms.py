@@ -13,15 +13,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mmalign.data.images import image_to_tensor
-from mmalign.seeds import derive_seed
-
-_FRACTION_BITS = 53
-
-
-def uniform(*parts: int | str) -> float:
-    """Return a number in [0, 1) that depends on `parts` alone (see `mmalign.seeds.derive_seed`)."""
-    return (derive_seed(*parts) % 2**_FRACTION_BITS) / 2**_FRACTION_BITS
+from mmalign.core.hashing import uniform
+from mmalign.core.io.images import image_to_tensor
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmalign.compare.answers import rate
+from mmalign.core.errors import UserError
+from mmalign.core.io.answers import rate
+from mmalign.core.io.columns import missing_columns
+from mmalign.core.io.decode import CONTAINER_SUFFIXES
+from mmalign.core.io.parquet import iterate_columns, open_parquet
+from mmalign.core.io.tables import TABLE_SUFFIXES, column, prompt_column, read_rows
+from mmalign.core.io.video_questions import FORMATS, VideoQuestion
+from mmalign.core.resources import find
+from mmalign.core.seeds import derive_seed
 from mmalign.data.asked_videos import READ_BY_RULES, read_asked
-from mmalign.data.parquet import iterate_columns, open_parquet
-from mmalign.data.source import missing_columns
 from mmalign.data.tabular import ID_COLUMNS
-from mmalign.data.video_questions import FORMATS, VideoQuestion
-from mmalign.errors import UserError
-from mmalign.resources import find
-from mmalign.scoring.decode import CONTAINER_SUFFIXES
-from mmalign.scoring.tables import TABLE_SUFFIXES, column, prompt_column, read_rows
-from mmalign.seeds import derive_seed
 from mmalign.shapes.questions import ShapesQuestion, judge_caption
 from mmalign.shapes.video import VideoScene
 from mmalign.shapes.video_set import QUESTIONS, read_videos

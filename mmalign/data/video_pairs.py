@@ -21,18 +21,18 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import ALL_FRAMES, Frames
+from mmalign.core.io.parquet import atomic_parquet
+from mmalign.core.io.video_files import write_video
+from mmalign.core.seeds import derive_seed
 from mmalign.data.answering import Answerer, Request
 from mmalign.data.clip_captions import tell_clips
-from mmalign.data.parquet import atomic_parquet
 from mmalign.data.perturb import Effect, get_operator
 from mmalign.data.perturbations import Perturbation
 from mmalign.data.video_events import clip_lengths
-from mmalign.data.video_files import write_video
 from mmalign.data.video_items import VideoItem
 from mmalign.data.video_reading import VideoReader
-from mmalign.errors import UserError
-from mmalign.scoring.decode import ALL_FRAMES, Frames
-from mmalign.seeds import derive_seed
 
 _TEXT = pa.string()
 _COLUMNS = [("id", _TEXT), ("prompt", _TEXT), ("chosen", _TEXT), ("rejected", _TEXT), ("video", _TEXT),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from mmalign.batches import TimedMedia
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import Frames
 from mmalign.data.perturbations import Perturbation
 from mmalign.data.video_events import clips, scene_states, shot_states
 from mmalign.data.video_items import VideoItem
 from mmalign.data.vlm_pairs import media_digest
 from mmalign.data.vlm_samples import read_media
-from mmalign.errors import UserError
-from mmalign.scoring.decode import Frames
 from mmalign.shapes.video import unroll
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from mmalign.batches import TimedMedia, VlmPairBatch
 from mmalign.config import DataConfig
+from mmalign.core.errors import UserError
+from mmalign.core.hashing import content_key
+from mmalign.core.io.decode import Frames, decode, decode_video
+from mmalign.core.io.images import Media
+from mmalign.core.progress import track
 from mmalign.data.cache import cache_folder
-from mmalign.data.images import Media
-from mmalign.data.store import MEMORY_LIMIT, TensorStore, content_key
+from mmalign.data.store import MEMORY_LIMIT, TensorStore
 from mmalign.data.vlm_pairs import VlmPair, VlmPairTable
-from mmalign.errors import UserError
-from mmalign.progress import track
-from mmalign.scoring.decode import Frames, decode, decode_video
 from pipelines.vlm_batch import VlmSample
 
 KeptT = TypeVar("KeptT")

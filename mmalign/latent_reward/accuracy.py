@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mmalign.batches import ComparisonBatch
+from mmalign.core.progress import track
 from mmalign.latent_reward.comparisons import Comparisons
 from mmalign.losses import latent_reward
-from mmalign.progress import track
 
 Scores = Callable[[ComparisonBatch, Tensor, str], tuple[Tensor, Tensor]]
 

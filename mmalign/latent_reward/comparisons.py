@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from mmalign.batches import ComparisonBatch
+from mmalign.core.errors import UserError
+from mmalign.core.hashing import uniform
 from mmalign.data.cache import CachedSides
 from mmalign.data.pairs import PairTable
-from mmalign.data.transforms import uniform
-from mmalign.errors import UserError
 from mmalign.losses import pair_weights
 
 

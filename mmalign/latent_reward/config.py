@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from mmalign.config import load_schema
 from mmalign.config_sections import DataConfig, Guidance, Share, StrictModel
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 
 class RewardTrainerConfig(StrictModel):

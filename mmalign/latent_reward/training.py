@@ -20,24 +20,23 @@ from mmalign.batches import ComparisonBatch
 from mmalign.checkpoint import Checkpoint, check_same_recipe, list_checkpoints, load_checkpoint, save_checkpoint
 from mmalign.config import dump_config
 from mmalign.config_files import flatten
+from mmalign.core.errors import TrainingDiverged, TrainingInterrupted, UserError
+from mmalign.core.files import check_output, write_atomically
+from mmalign.core.interrupt import graceful_stop
+from mmalign.core.precision import autocast, check_precision
+from mmalign.core.progress import Track, note, track
+from mmalign.core.resources import resolve_model
+from mmalign.core.seeds import derive_seed
 from mmalign.data.cache import CachedSides, encode_sides, pair_sides
 from mmalign.data.pairs import read_pairs
-from mmalign.engine import TrainingInterrupted
-from mmalign.errors import TrainingDiverged, UserError
 from mmalign.feed import Feed
-from mmalign.files import check_output, write_atomically
-from mmalign.interrupt import graceful_stop
 from mmalign.latent_reward.accuracy import LevelAccuracy, measure, table_of
 from mmalign.latent_reward.comparisons import Comparisons, split
 from mmalign.latent_reward.config import LatentRewardConfig
 from mmalign.losses import latent_reward
 from mmalign.optim import build_optimizer, learning_rate_factor, load_optimizer_tensors, optimizer_tensors
-from mmalign.precision import autocast, check_precision
 from mmalign.prepare import data_id, set_aside
-from mmalign.progress import Track, note, track
-from mmalign.resources import resolve_model
 from mmalign.run import Run
-from mmalign.seeds import derive_seed
 from rewards.latent_files import LatentParts
 from rewards.latent_network import MAX_LOGIT_SCALE, LatentNetwork
 

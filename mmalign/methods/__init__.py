@@ -1,6 +1,6 @@
 """Fine-tuning methods, one a file: how a batch becomes a loss. Others join by the entry point `mmalign.methods`."""
 
-from mmalign.registry import Registry
+from mmalign.core.registry import Registry
 
 methods = Registry(
     "method",

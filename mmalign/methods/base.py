@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, StrictInt, model_validator
 from torch import Tensor
 
 from mmalign.batches import LabelBatch, PairBatch, PromptBatch
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 from mmalign.run import Run
 from pipelines.noise import NoiseProcess
 

@@ -14,10 +14,10 @@ from pydantic import Field, model_validator
 
 from mmalign.advantages import PromptStatistics, group_advantages
 from mmalign.batches import PromptBatch
+from mmalign.core.distributed import gather, rank
 from mmalign.losses import clamped_policy_gradient, clipped_policy_gradient
 from mmalign.methods.base import LossOutput
 from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
-from mmalign.ranks import gather, rank
 from mmalign.run import Run
 
 

@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor
 
 from mmalign.batches import PromptBatch
-from mmalign.errors import TrainingDiverged, UserError
+from mmalign.core.errors import TrainingDiverged, UserError
+from mmalign.core.resources import find
 from mmalign.methods.base import Needs
 from mmalign.methods.spo import SPO, SPOConfig
-from mmalign.resources import find
 from mmalign.run import Run
 from pipelines.branching import Branching
 from pipelines.noise import NoiseProcess

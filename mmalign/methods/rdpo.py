@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmalign.batches import VlmPairBatch
+from mmalign.core.errors import UserError
+from mmalign.core.progress import track
 from mmalign.data.vlm_samples import VlmPairs
-from mmalign.errors import UserError
 from mmalign.losses import dpo_logit, rdpo
 from mmalign.methods.base import LossOutput, Needs
 from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics, with_answers
 from mmalign.methods.noising import pair_accuracy
-from mmalign.progress import track
 from mmalign.run import Run
 from pipelines import media_features
 from pipelines.vlm_batch import VlmSample

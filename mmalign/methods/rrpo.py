@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from mmalign.batches import VlmPairBatch
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 from mmalign.losses import completion_sum, rrpo, rrpo_logit, span_masks, token_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.completions import answer_metrics, collate, reduce_sides, token_log_probs

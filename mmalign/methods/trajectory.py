@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmalign.batches import PromptBatch
-from mmalign.errors import TrainingDiverged, UserError
+from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.losses import gaussian_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.run import Run

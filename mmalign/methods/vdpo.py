@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from mmalign.batches import TimedMedia, VlmPairBatch
+from mmalign.core.errors import UserError
+from mmalign.core.seeds import derive_seed
 from mmalign.data.perturb import get_operator
-from mmalign.errors import UserError
 from mmalign.losses import chosen_anchor, completion_mean, dpo_logit, select_by_divergence, token_jsd, vdpo
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.completions import answer_metrics, collate, reduce_sides, with_answers
 from mmalign.run import Run
-from mmalign.seeds import derive_seed
 from pipelines import media_features
 from pipelines.vlm_batch import VlmSample
 

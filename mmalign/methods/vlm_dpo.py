@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmalign.batches import VlmPairBatch
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 from mmalign.losses import beta_of_gap, chosen_anchor, dpo, dpo_logit, sft
 from mmalign.losses.pair_loss import LossType
 from mmalign.methods.base import LossOutput, Needs

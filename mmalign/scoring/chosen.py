@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mmalign.errors import UserError, did_you_mean
+from mmalign.core.errors import UserError, did_you_mean
 
 TOTAL = "total"
 """The column of the weighted sum."""

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.cost import Cost
-from mmalign.errors import UserError
+from mmalign.core.cost import Cost
+from mmalign.core.errors import UserError
 from mmalign.scoring.chosen import WeightedReward
 
 REMEMBERED = 65_536

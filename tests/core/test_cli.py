@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from mmalign import cli
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 
 @pytest.fixture

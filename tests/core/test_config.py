@@ -9,7 +9,7 @@ import yaml
 
 from mmalign.config import dump_config, load_config, load_with_tree
 from mmalign.config_files import flatten, list_configs, parse_value, read_tree, write_yaml
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 RECIPE = """\
 # a recipe

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mmalign.compare.answers import accuracy_by, micro_accuracy, rate, shuffle_sensitivity, twin_accuracy
-from mmalign.data.video_questions import VideoQuestion, read_tempcompass
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.io.answers import accuracy_by, micro_accuracy, rate, shuffle_sensitivity, twin_accuracy
+from mmalign.core.io.video_questions import VideoQuestion, read_tempcompass
 
 CHOICE = "Which way is the ball moving?\nA. to the left\nB. to the right\nC. upwards"
 MATCHING = "Which caption matches the video better?\nCaption A: The ball moves left.\nCaption B: The ball moves right."

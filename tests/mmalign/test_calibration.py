@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mmalign.cli import main
+from mmalign.core.io.images import encode_png
 from mmalign.data.build import SCHEMA, prompt_id
 from mmalign.data.calibration import frontier_pairs, win_rates
-from mmalign.data.images import encode_png
 from mmalign.data.labelling import LabelSettings, label_pairs
 from mmalign.scoring.chosen import WeightedReward
 from rewards import Reward

@@ -19,8 +19,8 @@ from mmalign.compare.config import CompareConfig, RewardEntry, load_compare_conf
 from mmalign.compare.diversity import check_diversity, mean_distances, measure_diversity
 from mmalign.compare.images import ImageStore, Sampling
 from mmalign.compare.run import compare
-from mmalign.data.images import encode_png
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.io.images import encode_png
 from rewards import RewardError
 
 REWARD = '''

@@ -25,10 +25,10 @@ from mmalign.compare.vlm_config import QuestionConfig, load_comparison
 from mmalign.compare.vlm_gallery import question_gallery, strip
 from mmalign.compare.vlm_results import families, question_numbers
 from mmalign.compare.vlm_run import assemble, compare_questions
+from mmalign.core.errors import UserError
+from mmalign.core.io.video_files import write_video
+from mmalign.core.io.video_questions import VideoQuestion
 from mmalign.data.asked_videos import AskedVideo
-from mmalign.data.video_files import write_video
-from mmalign.data.video_questions import VideoQuestion
-from mmalign.errors import UserError
 from mmalign.shapes.video_set import write_video_set
 from pipelines import fingerprint_vlm, load_vlm
 

@@ -20,7 +20,7 @@ from mmalign.compare.config import CompareConfig, make_compare_config
 from mmalign.compare.control import mean_ranks
 from mmalign.compare.images import ImageStore, Sampling, noise_seed
 from mmalign.compare.run import compare
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 from rewards import RewardError
 
 REWARDS = '''

@@ -31,9 +31,9 @@ from mmalign.compare.systems import SystemFacts, read_cost
 from mmalign.compare.tables import more_tables
 from mmalign.compare.training import plan_trainings, train_systems
 from mmalign.config import load_config
+from mmalign.core.errors import UserError
+from mmalign.core.progress import memory_gigabytes, reset_peak_memory
 from mmalign.data.prompts import Prompt
-from mmalign.errors import UserError
-from mmalign.progress import memory_gigabytes, reset_peak_memory
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from mmalign.compare.systems import find_trained_on, read_curves, read_system
-from mmalign.data.parquet import atomic_parquet
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.io.parquet import atomic_parquet
 from mmalign.tracking import read_metrics
 
 

@@ -19,7 +19,7 @@ from mmalign.compare.config import CompareConfig, make_compare_config
 from mmalign.compare.images import ImageStore, Sampling
 from mmalign.compare.training import plan_trainings, train_systems
 from mmalign.config import load_config
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,12 @@ import torch
 from tiny_models import build_tiny_sd, build_tiny_sdxl
 
 from mmalign.config import DataConfig
+from mmalign.core.errors import UserError
+from mmalign.core.hashing import content_key
+from mmalign.core.io.images import decode_image, encode_png
 from mmalign.data.cache import CachedPairs, build_pair_cache
-from mmalign.data.images import decode_image, encode_png
 from mmalign.data.pairs import read_pairs
-from mmalign.data.store import TensorStore, content_key
-from mmalign.errors import UserError
+from mmalign.data.store import TensorStore
 from pipelines import load_generator
 
 SIZE = 16

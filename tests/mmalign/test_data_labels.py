@@ -17,10 +17,10 @@ from tiny_models import build_tiny_sd
 from tiny_runs import write_pairs
 
 from mmalign.config import DataConfig
-from mmalign.data.images import encode_png
+from mmalign.core.errors import UserError
+from mmalign.core.io.images import encode_png
 from mmalign.data.label_cache import build_label_cache
 from mmalign.data.labels import LabelTable, read_labels
-from mmalign.errors import UserError
 from pipelines import load_generator
 
 ROWS = (("a red circle", "good"), ("a blue circle", "bad"), ("a red circle", "bad"))

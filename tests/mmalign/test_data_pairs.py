@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from mmalign.config import DataConfig
-from mmalign.data.images import encode_png
+from mmalign.core.errors import UserError
+from mmalign.core.io.images import encode_png
+from mmalign.core.io.parquet import ForwardReader, atomic_parquet, read_metadata
 from mmalign.data.pairs import PairTable, read_pairs
-from mmalign.data.parquet import ForwardReader, atomic_parquet, read_metadata
 from mmalign.data.tabular import load_hub_pairs
-from mmalign.errors import UserError
 
 
 def png(level: float) -> bytes:

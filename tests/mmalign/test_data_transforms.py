@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mmalign.data.images import decode_image, encode_png, image_size, open_image
-from mmalign.data.transforms import Decision, PairTransform, uniform
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.hashing import uniform
+from mmalign.core.io.images import decode_image, encode_png, image_size, open_image
+from mmalign.data.transforms import Decision, PairTransform
 from rewards.media import load_image
 
 

@@ -16,13 +16,13 @@ from tiny_runs import write_answer_pairs
 from tiny_vlms import build_llava_onevision
 
 from mmalign.config import DataConfig
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import Frames, decode_video
+from mmalign.core.io.images import encode_png
+from mmalign.core.io.video_files import write_video
 from mmalign.data.asked_videos import read_asked
-from mmalign.data.images import encode_png
-from mmalign.data.video_files import write_video
 from mmalign.data.vlm_pairs import read_vlm_pairs
 from mmalign.data.vlm_samples import VlmPairs, read_media
-from mmalign.errors import UserError
-from mmalign.scoring.decode import Frames, decode_video
 from pipelines import VisionLanguageModel, load_vlm
 
 

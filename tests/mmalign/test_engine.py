@@ -15,10 +15,10 @@ from tiny_runs import losses, run_config, write_pairs
 
 from mmalign import engine
 from mmalign.config import load_config
+from mmalign.core.errors import UserError
+from mmalign.core.resources import resolve_model
 from mmalign.engine import TrainingDiverged, plan, train
-from mmalign.errors import UserError
 from mmalign.prepare import prepare
-from mmalign.resources import resolve_model
 from pipelines import load_generator, sample
 from rewards import Reward, register
 
@@ -172,7 +172,7 @@ def test_evaluation_writes_images_and_rewards_from_step_zero(world: dict[str, An
     assert list(output.rglob("events.out.tfevents*"))
 
     base = load_generator(world["sd"], device="cpu")
-    from mmalign.seeds import derive_seed
+    from mmalign.core.seeds import derive_seed
 
     seeds = [derive_seed(0, "evaluate", index) for index in range(3)]
     cond = base.encode_prompts(prompts.read_text().split("\n")[:3])

@@ -10,7 +10,7 @@ import torch
 from tiny_models import build_tiny_sd
 from tiny_runs import InMemoryPairs
 
-from mmalign.ema import EMA
+from mmalign.core.ema import EMA
 from mmalign.feed import Feed
 from mmalign.hub import ExportError, Probe, check_load_back
 from mmalign.optim import average_gradients, learning_rate_factor, warmup_steps

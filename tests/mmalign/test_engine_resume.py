@@ -20,8 +20,8 @@ from tiny_runs import losses, run_config, write_pairs
 
 from mmalign.checkpoint import Checkpoint, DiskFull, list_checkpoints, load_checkpoint, save_checkpoint
 from mmalign.config import RunConfig, dump_config
+from mmalign.core.errors import UserError
 from mmalign.engine import train
-from mmalign.errors import UserError
 from pipelines import load_generator
 
 FULL = {"adapter": {"kind": "full"}}

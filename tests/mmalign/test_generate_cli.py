@@ -12,11 +12,11 @@ from PIL import Image
 from tiny_models import build_tiny_sd
 
 from mmalign.cli import main
-from mmalign.data.images import decode_image
+from mmalign.core.errors import UserError
+from mmalign.core.io.grid import image_grid, labelled_grid
+from mmalign.core.io.images import decode_image
 from mmalign.data.prompts import Prompt
-from mmalign.errors import UserError
 from mmalign.evaluation import generate_images
-from mmalign.grid import image_grid, labelled_grid
 from pipelines import load_generator, sample
 
 

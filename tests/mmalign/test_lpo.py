@@ -12,8 +12,8 @@ from tiny_models import build_tiny_sd, build_tiny_sdxl
 from tiny_runs import BRIGHTNESS, exact_run, losses, online_config
 
 from mmalign.batches import PromptBatch
+from mmalign.core.errors import UserError
 from mmalign.engine import train
-from mmalign.errors import UserError
 from mmalign.latent_reward.config import LatentRewardConfig
 from mmalign.latent_reward.training import make_parts
 from mmalign.methods.lpo import LPO

@@ -14,7 +14,8 @@ from tiny_models import build_tiny_sd
 from tiny_runs import InMemoryPairs
 
 from mmalign.batches import LabelBatch
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.precision import autocast, round_frozen
 from mmalign.feed import Feed
 from mmalign.losses import diffusion_dpo
 from mmalign.methods import methods
@@ -22,7 +23,6 @@ from mmalign.methods.base import MethodConfig, TimestepRange
 from mmalign.methods.diffusion_dpo import DiffusionDPO, DiffusionDPOConfig
 from mmalign.methods.noising import pair_metrics
 from mmalign.methods.sft import SFT, SFTConfig
-from mmalign.precision import autocast, round_frozen
 from mmalign.reference import Reference
 from mmalign.run import Run
 from pipelines import load_generator

@@ -14,8 +14,8 @@ from tiny_runs import Brightness, InMemoryPairs, exact_run, losses, online_confi
 from torch import Tensor
 
 from mmalign.batches import LabelBatch, PromptBatch
+from mmalign.core.errors import TrainingDiverged
 from mmalign.engine import train
-from mmalign.errors import TrainingDiverged
 from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.dense_dpo import spaced

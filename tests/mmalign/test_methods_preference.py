@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mmalign.batches import LabelBatch, PairBatch
 from mmalign.cli import main
-from mmalign.data.images import encode_png
+from mmalign.core.errors import UserError
+from mmalign.core.io.images import encode_png
 from mmalign.engine import train
-from mmalign.errors import UserError
 from mmalign.losses import diffusion_dpo, mapo
 from mmalign.methods import methods
 from mmalign.methods.base import Method

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config import MonitorConfig, load_config
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 from mmalign.monitors import Alarm, Monitors
 from mmalign.prepare import recipe
 

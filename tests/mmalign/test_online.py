@@ -15,10 +15,10 @@ from tiny_runs import BRIGHTNESS, Brightness, losses, online_config
 from mmalign.batches import PromptBatch
 from mmalign.config import DataConfig, RunConfig, load_config
 from mmalign.config_files import Faults
-from mmalign.cost import Cost
+from mmalign.core.cost import Cost
+from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.data.prompt_cache import build_prompt_cache
 from mmalign.engine import train
-from mmalign.errors import TrainingDiverged, UserError
 from mmalign.methods.ddpo import DDPO, DDPOConfig
 from mmalign.methods.prdp import PRDP, PRDPConfig
 from mmalign.methods.trajectory import RatioError

@@ -15,14 +15,14 @@ from tiny_models import build_tiny_sd
 
 from mmalign.cli import main
 from mmalign.config import DataConfig
+from mmalign.core.errors import UserError
+from mmalign.core.io.images import decode_image, encode_png
+from mmalign.core.io.parquet import read_metadata
 from mmalign.data import build, labelling
 from mmalign.data.build import SCHEMA, SampleSettings, prompt_id, sample_images
-from mmalign.data.images import decode_image, encode_png
 from mmalign.data.labelling import LabelSettings, find_images, label_pairs
 from mmalign.data.pairs import read_pairs
-from mmalign.data.parquet import read_metadata
 from mmalign.data.prompts import Prompt
-from mmalign.errors import UserError
 from mmalign.scoring.chosen import WeightedReward, parse_rewards
 from pipelines import load_generator
 from rewards import Reward, register

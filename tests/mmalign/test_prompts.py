@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mmalign.core.errors import UserError
 from mmalign.data.prompts import Prompt, builtin_prompt_sets, load_prompts
-from mmalign.errors import UserError
 
 
 def shared_prompts(name: str) -> Path:

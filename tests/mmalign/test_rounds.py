@@ -13,10 +13,10 @@ from tiny_runs import BRIGHTNESS, losses, run_config
 
 from mmalign.config import DataConfig, RunConfig, load_config
 from mmalign.config_files import Faults
+from mmalign.core.errors import UserError
+from mmalign.core.io.parquet import read_metadata
 from mmalign.data.labels import read_labels
-from mmalign.data.parquet import read_metadata
 from mmalign.engine import plan, train
-from mmalign.errors import UserError
 from mmalign.shapes.scene_set import write_scenes
 
 

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from mmalign.cli import main
-from mmalign.data.parquet import read_metadata
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import Frames, decode
+from mmalign.core.io.parquet import read_metadata
 from mmalign.scoring import engine, results
 from mmalign.scoring.chosen import fingerprint_reward, read_choices
-from mmalign.scoring.decode import Frames, decode
 from rewards import Reward, register
 
 

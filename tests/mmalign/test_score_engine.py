@@ -9,9 +9,9 @@ from itertools import islice
 import pytest
 import torch
 
+from mmalign.core.io.items import Item
 from mmalign.scoring import engine
 from mmalign.scoring.chosen import WeightedReward
-from mmalign.scoring.items import Item
 from rewards import Reward
 
 

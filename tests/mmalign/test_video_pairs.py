@@ -18,6 +18,9 @@ from tiny_vlms import build_llava_onevision
 from mmalign.cli import main
 from mmalign.compare.vlm_results import families
 from mmalign.config import DataConfig
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import ALL_FRAMES, decode
+from mmalign.core.seeds import derive_seed
 from mmalign.data.answering import Answerer, Decoding, Request
 from mmalign.data.perturb import Effect
 from mmalign.data.perturbations import Perturbation, parse_perturbations
@@ -26,9 +29,6 @@ from mmalign.data.video_items import VideoItem, is_video_source, read_video_item
 from mmalign.data.video_pairs import VideoPairSettings, mirrored, refuse, write_video_pairs
 from mmalign.data.video_reading import VideoReader
 from mmalign.data.vlm_pairs import read_vlm_pairs
-from mmalign.errors import UserError
-from mmalign.scoring.decode import ALL_FRAMES, decode
-from mmalign.seeds import derive_seed
 from mmalign.shapes.questions import ShapesQuestion
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.video import Actor, VideoScene, unroll

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mmalign.batches import TimedMedia, VlmPairBatch
 from mmalign.config import DataConfig
+from mmalign.core.errors import UserError
 from mmalign.data.perturb import perturb
 from mmalign.data.vlm_pairs import read_vlm_pairs
 from mmalign.data.vlm_samples import VlmPairs
-from mmalign.errors import UserError
 from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.rdpo import nearest_others
@@ -230,7 +230,7 @@ def test_rdpo_with_a_column_is_its_formula(run: Run) -> None:
 
 
 def test_rdpo_retrieves_the_nearest_other_media(run: Run, tmp_path: Path) -> None:
-    from mmalign.data.video_files import write_video
+    from mmalign.core.io.video_files import write_video
 
     path = write_answer_pairs(tmp_path, 4)
     # Video 2 is nearly video 0; video 3 is video 1 in another file, and so no other medium.

@@ -19,9 +19,9 @@ from mmalign.compare.systems_config import check_values
 from mmalign.compare.training import plan_trainings
 from mmalign.compare.vlm_config import QuestionConfig
 from mmalign.config import RunConfig, dump_config, load_config
+from mmalign.core.errors import UserError
+from mmalign.core.resources import resolve_model
 from mmalign.engine import train
-from mmalign.errors import UserError
-from mmalign.resources import resolve_model
 from mmalign.shapes.video_set import write_video_set
 from mmalign.tracking import read_metrics
 from pipelines import fingerprint_vlm, load_vlm

@@ -13,8 +13,8 @@ from tiny_vlms import build_llava_onevision
 
 from mmalign.checkpoint import list_checkpoints, load_checkpoint
 from mmalign.config import RunConfig
+from mmalign.core.errors import UserError
 from mmalign.engine import train
-from mmalign.errors import UserError
 from mmalign.hub import is_finished
 from pipelines import load_vlm
 

@@ -9,7 +9,7 @@ import torch
 from contract import PROMPTS, check_contract, smooth_images
 from golden_data import golden_file
 
-from mmalign.resources import find
+from mmalign.core.resources import find
 from mmalign.shapes import world
 from rewards import Reward, RewardError, load_reward
 from rewards.contrast import make_contrast, read_contrast

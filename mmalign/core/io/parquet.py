@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmalign.errors import UserError
-from mmalign.files import replacing
+from mmalign.core.errors import UserError
+from mmalign.core.files import replacing
 
 METADATA_KEY = b"mmalign"
 INDEX_BATCH = 8192

@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.parquet import ForwardReader, iterate_columns, open_parquet
-from mmalign.data.prompts import PROMPT_COLUMNS
-from mmalign.data.source import missing_columns
-from mmalign.errors import UserError
-from mmalign.scoring.items import Item, stamp_of
+from mmalign.core.errors import UserError
+from mmalign.core.io.columns import PROMPT_COLUMNS, missing_columns
+from mmalign.core.io.items import Item, stamp_of
+from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
 
 TABLE_SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".parquet"})
 _FILE_COLUMNS = ("file_name", "file", "path")

@@ -53,3 +53,7 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return "; did you mean 'x' or 'y'?" for what is close, or an empty string: made to be appended to a message."""
     matches = close_to(given, allowed)
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The user stopped the run; a checkpoint was saved."""

@@ -1,4 +1,4 @@
-"""Write videos to files; reading them, by number of frames or rate, is :func:`mmalign.scoring.decode.decode`."""
+"""Write videos to files; reading them, by number of frames or rate, is :func:`mmalign.core.io.decode.decode`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from jaxtyping import UInt8
 from torch import Tensor
 
-from mmalign.errors import UserError, did_you_mean
-from mmalign.files import replacing
+from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.files import replacing
 
 CODECS = {
     "mp4": ("mp4", "libx264", "yuv420p", {"crf": "4"}),

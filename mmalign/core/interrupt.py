@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from mmalign.progress import note
+from mmalign.core.progress import note
 
 
 class StopRequest:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 
 def check_output(path: Path, key: str = "--out", *, folder: bool = True) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 from rewards.media import upright_rgb
 
 Media = bytes | Path

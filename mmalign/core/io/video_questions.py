@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmalign.errors import UserError, did_you_mean
+from mmalign.core.errors import UserError, did_you_mean
 
 FORMATS = ("multi-choice", "yes_no", "caption_matching", "captioning")
 ASPECTS = ("action", "direction", "speed", "order", "attribute_change")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mmalign.errors import MissingPath, UserError, nearest
+from mmalign.core.errors import MissingPath, UserError, nearest
 
 _SHIPPED = ("configs", "assets")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -13,7 +13,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 def resource_root() -> Path:
     """Return the directory that holds `configs/` and `assets/`: `mmalign/_data` in a wheel, else the checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     packaged = package / "_data"
     return packaged if packaged.is_dir() else package.parent
 

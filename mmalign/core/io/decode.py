@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from mmalign.errors import UserError
-from mmalign.scoring.items import Slice
+from mmalign.core.errors import UserError
+from mmalign.core.io.items import Slice
 from rewards.media import image_levels
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})

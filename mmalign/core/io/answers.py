@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-from mmalign.data.video_questions import VideoQuestion
+from mmalign.core.io.video_questions import VideoQuestion
 
 LETTERS = ("A", "B", "C", "D")
 Judge = Callable[[VideoQuestion, str], bool]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from mmalign.errors import UserError, did_you_mean
+from mmalign.core.errors import UserError, did_you_mean
 
 
 class Registry:

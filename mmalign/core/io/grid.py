@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mmalign.data.images import tensor_to_image
+from mmalign.core.io.images import tensor_to_image
 
 GAP = 4
 FONT_SIZE = 13
