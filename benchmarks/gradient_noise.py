@@ -52,7 +52,7 @@ def estimate(gradients: Callable[[int], Tensor], draws: int) -> GradientNoise:
 
 def measure_config(path: str, overrides: list[str], draws: int) -> dict[str, GradientNoise]:
     """Return the noise of a training config's gradient, "same samples" and "new samples"."""
-    from mmalign.config import load_config
+    from mmalign.config.run import load_config
     from mmalign.engine import make_accelerator
     from mmalign.prepare import prepare
 

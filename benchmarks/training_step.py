@@ -13,7 +13,8 @@ import torch
 from benchmarks.models import corpus, write_pairs, write_pipeline
 from benchmarks.public_recipe import recipe_step
 from benchmarks.timing import Report, Settings, interleave
-from mmalign.config import AdapterConfig, DataConfig, RunConfig, TrainerConfig
+from mmalign.config.run import RunConfig
+from mmalign.config.sections import AdapterConfig, DataConfig, TrainerConfig
 from mmalign.core.precision import DTYPES, Precision
 from mmalign.engine import make_accelerator
 from mmalign.optim import build_optimizer

@@ -10,7 +10,7 @@ from mmalign.core.precision import ACCELERATE_NAMES
 from mmalign.tracking import check_trackers
 
 if TYPE_CHECKING:
-    from mmalign.config import RunConfig
+    from mmalign.config.run import RunConfig
 
 
 def make_accelerator(config: RunConfig, *, watched: bool = True) -> Any:

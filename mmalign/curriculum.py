@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmalign.config import dump_config
+from mmalign.config.run import dump_config
 from mmalign.core.files import write_atomically
 from mmalign.core.progress import note
 from mmalign.hub import CONFIG_FILE
@@ -19,7 +19,7 @@ from mmalign.prepare import build_method, check_enough, open_source, set_aside
 from mmalign.rounds import check_chain, train_once
 
 if TYPE_CHECKING:
-    from mmalign.config import RunConfig
+    from mmalign.config.run import RunConfig
 
 FOLDER = "stages"
 

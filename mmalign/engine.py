@@ -58,14 +58,14 @@ from mmalign.tracking import MetricBuffer, Metrics
 from mmalign.validation import save_grid
 
 if TYPE_CHECKING:
-    from mmalign.config import RunConfig
+    from mmalign.config.run import RunConfig
 
 
 def train(config: RunConfig, *, resume: str = "auto") -> Path:
     """Train as the configuration says and return the directory of the exported model (`config.output`).
 
     Args:
-        config: see `mmalign.config`.
+        config: see `mmalign.config.run`.
         resume: "auto" goes on from the last checkpoint in the output if there is one, "never" starts again (keeping
             the earlier checkpoints aside), a path names the checkpoint to go on from.
 

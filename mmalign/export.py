@@ -18,7 +18,7 @@ from pipelines.sampling import seeded_noise
 from pipelines.vlm_batch import VlmSample
 
 if TYPE_CHECKING:
-    from mmalign.config import RunConfig
+    from mmalign.config.run import RunConfig
 
 
 def export(

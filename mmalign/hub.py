@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mmalign import __version__
-from mmalign.config import dump_config
+from mmalign.config.run import dump_config
 from mmalign.core.files import write_atomically
 from mmalign.models import EXPORTS, answers
 from mmalign.tracking import read_metrics
@@ -21,7 +21,7 @@ from pipelines.conditioning import Conditioning
 from pipelines.vlm_batch import VlmSample
 
 if TYPE_CHECKING:
-    from mmalign.config import RunConfig
+    from mmalign.config.run import RunConfig
 
 CONFIG_FILE, CARD_FILE = "config.yaml", "README.md"
 _LOOKS = {False: "Means over a few fixed prompts and seeds", True: "Shares of right answers to a few fixed questions"}

@@ -13,7 +13,7 @@ from mmalign.core.resources import resolve_model, shipped
 from mmalign.core.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from mmalign.config import RunConfig
+    from mmalign.config.run import RunConfig
 
 EXPORTS = {
     ("draws", "full"): "model_index.json",

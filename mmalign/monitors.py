@@ -24,7 +24,7 @@ from mmalign.core.progress import note
 from mmalign.image_statistics import diversity, high_frequency, saturation
 
 if TYPE_CHECKING:
-    from mmalign.config import MonitorConfig
+    from mmalign.config.sections import MonitorConfig
 
 SMOOTHING = 0.7
 """Decay, for each line of metrics, of the running mean of a training reward or of a statistic of the images."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.best import Best
-from mmalign.config_files import flatten
+from mmalign.config.yaml import flatten
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
 from mmalign.core.precision import autocast, check_precision
@@ -33,7 +33,7 @@ from mmalign.scoring.chosen import WeightedReward
 from mmalign.validation import Validation, check_evaluation
 
 if TYPE_CHECKING:
-    from mmalign.config import RunConfig
+    from mmalign.config.run import RunConfig
     from mmalign.data.cache import CachedImages, CachedSides
     from mmalign.data.labels import LabelTable
     from mmalign.data.pairs import PairTable

@@ -13,7 +13,7 @@ from mmalign.data.asked_videos import READ_BY_RULES, AskedVideo, read_asked
 from mmalign.data.vlm_samples import read_media
 
 if TYPE_CHECKING:
-    from mmalign.config import DataConfig, EvaluateConfig
+    from mmalign.config.sections import DataConfig, EvaluateConfig
     from mmalign.run import Run
 
 AT_ONCE = 8

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.config import dump_config
+from mmalign.config.run import dump_config
 from mmalign.core.errors import UserError
 from mmalign.core.progress import note, track
 from mmalign.core.resources import resolve_model
@@ -21,7 +21,8 @@ from mmalign.models import whole_model
 from mmalign.prepare import build_method, set_aside
 
 if TYPE_CHECKING:
-    from mmalign.config import RoundsConfig, RunConfig
+    from mmalign.config.run import RunConfig
+    from mmalign.config.sections import RoundsConfig
     from mmalign.data.labels import LabelTable
 
 FOLDER = "rounds"

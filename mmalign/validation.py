@@ -17,7 +17,7 @@ from mmalign.reward_checks import check_reward
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mmalign.config import EvaluateConfig
+    from mmalign.config.sections import EvaluateConfig
     from mmalign.run import Run
 
 COLUMNS = 4

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.batches import PairBatch
-from mmalign.config import RunConfig
+from mmalign.config.run import RunConfig
 from mmalign.methods.sft import SFT
 from mmalign.reference import Reference
 from mmalign.run import Run

@@ -150,7 +150,7 @@ def _given(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
 
 
 def _is_config(text: str) -> bool:
-    from mmalign.config_files import list_configs
+    from mmalign.config.yaml import list_configs
 
     return Path(text).suffix in (".yaml", ".yml") or (not Path(text).exists() and text in list_configs())
 

@@ -165,7 +165,7 @@ def _families() -> Listing:
 
 
 def _configs() -> Listing:
-    from mmalign.config_files import find_config, list_configs
+    from mmalign.config.yaml import find_config, list_configs
 
     rows = []
     for name in list_configs():

@@ -148,7 +148,7 @@ def _perturb(args: argparse.Namespace) -> int:
     refuse_video_options(args)
     source = _contrast(args)
 
-    from mmalign.config import DataConfig
+    from mmalign.config.sections import DataConfig
     from mmalign.data.labels import read_labels
     from mmalign.data.perturbing import perturb_captions
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print YAML on standard output."""
-    from mmalign.config import dump_config, load_with_tree
+    from mmalign.config.run import dump_config, load_with_tree
 
     config, tree = load_with_tree(args.config, args.overrides)
     text = dump_config(config)

@@ -9,8 +9,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from mmalign.config import RunConfig, load_config
-from mmalign.config_files import find_config
+from mmalign.config.run import RunConfig, load_config
+from mmalign.config.yaml import find_config
 from mmalign.core.errors import MissingPath, UserError
 from mmalign.core.resources import resource_root
 

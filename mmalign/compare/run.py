@@ -37,7 +37,7 @@ from mmalign.compare.scoring import score_all
 from mmalign.compare.systems import SystemFacts, read_system
 from mmalign.compare.systems_config import SystemConfig
 from mmalign.compare.training import train_systems
-from mmalign.config import dump_config
+from mmalign.config.run import dump_config
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.precision import check_precision
 from mmalign.core.progress import note

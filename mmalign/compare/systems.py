@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mmalign.config_files import flatten
+from mmalign.config.yaml import flatten
 from mmalign.core.errors import UserError
 from mmalign.core.io.parquet import read_metadata
 from mmalign.core.resources import find, require_adapter, resolve_model

@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmalign.compare.stats import RESAMPLES
-from mmalign.config import BudgetConfig, Guidance, StrictModel, expand_short_forms
+from mmalign.config.run import expand_short_forms
+from mmalign.config.sections import BudgetConfig, Guidance, StrictModel
 from mmalign.core.errors import UserError, did_you_mean
 
 ConfigT = TypeVar("ConfigT", bound="SystemsConfig")

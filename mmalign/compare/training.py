@@ -14,8 +14,9 @@ from typing import Literal
 
 from mmalign.compare.systems import read_cost
 from mmalign.compare.systems_config import Replica, SystemConfig, SystemsConfig
-from mmalign.config import BudgetConfig, RunConfig, load_config
-from mmalign.config_files import Faults, flatten
+from mmalign.config.run import RunConfig, load_config
+from mmalign.config.sections import BudgetConfig
+from mmalign.config.yaml import Faults, flatten
 from mmalign.core.errors import UserError
 from mmalign.core.progress import note, reset_peak_memory
 from mmalign.core.resources import resolve_model

@@ -20,8 +20,8 @@ from pydantic import Field, field_validator, model_validator
 
 from mmalign.compare.config import CompareConfig
 from mmalign.compare.systems_config import SystemsConfig
-from mmalign.config import expand_short_forms, load_schema
-from mmalign.config_files import read_tree
+from mmalign.config.run import expand_short_forms, load_schema
+from mmalign.config.yaml import read_tree
 
 Format = Literal["multi-choice", "yes_no", "caption_matching", "captioning"]
 

@@ -23,7 +23,7 @@ from mmalign.compare.training import train_systems
 from mmalign.compare.vlm_answers import Sheet, answer_questions, choose_asked, write_answers
 from mmalign.compare.vlm_config import QuestionConfig
 from mmalign.compare.vlm_results import FACTS, families, question_numbers, question_scores
-from mmalign.config import dump_config
+from mmalign.config.run import dump_config
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.precision import check_precision
 from mmalign.data.asked_videos import AskedVideo

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.batches import PairBatch
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.hashing import content_key, uniform
 from mmalign.core.io.images import Media, image_size, open_image, read_bytes
 from mmalign.core.seeds import derive_seed

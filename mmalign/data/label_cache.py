@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mmalign.batches import LabelBatch
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.io.images import Media
 from mmalign.data.cache import CachedImages, encode_table
 from mmalign.data.labels import LabelRecord, LabelTable

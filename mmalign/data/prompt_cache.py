@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmalign.batches import PromptBatch
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.data.cache import PromptEncoder, cache_folder
 from mmalign.data.store import MEMORY_LIMIT, Rows
 from pipelines.conditioning import Conditioning

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError, did_you_mean
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media

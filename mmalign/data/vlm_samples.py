@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.batches import TimedMedia, VlmPairBatch
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.hashing import content_key
 from mmalign.core.io.decode import Frames, decode, decode_video

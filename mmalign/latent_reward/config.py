@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from mmalign.config import load_schema
-from mmalign.config_sections import DataConfig, Guidance, Share, StrictModel
+from mmalign.config.run import load_schema
+from mmalign.config.sections import DataConfig, Guidance, Share, StrictModel
 from mmalign.core.errors import UserError
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mmalign.batches import ComparisonBatch
 from mmalign.checkpoint import Checkpoint, check_same_recipe, list_checkpoints, load_checkpoint, save_checkpoint
-from mmalign.config import dump_config
-from mmalign.config_files import flatten
+from mmalign.config.run import dump_config
+from mmalign.config.yaml import flatten
 from mmalign.core.errors import TrainingDiverged, TrainingInterrupted, UserError
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.interrupt import graceful_stop

@@ -92,7 +92,7 @@ def read_choices(text: str, options: Sequence[str] = ()) -> list[Choice]:
 
 
 def _with_options(chosen: Sequence[Choice], options: Sequence[str]) -> list[Choice]:
-    from mmalign.config_files import parse_value
+    from mmalign.config.yaml import parse_value
 
     labels = [choice.label for choice in chosen]
     given: dict[str, dict[str, Any]] = {label: {} for label in labels}

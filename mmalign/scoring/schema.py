@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from mmalign.config import RewardConfig, StrictModel, load_schema
+from mmalign.config.run import load_schema
+from mmalign.config.sections import RewardConfig, StrictModel
 from mmalign.scoring.chosen import Choice
 
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.negatives import NegativeCorrectness, main
 from mmalign.cli import main as mmalign
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.io.images import open_image
 from mmalign.data.pairs import read_pairs
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mmalign
-from mmalign.config_files import find_config
+from mmalign.config.yaml import find_config
 from mmalign.core.errors import UserError, did_you_mean, nearest
 from mmalign.core.registry import Registry
 from mmalign.core.resources import find, resolve_model, resource_root

@@ -192,7 +192,7 @@ def test_doctor_finds_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path) 
 
 
 def test_show_config_prints_origins_or_a_plain_file(tmp_path, capsys) -> None:
-    from mmalign.config import load_config
+    from mmalign.config.run import load_config
 
     path = tmp_path / "a.yaml"
     path.write_text("model: m\nmethod: sft\ndata: {pairs: p}\noutput: o\n")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmalign.config import dump_config, load_config, load_with_tree
-from mmalign.config_files import flatten, list_configs, parse_value, read_tree, write_yaml
+from mmalign.config.run import dump_config, load_config, load_with_tree
+from mmalign.config.yaml import flatten, list_configs, parse_value, read_tree, write_yaml
 from mmalign.core.errors import UserError
 
 RECIPE = """\
@@ -342,7 +342,7 @@ def test_origins(recipe: Path) -> None:
 
 @pytest.mark.parametrize("name", list_configs())
 def test_every_shipped_config_has_a_header_and_is_yaml(name: str) -> None:
-    from mmalign.config_files import find_config
+    from mmalign.config.yaml import find_config
 
     assert find_config(name).read_text().startswith("# ")
     read_tree(name, [])

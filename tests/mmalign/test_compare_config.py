@@ -9,7 +9,7 @@ import pytest
 
 from mmalign.commands.compare import add_arguments, read_arguments
 from mmalign.compare.config import CompareConfig, load_compare_config, make_compare_config
-from mmalign.config import dump_config
+from mmalign.config.run import dump_config
 from mmalign.core.errors import UserError
 
 YAML = """

@@ -30,7 +30,7 @@ from mmalign.compare.stats import spread_of_deltas
 from mmalign.compare.systems import SystemFacts, read_cost
 from mmalign.compare.tables import more_tables
 from mmalign.compare.training import plan_trainings, train_systems
-from mmalign.config import load_config
+from mmalign.config.run import load_config
 from mmalign.core.errors import UserError
 from mmalign.core.progress import memory_gigabytes, reset_peak_memory
 from mmalign.data.prompts import Prompt

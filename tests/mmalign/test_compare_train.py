@@ -18,7 +18,7 @@ from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
 from mmalign.compare.images import ImageStore, Sampling
 from mmalign.compare.training import plan_trainings, train_systems
-from mmalign.config import load_config
+from mmalign.config.run import load_config
 from mmalign.core.errors import UserError
 
 

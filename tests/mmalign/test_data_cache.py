@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny_models import build_tiny_sd, build_tiny_sdxl
 
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.hashing import content_key
 from mmalign.core.io.images import decode_image, encode_png

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_models import build_tiny_sd
 from tiny_runs import write_pairs
 
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.images import encode_png
 from mmalign.data.label_cache import build_label_cache

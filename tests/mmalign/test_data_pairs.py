@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.images import encode_png
 from mmalign.core.io.parquet import ForwardReader, atomic_parquet, read_metadata

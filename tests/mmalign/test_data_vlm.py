@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_runs import write_answer_pairs
 from tiny_vlms import build_llava_onevision
 
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.decode import Frames, decode_video
 from mmalign.core.io.images import encode_png

@@ -14,7 +14,7 @@ from tiny_models import build_tiny_sd, build_tiny_sdxl
 from tiny_runs import losses, run_config, write_pairs
 
 from mmalign import engine
-from mmalign.config import load_config
+from mmalign.config.run import load_config
 from mmalign.core.errors import UserError
 from mmalign.core.resources import resolve_model
 from mmalign.engine import TrainingDiverged, plan, train

@@ -15,7 +15,7 @@ from tiny_models import build_tiny_sd
 from tiny_runs import BRIGHTNESS, losses, online_config, run_config, write_answer_pairs, write_pairs
 from tiny_vlms import build_llava_onevision
 
-from mmalign.config import RunConfig, dump_config
+from mmalign.config.run import RunConfig, dump_config
 from mmalign.engine import train
 
 

@@ -19,7 +19,7 @@ from tiny_models import build_tiny_sd
 from tiny_runs import losses, run_config, write_pairs
 
 from mmalign.checkpoint import Checkpoint, DiskFull, list_checkpoints, load_checkpoint, save_checkpoint
-from mmalign.config import RunConfig, dump_config
+from mmalign.config.run import RunConfig, dump_config
 from mmalign.core.errors import UserError
 from mmalign.engine import train
 from pipelines import load_generator

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.config import MonitorConfig, load_config
+from mmalign.config.run import load_config
+from mmalign.config.sections import MonitorConfig
 from mmalign.core.errors import UserError
 from mmalign.monitors import Alarm, Monitors
 from mmalign.prepare import recipe

@@ -13,8 +13,9 @@ from tiny_models import build_tiny_sd
 from tiny_runs import BRIGHTNESS, Brightness, losses, online_config
 
 from mmalign.batches import PromptBatch
-from mmalign.config import DataConfig, RunConfig, load_config
-from mmalign.config_files import Faults
+from mmalign.config.run import RunConfig, load_config
+from mmalign.config.sections import DataConfig
+from mmalign.config.yaml import Faults
 from mmalign.core.cost import Cost
 from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.data.prompt_cache import build_prompt_cache

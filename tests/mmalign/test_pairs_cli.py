@@ -14,7 +14,7 @@ import torch
 from tiny_models import build_tiny_sd
 
 from mmalign.cli import main
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.images import decode_image, encode_png
 from mmalign.core.io.parquet import read_metadata

@@ -11,7 +11,7 @@ from chat_server import serve
 from tiny_runs import write_pairs
 
 from mmalign.cli import main
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.data.labels import read_labels
 from mmalign.data.perturbing import perturb_captions

@@ -11,8 +11,9 @@ import yaml
 from tiny_models import build_tiny_sd
 from tiny_runs import BRIGHTNESS, losses, run_config
 
-from mmalign.config import DataConfig, RunConfig, load_config
-from mmalign.config_files import Faults
+from mmalign.config.run import RunConfig, load_config
+from mmalign.config.sections import DataConfig
+from mmalign.config.yaml import Faults
 from mmalign.core.errors import UserError
 from mmalign.core.io.parquet import read_metadata
 from mmalign.data.labels import read_labels

@@ -13,7 +13,7 @@ from tiny_models import build_tiny_sd, build_tiny_sdxl
 from tiny_runs import write_pairs
 
 from mmalign.cli import main
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.data.cache import CachedSides, encode_sides, pair_sides
 from mmalign.data.pairs import read_pairs

@@ -17,7 +17,7 @@ from tiny_vlms import build_llava_onevision
 
 from mmalign.cli import main
 from mmalign.compare.vlm_results import families
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.decode import ALL_FRAMES, decode
 from mmalign.core.seeds import derive_seed

@@ -16,7 +16,7 @@ from tiny_vlms import build_llava_onevision
 from torch import Tensor
 
 from mmalign.batches import TimedMedia, VlmPairBatch
-from mmalign.config import DataConfig
+from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.data.perturb import perturb
 from mmalign.data.vlm_pairs import read_vlm_pairs

@@ -18,7 +18,7 @@ from mmalign.compare.systems import read_cost, read_system
 from mmalign.compare.systems_config import check_values
 from mmalign.compare.training import plan_trainings
 from mmalign.compare.vlm_config import QuestionConfig
-from mmalign.config import RunConfig, dump_config, load_config
+from mmalign.config.run import RunConfig, dump_config, load_config
 from mmalign.core.errors import UserError
 from mmalign.core.resources import resolve_model
 from mmalign.engine import train

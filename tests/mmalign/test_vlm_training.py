@@ -12,7 +12,7 @@ from tiny_runs import losses, run_config, write_answer_pairs
 from tiny_vlms import build_llava_onevision
 
 from mmalign.checkpoint import list_checkpoints, load_checkpoint
-from mmalign.config import RunConfig
+from mmalign.config.run import RunConfig
 from mmalign.core.errors import UserError
 from mmalign.engine import train
 from mmalign.hub import is_finished

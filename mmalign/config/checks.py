@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from mmalign.config_files import KeyPath
+from mmalign.config.yaml import KeyPath
 from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.registry import methods
 
 SOURCES = ("pairs", "labels", "prompts")
 TAKEN = {"pairs": ("pairs",), "labels": ("labels",), "images": ("labels", "pairs"), "prompts": ("prompts",)}
@@ -47,8 +48,6 @@ def describe_errors(error: ValidationError, schema: type[BaseModel], values: Any
 
 def method_class(values: Any) -> tuple[Any, list[Fault]]:
     """Return the class that a config's `method` names, or None and the fault."""
-    from mmalign.methods import methods
-
     if values is None:
         return None, []  # the schema itself reports that it is missing
     if not isinstance(values, dict) or not isinstance(values.get("name"), str):

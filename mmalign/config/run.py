@@ -13,41 +13,18 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmalign.config_checks import Fault, check_recipe, describe_errors, method_class
-from mmalign.config_files import Faults, Tree, dotted, read_tree, write_yaml
-from mmalign.config_sections import (
+from mmalign.config.checks import Fault, check_recipe, describe_errors, method_class
+from mmalign.config.sections import (
     AdapterConfig,
-    BudgetConfig,
     DataConfig,
-    EarlyStop,
     EvaluateConfig,
-    Guidance,
     MonitorConfig,
     RewardConfig,
     RoundsConfig,
     StrictModel,
     TrainerConfig,
 )
-
-__all__ = [
-    "AdapterConfig",
-    "BudgetConfig",
-    "DataConfig",
-    "EarlyStop",
-    "EvaluateConfig",
-    "Guidance",
-    "MonitorConfig",
-    "RewardConfig",
-    "RoundsConfig",
-    "RunConfig",
-    "StrictModel",
-    "TrainerConfig",
-    "dump_config",
-    "expand_short_forms",
-    "load_config",
-    "load_schema",
-    "load_with_tree",
-]
+from mmalign.config.yaml import Faults, Tree, dotted, read_tree, write_yaml
 
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
 

@@ -1,4 +1,4 @@
-"""The sections of a training run's configuration, and the base of every schema; `mmalign.config` joins them."""
+"""The sections of a training run's configuration, and the base of every schema; `mmalign.config.run` joins them."""
 
 from __future__ import annotations
 
