@@ -21,8 +21,8 @@ from mmalign.core.io.decode import Frames
 from mmalign.core.io.video_questions import ASPECTS
 from mmalign.core.progress import track
 from mmalign.core.resources import resolve_model
-from mmalign.data.asked_videos import READ_BY_RULES, AskedVideo, read_asked
-from mmalign.data.vlm_samples import read_media
+from mmalign.data.encoded.vlm_samples import read_media
+from mmalign.data.video.question_set import READ_BY_RULES, AskedVideo, read_asked
 from mmalign.losses import completion_sum, token_kl
 from mmalign.methods.completions import token_log_probs
 from pipelines import VisionLanguageModel, load_vlm

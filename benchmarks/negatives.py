@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmalign.core.io.images import encode_png
 from mmalign.core.io.parquet import atomic_parquet
-from mmalign.data.build import IMAGES_FILE, SCHEMA
+from mmalign.data.building.sampling import IMAGES_FILE, SCHEMA
 from mmalign.shapes.language import caption
 from mmalign.shapes.rewards import ShapesCorrectness
 from mmalign.shapes.world import render, sample_scene

@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks.models import corpus, write_clip
 from benchmarks.timing import Report, Settings, interleave
 from mmalign.core.io.items import Item
-from mmalign.scoring.chosen import WeightedReward
+from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.engine import score_items
 from rewards import load_reward
 

@@ -20,21 +20,21 @@ from mmalign.core.files import check_output
 from mmalign.core.precision import autocast, check_precision
 from mmalign.core.progress import note, track
 from mmalign.core.resources import resolve_model
-from mmalign.feed import Feed
+from mmalign.data.feed import Feed
 from mmalign.methods.base import Method
+from mmalign.methods.reference import Reference
+from mmalign.methods.run import Run
 from mmalign.models import EXPORTS, answers, content_id, load_model, make_trainable
 from mmalign.monitors import Monitors
 from mmalign.optim import warmup_steps
 from mmalign.questioning import Questioning, choose_questions
-from mmalign.reference import Reference
-from mmalign.reward_checks import check_reward
-from mmalign.run import Run
-from mmalign.scoring.chosen import WeightedReward
+from mmalign.scoring.checks import check_reward
+from mmalign.scoring.choice import WeightedReward
 from mmalign.validation import Validation, check_evaluation
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
-    from mmalign.data.cache import CachedImages, CachedSides
+    from mmalign.data.encoded.cache import CachedImages, CachedSides
     from mmalign.data.labels import LabelTable
     from mmalign.data.pairs import PairTable
     from mmalign.data.vlm_pairs import VlmPairTable
@@ -274,8 +274,8 @@ def encode(source: Source, generator: Any, config: RunConfig, accelerator: Any, 
 
     On several ranks the first encodes and the others read what it wrote.
     """
+    from mmalign.data.encoded.vlm_samples import VlmPairs
     from mmalign.data.vlm_pairs import VlmPairTable
-    from mmalign.data.vlm_samples import VlmPairs
 
     if isinstance(source, VlmPairTable):
         pairs = VlmPairs(
@@ -287,10 +287,10 @@ def encode(source: Source, generator: Any, config: RunConfig, accelerator: Any, 
             batch_size=config.trainer.batch_size,
         )
         return pairs, pairs.data_id
-    from mmalign.data.cache import build_pair_cache
-    from mmalign.data.label_cache import build_label_cache
+    from mmalign.data.encoded.cache import build_pair_cache
+    from mmalign.data.encoded.label_cache import build_label_cache
+    from mmalign.data.encoded.prompt_cache import build_prompt_cache
     from mmalign.data.labels import LabelTable
-    from mmalign.data.prompt_cache import build_prompt_cache
 
     with accelerator.main_process_first():
         if isinstance(source, list):

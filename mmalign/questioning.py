@@ -9,12 +9,12 @@ import torch
 from mmalign.core.errors import UserError
 from mmalign.core.io.answers import accuracy_by, micro_accuracy, rate
 from mmalign.core.io.decode import Frames
-from mmalign.data.asked_videos import READ_BY_RULES, AskedVideo, read_asked
-from mmalign.data.vlm_samples import read_media
+from mmalign.data.encoded.vlm_samples import read_media
+from mmalign.data.video.question_set import READ_BY_RULES, AskedVideo, read_asked
 
 if TYPE_CHECKING:
     from mmalign.config.sections import DataConfig, EvaluateConfig
-    from mmalign.run import Run
+    from mmalign.methods.run import Run
 
 AT_ONCE = 8
 

@@ -87,10 +87,10 @@ def check_chain(resume: str, what: str, work: str) -> None:
 def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Path, number: int) -> Path:
     """Complete the samples and the pairs of a round, and return the file of pairs."""
     from mmalign.core.io.parquet import open_parquet, read_metadata
-    from mmalign.data.build import IMAGES_FILE, SampleSettings, sample_images
-    from mmalign.data.labelling import LabelSettings, image_prompts, label_pairs
+    from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
     from mmalign.data.prompts import load_prompts
     from mmalign.scoring.chosen import load_weighted_rewards, parse_rewards
+    from mmalign.scoring.labelling import LabelSettings, image_prompts, label_pairs
     from pipelines import fingerprint_model, load_generator
 
     weights, path = parse_rewards(rounds.reward), resolve_model(model)
@@ -141,8 +141,8 @@ def _read_real(config: RunConfig, rounds: RoundsConfig) -> LabelTable | None:
 def _mix(config: RunConfig, rounds: RoundsConfig, real: LabelTable, folder: Path, number: int) -> Path:
     """Write the chosen images of a round's pairs with the share of real ones, and return the file."""
     from mmalign.core.io.parquet import read_metadata
+    from mmalign.data.building.mixing import mix_real
     from mmalign.data.labels import read_labels
-    from mmalign.data.mixing import mix_real
 
     pairs, mixed = folder / PAIRS_FILE, folder / MIXED_FILE
     own, seed = read_labels(str(pairs), config.data, good_only=True), derive_seed(config.trainer.seed, "real", number)

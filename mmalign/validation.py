@@ -12,13 +12,13 @@ from mmalign.core.io.grid import image_grid
 from mmalign.core.io.images import encode_png
 from mmalign.core.seeds import derive_seed
 from mmalign.data.prompts import load_prompts
-from mmalign.reward_checks import check_reward
+from mmalign.scoring.checks import check_reward
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mmalign.config.sections import EvaluateConfig
-    from mmalign.run import Run
+    from mmalign.methods.run import Run
 
 COLUMNS = 4
 

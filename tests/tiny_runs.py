@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.batches import PairBatch
 from mmalign.config.run import RunConfig
+from mmalign.data.batches import PairBatch
+from mmalign.methods.reference import Reference
+from mmalign.methods.run import Run
 from mmalign.methods.sft import SFT
-from mmalign.reference import Reference
-from mmalign.run import Run
 from pipelines import load_generator
 from pipelines.conditioning import Conditioning
 from rewards import Reward

@@ -150,7 +150,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _draw(args: argparse.Namespace, folder: _Folder, missing: dict[int, list[int]], total: int) -> None:
-    from mmalign.evaluation import generate_images
+    from mmalign.data.building.generation import generate_images
 
     with track(total, "generate", initial=total - sum(map(len, missing.values()))) as job:
         generator = open_generator(args)

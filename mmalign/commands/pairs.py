@@ -80,7 +80,7 @@ def _sample(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts, args.limit)
     model, fingerprint = model_identity(args)
 
-    from mmalign.data.build import IMAGES_FILE, SampleSettings, sample_images
+    from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
 
     settings = SampleSettings(
         model=model,
@@ -117,8 +117,9 @@ def _label(args: argparse.Namespace) -> int:
     if args.mode == "best-worst" and args.temperature != 1.0:
         raise UserError("--temperature belongs to --mode bradley-terry or calibrated; best-worst draws nothing")
 
+    from mmalign.core.io.images import find_images
     from mmalign.core.io.parquet import open_parquet
-    from mmalign.data import labelling
+    from mmalign.scoring import labelling
     from mmalign.scoring.chosen import load_weighted_rewards, parse_rewards
 
     settings = labelling.LabelSettings(
@@ -130,7 +131,7 @@ def _label(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     weights = parse_rewards(args.reward)
-    images = labelling.find_images(args.images)
+    images = find_images(args.images)
     rewards = load_weighted_rewards(weights, labelling.image_prompts(images))
     with track(open_parquet(images).metadata.num_rows, "label") as job:
         counts = labelling.label_pairs(images, rewards, args.out, settings, progress=job.advance)
@@ -141,7 +142,7 @@ def _label(args: argparse.Namespace) -> int:
 def _perturb(args: argparse.Namespace) -> int:
     _check_out(args.out)
 
-    from mmalign.data.video_items import is_video_source
+    from mmalign.data.video.items import is_video_source
 
     if is_video_source(args.source):
         return perturb_videos(args)
@@ -149,8 +150,8 @@ def _perturb(args: argparse.Namespace) -> int:
     source = _contrast(args)
 
     from mmalign.config.sections import DataConfig
+    from mmalign.data.building.captions import perturb_captions
     from mmalign.data.labels import read_labels
-    from mmalign.data.perturbing import perturb_captions
 
     table = read_labels(args.source, DataConfig(labels=args.source, limit=args.limit))
     with track(len(table), "perturb") as job:

@@ -11,8 +11,8 @@ from mmalign.core.errors import UserError
 from mmalign.core.resources import find
 
 if TYPE_CHECKING:
-    from mmalign.data.answering import Answerer
-    from mmalign.data.video_pairs import VideoPairSettings
+    from mmalign.data.video.answering import Answerer
+    from mmalign.data.video.pairs import VideoPairSettings
 
 _OPTIONS = (
     "model", "mode", "instruction", "perturb", "compose", "operators", "difficulty", "chosen", "rejected",
@@ -98,8 +98,8 @@ def perturb_videos(args: argparse.Namespace) -> int:
         raise UserError(f"--{captions[0].replace('_', '-')} is for captions of images, and {args.source} holds videos")
     values = _with_defaults(args)
 
-    from mmalign.data.video_items import INSTRUCTIONS, read_video_items
-    from mmalign.data.video_pairs import write_video_pairs
+    from mmalign.data.video.items import INSTRUCTIONS, read_video_items
+    from mmalign.data.video.pairs import write_video_pairs
 
     settings = _settings(values, args.seed)
     items = read_video_items(
@@ -137,8 +137,8 @@ def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
 
 def _settings(values: dict[str, Any], seed: int) -> VideoPairSettings:
     from mmalign.core.io.decode import Frames
-    from mmalign.data.perturbations import parse_perturbations
-    from mmalign.data.video_pairs import VideoPairSettings
+    from mmalign.data.video.pairs import VideoPairSettings
+    from mmalign.data.video.perturbations import parse_perturbations
 
     return VideoPairSettings(
         perturbations=tuple(parse_perturbations(values["operators"], values["difficulty"])),
@@ -164,7 +164,7 @@ def _answerer(values: dict[str, Any], folder: Path) -> Answerer | None:
         raise UserError("--model is missing: the one that answers; only --chosen truth --rejected videos needs none")
 
     from mmalign.core.precision import check_precision
-    from mmalign.data.answering import Answerer, Decoding
+    from mmalign.data.video.answering import Answerer, Decoding
 
     check_precision(values["precision"], key="--precision")
     decoding = Decoding(values["max_new_tokens"], values["temperature"], values["top_p"], values["precision"])

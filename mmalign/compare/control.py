@@ -21,7 +21,7 @@ from mmalign.compare.stats import summarise
 from mmalign.compare.systems import SystemFacts
 from mmalign.core.progress import note
 from mmalign.data.prompts import Prompt, load_prompts
-from mmalign.reward_checks import check_reward
+from mmalign.scoring.checks import check_reward
 
 
 def control_prompts(config: CompareConfig) -> list[Prompt]:

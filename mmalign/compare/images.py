@@ -123,7 +123,7 @@ def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_
     wanted = sum(map(len, missing.values()))
     if not wanted:
         return 0
-    from mmalign.evaluation import generate_images
+    from mmalign.data.building.generation import generate_images
 
     store.disown(missing)
     cells = [(index, seed) for index, seeds in missing.items() for seed in seeds]

@@ -42,7 +42,7 @@ from mmalign.core.files import check_output, write_atomically
 from mmalign.core.precision import check_precision
 from mmalign.core.progress import note
 from mmalign.data.prompts import Prompt, load_prompts
-from mmalign.reward_checks import check_reward
+from mmalign.scoring.checks import check_reward
 
 __all__ = [
     "CompareConfig",

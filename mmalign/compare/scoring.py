@@ -18,7 +18,7 @@ from mmalign.compare.images import ImageStore
 from mmalign.core.errors import UserError
 from mmalign.core.files import write_atomically
 from mmalign.core.progress import track
-from mmalign.reward_checks import check_usable
+from mmalign.scoring.checks import check_usable
 from mmalign.scoring.chosen import fingerprint_reward
 
 SCORE_CHUNK = 64

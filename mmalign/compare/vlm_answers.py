@@ -15,11 +15,11 @@ from mmalign.core.files import write_atomically
 from mmalign.core.io.answers import rate
 from mmalign.core.io.decode import Frames
 from mmalign.core.seeds import derive_seed
-from mmalign.data.answering import Answerer, Decoding, Request
-from mmalign.data.asked_videos import AskedVideo, read_asked
-from mmalign.data.perturbations import Perturbation
-from mmalign.data.video_items import VideoItem
-from mmalign.data.video_reading import VideoReader
+from mmalign.data.video.answering import Answerer, Decoding, Request
+from mmalign.data.video.items import VideoItem
+from mmalign.data.video.perturbations import Perturbation
+from mmalign.data.video.question_set import AskedVideo, read_asked
+from mmalign.data.video.reading import VideoReader
 from mmalign.shapes.questions import ShapesQuestion, judge_caption
 
 _SINGLE_FRAMES = Perturbation(("block_shuffle",), 2**20)  # blocks of one frame each, however long the video

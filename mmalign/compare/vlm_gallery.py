@@ -16,7 +16,7 @@ from mmalign.compare.vlm_answers import Sheet, item_of, video_reader
 from mmalign.compare.vlm_config import QuestionConfig
 from mmalign.compare.vlm_results import ACCURACY
 from mmalign.core.io.decode import Frames
-from mmalign.data.asked_videos import AskedVideo
+from mmalign.data.video.question_set import AskedVideo
 
 MOST_QUESTIONS = 300
 """More questions than this and only some are shown, evenly spaced and never picked by who answers them right."""

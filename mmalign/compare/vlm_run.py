@@ -26,8 +26,8 @@ from mmalign.compare.vlm_results import FACTS, families, question_numbers, quest
 from mmalign.config.run import dump_config
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.precision import check_precision
-from mmalign.data.asked_videos import AskedVideo
 from mmalign.data.prompts import Prompt
+from mmalign.data.video.question_set import AskedVideo
 
 
 def compare_questions(config: QuestionConfig, *, train: bool = True, retrain: bool = False) -> Outcome:

@@ -21,8 +21,8 @@ from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
 from mmalign.core.io.tables import TABLE_SUFFIXES, column, file_columns, read_rows
 from mmalign.core.resources import find
 from mmalign.data.pairs import PairTable, read_pairs
-from mmalign.data.source import choose_caption_column
-from mmalign.data.tabular import ID_COLUMNS, as_media
+from mmalign.data.readers.source import choose_caption_column
+from mmalign.data.readers.tabular import ID_COLUMNS, as_media
 
 LABEL_COLUMN, REJECTED_COLUMN = "label", "caption_rejected"
 _WORDS = {"good": True, "true": True, "1": True, "bad": False, "false": False, "0": False}

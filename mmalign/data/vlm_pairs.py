@@ -23,8 +23,8 @@ from mmalign.core.io.images import Media
 from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
 from mmalign.core.io.tables import read_rows
 from mmalign.core.resources import find
-from mmalign.data.source import choose_caption_column
-from mmalign.data.tabular import ID_COLUMNS, as_media
+from mmalign.data.readers.source import choose_caption_column
+from mmalign.data.readers.tabular import ID_COLUMNS, as_media
 
 ANSWERS = ("chosen", "rejected")
 MEDIA = {"video": "rejected_video", "image": "rejected_image", "images": "rejected_image"}

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmalign.batches import ComparisonBatch
 from mmalign.core.progress import track
+from mmalign.data.batches import ComparisonBatch
 from mmalign.latent_reward.comparisons import Comparisons
 from mmalign.losses import latent_reward
 

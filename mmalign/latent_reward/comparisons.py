@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
-from mmalign.batches import ComparisonBatch
 from mmalign.core.errors import UserError
 from mmalign.core.hashing import uniform
-from mmalign.data.cache import CachedSides
+from mmalign.data.batches import ComparisonBatch
+from mmalign.data.encoded.cache import CachedSides
 from mmalign.data.pairs import PairTable
 from mmalign.losses import pair_weights
 
 
 class Comparisons:
-    """Some pairs of a table, as `mmalign.feed.Feed` deals them out."""
+    """Some pairs of a table, as `mmalign.data.feed.Feed` deals them out."""
 
     def __init__(self, table: PairTable, sides: CachedSides, rows: Sequence[int]) -> None:
         """Weigh the pairs chosen by `rows`."""

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.batches import ComparisonBatch
 from mmalign.checkpoint import Checkpoint, check_same_recipe, list_checkpoints, load_checkpoint, save_checkpoint
 from mmalign.config.run import dump_config
 from mmalign.config.yaml import flatten
@@ -27,16 +26,17 @@ from mmalign.core.precision import autocast, check_precision
 from mmalign.core.progress import Track, note, track
 from mmalign.core.resources import resolve_model
 from mmalign.core.seeds import derive_seed
-from mmalign.data.cache import CachedSides, encode_sides, pair_sides
+from mmalign.data.batches import ComparisonBatch
+from mmalign.data.encoded.cache import CachedSides, encode_sides, pair_sides
+from mmalign.data.feed import Feed
 from mmalign.data.pairs import read_pairs
-from mmalign.feed import Feed
 from mmalign.latent_reward.accuracy import LevelAccuracy, measure, table_of
 from mmalign.latent_reward.comparisons import Comparisons, split
 from mmalign.latent_reward.config import LatentRewardConfig
 from mmalign.losses import latent_reward
+from mmalign.methods.run import Run
 from mmalign.optim import build_optimizer, learning_rate_factor, load_optimizer_tensors, optimizer_tensors
 from mmalign.prepare import data_id, set_aside
-from mmalign.run import Run
 from rewards.latent_files import LatentParts
 from rewards.latent_network import MAX_LOGIT_SCALE, LatentNetwork
 

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, StrictInt, model_validator
 from torch import Tensor
 
-from mmalign.batches import LabelBatch, PairBatch, PromptBatch
 from mmalign.core.errors import UserError
-from mmalign.run import Run
+from mmalign.data.batches import LabelBatch, PairBatch, PromptBatch
+from mmalign.methods.run import Run
 from pipelines.noise import NoiseProcess
 
 __all__ = ["LabelBatch", "LossOutput", "Method", "MethodConfig", "Needs", "PairBatch", "PromptBatch", "TimestepRange"]

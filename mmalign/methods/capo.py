@@ -10,7 +10,7 @@ from mmalign.core.errors import UserError
 from mmalign.losses import capo, capo_logit, noise_level_weight
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, TimestepRange
 from mmalign.methods.noising import noise_pairs, pair_metrics
-from mmalign.run import Run
+from mmalign.methods.run import Run
 
 if TYPE_CHECKING:
     from mmalign.data.pairs import PairTable

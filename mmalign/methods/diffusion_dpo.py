@@ -13,7 +13,7 @@ from mmalign.losses import diffusion_dpo, diffusion_dpo_logit
 from mmalign.losses.diffusion_dpo import LossType
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, TimestepRange
 from mmalign.methods.noising import noise_pairs, pair_metrics
-from mmalign.run import Run
+from mmalign.methods.run import Run
 
 
 class DiffusionDPOConfig(TimestepRange):

@@ -13,7 +13,7 @@ from mmalign.losses import diffusion_kto, kto_reference_point
 from mmalign.losses.diffusion_kto import Utility
 from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
 from mmalign.methods.noising import noise_images
-from mmalign.run import Run
+from mmalign.methods.run import Run
 
 
 class DiffusionKTOConfig(TimestepRange):

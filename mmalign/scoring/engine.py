@@ -17,7 +17,7 @@ from torch import Tensor
 from mmalign.core.errors import UserError
 from mmalign.core.io.decode import ALL_FRAMES, Frames, decode
 from mmalign.core.io.items import Item
-from mmalign.scoring.chosen import WeightedReward
+from mmalign.scoring.choice import WeightedReward
 from rewards import RewardError
 
 BATCH_PIXELS = 1 << 26

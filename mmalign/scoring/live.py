@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmalign.core.cost import Cost
 from mmalign.core.errors import UserError
-from mmalign.scoring.chosen import WeightedReward
+from mmalign.scoring.choice import WeightedReward
 
 REMEMBERED = 65_536
 """Scores kept in memory; the oldest are forgotten first."""

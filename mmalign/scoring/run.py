@@ -14,15 +14,9 @@ from mmalign.core.errors import UserError
 from mmalign.core.io.decode import ALL_FRAMES, Frames
 from mmalign.core.io.items import Item
 from mmalign.core.progress import note, track
-from mmalign.reward_checks import check_reward
-from mmalign.scoring.chosen import (
-    TOTAL,
-    Choice,
-    WeightedReward,
-    fingerprint_reward,
-    load_choices,
-    weighted_total,
-)
+from mmalign.scoring.checks import check_reward
+from mmalign.scoring.choice import TOTAL, Choice, WeightedReward, weighted_total
+from mmalign.scoring.chosen import fingerprint_reward, load_choices
 from mmalign.scoring.engine import Scored, score_items
 from mmalign.scoring.inputs import find_items
 from mmalign.scoring.results import Results, Row

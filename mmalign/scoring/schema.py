@@ -6,7 +6,7 @@ from pydantic import Field
 
 from mmalign.config.run import load_schema
 from mmalign.config.sections import RewardConfig, StrictModel
-from mmalign.scoring.chosen import Choice
+from mmalign.scoring.choice import Choice
 
 
 class ScoreReward(RewardConfig):

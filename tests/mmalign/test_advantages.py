@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.advantages import PromptStatistics, group_advantages
+from mmalign.losses.advantages import PromptStatistics, group_advantages
 
 
 def rewards_of(*values: float) -> Tensor:

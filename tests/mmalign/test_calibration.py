@@ -12,10 +12,10 @@ import torch
 
 from mmalign.cli import main
 from mmalign.core.io.images import encode_png
-from mmalign.data.build import SCHEMA, prompt_id
-from mmalign.data.calibration import frontier_pairs, win_rates
-from mmalign.data.labelling import LabelSettings, label_pairs
-from mmalign.scoring.chosen import WeightedReward
+from mmalign.data.building.sampling import SCHEMA, prompt_id
+from mmalign.scoring.calibration import frontier_pairs, win_rates
+from mmalign.scoring.choice import WeightedReward
+from mmalign.scoring.labelling import LabelSettings, label_pairs
 from rewards import Reward
 
 

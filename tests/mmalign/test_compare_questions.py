@@ -28,7 +28,7 @@ from mmalign.compare.vlm_run import assemble, compare_questions
 from mmalign.core.errors import UserError
 from mmalign.core.io.video_files import write_video
 from mmalign.core.io.video_questions import VideoQuestion
-from mmalign.data.asked_videos import AskedVideo
+from mmalign.data.video.question_set import AskedVideo
 from mmalign.shapes.video_set import write_video_set
 from pipelines import fingerprint_vlm, load_vlm
 
@@ -213,7 +213,7 @@ def test_a_second_call_asks_nothing_and_limits_keep_twins_whole(
     everything = [one.question.group for one in choose_asked(config_of(room, tmp_path))]
     assert 0 < len(asked) <= 10 and all(groups.count(group) == everything.count(group) for group in groups)
     first = compare_questions(config).results
-    monkeypatch.setattr("mmalign.data.answering.open_vlm", None)
+    monkeypatch.setattr("mmalign.data.video.answering.open_vlm", None)
     second = compare_questions(config).results
     first.pop("created"), second.pop("created")
     assert json.loads(json.dumps(first)) == json.loads(json.dumps(second))

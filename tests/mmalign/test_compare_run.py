@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from tiny_models import build_tiny_sd
 
-from mmalign import evaluation
 from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
 from mmalign.compare.control import mean_ranks
 from mmalign.compare.images import ImageStore, Sampling, noise_seed
 from mmalign.compare.run import compare
 from mmalign.core.errors import UserError
+from mmalign.data.building import generation as evaluation
 from rewards import RewardError
 
 REWARDS = '''

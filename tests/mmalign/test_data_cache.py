@@ -19,9 +19,9 @@ from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.hashing import content_key
 from mmalign.core.io.images import decode_image, encode_png
-from mmalign.data.cache import CachedPairs, build_pair_cache
+from mmalign.data.encoded.cache import CachedPairs, build_pair_cache
+from mmalign.data.encoded.store import TensorStore
 from mmalign.data.pairs import read_pairs
-from mmalign.data.store import TensorStore
 from pipelines import load_generator
 
 SIZE = 16
@@ -277,7 +277,7 @@ def test_encoders_are_not_needed_once_everything_is_cached(generator, three_pair
 
 
 def test_store_survives_a_damaged_shard_and_an_interruption(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mmalign.data.store.SHARD_ROWS", 2)
+    monkeypatch.setattr("mmalign.data.encoded.store.SHARD_ROWS", 2)
     store = TensorStore(tmp_path)
     for number in range(5):
         store.add(content_key(number), {"x": torch.full((2,), float(number))})

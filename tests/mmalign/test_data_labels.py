@@ -19,7 +19,7 @@ from tiny_runs import write_pairs
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.images import encode_png
-from mmalign.data.label_cache import build_label_cache
+from mmalign.data.encoded.label_cache import build_label_cache
 from mmalign.data.labels import LabelTable, read_labels
 from pipelines import load_generator
 

@@ -17,7 +17,7 @@ from mmalign.core.errors import UserError
 from mmalign.core.io.images import encode_png
 from mmalign.core.io.parquet import ForwardReader, atomic_parquet, read_metadata
 from mmalign.data.pairs import PairTable, read_pairs
-from mmalign.data.tabular import load_hub_pairs
+from mmalign.data.readers.tabular import load_hub_pairs
 
 
 def png(level: float) -> bytes:

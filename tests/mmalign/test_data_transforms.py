@@ -13,7 +13,7 @@ from PIL import Image
 from mmalign.core.errors import UserError
 from mmalign.core.hashing import uniform
 from mmalign.core.io.images import decode_image, encode_png, image_size, open_image
-from mmalign.data.transforms import Decision, PairTransform
+from mmalign.data.encoded.transforms import Decision, PairTransform
 from rewards.media import load_image
 
 

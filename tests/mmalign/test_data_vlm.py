@@ -20,9 +20,9 @@ from mmalign.core.errors import UserError
 from mmalign.core.io.decode import Frames, decode_video
 from mmalign.core.io.images import encode_png
 from mmalign.core.io.video_files import write_video
-from mmalign.data.asked_videos import read_asked
+from mmalign.data.encoded.vlm_samples import VlmPairs, read_media
+from mmalign.data.video.question_set import read_asked
 from mmalign.data.vlm_pairs import read_vlm_pairs
-from mmalign.data.vlm_samples import VlmPairs, read_media
 from pipelines import VisionLanguageModel, load_vlm
 
 

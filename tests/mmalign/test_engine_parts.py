@@ -11,7 +11,7 @@ from tiny_models import build_tiny_sd
 from tiny_runs import InMemoryPairs
 
 from mmalign.core.ema import EMA
-from mmalign.feed import Feed
+from mmalign.data.feed import Feed
 from mmalign.hub import ExportError, Probe, check_load_back
 from mmalign.optim import average_gradients, learning_rate_factor, warmup_steps
 from pipelines import load_generator

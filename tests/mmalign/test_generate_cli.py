@@ -15,8 +15,8 @@ from mmalign.cli import main
 from mmalign.core.errors import UserError
 from mmalign.core.io.grid import image_grid, labelled_grid
 from mmalign.core.io.images import decode_image
+from mmalign.data.building.generation import generate_images
 from mmalign.data.prompts import Prompt
-from mmalign.evaluation import generate_images
 from pipelines import load_generator, sample
 
 

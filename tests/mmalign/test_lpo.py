@@ -11,13 +11,13 @@ import torch
 from tiny_models import build_tiny_sd, build_tiny_sdxl
 from tiny_runs import BRIGHTNESS, exact_run, losses, online_config
 
-from mmalign.batches import PromptBatch
 from mmalign.core.errors import UserError
+from mmalign.data.batches import PromptBatch
 from mmalign.engine import train
 from mmalign.latent_reward.config import LatentRewardConfig
 from mmalign.latent_reward.training import make_parts
 from mmalign.methods.lpo import LPO
-from mmalign.run import Run
+from mmalign.methods.run import Run
 from pipelines import load_generator, sample
 from pipelines.branching import Branching, sample_branching
 from rewards import RewardError

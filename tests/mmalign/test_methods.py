@@ -13,18 +13,18 @@ from pydantic import ValidationError
 from tiny_models import build_tiny_sd
 from tiny_runs import InMemoryPairs
 
-from mmalign.batches import LabelBatch
 from mmalign.core.errors import UserError
 from mmalign.core.precision import autocast, round_frozen
-from mmalign.feed import Feed
+from mmalign.data.batches import LabelBatch
+from mmalign.data.feed import Feed
 from mmalign.losses import diffusion_dpo
 from mmalign.methods import methods
 from mmalign.methods.base import MethodConfig, TimestepRange
 from mmalign.methods.diffusion_dpo import DiffusionDPO, DiffusionDPOConfig
 from mmalign.methods.noising import pair_metrics
+from mmalign.methods.reference import Reference
+from mmalign.methods.run import Run
 from mmalign.methods.sft import SFT, SFTConfig
-from mmalign.reference import Reference
-from mmalign.run import Run
 from pipelines import load_generator
 from pipelines.conditioning import Conditioning
 

@@ -13,14 +13,14 @@ from tiny_models import build_tiny_sd
 from tiny_runs import Brightness, InMemoryPairs, exact_run, losses, online_config, run_config, write_pairs
 from torch import Tensor
 
-from mmalign.batches import LabelBatch, PromptBatch
 from mmalign.core.errors import TrainingDiverged
+from mmalign.data.batches import LabelBatch, PromptBatch
 from mmalign.engine import train
 from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.dense_dpo import spaced
-from mmalign.run import Run
-from mmalign.scoring.chosen import WeightedReward
+from mmalign.methods.run import Run
+from mmalign.scoring.choice import WeightedReward
 from pipelines import sample
 from pipelines.branching import Branching, sample_branching, step_stds
 

@@ -17,17 +17,17 @@ from tiny_models import build_tiny_sd, build_tiny_sdxl
 from tiny_runs import InMemoryPairs, exact_run, losses, run_config, write_pairs
 from torch import Tensor
 
-from mmalign.batches import LabelBatch, PairBatch
 from mmalign.cli import main
 from mmalign.core.errors import UserError
 from mmalign.core.io.images import encode_png
+from mmalign.data.batches import LabelBatch, PairBatch
 from mmalign.engine import train
 from mmalign.losses import diffusion_dpo, mapo
 from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.noising import InversionConfig, invert_pairs
-from mmalign.reference import Reference
-from mmalign.run import Run
+from mmalign.methods.reference import Reference
+from mmalign.methods.run import Run
 from pipelines import invert, load_generator
 from pipelines.conditioning import Conditioning
 

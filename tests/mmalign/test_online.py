@@ -12,20 +12,20 @@ import torch
 from tiny_models import build_tiny_sd
 from tiny_runs import BRIGHTNESS, Brightness, losses, online_config
 
-from mmalign.batches import PromptBatch
 from mmalign.config.run import RunConfig, load_config
 from mmalign.config.sections import DataConfig
 from mmalign.config.yaml import Faults
 from mmalign.core.cost import Cost
 from mmalign.core.errors import TrainingDiverged, UserError
-from mmalign.data.prompt_cache import build_prompt_cache
+from mmalign.data.batches import PromptBatch
+from mmalign.data.encoded.prompt_cache import build_prompt_cache
 from mmalign.engine import train
 from mmalign.methods.ddpo import DDPO, DDPOConfig
 from mmalign.methods.prdp import PRDP, PRDPConfig
+from mmalign.methods.reference import Reference
+from mmalign.methods.run import Run
 from mmalign.methods.trajectory import RatioError
-from mmalign.reference import Reference
-from mmalign.run import Run
-from mmalign.scoring.chosen import WeightedReward
+from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.live import LiveRewards
 from pipelines import load_generator
 from rewards import Reward

@@ -16,14 +16,16 @@ from tiny_models import build_tiny_sd
 from mmalign.cli import main
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
-from mmalign.core.io.images import decode_image, encode_png
+from mmalign.core.io.images import decode_image, encode_png, find_images
 from mmalign.core.io.parquet import read_metadata
-from mmalign.data import build, labelling
-from mmalign.data.build import SCHEMA, SampleSettings, prompt_id, sample_images
-from mmalign.data.labelling import LabelSettings, find_images, label_pairs
+from mmalign.data.building import sampling as build
+from mmalign.data.building.sampling import SCHEMA, SampleSettings, prompt_id, sample_images
 from mmalign.data.pairs import read_pairs
 from mmalign.data.prompts import Prompt
-from mmalign.scoring.chosen import WeightedReward, parse_rewards
+from mmalign.scoring import labelling
+from mmalign.scoring.choice import WeightedReward
+from mmalign.scoring.chosen import parse_rewards
+from mmalign.scoring.labelling import LabelSettings, label_pairs
 from pipelines import load_generator
 from rewards import Reward, register
 

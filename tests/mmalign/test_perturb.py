@@ -13,8 +13,8 @@ from tiny_runs import write_pairs
 from mmalign.cli import main
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
+from mmalign.data.building.captions import perturb_captions
 from mmalign.data.labels import read_labels
-from mmalign.data.perturbing import perturb_captions
 from mmalign.shapes.language import parse
 from mmalign.shapes.oracle import correctness
 from mmalign.shapes.perturb import contradicts, false_captions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmalign.core.errors import UserError
-from mmalign.data.perturb import OPERATORS, Effect, get_operator, perturb
+from mmalign.data.video.operators import OPERATORS, Effect, get_operator, perturb
 from mmalign.shapes.facts import TOPICS, truth
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.twins import sample_families

@@ -11,7 +11,7 @@ import torch
 
 from mmalign.core.io.items import Item
 from mmalign.scoring import engine
-from mmalign.scoring.chosen import WeightedReward
+from mmalign.scoring.choice import WeightedReward
 from rewards import Reward
 
 

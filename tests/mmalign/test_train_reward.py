@@ -15,7 +15,7 @@ from tiny_runs import write_pairs
 from mmalign.cli import main
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
-from mmalign.data.cache import CachedSides, encode_sides, pair_sides
+from mmalign.data.encoded.cache import CachedSides, encode_sides, pair_sides
 from mmalign.data.pairs import read_pairs
 from mmalign.latent_reward.accuracy import measure, table_of
 from mmalign.latent_reward.comparisons import Comparisons, split

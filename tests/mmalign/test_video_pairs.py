@@ -21,13 +21,13 @@ from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.decode import ALL_FRAMES, decode
 from mmalign.core.seeds import derive_seed
-from mmalign.data.answering import Answerer, Decoding, Request
-from mmalign.data.perturb import Effect
-from mmalign.data.perturbations import Perturbation, parse_perturbations
-from mmalign.data.video_events import clip_lengths, clips, scene_states, shot_states
-from mmalign.data.video_items import VideoItem, is_video_source, read_video_items
-from mmalign.data.video_pairs import VideoPairSettings, mirrored, refuse, write_video_pairs
-from mmalign.data.video_reading import VideoReader
+from mmalign.data.video.answering import Answerer, Decoding, Request
+from mmalign.data.video.events import clip_lengths, clips, scene_states, shot_states
+from mmalign.data.video.items import VideoItem, is_video_source, read_video_items
+from mmalign.data.video.operators import Effect
+from mmalign.data.video.pairs import VideoPairSettings, mirrored, refuse, write_video_pairs
+from mmalign.data.video.perturbations import Perturbation, parse_perturbations
+from mmalign.data.video.reading import VideoReader
 from mmalign.data.vlm_pairs import read_vlm_pairs
 from mmalign.shapes.questions import ShapesQuestion
 from mmalign.shapes.tracking import follow

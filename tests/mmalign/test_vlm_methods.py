@@ -15,17 +15,17 @@ from tiny_runs import ExactRun, write_answer_pairs
 from tiny_vlms import build_llava_onevision
 from torch import Tensor
 
-from mmalign.batches import TimedMedia, VlmPairBatch
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
-from mmalign.data.perturb import perturb
+from mmalign.data.batches import TimedMedia, VlmPairBatch
+from mmalign.data.encoded.vlm_samples import VlmPairs
+from mmalign.data.video.operators import perturb
 from mmalign.data.vlm_pairs import read_vlm_pairs
-from mmalign.data.vlm_samples import VlmPairs
 from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.rdpo import nearest_others
-from mmalign.reference import Reference
-from mmalign.run import Run
+from mmalign.methods.reference import Reference
+from mmalign.methods.run import Run
 from pipelines import VisionLanguageModel, load_vlm
 
 Video = Tensor

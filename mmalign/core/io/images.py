@@ -87,3 +87,19 @@ def encode_png(media: Float[Tensor, "channels height width"] | Image.Image) -> b
 def decode_image(media: Media, name: str = "image") -> Float[Tensor, "3 height width"]:
     """Return an encoded image (bytes or path) as a float32 tensor in [0, 1]; see `open_image` for the conversions."""
     return image_to_tensor(open_image(read_bytes(media, name), name))
+
+
+def find_images(source: str | Path) -> Path:
+    """Return the parquet of sampled images for a folder that `pairs sample` wrote, or for the file itself.
+
+    Raises:
+        UserError: there is none, or sampling was interrupted.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if (path / "parts").is_dir():  # also where more were being added to a finished file
+        raise UserError(f"{path}: sampling is not finished; run the same `mmalign pairs sample` again to complete it")
+    if (path / "images.parquet").is_file():
+        return path / "images.parquet"
+    raise UserError(f"{path}: holds no images.parquet; make it with `mmalign pairs sample MODEL --out {path}`")

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from mmalign.batches import ComparisonBatch, LabelBatch, PairBatch, PromptBatch, VlmPairBatch
 from mmalign.core.seeds import derive_seed
+from mmalign.data.batches import ComparisonBatch, LabelBatch, PairBatch, PromptBatch, VlmPairBatch
 
 
 class Samples(Protocol):

@@ -17,7 +17,7 @@ from mmalign.core.errors import UserError
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
 from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet, read_metadata
-from mmalign.data.source import Candidate, choose_caption_column
+from mmalign.data.readers.source import Candidate, choose_caption_column
 
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
 LABEL_COLUMNS = ("label_0", "label_1")

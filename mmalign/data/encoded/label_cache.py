@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mmalign.batches import LabelBatch
 from mmalign.config.sections import DataConfig
 from mmalign.core.io.images import Media
-from mmalign.data.cache import CachedImages, encode_table
+from mmalign.data.batches import LabelBatch
+from mmalign.data.encoded.cache import CachedImages, encode_table
 from mmalign.data.labels import LabelRecord, LabelTable
 
 

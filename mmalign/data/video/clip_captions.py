@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from mmalign.batches import TimedMedia
-from mmalign.data.answering import Answerer, Request
-from mmalign.data.video_events import clip_lengths
-from mmalign.data.video_items import VideoItem
-from mmalign.data.video_reading import VideoReader
+from mmalign.data.batches import TimedMedia
+from mmalign.data.video.answering import Answerer, Request
+from mmalign.data.video.events import clip_lengths
+from mmalign.data.video.items import VideoItem
+from mmalign.data.video.reading import VideoReader
 
 CAPTION = "Describe what happens in this clip in one sentence."
 COMPOSE = (

@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.batches import TimedMedia, VlmPairBatch
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.hashing import content_key
 from mmalign.core.io.decode import Frames, decode, decode_video
 from mmalign.core.io.images import Media
 from mmalign.core.progress import track
-from mmalign.data.cache import cache_folder
-from mmalign.data.store import MEMORY_LIMIT, TensorStore
+from mmalign.data.batches import TimedMedia, VlmPairBatch
+from mmalign.data.encoded.cache import cache_folder
+from mmalign.data.encoded.store import MEMORY_LIMIT, TensorStore
 from mmalign.data.vlm_pairs import VlmPair, VlmPairTable
 from pipelines.vlm_batch import VlmSample
 

@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.batches import PairBatch
 from mmalign.config.sections import DataConfig
 from mmalign.core.hashing import content_key, uniform
 from mmalign.core.io.images import Media, image_size, open_image, read_bytes
 from mmalign.core.seeds import derive_seed
+from mmalign.data.batches import PairBatch
+from mmalign.data.encoded.store import MEMORY_LIMIT, Rows, TensorStore
+from mmalign.data.encoded.transforms import Decision, PairTransform
 from mmalign.data.pairs import PairRecord, PairTable
-from mmalign.data.store import MEMORY_LIMIT, Rows, TensorStore
-from mmalign.data.transforms import Decision, PairTransform
 from pipelines.conditioning import Conditioning
 
 RecordT = TypeVar("RecordT", covariant=True)

@@ -22,8 +22,8 @@ from mmalign.core.io.tables import TABLE_SUFFIXES, column, prompt_column, read_r
 from mmalign.core.io.video_questions import FORMATS, VideoQuestion
 from mmalign.core.resources import find
 from mmalign.core.seeds import derive_seed
-from mmalign.data.asked_videos import READ_BY_RULES, read_asked
-from mmalign.data.tabular import ID_COLUMNS
+from mmalign.data.readers.tabular import ID_COLUMNS
+from mmalign.data.video.question_set import READ_BY_RULES, read_asked
 from mmalign.shapes.questions import ShapesQuestion, judge_caption
 from mmalign.shapes.video import VideoScene
 from mmalign.shapes.video_set import QUESTIONS, read_videos

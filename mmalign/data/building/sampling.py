@@ -17,8 +17,8 @@ from mmalign.core.io.images import encode_png
 from mmalign.core.io.parquet import ForwardReader, atomic_parquet, iterate_columns, read_metadata
 from mmalign.core.progress import track
 from mmalign.core.seeds import derive_seed
+from mmalign.data.building.generation import GeneratedImage, generate_images
 from mmalign.data.prompts import Prompt
-from mmalign.evaluation import GeneratedImage, generate_images
 
 IMAGES_FILE = "images.parquet"
 PARTS_FOLDER = "parts"

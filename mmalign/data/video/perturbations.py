@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mmalign.core.errors import UserError
 from mmalign.core.seeds import derive_seed
-from mmalign.data.perturb import Effect, Item, Operator, get_operator
-from mmalign.data.video_items import VideoItem
+from mmalign.data.video.items import VideoItem
+from mmalign.data.video.operators import Effect, Item, Operator, get_operator
 from mmalign.shapes.facts import TOPICS, truth
 from mmalign.shapes.questions import ShapesQuestion
 from mmalign.shapes.video import unroll

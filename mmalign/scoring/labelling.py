@@ -1,7 +1,7 @@
 """Turn sampled images into preference pairs by a reward: best against worst, Bradley-Terry draws, Pareto frontiers.
 
 Bradley-Terry (1952): P(i is preferred to j) = sigmoid((score_i - score_j) / temperature). Frontiers and calibrated
-scores: `mmalign.data.calibration`.
+scores: `mmalign.scoring.calibration`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from mmalign.core.io.parquet import (
 )
 from mmalign.core.progress import note
 from mmalign.core.seeds import derive_seed
-from mmalign.data.calibration import Merits, frontier_pairs, win_rates
-from mmalign.scoring.chosen import WeightedReward, weighted_total
+from mmalign.scoring.calibration import Merits, frontier_pairs, win_rates
+from mmalign.scoring.choice import WeightedReward, weighted_total
 from mmalign.scoring.engine import Scored, score_items
 
 SOURCE_COLUMNS = ("prompt", "prompt_id", "seed", "image", "model")
@@ -121,22 +121,6 @@ class LabelCounts:
             + f"; prompts left out: {reasons}"
             + (f"; {others} more pairs left out as ties or below min_margin" if others else "")
         )
-
-
-def find_images(source: str | Path) -> Path:
-    """Return the parquet of sampled images for a folder that `pairs sample` wrote, or for the file itself.
-
-    Raises:
-        UserError: there is none, or sampling was interrupted.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if (path / "parts").is_dir():  # also where more were being added to a finished file
-        raise UserError(f"{path}: sampling is not finished; run the same `mmalign pairs sample` again to complete it")
-    if (path / "images.parquet").is_file():
-        return path / "images.parquet"
-    raise UserError(f"{path}: holds no images.parquet; make it with `mmalign pairs sample MODEL --out {path}`")
 
 
 def image_prompts(images: Path) -> list[str]:

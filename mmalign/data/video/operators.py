@@ -23,7 +23,8 @@ from torch import Tensor
 
 from mmalign.core.errors import UserError, did_you_mean
 from mmalign.core.seeds import derive_seed
-from mmalign.data import frame_orders, picture_changes
+from mmalign.data.video import frame_changes as picture_changes
+from mmalign.data.video import frame_orders
 
 Item = TypeVar("Item")
 

@@ -26,13 +26,13 @@ from mmalign.core.io.decode import ALL_FRAMES, Frames
 from mmalign.core.io.parquet import atomic_parquet
 from mmalign.core.io.video_files import write_video
 from mmalign.core.seeds import derive_seed
-from mmalign.data.answering import Answerer, Request
-from mmalign.data.clip_captions import tell_clips
-from mmalign.data.perturb import Effect, get_operator
-from mmalign.data.perturbations import Perturbation
-from mmalign.data.video_events import clip_lengths
-from mmalign.data.video_items import VideoItem
-from mmalign.data.video_reading import VideoReader
+from mmalign.data.video.answering import Answerer, Request
+from mmalign.data.video.clip_captions import tell_clips
+from mmalign.data.video.events import clip_lengths
+from mmalign.data.video.items import VideoItem
+from mmalign.data.video.operators import Effect, get_operator
+from mmalign.data.video.perturbations import Perturbation
+from mmalign.data.video.reading import VideoReader
 
 _TEXT = pa.string()
 _COLUMNS = [("id", _TEXT), ("prompt", _TEXT), ("chosen", _TEXT), ("rejected", _TEXT), ("video", _TEXT),

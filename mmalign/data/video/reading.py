@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from mmalign.batches import TimedMedia
 from mmalign.core.errors import UserError
 from mmalign.core.io.decode import Frames
-from mmalign.data.perturbations import Perturbation
-from mmalign.data.video_events import clips, scene_states, shot_states
-from mmalign.data.video_items import VideoItem
+from mmalign.data.batches import TimedMedia
+from mmalign.data.encoded.vlm_samples import read_media
+from mmalign.data.video.events import clips, scene_states, shot_states
+from mmalign.data.video.items import VideoItem
+from mmalign.data.video.perturbations import Perturbation
 from mmalign.data.vlm_pairs import media_digest
-from mmalign.data.vlm_samples import read_media
 from mmalign.shapes.video import unroll
 
 

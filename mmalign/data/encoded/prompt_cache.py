@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from mmalign.batches import PromptBatch
 from mmalign.config.sections import DataConfig
-from mmalign.data.cache import PromptEncoder, cache_folder
-from mmalign.data.store import MEMORY_LIMIT, Rows
+from mmalign.data.batches import PromptBatch
+from mmalign.data.encoded.cache import PromptEncoder, cache_folder
+from mmalign.data.encoded.store import MEMORY_LIMIT, Rows
 from pipelines.conditioning import Conditioning
 
 

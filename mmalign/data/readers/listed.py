@@ -11,7 +11,7 @@ from typing import Any
 from mmalign.core.errors import UserError
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
-from mmalign.data.source import Candidate, choose_caption_column
+from mmalign.data.readers.source import Candidate, choose_caption_column
 
 IMAGE_LISTS = ("image_path", "images", "file_path")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from mmalign.batches import TimedMedia
 from mmalign.core.hashing import content_key
 from mmalign.core.progress import track
 from mmalign.core.resources import resolve_model
+from mmalign.data.batches import TimedMedia
 from mmalign.losses import completion_sum
 
 
