@@ -19,7 +19,7 @@ from mmalign.compare.charts import Axis, tick_text
 from mmalign.compare.systems import LOOK, read_looks
 from mmalign.core.errors import UserError
 from mmalign.core.files import write_atomically
-from mmalign.tracking import read_metrics
+from mmalign.training.tracking import read_metrics
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 170, 48, 12, 26, 34
 COST = "images_seen"

@@ -53,8 +53,8 @@ def estimate(gradients: Callable[[int], Tensor], draws: int) -> GradientNoise:
 def measure_config(path: str, overrides: list[str], draws: int) -> dict[str, GradientNoise]:
     """Return the noise of a training config's gradient, "same samples" and "new samples"."""
     from mmalign.config.run import load_config
-    from mmalign.engine import make_accelerator
-    from mmalign.prepare import prepare
+    from mmalign.training.accelerator import make_accelerator
+    from mmalign.training.prepare import prepare
 
     config = load_config(path, overrides)
     parts = prepare(config, make_accelerator(config))

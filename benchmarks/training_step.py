@@ -16,10 +16,10 @@ from benchmarks.timing import Report, Settings, interleave
 from mmalign.config.run import RunConfig
 from mmalign.config.sections import AdapterConfig, DataConfig, TrainerConfig
 from mmalign.core.precision import DTYPES, Precision
-from mmalign.engine import make_accelerator
-from mmalign.optim import build_optimizer
-from mmalign.prepare import Prepared, prepare
 from mmalign.shapes.train_base import to_batch
+from mmalign.training.accelerator import make_accelerator
+from mmalign.training.optim import build_optimizer
+from mmalign.training.prepare import Prepared, prepare
 from pipelines.attention import prefer_trainable_sdpa
 
 PRECISION: Precision = "bf16"

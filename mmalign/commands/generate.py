@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.progress import track
-from mmalign.core.resources import find, require_adapter, resolve_model
+from mmalign.core.resources import find, resolve_model
+from mmalign.training.models import require_adapter
 
 if TYPE_CHECKING:
     from mmalign.data.prompts import Prompt

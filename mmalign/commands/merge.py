@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load base and adapter on the CPU, merge them, and write the result aside before it takes its name."""
     location = resolve_model(args.model)
-    from mmalign.models import save_whole
+    from mmalign.training.models import save_whole
     from pipelines import load_generator, load_vlm
     from pipelines.load import is_adapter_directory
     from pipelines.vlm_adapters import is_vlm_adapter

@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(config: RunConfig, args: argparse.Namespace) -> int:
     # After the config has been checked, so that a mistake in it is told before the seconds that these imports take.
-    from mmalign.engine import plan, train
+    from mmalign.training.train import plan, train
 
     if args.dry_run and config.rounds is not None:
-        from mmalign.rounds import describe_rounds
+        from mmalign.training.rounds import describe_rounds
 
         print(f"would train, nothing was written:\n  {describe_rounds(config.rounds)}\n  output     {config.output}")
         return 0
@@ -59,10 +59,9 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
 
 def end_training_well(do: Callable[[], object]) -> int:
     """Do something that trains and return the exit code: 0, 1 for a run that broke off, 130 after Ctrl-C."""
-    from mmalign.checkpoint import DiskFull
-    from mmalign.core.errors import TrainingInterrupted
-    from mmalign.engine import TrainingDiverged
-    from mmalign.hub import ExportError
+    from mmalign.core.errors import TrainingDiverged, TrainingInterrupted
+    from mmalign.training.checkpoint import DiskFull
+    from mmalign.training.export import ExportError
 
     try:
         do()

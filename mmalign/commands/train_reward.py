@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns 0, 1 for a run that broke off, 130 after Ctrl-C."""
-    from mmalign.latent_reward.config import load_reward_config
+    from mmalign.training.latent_reward.config import load_reward_config
 
     config = load_reward_config(args.config, args.overrides)
     # After the config has been checked, so that a mistake in it is told before the seconds that these imports take.
     from mmalign.commands.train import end_training_well
-    from mmalign.latent_reward.training import train_reward
+    from mmalign.training.latent_reward.training import train_reward
 
     return end_training_well(lambda: train_reward(config, resume=args.resume))

@@ -12,9 +12,10 @@ import yaml
 from mmalign.config.yaml import flatten
 from mmalign.core.errors import UserError
 from mmalign.core.io.parquet import read_metadata
-from mmalign.core.resources import find, require_adapter, resolve_model
-from mmalign.curriculum import FOLDER
-from mmalign.tracking import read_metrics
+from mmalign.core.resources import find, resolve_model
+from mmalign.training.models import require_adapter
+from mmalign.training.stages import FOLDER
+from mmalign.training.tracking import read_metrics
 from pipelines import fingerprint_model
 
 _MAX_LINEAGE = 8

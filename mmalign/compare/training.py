@@ -20,10 +20,10 @@ from mmalign.config.yaml import Faults, flatten
 from mmalign.core.errors import UserError
 from mmalign.core.progress import note, reset_peak_memory
 from mmalign.core.resources import resolve_model
-from mmalign.curriculum import FOLDER
-from mmalign.hub import CONFIG_FILE, has_export, is_finished
-from mmalign.prepare import build_method, set_aside
-from mmalign.tracking import read_metrics
+from mmalign.training.output import CONFIG_FILE, has_export, is_finished
+from mmalign.training.recipe import build_method, set_aside
+from mmalign.training.stages import FOLDER
+from mmalign.training.tracking import read_metrics
 
 State = Literal["absent", "unfinished", "finished", "different"]
 
@@ -57,7 +57,7 @@ def train_systems(config: SystemsConfig, *, train: bool = True, retrain: bool = 
     Raises:
         UserError: a config is wrong, a folder holds another training, something is missing that may not be trained,
             or a training cannot work: all told before the first training starts.
-        TrainingDiverged, DiskFull, ExportError, TrainingInterrupted: see `mmalign.engine.train`.
+        TrainingDiverged, DiskFull, ExportError, TrainingInterrupted: see `mmalign.training.train.train`.
     """
     trainings = plan_trainings(config)
     faults = [fault for one in trainings if (fault := _refusal(one, train, retrain))]
@@ -209,7 +209,7 @@ def _refusal(training: Training, train: bool, retrain: bool) -> str | None:
 
 def _try_out(trainings: list[Training]) -> None:
     """Open the inputs of all trainings before the first one starts, so that a fault in the last costs no hour."""
-    from mmalign.engine import plan
+    from mmalign.training.train import plan
 
     made_here = {training.folder for training in trainings}
     for training in trainings:
@@ -230,7 +230,7 @@ def _complete(training: Training, title: str) -> None:
     note(f"── {title}: {'goes on' if training.state == 'unfinished' else 'trains'} into {output}")
     if training.state == "different":
         set_aside(Path(output))
-    from mmalign.engine import train
+    from mmalign.training.train import train
 
     reset_peak_memory()  # that of the training before is none of this one's cost
     train(training.config)

@@ -61,20 +61,6 @@ def resolve_model(name: str) -> str:
         raise UserError(f"model {error} (give a model directory or a hub id 'organisation/name')") from None
 
 
-def require_adapter(model: str, what: str, fix: str) -> None:
-    """Refuse to scale an adapter that is not there: `what` asks for it, `fix` says where one could be given.
-
-    Raises:
-        UserError: `model` does not exist, or is a whole model.
-    """
-    from pipelines.load import is_adapter_directory
-
-    if not is_adapter_directory(resolve_model(model)):
-        raise UserError(
-            f"{what} needs an adapter, and {model} is a whole model without one; {fix}, or leave the scale out"
-        )
-
-
 def _path_hint(missing: Path) -> str:
     """Describe the nearest existing neighbour of a missing path, or where it was looked for."""
     for folder in (missing.parent, shipped(missing.parent)):

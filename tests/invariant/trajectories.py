@@ -24,10 +24,10 @@ from tiny_models import build_tiny_sd, build_tiny_sdxl
 from tiny_runs import BRIGHTNESS, online_config, run_config, write_answer_pairs, write_pairs
 from tiny_vlms import build_llava_onevision
 
-from mmalign.engine import train
-from mmalign.latent_reward.config import LatentRewardConfig
-from mmalign.latent_reward.training import make_parts, train_reward
 from mmalign.methods import methods
+from mmalign.training.latent_reward.config import LatentRewardConfig
+from mmalign.training.latent_reward.training import make_parts, train_reward
+from mmalign.training.train import train
 from pipelines import load_generator, load_vlm, sample
 
 SAMPLER: dict[str, Any] = {"sampling_steps": 3, "guidance": 2.0}

@@ -16,7 +16,6 @@ from PIL import Image
 from tiny_models import build_tiny_sd
 from tiny_runs import BRIGHTNESS, write_pairs
 
-from mmalign import engine
 from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
 from mmalign.compare.console import print_summary
@@ -34,6 +33,7 @@ from mmalign.config.run import load_config
 from mmalign.core.errors import UserError
 from mmalign.core.progress import memory_gigabytes, reset_peak_memory
 from mmalign.data.prompts import Prompt
+from mmalign.training import train as engine
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import yaml
 from mmalign.compare.systems import find_trained_on, read_curves, read_system
 from mmalign.core.errors import UserError
 from mmalign.core.io.parquet import atomic_parquet
-from mmalign.tracking import read_metrics
+from mmalign.training.tracking import read_metrics
 
 
 def fake_model(folder: Path, **config: Any) -> Path:

@@ -13,13 +13,13 @@ import yaml
 from tiny_models import build_tiny_sd
 from tiny_runs import BRIGHTNESS, losses, write_pairs
 
-from mmalign import engine
 from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
 from mmalign.compare.images import ImageStore, Sampling
 from mmalign.compare.training import plan_trainings, train_systems
 from mmalign.config.run import load_config
 from mmalign.core.errors import UserError
+from mmalign.training import train as engine
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import torch
 from tiny_models import build_tiny_sd, build_tiny_sdxl
 from tiny_runs import losses, run_config, write_pairs
 
-from mmalign import engine
 from mmalign.config.run import load_config
-from mmalign.core.errors import UserError
+from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.core.resources import resolve_model
-from mmalign.engine import TrainingDiverged, plan, train
-from mmalign.prepare import prepare
+from mmalign.training import train as engine
+from mmalign.training.prepare import prepare
+from mmalign.training.train import plan, train
 from pipelines import load_generator, sample
 from rewards import Reward, register
 

@@ -12,8 +12,8 @@ from tiny_runs import InMemoryPairs
 
 from mmalign.core.ema import EMA
 from mmalign.data.feed import Feed
-from mmalign.hub import ExportError, Probe, check_load_back
-from mmalign.optim import average_gradients, learning_rate_factor, warmup_steps
+from mmalign.training.export import ExportError, Probe, check_load_back
+from mmalign.training.optim import average_gradients, learning_rate_factor, warmup_steps
 from pipelines import load_generator
 
 

@@ -16,7 +16,7 @@ from tiny_runs import BRIGHTNESS, losses, online_config, run_config, write_answe
 from tiny_vlms import build_llava_onevision
 
 from mmalign.config.run import RunConfig, dump_config
-from mmalign.engine import train
+from mmalign.training.train import train
 
 
 def pairs_config(folder: Path, output: str, **changes: Any) -> RunConfig:

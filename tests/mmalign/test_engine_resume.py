@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from tiny_models import build_tiny_sd
 from tiny_runs import losses, run_config, write_pairs
 
-from mmalign.checkpoint import Checkpoint, DiskFull, list_checkpoints, load_checkpoint, save_checkpoint
 from mmalign.config.run import RunConfig, dump_config
 from mmalign.core.errors import UserError
-from mmalign.engine import train
+from mmalign.training.checkpoint import Checkpoint, DiskFull, list_checkpoints, load_checkpoint, save_checkpoint
+from mmalign.training.train import train
 from pipelines import load_generator
 
 FULL = {"adapter": {"kind": "full"}}
@@ -43,7 +43,7 @@ def start(config: RunConfig, folder: Path, stop_at: int | None = None) -> subpro
     path.write_text(dump_config(config))
     wait = f"""
 import time
-from mmalign.engine import Trainer
+from mmalign.training.loop import Trainer
 after_step = Trainer._after_step
 def pause(self, *arguments):
     after_step(self, *arguments)

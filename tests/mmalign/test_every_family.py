@@ -9,8 +9,8 @@ import pytest
 from invariant.trajectories import IMAGES, build_models, image_run
 from tiny_runs import losses
 
-from mmalign.hub import is_finished
 from mmalign.methods import methods
+from mmalign.training.output import is_finished
 
 FAMILIES, KINDS = ("sd15", "sd21-v", "sdxl"), ("lora", "full")
 NAMES = [name for name in methods.names() if methods.get(name).needs.modality == "image"]

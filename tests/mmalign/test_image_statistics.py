@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.image_statistics import diversity, high_frequency, saturation
+from mmalign.training.image_statistics import diversity, high_frequency, saturation
 
 
 def flat(value: float, size: int = 32) -> Tensor:

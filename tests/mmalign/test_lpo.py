@@ -13,11 +13,11 @@ from tiny_runs import BRIGHTNESS, exact_run, losses, online_config
 
 from mmalign.core.errors import UserError
 from mmalign.data.batches import PromptBatch
-from mmalign.engine import train
-from mmalign.latent_reward.config import LatentRewardConfig
-from mmalign.latent_reward.training import make_parts
 from mmalign.methods.lpo import LPO
 from mmalign.methods.run import Run
+from mmalign.training.latent_reward.config import LatentRewardConfig
+from mmalign.training.latent_reward.training import make_parts
+from mmalign.training.train import train
 from pipelines import load_generator, sample
 from pipelines.branching import Branching, sample_branching
 from rewards import RewardError

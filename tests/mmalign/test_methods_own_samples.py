@@ -15,12 +15,12 @@ from torch import Tensor
 
 from mmalign.core.errors import TrainingDiverged
 from mmalign.data.batches import LabelBatch, PromptBatch
-from mmalign.engine import train
 from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.dense_dpo import spaced
 from mmalign.methods.run import Run
 from mmalign.scoring.choice import WeightedReward
+from mmalign.training.train import train
 from pipelines import sample
 from pipelines.branching import Branching, sample_branching, step_stds
 

@@ -21,13 +21,13 @@ from mmalign.cli import main
 from mmalign.core.errors import UserError
 from mmalign.core.io.images import encode_png
 from mmalign.data.batches import LabelBatch, PairBatch
-from mmalign.engine import train
 from mmalign.losses import diffusion_dpo, mapo
 from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.noising import InversionConfig, invert_pairs
 from mmalign.methods.reference import Reference
 from mmalign.methods.run import Run
+from mmalign.training.train import train
 from pipelines import invert, load_generator
 from pipelines.conditioning import Conditioning
 

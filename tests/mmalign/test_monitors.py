@@ -14,8 +14,8 @@ from torch import Tensor
 from mmalign.config.run import load_config
 from mmalign.config.sections import MonitorConfig
 from mmalign.core.errors import UserError
-from mmalign.monitors import Alarm, Monitors
-from mmalign.prepare import recipe
+from mmalign.training.monitors import Alarm, Monitors
+from mmalign.training.recipe import recipe
 
 TRAINED, HELD_OUT = "shapes-clip", "shapes-correctness"
 PROMPTS = ["a red circle", "a blue star", "a red circle", "a blue star"]

@@ -19,7 +19,6 @@ from mmalign.core.cost import Cost
 from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.data.batches import PromptBatch
 from mmalign.data.encoded.prompt_cache import build_prompt_cache
-from mmalign.engine import train
 from mmalign.methods.ddpo import DDPO, DDPOConfig
 from mmalign.methods.prdp import PRDP, PRDPConfig
 from mmalign.methods.reference import Reference
@@ -27,6 +26,7 @@ from mmalign.methods.run import Run
 from mmalign.methods.trajectory import RatioError
 from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.live import LiveRewards
+from mmalign.training.train import train
 from pipelines import load_generator
 from rewards import Reward
 

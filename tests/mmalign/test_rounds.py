@@ -17,8 +17,8 @@ from mmalign.config.yaml import Faults
 from mmalign.core.errors import UserError
 from mmalign.core.io.parquet import read_metadata
 from mmalign.data.labels import read_labels
-from mmalign.engine import plan, train
 from mmalign.shapes.scene_set import write_scenes
+from mmalign.training.train import plan, train
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.data.encoded.cache import CachedSides, encode_sides, pair_sides
 from mmalign.data.pairs import read_pairs
-from mmalign.latent_reward.accuracy import measure, table_of
-from mmalign.latent_reward.comparisons import Comparisons, split
-from mmalign.latent_reward.config import load_reward_config
-from mmalign.latent_reward.training import level_grid
+from mmalign.training.latent_reward.accuracy import measure, table_of
+from mmalign.training.latent_reward.comparisons import Comparisons, split
+from mmalign.training.latent_reward.config import load_reward_config
+from mmalign.training.latent_reward.training import level_grid
 from pipelines import load_generator
 from rewards import load_reward
 
@@ -80,7 +80,7 @@ def test_learns_light_from_dark_and_says_how_well(place: Path, tmp_path: Path, c
 
 def test_a_stopped_run_goes_on_with_the_same_numbers(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
     assert main(arguments(place, tmp_path / "whole")) == 0
-    from mmalign.latent_reward import training
+    from mmalign.training.latent_reward import training
 
     update = training.RewardTrainer._update
 

@@ -21,9 +21,9 @@ from mmalign.compare.vlm_config import QuestionConfig
 from mmalign.config.run import RunConfig, dump_config, load_config
 from mmalign.core.errors import UserError
 from mmalign.core.resources import resolve_model
-from mmalign.engine import train
 from mmalign.shapes.video_set import write_video_set
-from mmalign.tracking import read_metrics
+from mmalign.training.tracking import read_metrics
+from mmalign.training.train import train
 from pipelines import fingerprint_vlm, load_vlm
 
 LN2 = math.log(2)

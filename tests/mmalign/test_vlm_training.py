@@ -11,11 +11,11 @@ import torch
 from tiny_runs import losses, run_config, write_answer_pairs
 from tiny_vlms import build_llava_onevision
 
-from mmalign.checkpoint import list_checkpoints, load_checkpoint
 from mmalign.config.run import RunConfig
 from mmalign.core.errors import UserError
-from mmalign.engine import train
-from mmalign.hub import is_finished
+from mmalign.training.checkpoint import list_checkpoints, load_checkpoint
+from mmalign.training.output import is_finished
+from mmalign.training.train import train
 from pipelines import load_vlm
 
 LN2 = math.log(2)

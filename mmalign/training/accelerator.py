@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.core.errors import UserError
 from mmalign.core.precision import ACCELERATE_NAMES
-from mmalign.tracking import check_trackers
+from mmalign.training.tracking import check_trackers
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig

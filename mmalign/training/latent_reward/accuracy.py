@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mmalign.core.progress import track
 from mmalign.data.batches import ComparisonBatch
-from mmalign.latent_reward.comparisons import Comparisons
 from mmalign.losses import latent_reward
+from mmalign.training.latent_reward.comparisons import Comparisons
 
 Scores = Callable[[ComparisonBatch, Tensor, str], tuple[Tensor, Tensor]]
 

@@ -6,15 +6,12 @@ Everything that can be known to fail fails here, the cheap checks before the fir
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.best import Best
-from mmalign.config.yaml import flatten
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
 from mmalign.core.precision import autocast, check_precision
@@ -24,17 +21,19 @@ from mmalign.data.feed import Feed
 from mmalign.methods.base import Method
 from mmalign.methods.reference import Reference
 from mmalign.methods.run import Run
-from mmalign.models import EXPORTS, answers, content_id, load_model, make_trainable
-from mmalign.monitors import Monitors
-from mmalign.optim import warmup_steps
-from mmalign.questioning import Questioning, choose_questions
 from mmalign.scoring.checks import check_reward
 from mmalign.scoring.choice import WeightedReward
-from mmalign.validation import Validation, check_evaluation
+from mmalign.training.early_stopping import Best
+from mmalign.training.models import EXPORTS, answers, content_id, load_model, make_trainable
+from mmalign.training.monitors import Monitors
+from mmalign.training.plan import check_enough
+from mmalign.training.recipe import build_method, data_id
+from mmalign.training.validation import Validation, check_evaluation
+from mmalign.training.vlm_validation import Questioning, choose_questions
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
-    from mmalign.data.encoded.cache import CachedImages, CachedSides
+    from mmalign.data.encoded.cache import CachedImages
     from mmalign.data.labels import LabelTable
     from mmalign.data.pairs import PairTable
     from mmalign.data.vlm_pairs import VlmPairTable
@@ -71,52 +70,6 @@ class Prepared:
             return None
         stop = self.validation.config.early_stop
         return Best(parameters, stop.reward, stop.patience, self.validation.higher_is_better(stop.reward))
-
-
-@dataclass
-class Plan:
-    """What a run will do, in numbers."""
-
-    method: str
-    samples: int
-    steps: int
-    samples_per_step: int
-    images_per_step: int
-    unit: str
-    epochs: float
-    trainable: int
-    parameters: int
-    warmup: int
-    data: str
-
-    def __str__(self) -> str:
-        """Return the plan as indented lines."""
-        passes = f"{self.epochs:.2f} passes" if self.epochs < 10 else f"{self.epochs:.0f} passes"
-        share = 100 * self.trainable / self.parameters
-        return "\n".join(
-            [
-                f"  method     {self.method}",
-                f"  data       {self.data}",
-                f"  steps      {self.steps} of {self.samples_per_step} samples ({self.images_per_step} {self.unit}) "
-                f"each: {passes} over the data; warm-up {self.warmup} steps",
-                f"  trainable  {self.trainable:,} of {self.parameters:,} parameters ({share:.3g} %)",
-            ]
-        )
-
-
-def build_method(config: RunConfig) -> Method[Any]:
-    """Return the method that a configuration names."""
-    from mmalign.methods import methods
-
-    chosen = methods.get(config.method_name)
-    method: Method[Any] = chosen(chosen.Config(**config.method_options))
-    return method
-
-
-def complete(config: RunConfig) -> RunConfig:
-    """Return the configuration with the method's own defaults filled in, as `load_config` already does."""
-    options = build_method(config).config.model_dump(mode="json")
-    return config.model_copy(update={"method": {"name": config.method_name, **options}})
 
 
 def check(config: RunConfig, method: Method[Any], device: Any) -> None:
@@ -254,21 +207,6 @@ def load_rewards(config: RunConfig, device: Any) -> list[WeightedReward]:
     ]
 
 
-def check_enough(samples: int, config: RunConfig, world_size: int, unit: str = "pairs") -> None:
-    """Refuse data that do not fill one step: better said now than after an hour of encoding.
-
-    Raises:
-        UserError: names what a step takes.
-    """
-    trainer = config.trainer
-    per_step = trainer.batch_size * trainer.gradient_accumulation * world_size
-    if samples < per_step:
-        raise UserError(
-            f"the data holds {samples} {unit} and one step takes {per_step} (trainer.batch_size {trainer.batch_size} "
-            f"x gradient_accumulation {trainer.gradient_accumulation} x {world_size} processes); lower it or give more"
-        )
-
-
 def encode(source: Source, generator: Any, config: RunConfig, accelerator: Any, model_id: str) -> tuple[Any, str]:
     """Return what is learned from, encoded, and an identifier of its content.
 
@@ -304,63 +242,3 @@ def encode(source: Source, generator: Any, config: RunConfig, accelerator: Any, 
             with track(len(source), "encode", unit="pairs") as job:
                 samples = build_pair_cache(source, generator, config.data, progress=job.advance)
         return samples, data_id(source, samples)
-
-
-def data_id(table: PairTable | LabelTable, samples: CachedSides) -> str:
-    """Return 32 hex digits that identify the data in their order: ids, texts, content of images, margin or label."""
-    digest = hashlib.blake2b(digest_size=16)
-    for index, name in enumerate(samples.ids):
-        digest.update(repr((name, *table.texts(index), *samples.facts(index))).encode())
-    return digest.hexdigest()
-
-
-def make_plan(config: RunConfig, method: Method[Any], samples: int, generator: Any, world_size: int = 1) -> Plan:
-    """Return the numbers of a run whose model is already made trainable."""
-    trainer = config.trainer
-    rounds = trainer.steps / method.updates_per_round
-    per_step = trainer.batch_size * trainer.gradient_accumulation * world_size
-    left = samples % per_step
-    return Plan(
-        method=method.describe(),
-        samples=samples,
-        steps=trainer.steps,
-        samples_per_step=per_step,
-        images_per_step=per_step * method.images_per_sample,
-        unit="answers" if answers(config) else "images",
-        epochs=rounds / (samples // per_step),
-        trainable=sum(p.numel() for p in generator.trainable_parameters()),
-        parameters=sum(p.numel() for p in generator.network.parameters()),
-        warmup=warmup_steps(trainer.warmup, trainer.steps),
-        data=f"{samples} {method.needs.source} of {config.data.pairs or config.data.labels or config.data.prompts}"
-        + (f", {left} left over in each pass" if left else ""),
-    )
-
-
-def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[str, Any]:
-    """Return what must be equal for a run to be continued, flat: everything that the numbers depend on.
-
-    `data` and `model` identify the content of the pairs and of the model that training started from. Left out is what
-    only changes how a run is watched, stored or computed. How a step's samples are split into micro-batches may
-    change, their number may not. With a constant schedule `steps` may change as long as the warm-up, counted in steps,
-    stays as it was.
-    """
-    values = config.model_dump(mode="json", exclude={"output", "evaluate", "monitors", "attention", "rounds"})
-    values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "labels", "prompts", "cache")}
-    trainer = values["trainer"]
-    for key in ("budget", "log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
-        del trainer[key]
-    per_step = trainer.pop("batch_size") * trainer.pop("gradient_accumulation") * world_size
-    if trainer["schedule"] == "constant":
-        # After the warm-up no learning rate depends on `steps`. A warm-up that is a fraction of them does, so what is
-        # compared is the number of steps that it comes to.
-        trainer["warmup, in steps"] = warmup_steps(trainer.pop("warmup"), trainer.pop("steps"))
-    return {"data.content": data, "model.content": model, "trainer: samples per step": per_step, **flatten(values)}
-
-
-def set_aside(folder: Path) -> None:
-    """Keep what an earlier run left in a folder beside that of the new one, in place of what was kept before."""
-    if folder.is_dir():
-        previous = folder.with_name(folder.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.replace(previous)
-        note(f"what an earlier run left is kept in {previous}")

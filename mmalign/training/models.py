@@ -113,3 +113,17 @@ def save_whole(model: Any, trained: Path, folder: Path) -> None:
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def require_adapter(model: str, what: str, fix: str) -> None:
+    """Refuse to scale an adapter that is not there: `what` asks for it, `fix` says where one could be given.
+
+    Raises:
+        UserError: `model` does not exist, or is a whole model.
+    """
+    from pipelines.load import is_adapter_directory
+
+    if not is_adapter_directory(resolve_model(model)):
+        raise UserError(
+            f"{what} needs an adapter, and {model} is a whole model without one; {fix}, or leave the scale out"
+        )

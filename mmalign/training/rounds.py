@@ -6,19 +6,16 @@ starts. What is finished is kept: the same call again goes on in the round, and 
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.config.run import dump_config
-from mmalign.core.errors import UserError
 from mmalign.core.progress import note, track
 from mmalign.core.resources import resolve_model
 from mmalign.core.seeds import derive_seed
-from mmalign.hub import CONFIG_FILE, is_finished
-from mmalign.models import whole_model
-from mmalign.prepare import build_method, set_aside
+from mmalign.training.chain import check_chain, train_once
+from mmalign.training.models import whole_model
+from mmalign.training.recipe import build_method, set_aside
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
@@ -47,7 +44,7 @@ def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
     Earlier rounds, and the samples and pairs of all, lie in `rounds/N` within it. `resume` is "auto" or "never".
 
     Raises:
-        UserError: the configuration cannot work; and what `mmalign.engine.train` raises.
+        UserError: the configuration cannot work; and what `mmalign.training.train.train` raises.
     """
     rounds, output = config.rounds, Path(config.output)
     assert rounds is not None
@@ -70,18 +67,6 @@ def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
         if not last:
             model = str(whole_model(config, trained, folder / "merged"))
     return output
-
-
-def check_chain(resume: str, what: str, work: str) -> None:
-    """Refuse what several trainings, one after another, cannot do; `what` are they, `work` what they do in between.
-
-    Raises:
-        UserError: one checkpoint is named for all of them, or there are several processes.
-    """
-    if resume not in ("auto", "never"):
-        raise UserError(f"--resume {resume}: with {what}, a checkpoint belongs to one of them; allowed: auto, never")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"{what} {work} in one process; start them with `mmalign train`, without a launcher")
 
 
 def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Path, number: int) -> Path:
@@ -150,14 +135,3 @@ def _mix(config: RunConfig, rounds: RoundsConfig, real: LabelTable, folder: Path
     count = mix_real(own, real, rounds.real_share, mixed, seed=seed, metadata=rewards)
     note(f"{len(own)} chosen images and {count} real ones: {mixed}")
     return mixed
-
-
-def train_once(one: RunConfig, resume: str) -> Path:
-    """Do one of several trainings, unless that is done, and return the folder of the export."""
-    from mmalign.engine import train
-
-    output = Path(one.output)
-    if resume == "auto" and is_finished(output) and (output / CONFIG_FILE).read_text("utf-8") == dump_config(one):
-        note(f"trained already, in {output}")
-        return output
-    return train(one, resume=resume)

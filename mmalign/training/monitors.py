@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.core.progress import note
-from mmalign.image_statistics import diversity, high_frequency, saturation
+from mmalign.training.image_statistics import diversity, high_frequency, saturation
 
 if TYPE_CHECKING:
     from mmalign.config.sections import MonitorConfig

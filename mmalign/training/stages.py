@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 from mmalign.config.run import dump_config
 from mmalign.core.files import write_atomically
 from mmalign.core.progress import note
-from mmalign.hub import CONFIG_FILE
-from mmalign.models import whole_model
-from mmalign.prepare import build_method, check_enough, open_source, set_aside
-from mmalign.rounds import check_chain, train_once
+from mmalign.training.chain import check_chain, train_once
+from mmalign.training.models import whole_model
+from mmalign.training.output import CONFIG_FILE
+from mmalign.training.plan import check_enough
+from mmalign.training.prepare import open_source
+from mmalign.training.recipe import build_method, set_aside
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
@@ -31,7 +33,7 @@ def train_in_stages(config: RunConfig, resume: str = "auto") -> Path:
     base; `stages/config.yaml`, written last, is the whole recipe. `resume` is "auto" or "never".
 
     Raises:
-        UserError: the configuration cannot work, a stage has too few pairs; and what `mmalign.engine.train` raises.
+        UserError: the configuration cannot work, a stage has too few pairs; and what a training raises.
     """
     from mmalign.data.vlm_pairs import VlmPairTable
 

@@ -11,22 +11,13 @@ import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from mmalign import hub
-from mmalign.accelerator import make_accelerator
-from mmalign.checkpoint import (
-    Checkpoint,
-    abandon_later,
-    check_same_recipe,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from mmalign.config.run import RunConfig
 from mmalign.core.cost import COUNTERS
 from mmalign.core.distributed import gather
 from mmalign.core.ema import EMA
@@ -34,55 +25,36 @@ from mmalign.core.errors import TrainingDiverged, TrainingInterrupted, UserError
 from mmalign.core.interrupt import StopRequest, graceful_stop
 from mmalign.core.progress import Track, memory_gigabytes, note, track
 from mmalign.core.seeds import derive_seed
-from mmalign.export import export, verify
-from mmalign.optim import (
+from mmalign.training.accelerator import make_accelerator
+from mmalign.training.checkpoint import (
+    Checkpoint,
+    abandon_later,
+    check_same_recipe,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from mmalign.training.export import export, verify
+from mmalign.training.optim import (
     average_gradients,
     build_optimizer,
     learning_rate_factor,
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from mmalign.prepare import (
-    Plan,
-    Prepared,
-    build_method,
-    complete,
-    make_plan,
-    make_trainable,
-    open_inputs,
-    prepare,
-    recipe,
-    set_aside,
-)
-from mmalign.tracking import MetricBuffer, Metrics
-from mmalign.validation import save_grid
-
-if TYPE_CHECKING:
-    from mmalign.config.run import RunConfig
+from mmalign.training.output import write_config
+from mmalign.training.plan import make_plan
+from mmalign.training.prepare import Prepared, prepare
+from mmalign.training.recipe import recipe, set_aside
+from mmalign.training.tracking import MetricBuffer, Metrics
+from mmalign.training.validation import save_grid
 
 
-def train(config: RunConfig, *, resume: str = "auto") -> Path:
-    """Train as the configuration says and return the directory of the exported model (`config.output`).
+def train_one(config: RunConfig, resume: str = "auto") -> Path:
+    """Do one training, whole, and return the folder of the export; see `mmalign.training.train.train`.
 
-    Args:
-        config: see `mmalign.config.run`.
-        resume: "auto" goes on from the last checkpoint in the output if there is one, "never" starts again (keeping
-            the earlier checkpoints aside), a path names the checkpoint to go on from.
-
-    Raises:
-        UserError: the configuration cannot work, or differs from that of the checkpoint.
-        TrainingDiverged: the loss is not finite. DiskFull: no room to save. ExportError: the export does not load.
-        TrainingInterrupted: Ctrl-C; the run goes on from the checkpoint it saved.
+    `config` is complete (`mmalign.training.recipe.complete`) and asks for neither rounds nor stages.
     """
-    config = complete(config)
-    if config.rounds is not None:
-        from mmalign.rounds import train_in_rounds
-
-        return train_in_rounds(config, resume)
-    if len(build_method(config).stages) > 1:
-        from mmalign.curriculum import train_in_stages
-
-        return train_in_stages(config, resume)
     accelerator = make_accelerator(config)
     flash = torch.backends.cuda.flash_sdp_enabled()
     try:
@@ -100,20 +72,6 @@ def train(config: RunConfig, *, resume: str = "auto") -> Path:
         return Path(config.output)
     finally:
         torch.backends.cuda.enable_flash_sdp(flash)  # what the same process draws later has the kernels it always has
-
-
-def plan(config: RunConfig) -> Plan:
-    """Check everything, read the data's index and the model, and return what `train` would do; nothing is written.
-
-    Raises:
-        UserError: the configuration cannot work, or trains in rounds, whose data do not exist yet.
-    """
-    if config.rounds is not None:
-        raise UserError("rounds make their data as they go, so there is nothing to look into before they are trained")
-    accelerator = make_accelerator(config, watched=False)
-    method, source, generator = open_inputs(config, accelerator)
-    make_trainable(generator, config)
-    return make_plan(config, method, len(source), generator, accelerator.num_processes)
 
 
 class Trainer:
@@ -152,7 +110,7 @@ class Trainer:
         self.finished = run.step >= settings.steps or self._spent() or self._exhausted()
         self.output.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
-            hub.write_config(self.config, self.output)
+            write_config(self.config, self.output)
         self.metrics = Metrics(self.output, self.config, self.accelerator, run.step)
         todo = make_plan(self.config, self.method, len(self.feed.samples), run.generator, self.feed.world_size)
         note(str(todo))

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.checkpoint import Checkpoint, check_same_recipe, list_checkpoints, load_checkpoint, save_checkpoint
 from mmalign.config.run import dump_config
 from mmalign.config.yaml import flatten
 from mmalign.core.errors import TrainingDiverged, TrainingInterrupted, UserError
@@ -30,13 +29,20 @@ from mmalign.data.batches import ComparisonBatch
 from mmalign.data.encoded.cache import CachedSides, encode_sides, pair_sides
 from mmalign.data.feed import Feed
 from mmalign.data.pairs import read_pairs
-from mmalign.latent_reward.accuracy import LevelAccuracy, measure, table_of
-from mmalign.latent_reward.comparisons import Comparisons, split
-from mmalign.latent_reward.config import LatentRewardConfig
 from mmalign.losses import latent_reward
 from mmalign.methods.run import Run
-from mmalign.optim import build_optimizer, learning_rate_factor, load_optimizer_tensors, optimizer_tensors
-from mmalign.prepare import data_id, set_aside
+from mmalign.training.checkpoint import (
+    Checkpoint,
+    check_same_recipe,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from mmalign.training.latent_reward.accuracy import LevelAccuracy, measure, table_of
+from mmalign.training.latent_reward.comparisons import Comparisons, split
+from mmalign.training.latent_reward.config import LatentRewardConfig
+from mmalign.training.optim import build_optimizer, learning_rate_factor, load_optimizer_tensors, optimizer_tensors
+from mmalign.training.recipe import data_id, set_aside
 from rewards.latent_files import LatentParts
 from rewards.latent_network import MAX_LOGIT_SCALE, LatentNetwork
 
