@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from mmalign.compare.charts import Axis, tick_text
-from mmalign.compare.systems import LOOK, read_looks
+from mmalign.compare.report.charts import Axis, tick_text
+from mmalign.compare.systems.facts import LOOK, read_looks
 from mmalign.core.errors import UserError
 from mmalign.core.files import write_atomically
 from mmalign.training.tracking import read_metrics

@@ -22,7 +22,7 @@ from mmalign.core.errors import UserError
 
 if TYPE_CHECKING:
     from mmalign.compare.config import CompareConfig
-    from mmalign.compare.vlm_config import QuestionConfig
+    from mmalign.compare.vlm.config import QuestionConfig
 
 _CONFIG_KEYS = {
     "questions": "questions",
@@ -80,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print the table and say where the report lies."""
     config = read_arguments(args)
 
-    from mmalign.compare.console import print_summary
+    from mmalign.compare.report.console import print_summary
     from mmalign.compare.run import compare
-    from mmalign.compare.vlm_config import QuestionConfig
-    from mmalign.compare.vlm_run import compare_questions
+    from mmalign.compare.vlm.config import QuestionConfig
+    from mmalign.compare.vlm.run import compare_questions
 
     def do() -> None:
         options = {"train": not args.no_train, "retrain": args.retrain}
@@ -103,8 +103,8 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
         UserError: options are missing, or do not go together.
     """
     from mmalign.compare.config import make_compare_config
-    from mmalign.compare.systems_config import check_values
-    from mmalign.compare.vlm_config import QuestionConfig, load_comparison
+    from mmalign.compare.systems.config import check_values
+    from mmalign.compare.vlm.config import QuestionConfig, load_comparison
 
     options = _given(args, _CONFIG_KEYS)
     control = _given(args, _CONTROL_KEYS)
@@ -136,7 +136,7 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
 
 
 def _refuse_drawing(options: Iterable[str]) -> None:
-    from mmalign.compare.vlm_config import QuestionConfig
+    from mmalign.compare.vlm.config import QuestionConfig
 
     drawing = [key for key in options if key not in QuestionConfig.model_fields]
     if drawing:

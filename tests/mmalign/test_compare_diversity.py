@@ -16,8 +16,8 @@ from PIL import Image
 from tiny_models import build_tiny_sd
 
 from mmalign.compare.config import CompareConfig, RewardEntry, load_compare_config, make_compare_config
-from mmalign.compare.diversity import check_diversity, mean_distances, measure_diversity
-from mmalign.compare.images import ImageStore, Sampling
+from mmalign.compare.images.diversity import check_diversity, mean_distances, measure_diversity
+from mmalign.compare.images.store import ImageStore, Sampling
 from mmalign.compare.run import compare
 from mmalign.core.errors import UserError
 from mmalign.core.io.images import encode_png

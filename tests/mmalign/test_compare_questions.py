@@ -14,17 +14,17 @@ from tiny_runs import write_answer_pairs
 from tiny_vlms import build_llava_onevision
 
 from mmalign.cli import main
-from mmalign.compare.console import print_summary
-from mmalign.compare.report import write_report
-from mmalign.compare.results import Comparison, build_results
+from mmalign.compare.report.console import print_summary
+from mmalign.compare.report.page import write_report
+from mmalign.compare.results.results import Comparison, build_results
 from mmalign.compare.stats import compare_paired, mean_interval, summarise
-from mmalign.compare.systems import SystemFacts
-from mmalign.compare.systems_config import check_values
-from mmalign.compare.vlm_answers import Sheet, choose_asked, write_answers
-from mmalign.compare.vlm_config import QuestionConfig, load_comparison
-from mmalign.compare.vlm_gallery import question_gallery, strip
-from mmalign.compare.vlm_results import families, question_numbers
-from mmalign.compare.vlm_run import assemble, compare_questions
+from mmalign.compare.systems.config import check_values
+from mmalign.compare.systems.facts import SystemFacts
+from mmalign.compare.vlm.answers import Sheet, choose_asked, write_answers
+from mmalign.compare.vlm.config import QuestionConfig, load_comparison
+from mmalign.compare.vlm.gallery import question_gallery, strip
+from mmalign.compare.vlm.results import families, question_numbers
+from mmalign.compare.vlm.run import assemble, compare_questions
 from mmalign.core.errors import UserError
 from mmalign.core.io.video_files import write_video
 from mmalign.core.io.video_questions import VideoQuestion

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmalign.compare.charts import Axis, bar_mark, line_chart, thin_out
-from mmalign.compare.console import print_summary
-from mmalign.compare.report import safe_json, write_report
-from mmalign.compare.report_costs import cost_curves
-from mmalign.compare.report_tables import as_latex, as_markdown, config_differences, summary
-from mmalign.compare.results import Comparison, build_results, decimals, signed, write_results
-from mmalign.compare.scoring import RewardFacts
-from mmalign.compare.systems import SystemFacts
-from mmalign.compare.thumbnails import choose_prompts, embed
+from mmalign.compare.report.charts import Axis, bar_mark, line_chart, thin_out
+from mmalign.compare.report.console import print_summary
+from mmalign.compare.report.costs import cost_curves
+from mmalign.compare.report.page import safe_json, write_report
+from mmalign.compare.report.tables import as_latex, as_markdown, config_differences, summary
+from mmalign.compare.report.thumbnails import choose_prompts, embed
+from mmalign.compare.results.results import Comparison, build_results, decimals, signed, write_results
+from mmalign.compare.scores import RewardFacts
+from mmalign.compare.systems.facts import SystemFacts
 from mmalign.data.prompts import Prompt
 
 EVIL = "</script><script>alert(1)</script> & 'a' \"b\" {{ 7 * 7 }}"

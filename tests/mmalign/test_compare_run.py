@@ -16,8 +16,8 @@ from tiny_models import build_tiny_sd
 
 from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
-from mmalign.compare.control import mean_ranks
-from mmalign.compare.images import ImageStore, Sampling, noise_seed
+from mmalign.compare.images.guidance_control import mean_ranks
+from mmalign.compare.images.store import ImageStore, Sampling, noise_seed
 from mmalign.compare.run import compare
 from mmalign.core.errors import UserError
 from mmalign.data.building import generation as evaluation
@@ -288,7 +288,7 @@ def test_the_command_line_prints_the_table(room: Path, tmp_path: Path, capsys: p
 
 
 def test_several_control_rewards_choose_by_mean_rank() -> None:
-    from mmalign.compare.scoring import RewardFacts
+    from mmalign.compare.scores import RewardFacts
 
     def facts(label: str, higher: bool) -> RewardFacts:
         return RewardFacts(label, label, label, "1", "", higher, False, "", "", "")

@@ -18,17 +18,17 @@ from tiny_runs import BRIGHTNESS, write_pairs
 
 from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
-from mmalign.compare.console import print_summary
-from mmalign.compare.replicas import merge_facts
-from mmalign.compare.report import write_report
-from mmalign.compare.report_costs import cost_curves
-from mmalign.compare.report_tables import as_latex, as_markdown, summary
-from mmalign.compare.results import Comparison, build_results, write_scores
-from mmalign.compare.scoring import RewardFacts
+from mmalign.compare.report.console import print_summary
+from mmalign.compare.report.costs import cost_curves
+from mmalign.compare.report.page import write_report
+from mmalign.compare.report.seed_tables import more_tables
+from mmalign.compare.report.tables import as_latex, as_markdown, summary
+from mmalign.compare.results.results import Comparison, build_results, write_scores
+from mmalign.compare.results.training_seeds import merge_facts
+from mmalign.compare.scores import RewardFacts
 from mmalign.compare.stats import spread_of_deltas
-from mmalign.compare.systems import SystemFacts, read_cost
-from mmalign.compare.tables import more_tables
-from mmalign.compare.training import plan_trainings, train_systems
+from mmalign.compare.systems.facts import SystemFacts, read_cost
+from mmalign.compare.systems.training import plan_trainings, train_systems
 from mmalign.config.run import load_config
 from mmalign.core.errors import UserError
 from mmalign.core.progress import memory_gigabytes, reset_peak_memory

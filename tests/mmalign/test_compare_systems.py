@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from mmalign.compare.systems import find_trained_on, read_curves, read_system
+from mmalign.compare.systems.facts import find_trained_on, read_curves, read_system
 from mmalign.core.errors import UserError
 from mmalign.core.io.parquet import atomic_parquet
 from mmalign.training.tracking import read_metrics

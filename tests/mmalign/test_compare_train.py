@@ -15,8 +15,8 @@ from tiny_runs import BRIGHTNESS, losses, write_pairs
 
 from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
-from mmalign.compare.images import ImageStore, Sampling
-from mmalign.compare.training import plan_trainings, train_systems
+from mmalign.compare.images.store import ImageStore, Sampling
+from mmalign.compare.systems.training import plan_trainings, train_systems
 from mmalign.config.run import load_config
 from mmalign.core.errors import UserError
 from mmalign.training import train as engine

@@ -16,7 +16,7 @@ import torch
 from tiny_vlms import build_llava_onevision
 
 from mmalign.cli import main
-from mmalign.compare.vlm_results import families
+from mmalign.compare.vlm.results import families
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.decode import ALL_FRAMES, decode

@@ -14,10 +14,10 @@ from tiny_runs import losses, run_config, write_answer_pairs
 from tiny_vlms import BUILDERS, build_llava_onevision, build_qwen2_5_vl
 
 from mmalign.cli import main
-from mmalign.compare.systems import read_cost, read_system
-from mmalign.compare.systems_config import check_values
-from mmalign.compare.training import plan_trainings
-from mmalign.compare.vlm_config import QuestionConfig
+from mmalign.compare.systems.config import check_values
+from mmalign.compare.systems.facts import read_cost, read_system
+from mmalign.compare.systems.training import plan_trainings
+from mmalign.compare.vlm.config import QuestionConfig
 from mmalign.config.run import RunConfig, dump_config, load_config
 from mmalign.core.errors import UserError
 from mmalign.core.resources import resolve_model

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.compare.replicas import Replicas, tile_pair
-from mmalign.compare.scoring import RewardFacts, Scores
+from mmalign.compare.results.training_seeds import Replicas, tile_pair
+from mmalign.compare.scores import RewardFacts, Scores
 from mmalign.compare.stats import (
     RESAMPLES,
     Paired,
@@ -29,7 +29,7 @@ from mmalign.compare.stats import (
     spread_of_deltas,
     summarise,
 )
-from mmalign.compare.systems import SystemFacts
+from mmalign.compare.systems.facts import SystemFacts
 from mmalign.core.files import write_atomically
 from mmalign.data.prompts import Prompt
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmalign.compare.results import describe_delta
-from mmalign.compare.tables import GROUPS, PlainTable, more_tables, sizes, spread
+from mmalign.compare.report.seed_tables import GROUPS, PlainTable, more_tables, sizes, spread
+from mmalign.compare.results.results import describe_delta
 
 _STYLES = {1: "green", -1: "red", 0: ""}
 

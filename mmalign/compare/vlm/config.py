@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmalign.compare.config import CompareConfig
-from mmalign.compare.systems_config import SystemsConfig
+from mmalign.compare.systems.config import SystemsConfig
 from mmalign.config.run import expand_short_forms, load_schema
 from mmalign.config.yaml import read_tree
 

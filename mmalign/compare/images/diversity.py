@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Float
 
 from mmalign.compare.config import RewardEntry
-from mmalign.compare.images import ImageStore
-from mmalign.compare.scoring import SCORE_CHUNK, RewardFacts, ScoreCache, Scores, describe_reward
+from mmalign.compare.images.scoring import SCORE_CHUNK, ScoreCache, describe_reward
+from mmalign.compare.images.store import ImageStore
+from mmalign.compare.scores import RewardFacts, Scores
 from mmalign.core.errors import UserError
 from mmalign.core.progress import track
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mmalign.compare.systems import read_cost
-from mmalign.compare.systems_config import Replica, SystemConfig, SystemsConfig
+from mmalign.compare.systems.config import Replica, SystemConfig, SystemsConfig
+from mmalign.compare.systems.facts import read_cost
 from mmalign.config.run import RunConfig, load_config
 from mmalign.config.sections import BudgetConfig
 from mmalign.config.yaml import Faults, flatten

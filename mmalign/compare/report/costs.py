@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmalign.compare.charts import line_chart
-from mmalign.compare.results import Comparison
-from mmalign.compare.systems import LOOK, SystemFacts
+from mmalign.compare.report.charts import line_chart
+from mmalign.compare.results.results import Comparison
+from mmalign.compare.systems.facts import LOOK, SystemFacts
 
 AXES = {"images_seen": "images seen", "reward_calls": "reward calls", "seconds": "seconds"}
 """Cost -> how it is written; the first is the one that the report shows at first."""

@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 
-from mmalign.compare.scoring import Scores
-from mmalign.compare.systems import SystemFacts
-from mmalign.compare.systems_config import SystemsConfig
+from mmalign.compare.scores import Scores
+from mmalign.compare.systems.config import SystemsConfig
+from mmalign.compare.systems.facts import SystemFacts
 
 Replicas = dict[str, dict[int, SystemFacts]]
 """System -> training seed -> facts, of the systems that training seeds were named for."""

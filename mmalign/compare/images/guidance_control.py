@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from mmalign.compare.config import CompareConfig, GuidanceControl
-from mmalign.compare.draw import ModelHolder, draw_system
-from mmalign.compare.images import ImageStore
-from mmalign.compare.scoring import RewardFacts, Scores, score_all
+from mmalign.compare.images.draw import ModelHolder, draw_system
+from mmalign.compare.images.scoring import score_all
+from mmalign.compare.images.store import ImageStore
+from mmalign.compare.scores import RewardFacts, Scores
 from mmalign.compare.stats import summarise
-from mmalign.compare.systems import SystemFacts
+from mmalign.compare.systems.facts import SystemFacts
 from mmalign.core.progress import note
 from mmalign.data.prompts import Prompt, load_prompts
 from mmalign.scoring.checks import check_reward

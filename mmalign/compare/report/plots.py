@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmalign.compare.charts import Axis, bar_mark, interval_mark, line_chart
-from mmalign.compare.report_costs import has_cost_curve
-from mmalign.compare.results import Comparison, describe_delta, signed
-from mmalign.compare.systems import COSTS, LOOK
+from mmalign.compare.report.charts import Axis, bar_mark, interval_mark, line_chart
+from mmalign.compare.report.costs import has_cost_curve
+from mmalign.compare.results.results import Comparison, describe_delta, signed
+from mmalign.compare.systems.facts import COSTS, LOOK
 
 _UNINTERESTING = {"learning_rate", "epoch", "images_per_second", "memory_gb", *COSTS}
 _FIRST = ("loss", "accuracy", "evaluation", "margin", "reward")

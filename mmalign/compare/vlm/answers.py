@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mmalign.compare.vlm_config import QuestionConfig
+from mmalign.compare.vlm.config import QuestionConfig
 from mmalign.core.errors import UserError
 from mmalign.core.files import write_atomically
 from mmalign.core.io.answers import rate

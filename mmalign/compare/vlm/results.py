@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.compare.replicas import tile_pair
-from mmalign.compare.results import Comparison
-from mmalign.compare.scoring import RewardFacts, Scores
+from mmalign.compare.results.results import Comparison
+from mmalign.compare.results.training_seeds import tile_pair
+from mmalign.compare.scores import RewardFacts, Scores
 from mmalign.compare.stats import category_rows, compare_paired, direction, summarise
-from mmalign.compare.vlm_answers import Sheet
+from mmalign.compare.vlm.answers import Sheet
 from mmalign.core.io.video_questions import ASPECTS, VideoQuestion
 
 ACCURACY, SENSITIVITY, TWINS = "accuracy", "shuffle sensitivity", "twin accuracy"

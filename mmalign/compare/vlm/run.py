@@ -15,14 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mmalign.compare.replicas import gather_scores, merge_systems, replica_names
-from mmalign.compare.results import Comparison, build_results, write_results, write_scores
+from mmalign.compare.results.results import Comparison, build_results, write_results, write_scores
+from mmalign.compare.results.training_seeds import gather_scores, merge_systems, replica_names
 from mmalign.compare.run import Outcome, describe_machine
-from mmalign.compare.systems import SystemFacts, read_system
-from mmalign.compare.training import train_systems
-from mmalign.compare.vlm_answers import Sheet, answer_questions, choose_asked, write_answers
-from mmalign.compare.vlm_config import QuestionConfig
-from mmalign.compare.vlm_results import FACTS, families, question_numbers, question_scores
+from mmalign.compare.systems.facts import SystemFacts, read_system
+from mmalign.compare.systems.training import train_systems
+from mmalign.compare.vlm.answers import Sheet, answer_questions, choose_asked, write_answers
+from mmalign.compare.vlm.config import QuestionConfig
+from mmalign.compare.vlm.results import FACTS, families, question_numbers, question_scores
 from mmalign.config.run import dump_config
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.precision import check_precision
@@ -33,13 +33,13 @@ from mmalign.data.video.question_set import AskedVideo
 def compare_questions(config: QuestionConfig, *, train: bool = True, retrain: bool = False) -> Outcome:
     """Train what is missing, ask every system every question, and write report, results, scores and answers.
 
-    For `train` and `retrain` see `mmalign.compare.training.train_systems`.
+    For `train` and `retrain` see `mmalign.compare.systems.training.train_systems`.
 
     Raises:
         UserError, PipelineError: a model or the questions are not what the config takes them for.
     """
-    from mmalign.compare.report import write_report
-    from mmalign.compare.vlm_gallery import question_gallery
+    from mmalign.compare.report.page import write_report
+    from mmalign.compare.vlm.gallery import question_gallery
 
     output = Path(config.output)
     check_output(output, "output")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.compare.config import CompareConfig
-from mmalign.compare.images import ImageStore, Sampling, draw_missing
-from mmalign.compare.systems import SystemFacts
+from mmalign.compare.images.store import ImageStore, Sampling, draw_missing
+from mmalign.compare.systems.facts import SystemFacts
 from mmalign.core.resources import resolve_model
 from mmalign.data.prompts import Prompt
 

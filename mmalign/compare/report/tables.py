@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from mmalign.compare.results import Comparison, signed
-from mmalign.compare.tables import ABSENT, GROUPS, PlainTable, name_once, sizes, spread
+from mmalign.compare.report.seed_tables import ABSENT, GROUPS, PlainTable, name_once, sizes, spread
+from mmalign.compare.results.results import Comparison, signed
 
 _LATEX = {
     **{character: f"\\{character}" for character in "_%&#${}"},

@@ -7,14 +7,14 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmalign.compare.config import RewardEntry
-from mmalign.compare.images import ImageStore
+from mmalign.compare.images.store import ImageStore
+from mmalign.compare.scores import RewardFacts, Scores
 from mmalign.core.errors import UserError
 from mmalign.core.files import write_atomically
 from mmalign.core.progress import track
@@ -23,32 +23,6 @@ from mmalign.scoring.chosen import fingerprint_reward
 
 SCORE_CHUNK = 64
 """Images decoded and handed to a reward at once; the reward splits them further as its memory asks."""
-
-Scores = dict[str, np.ndarray]
-"""Store name -> scores `[prompts, seeds]`."""
-
-
-@dataclass(frozen=True)
-class RewardFacts:
-    """What the report says about a reward; `requested` is the name or dotted path that it was asked for by."""
-
-    label: str
-    name: str
-    requested: str
-    version: str
-    summary: str
-    higher_is_better: bool
-    differentiable: bool
-    licence: str
-    source: str
-    citation: str
-    derived_from: tuple[str, ...] = ()
-    neutral: bool = False
-    """Whether it is shown like a reward, and neither more nor less of it is better."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the facts as results.json holds them."""
-        return {name: value for name, value in vars(self).items() if name != "neutral" or value}
 
 
 def describe_reward(entry: RewardEntry, reward: Any) -> RewardFacts:

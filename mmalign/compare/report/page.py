@@ -15,10 +15,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mmalign.compare import report_costs, report_plots, report_tables
-from mmalign.compare.results import Comparison, describe_delta
-from mmalign.compare.tables import more_tables
-from mmalign.compare.thumbnails import MAX_SIDE, choose_prompts, embed
+from mmalign.compare.report.costs import cost_curves, describe_cost
+from mmalign.compare.report.plots import categories, curves, forest, sweep
+from mmalign.compare.report.seed_tables import more_tables
+from mmalign.compare.report.tables import as_latex, as_markdown, config_differences, has_spread, summary
+from mmalign.compare.report.thumbnails import MAX_SIDE, choose_prompts, embed
+from mmalign.compare.results.results import Comparison, describe_delta
 from mmalign.core.files import write_atomically
 
 _HERE = Path(__file__).parent
@@ -57,7 +59,7 @@ def write_report(
     )
     environment.globals["zip"] = zip
     environment.filters["unbroken"] = unbroken
-    environment.filters["describe_cost"] = report_costs.describe_cost
+    environment.filters["describe_cost"] = describe_cost
     page = environment.get_template(gallery.get("template", "report.html.j2")).render(
         **page_context(comparison, document, gallery),
         config_text=config_text,
@@ -69,7 +71,7 @@ def write_report(
 
 def page_context(comparison: Comparison, document: dict[str, Any], gallery: dict[str, Any]) -> dict[str, Any]:
     """Return everything that the template shows."""
-    blocks = report_tables.summary(document)
+    blocks = summary(document)
     tables = more_tables(document)
     return {
         "title": _title(comparison),
@@ -79,20 +81,20 @@ def page_context(comparison: Comparison, document: dict[str, Any], gallery: dict
         "colour": _colours(comparison),
         "verdicts": [_verdict(comparison, document, name) for name in comparison.challengers],
         "blocks": blocks,
-        "spreads": report_tables.has_spread(blocks),
+        "spreads": has_spread(blocks),
         "tables": tables,
-        "forest": report_plots.forest(comparison, document),
-        "categories": report_plots.categories(document),
-        "sweep": report_plots.sweep(comparison),
-        "curves": report_plots.curves(comparison),
-        "costs": report_costs.cost_curves(comparison),
+        "forest": forest(comparison, document),
+        "categories": categories(document),
+        "sweep": sweep(comparison),
+        "curves": curves(comparison),
+        "costs": cost_curves(comparison),
         "scaled": any(facts.adapter_scale != 1 for facts in comparison.systems.values()),
         "counted": any(facts.cost for facts in comparison.systems.values()),
-        "configs": report_tables.config_differences(comparison),
+        "configs": config_differences(comparison),
         "gallery": gallery,
         "data": safe_json(_script_data(comparison, document, gallery)),
-        "markdown": report_tables.as_markdown(comparison, blocks, tables.values()),
-        "latex": report_tables.as_latex(comparison, blocks, tables.values()),
+        "markdown": as_markdown(comparison, blocks, tables.values()),
+        "latex": as_latex(comparison, blocks, tables.values()),
     }
 
 

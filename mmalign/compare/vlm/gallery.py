@@ -11,10 +11,10 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from mmalign.compare.thumbnails import PIXEL_ART_SIDE, Thumbnail, choose_prompts
-from mmalign.compare.vlm_answers import Sheet, item_of, video_reader
-from mmalign.compare.vlm_config import QuestionConfig
-from mmalign.compare.vlm_results import ACCURACY
+from mmalign.compare.report.thumbnails import PIXEL_ART_SIDE, Thumbnail, choose_prompts
+from mmalign.compare.vlm.answers import Sheet, item_of, video_reader
+from mmalign.compare.vlm.config import QuestionConfig
+from mmalign.compare.vlm.results import ACCURACY
 from mmalign.core.io.decode import Frames
 from mmalign.data.video.question_set import AskedVideo
 
