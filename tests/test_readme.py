@@ -132,7 +132,7 @@ def test_every_method_has_its_section_and_every_picture_is_there(capsys: pytest.
 
 
 def test_the_table_of_rewards_agrees_with_the_registry() -> None:
-    from mmalign.commands.list import bound
+    from mmalign.cli.list import bound
     from rewards import Facts, reward_class
     from rewards.registry import BUILTIN
 

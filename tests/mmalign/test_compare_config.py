@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmalign.commands.compare import add_arguments, read_arguments
+from mmalign.cli.compare import add_arguments, read_arguments
 from mmalign.compare.config import CompareConfig, load_compare_config, make_compare_config
 from mmalign.config.run import dump_config
 from mmalign.core.errors import UserError

@@ -52,7 +52,9 @@ def pause(self, *arguments):
         time.sleep(1)  # interrupted by the signal's handler, which then lets the loop go on
 Trainer._after_step = pause
 """
-    code = (wait if stop_at else "") + f"import sys, mmalign.cli; sys.exit(mmalign.cli.main(['train', {str(path)!r}]))"
+    code = (
+        wait if stop_at else ""
+    ) + f"import sys; from mmalign.cli import main; sys.exit(main(['train', {str(path)!r}]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

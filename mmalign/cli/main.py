@@ -1,4 +1,4 @@
-"""The command line: `mmalign VERB ...`. Each verb is a module of `mmalign.commands`, imported only when it is used.
+"""The command line: `mmalign VERB ...`. Each verb is a module of `mmalign.cli`, imported only when it is used.
 
 Exit codes: 0 done; 2 the user's input is wrong (one clear line a fault, no traceback); 3 `score` is done but some
 items have no score; 130 stopped by Ctrl-C; 1 anything else.
@@ -92,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
     verb = arguments[0]
     if verb not in VERBS:
         raise UserError(f"unknown command '{verb}'{did_you_mean(verb, VERBS)} (commands: {', '.join(VERBS)})")
-    command = importlib.import_module(f"mmalign.commands.{verb.replace('-', '_')}")
+    command = importlib.import_module(f"mmalign.cli.{verb.replace('-', '_')}")
     about, example = VERBS[verb]
     parser = _Parser(
         prog=f"mmalign {verb}",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmalign.commands.generate import not_negative
+from mmalign.cli.generate import not_negative
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
 

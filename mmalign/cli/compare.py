@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.commands.train import end_training_well
+from mmalign.cli.train import end_training_well
 from mmalign.core.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.commands.generate import positive
+from mmalign.cli.generate import positive
 from mmalign.core.errors import UserError
 from mmalign.core.resources import find
 

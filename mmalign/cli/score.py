@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmalign.commands.generate import positive
+from mmalign.cli.generate import positive
 from mmalign.core.errors import UserError
 
 if TYPE_CHECKING:

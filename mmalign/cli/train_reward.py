@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_reward_config(args.config, args.overrides)
     # After the config has been checked, so that a mistake in it is told before the seconds that these imports take.
-    from mmalign.commands.train import end_training_well
+    from mmalign.cli.train import end_training_well
     from mmalign.training.latent_reward.training import train_reward
 
     return end_training_well(lambda: train_reward(config, resume=args.resume))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmalign.commands.generate import (
+from mmalign.cli.generate import (
     add_sampling_arguments,
     check_sampling,
     model_identity,
@@ -19,7 +19,7 @@ from mmalign.commands.generate import (
     positive,
     read_prompts,
 )
-from mmalign.commands.perturb_videos import add_video_arguments, perturb_videos, refuse_video_options
+from mmalign.cli.perturb_videos import add_video_arguments, perturb_videos, refuse_video_options
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
 from mmalign.core.progress import track
