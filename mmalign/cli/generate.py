@@ -18,7 +18,6 @@ from mmalign.core.errors import UserError
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.progress import track
 from mmalign.core.resources import find, resolve_model
-from mmalign.training.models import require_adapter
 
 if TYPE_CHECKING:
     from mmalign.data.prompts import Prompt
@@ -93,6 +92,8 @@ def check_sampling(args: argparse.Namespace) -> None:
     if not 0 <= args.adapter_scale < math.inf:
         raise UserError(f"--adapter-scale {args.adapter_scale}: must be a number of at least 0 (0: the base)")
     if args.adapter_scale != 1 and not args.adapter:
+        from mmalign.training.models import require_adapter
+
         require_adapter(
             args.model, f"--adapter-scale {args.adapter_scale:g}", "give --adapter PATH or a MODEL that is one"
         )

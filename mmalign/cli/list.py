@@ -151,7 +151,7 @@ def _option(name: str, default: object) -> str:
 
 def _families() -> Listing:
     from pipelines.load import FAMILIES
-    from pipelines.vlm_families import FAMILIES as vlm_families
+    from pipelines.vlm.families import FAMILIES as vlm_families
 
     families = Registry("model family", FAMILIES)
     rows = []

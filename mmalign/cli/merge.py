@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from mmalign.training.models import save_whole
     from pipelines import load_generator, load_vlm
     from pipelines.load import is_adapter_directory
-    from pipelines.vlm_adapters import is_vlm_adapter
+    from pipelines.vlm.adapters import is_vlm_adapter
 
     load = load_vlm if is_vlm_adapter(location) else load_generator
     if load is load_generator and not is_adapter_directory(location):

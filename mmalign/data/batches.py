@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from pipelines.conditioning import Conditioning
-from pipelines.vlm_batch import VlmSample
+from pipelines.vlm.batch import VlmSample
 
 
 @dataclass

@@ -19,7 +19,7 @@ from mmalign.methods.base import Method, MethodConfig
 from mmalign.methods.noising import pair_accuracy
 from mmalign.methods.reference import TokenValues
 from mmalign.methods.run import Run
-from pipelines.vlm_batch import VlmBatch, VlmSample
+from pipelines.vlm.batch import VlmBatch, VlmSample
 
 
 def collate(run: Run, *sides: Sequence[VlmSample]) -> VlmBatch:

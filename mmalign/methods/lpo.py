@@ -23,8 +23,8 @@ from mmalign.methods.run import Run
 from mmalign.methods.spo import SPO, SPOConfig
 from pipelines.branching import Branching
 from pipelines.noise import NoiseProcess
+from rewards.backbones.latent_files import read_record
 from rewards.latent import LatentReward
-from rewards.latent_files import read_record
 
 
 class LPOConfig(SPOConfig):

@@ -23,7 +23,7 @@ from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_met
 from mmalign.methods.noising import pair_accuracy
 from mmalign.methods.run import Run
 from pipelines import media_features
-from pipelines.vlm_batch import VlmSample
+from pipelines.vlm.batch import VlmSample
 
 
 class RDPOConfig(FixedSidesConfig):

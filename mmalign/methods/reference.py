@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmalign.core.precision import Precision, round_frozen
 from pipelines.conditioning import Conditioning
-from pipelines.vlm_batch import VlmBatch
+from pipelines.vlm.batch import VlmBatch
 
 TokenValues = tuple[Float[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]
 """What a model says about every token of some completions, and which columns are tokens."""

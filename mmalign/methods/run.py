@@ -18,7 +18,7 @@ from mmalign.methods.reference import Reference, TokenValues
 from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.live import LiveRewards
 from pipelines.conditioning import Conditioning
-from pipelines.vlm_batch import VlmBatch
+from pipelines.vlm.batch import VlmBatch
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 

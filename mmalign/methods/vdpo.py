@@ -23,7 +23,7 @@ from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.completions import answer_metrics, collate, reduce_sides, with_answers
 from mmalign.methods.run import Run
 from pipelines import media_features
-from pipelines.vlm_batch import VlmSample
+from pipelines.vlm.batch import VlmSample
 
 
 class VDPOConfig(MethodConfig):

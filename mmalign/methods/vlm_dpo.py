@@ -14,7 +14,7 @@ from mmalign.losses.pair_loss import LossType
 from mmalign.methods.base import LossOutput, Needs
 from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics
 from mmalign.methods.run import Run
-from pipelines.vlm_batch import VlmSample
+from pipelines.vlm.batch import VlmSample
 
 
 class VlmDPOConfig(FixedSidesConfig):

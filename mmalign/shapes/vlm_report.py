@@ -28,7 +28,7 @@ from mmalign.shapes.twins import sample_families
 from mmalign.shapes.video import render
 
 if TYPE_CHECKING:
-    from pipelines.vlm import VisionLanguageModel
+    from pipelines.vlm.model import VisionLanguageModel
 
 AT_ONCE = 32
 MAX_NEW_TOKENS = 32

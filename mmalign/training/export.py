@@ -20,7 +20,7 @@ from mmalign.training.models import answers, base_model_name, open_model
 from mmalign.training.prepare import Prepared
 from pipelines.conditioning import Conditioning
 from pipelines.sampling import seeded_noise
-from pipelines.vlm_batch import VlmSample
+from pipelines.vlm.batch import VlmSample
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig

@@ -245,7 +245,7 @@ def test_the_command_goes_on_and_writes_what_training_reads(
     content = out.read_bytes()
     (kept,) = (tmp_path / "pairs.answers").iterdir()
     kept.write_text(kept.read_text() + '\n{"key": "half a li')
-    monkeypatch.setattr("pipelines.vlm.VisionLanguageModel.generate", None)  # everything is answered already
+    monkeypatch.setattr("pipelines.vlm.model.VisionLanguageModel.generate", None)  # everything is answered already
     assert main(command) == 0 and out.read_bytes() == content
     assert main([*command, "--seed", "1"]) != 0
 

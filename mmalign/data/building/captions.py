@@ -20,7 +20,7 @@ from mmalign.core.seeds import derive_seed
 from mmalign.data.labels import LabelRecord, LabelTable
 from mmalign.shapes.language import PromptError
 from mmalign.shapes.perturb import KINDS, false_captions
-from rewards.contrast import make_contrast
+from rewards.language.contrast import make_contrast
 
 SCHEMA = pa.schema(
     [
@@ -60,8 +60,8 @@ def edits_of(source: Any) -> tuple[Edits, int]:
     """Return a source of rejected captions, and how many captions it may be asked about at a time.
 
     `source` is "shapes", which checks that an edited caption cannot be true as well, or what
-    `rewards.contrast.make_contrast` takes: "rules" of English, a file, or an endpoint. Of the rules, `drop` is left
-    out: a caption without one of its things is still true.
+    `rewards.language.contrast.make_contrast` takes: "rules" of English, a file, or an endpoint. Of the rules, `drop`
+    is left out: a caption without one of its things is still true.
     """
     if source == "shapes":
         return _shapes_edits, 1

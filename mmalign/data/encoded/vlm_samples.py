@@ -22,7 +22,7 @@ from mmalign.data.batches import TimedMedia, VlmPairBatch
 from mmalign.data.encoded.cache import cache_folder
 from mmalign.data.encoded.store import MEMORY_LIMIT, TensorStore
 from mmalign.data.vlm_pairs import VlmPair, VlmPairTable
-from pipelines.vlm_batch import VlmSample
+from pipelines.vlm.batch import VlmSample
 
 KeptT = TypeVar("KeptT")
 

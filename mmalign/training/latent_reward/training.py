@@ -43,8 +43,8 @@ from mmalign.training.latent_reward.comparisons import Comparisons, split
 from mmalign.training.latent_reward.config import LatentRewardConfig
 from mmalign.training.optim import build_optimizer, learning_rate_factor, load_optimizer_tensors, optimizer_tensors
 from mmalign.training.recipe import data_id, set_aside
-from rewards.latent_files import LatentParts
-from rewards.latent_network import MAX_LOGIT_SCALE, LatentNetwork
+from rewards.backbones.latent_files import LatentParts
+from rewards.backbones.latent_network import MAX_LOGIT_SCALE, LatentNetwork
 
 ACCURACY, METRICS, CONFIG = "accuracy.json", "metrics.jsonl", "config.yaml"
 

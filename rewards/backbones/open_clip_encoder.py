@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rewards.encoders import Encoder
+from rewards.backbones.encoder import Encoder
+from rewards.backbones.preprocess import Preprocess
+from rewards.backbones.weights import load_state, read_state
 from rewards.errors import RewardError, choices
-from rewards.preprocess import Preprocess
-from rewards.weights import load_state, read_state
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise, zip_longest
 from typing import Any
 
-from rewards.english import (
+from rewards.language.english import (
     NUMBERS,
     Phrase,
     is_plural,

@@ -22,12 +22,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rewards.checkpoints import build
-from rewards.cross_encoder import refuse_tokens
+from rewards.backbones.checkpoints import build
+from rewards.backbones.hf import features, load_pretrained
+from rewards.backbones.instruction import Template
+from rewards.backbones.preprocess import Preprocess
+from rewards.bases.cross_encoder import refuse_tokens
 from rewards.errors import RewardError
-from rewards.hf import features, load_pretrained
-from rewards.instruction import Template
-from rewards.preprocess import Preprocess
 
 MAX_RATIO = 200
 

@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rewards.combining.shaping import Z85, RunningStats, group_zscore, log_sigmoid_centred, par, reference_level
 from rewards.errors import RewardError, choices
-from rewards.shaping import Z85, RunningStats, group_zscore, log_sigmoid_centred, par, reference_level
 
 Bounds = tuple[float, float]
 Scores = Sequence[float] | Mapping[str, Sequence[float]] | str | PathLike[str]
@@ -57,7 +57,7 @@ class Transform(nn.Module):
 
 
 class LogSigmoid(Transform):
-    """LSC against the level of the reference policy (`rewards.shaping.log_sigmoid_centred`)."""
+    """LSC against the level of the reference policy (`rewards.combining.shaping.log_sigmoid_centred`)."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class LogSigmoid(Transform):
 
 
 class Par(Transform):
-    """PAR against reference scores (`rewards.shaping.par`)."""
+    """PAR against reference scores (`rewards.combining.shaping.par`)."""
 
     def __init__(self, *, references: Scores) -> None:
         """Read the references."""
@@ -141,7 +141,7 @@ class Log(Transform):
 
 
 class RunningZScore(Transform):
-    """Normalise by the scores seen so far (`rewards.shaping.RunningStats`)."""
+    """Normalise by the scores seen so far (`rewards.combining.shaping.RunningStats`)."""
 
     batch_invariant = False
 
@@ -165,7 +165,7 @@ class RunningZScore(Transform):
 
 
 class GroupZScore(Transform):
-    """Normalise among the samples of one prompt (`rewards.shaping.group_zscore`)."""
+    """Normalise among the samples of one prompt (`rewards.combining.shaping.group_zscore`)."""
 
     batch_invariant = False
     needs_prompts = True

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pipelines.vlm_batch import VlmBatch
+from pipelines.vlm.batch import VlmBatch
 
 MOST = 0.8
 """Rows are packed if they then have at most this share of the tokens, padding counted."""

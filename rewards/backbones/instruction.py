@@ -14,8 +14,8 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
+from rewards.backbones.weights import Weights, locate
 from rewards.errors import RewardError
-from rewards.weights import Weights, locate
 
 PLACEHOLDER = "{text_prompt}"
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.backbones.preprocess import Preprocess
 from rewards.errors import RewardError
-from rewards.preprocess import Preprocess
 
 
 def features(output: Any) -> Tensor:

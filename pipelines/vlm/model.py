@@ -1,6 +1,6 @@
 """Run a vision-language model: encode prompts with media, score completions, generate, adapt, save.
 
-One class serves every family of `pipelines.vlm_families`. Prompts and media go through the model's own processor and
+One class serves every family of `pipelines.vlm.families`. Prompts and media go through the model's own processor and
 chat format, one sample at a time; the batch is padded here, so that no sample depends on its neighbours. Nothing is
 ever cut: what is too long is an error.
 """
@@ -18,14 +18,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipelines import adapters, vlm_adapters
+from pipelines import adapters
 from pipelines.components import quiet_loading
 from pipelines.errors import PipelineError
-from pipelines.vlm_batch import PaddingSide, VlmBatch, VlmSample, collate
-from pipelines.vlm_decoding import NextToken
-from pipelines.vlm_families import FAMILIES, join, signature
-from pipelines.vlm_media import to_uint8, video_arguments
-from pipelines.vlm_packing import pack, saves, sees_everything
+from pipelines.vlm import adapters as vlm_adapters
+from pipelines.vlm.batch import PaddingSide, VlmBatch, VlmSample, collate
+from pipelines.vlm.decoding import NextToken
+from pipelines.vlm.families import FAMILIES, join, signature
+from pipelines.vlm.media import to_uint8, video_arguments
+from pipelines.vlm.packing import pack, saves, sees_everything
 
 Media = Sequence[Tensor]
 """One sample's media, in order: images `[3, H, W]` and videos `[F, 3, H, W]`, floats in [0, 1] or uint8."""

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rewards.backbones.hf import load_pretrained
 from rewards.errors import RewardError
-from rewards.hf import load_pretrained
 from rewards.media import pil_images
 
 

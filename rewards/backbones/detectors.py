@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor, nn
 
+from rewards.backbones.hf import load_pretrained
 from rewards.errors import RewardError
-from rewards.hf import load_pretrained
 
 OBJECTS = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",

@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rewards.checkpoints import build, locate_directory, read_checkpoint
+from rewards.backbones.checkpoints import build, locate_directory, read_checkpoint
+from rewards.backbones.hf import load_pretrained
+from rewards.backbones.weights import load_state
 from rewards.errors import RewardError
-from rewards.hf import load_pretrained
-from rewards.weights import load_state
 
 TOWER = "vision_tower.vision_tower."
 PROJECTOR = "mm_projector."

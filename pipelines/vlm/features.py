@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipelines.errors import PipelineError
-from pipelines.vlm import Media, VisionLanguageModel
+from pipelines.vlm.model import Media, VisionLanguageModel
 
 _METHODS = {"pixel_values": "get_image_features", "pixel_values_videos": "get_video_features"}
 

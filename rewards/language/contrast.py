@@ -1,6 +1,6 @@
 """Contrast prompts: captions that say something else, near enough to be confused with the true one.
 
-Three sources: rules of English (`rewards.contrast_rules`), a file, or a language model behind an endpoint.
+Three sources: rules of English (`rewards.language.contrast_rules`), a file, or a language model behind an endpoint.
 `make_contrast` builds one from what a configuration says, as a function from a prompt to a list of prompts.
 """
 
@@ -14,8 +14,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from rewards.contrast_rules import KINDS, LIMIT, plain, rule_contrast, without_duplicates
 from rewards.errors import RewardError, choices
+from rewards.language.contrast_rules import KINDS, LIMIT, plain, rule_contrast, without_duplicates
 
 Contrast = Callable[[str], list[str]]
 QUESTION = (
@@ -32,7 +32,7 @@ def make_contrast(spec: Any = "rules") -> Contrast:
 
     spec: `"rules"`; a path of a file (see `read_contrast`); a mapping of prompts to lists; or one of
     `{rules: {kinds: [...], limit: 24}}`, `{file: PATH, otherwise: rules}`, and
-    `{endpoint: URL, model: NAME, count: 10, ...}` with the options of `rewards.chat.ChatClient`.
+    `{endpoint: URL, model: NAME, count: 10, ...}` with the options of `rewards.backbones.chat.ChatClient`.
     """
     if callable(spec):
         return spec
@@ -104,8 +104,8 @@ class AskedContrast:
     """Contrast prompts of a language model; `concurrency` prompts may be asked for at a time."""
 
     def __init__(self, *, count: int = 10, **options: Any) -> None:
-        """count: how many for each prompt; options: those of `rewards.chat.ChatClient`."""
-        from rewards.chat import ChatClient
+        """count: how many for each prompt; options: those of `rewards.backbones.chat.ChatClient`."""
+        from rewards.backbones.chat import ChatClient
 
         allowed = set(inspect.signature(ChatClient).parameters)
         for option in options:

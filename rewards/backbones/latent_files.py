@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rewards.backbones.latent_network import LatentNetwork, cut_in_half
+from rewards.backbones.truncation import Truncation
+from rewards.backbones.weights import load_state, read_state
 from rewards.errors import RewardError
-from rewards.latent_network import LatentNetwork, cut_in_half
-from rewards.truncation import Truncation
-from rewards.weights import load_state, read_state
 
 RECORD, WEIGHTS, FORMAT = "latent_reward.json", "model.safetensors", 1
 

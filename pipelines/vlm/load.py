@@ -16,9 +16,9 @@ from pipelines.components import file_digest, fingerprint, parse_dtype, quiet_lo
 from pipelines.errors import MissingDependencyError, MissingModelError, PipelineError, choose, nearest
 from pipelines.hub import explained, fetch_file, is_hub_id, repository
 from pipelines.load import base_of
-from pipelines.vlm import VisionLanguageModel
-from pipelines.vlm_adapters import CONFIG_NAME, PEFT_WEIGHTS, is_vlm_adapter
-from pipelines.vlm_families import FAMILIES
+from pipelines.vlm.adapters import CONFIG_NAME, PEFT_WEIGHTS, is_vlm_adapter
+from pipelines.vlm.families import FAMILIES
+from pipelines.vlm.model import VisionLanguageModel
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 

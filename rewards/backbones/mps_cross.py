@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from rewards.backbones.heads import in_float32
 from rewards.errors import RewardError
-from rewards.heads import in_float32
 
 
 class Norm(nn.Module):

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rewards.backbones.load import check_mode
 from rewards.base import Reward
-from rewards.encoders import check_mode
+from rewards.bases.two_tower import unit
 from rewards.media import read_media
-from rewards.two_tower import unit
 
 
 class ReferenceReward(Reward):
@@ -28,7 +28,7 @@ class ReferenceReward(Reward):
     range = (-1.0, 1.0)
 
     def __init__(self, *, preprocessing: str = "differentiable", **options: Any) -> None:
-        """preprocessing: "differentiable" or "reference", as in `rewards.preprocess`."""
+        """preprocessing: "differentiable" or "reference", as in `rewards.backbones.preprocess`."""
         super().__init__(**options)
         self.preprocessing = check_mode(preprocessing)
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from pipelines.vlm_families import Vision
+from pipelines.vlm.families import Vision
 
 PaddingSide = Literal["left", "right"]
 

@@ -15,9 +15,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rewards.detectors import OBJECTS, Detection
-from rewards.english import NUMBERS, number, plural
+from rewards.backbones.detectors import OBJECTS, Detection
 from rewards.errors import RewardError, choices
+from rewards.language.english import NUMBERS, number, plural
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from rewards.base import Reward
-from rewards.combine_modes import WEIGHTED
-from rewards.derived import load_inner
+from rewards.bases.derived import load_inner
+from rewards.combining.combine_modes import WEIGHTED
+from rewards.combining.transforms import Transform, make_transform
 from rewards.errors import RewardError, choices
-from rewards.transforms import Transform, make_transform
 
 _OWN = ("name", "weight", "factor", "offset", "transform", "gate")
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rewards.encoders import Encoder
+from rewards.backbones.encoder import Encoder
+from rewards.backbones.hf import features, image_preprocessing, load_pretrained
+from rewards.backbones.preprocess import Preprocess
 from rewards.errors import RewardError, choices
-from rewards.hf import features, image_preprocessing, load_pretrained
-from rewards.preprocess import Preprocess
 
 
 class Family(NamedTuple):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.backbones.weights import read_state
 from rewards.errors import RewardError
-from rewards.weights import read_state
 
 BESIDES = ("*.json", "*.jinja", "*.model", "*.txt")  # configurations, chat templates, tokenizers
 FORMATS = ("model.safetensors", "pytorch_model.bin")
