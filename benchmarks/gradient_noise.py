@@ -69,11 +69,11 @@ def measure_config(path: str, overrides: list[str], draws: int) -> dict[str, Gra
             parameter.grad = None
         return flat
 
-    count = len(parts.feed.samples)
+    count = len(parts.sampler.samples)
 
     def batch_of(first: int, epoch: int) -> Any:
         indices = [(first + i) % count for i in range(size)]
-        return parts.feed.samples.batch(indices, epoch, config.trainer.seed).to(parts.feed.device)
+        return parts.sampler.samples.batch(indices, epoch, config.trainer.seed).to(parts.sampler.device)
 
     return {
         "same samples": estimate(lambda draw: gradient(batch_of(0, draw)), draws),

@@ -79,7 +79,7 @@ def _our_step(parts: Prepared, accelerator: Any) -> Callable[[], None]:
     optimizer = build_optimizer(parameters, learning_rate=LEARNING_RATE)
 
     def step() -> None:
-        for batch in parts.feed.micro_batches(next(count)):
+        for batch in parts.sampler.micro_batches(next(count)):
             accelerator.backward(parts.method.loss(parts.run, batch).loss)
         accelerator.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
@@ -92,7 +92,7 @@ def _bound_step(parts: Prepared) -> Callable[[], None]:
     """Return forward and backward on 2B images and one forward of the reference: no data, loss or optimiser."""
     generator, autocast = parts.run.generator, parts.run.autocast
     parameters = generator.trainable_parameters()
-    batch = next(parts.feed.micro_batches(0))
+    batch = next(parts.sampler.micro_batches(0))
     x, states = (torch.cat([part, part]) for part in (batch.chosen, batch.cond.prompt_embeds))
     t = torch.full((len(x),), 500, device=x.device)
 

@@ -35,3 +35,28 @@ def mean(mine: Tensor) -> Tensor:
     total = mine.detach().clone()
     torch.distributed.all_reduce(total)
     return total / torch.distributed.get_world_size()
+
+
+def is_main() -> bool:
+    """Tell whether this process is the one that writes, evaluates and exports."""
+    return rank() == 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return torch.distributed.get_world_size() if _several() else 1
+
+
+def broadcast(value: ObjectT) -> ObjectT:
+    """Return what the main process passed, on every process."""
+    if not _several():
+        return value
+    held = [value]
+    torch.distributed.broadcast_object_list(held)
+    return held[0]
+
+
+def wait_for_everyone() -> None:
+    """Return once every process has come this far."""
+    if _several():
+        torch.distributed.barrier()

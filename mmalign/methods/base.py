@@ -18,7 +18,6 @@ from torch import Tensor
 
 from mmalign.core.errors import UserError
 from mmalign.data.batches import LabelBatch, PairBatch, PromptBatch
-from mmalign.methods.run import Run
 from pipelines.noise import NoiseProcess
 
 __all__ = ["LabelBatch", "LossOutput", "Method", "MethodConfig", "Needs", "PairBatch", "PromptBatch", "TimestepRange"]
@@ -92,7 +91,11 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 class Method(ABC, Generic[ConfigT]):
-    """One fine-tuning method. Subclasses set the class attributes and write `loss`; online ones `collect` too."""
+    """One fine-tuning method. Subclasses set the class attributes and write `loss`; online ones `collect` too.
+
+    `run` is what the method sees of the run: `mmalign.run.Run` for image generators, `mmalign.run.VlmRun` for
+    vision-language models.
+    """
 
     name: ClassVar[str]
     Config: ClassVar[type[BaseModel]] = MethodConfig
@@ -127,7 +130,7 @@ class Method(ABC, Generic[ConfigT]):
         `source` is what the recipe names, read but not encoded, such as a `PairTable`; called before a weight is read.
         """
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: Any) -> None:
         """Load what the method learns with besides the recipe's rewards, once the run is ready; by default nothing.
 
         Raise a UserError for what does not belong to the model.
@@ -137,18 +140,28 @@ class Method(ABC, Generic[ConfigT]):
         """Return the conventions in one line, printed before training: what a number such as beta means here."""
         return self.name
 
-    def collect(self, run: Run, batches: Iterable[Any]) -> Iterable[Any]:
-        """Turn the micro-batches dealt for one round into what its updates learn from; by default they are it.
+    def collect(self, run: Any, batches: Iterable[Any]) -> Iterable[Any]:
+        """Turn the micro-batches sampled for one round into what its updates learn from; by default they are it.
 
         A method that learns from its own samples draws and scores them here.
         """
         return batches
 
+    def split(self, run: Any, collected: Iterable[Any]) -> Sequence[Iterable[Any]]:
+        """Cut a round into what each of its optimiser steps learns from; at least one step.
+
+        By default every step learns from all of it, `updates_per_round` times.
+        """
+        if self.updates_per_round == 1:
+            return [collected]
+        held = list(collected)
+        return [held] * self.updates_per_round
+
     @abstractmethod
-    def loss(self, run: Run, batch: Any) -> LossOutput:
+    def loss(self, run: Any, batch: Any) -> LossOutput:
         """Return the mean loss of a batch, with its graph, and the metrics to log."""
 
-    def learn(self, run: Run, batch: Any, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
+    def learn(self, run: Any, batch: Any, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
         """Add the gradient of a batch's loss and return its metrics; in parts, where one graph would be too large."""
         output = self.loss(run, batch)
         backward(output.loss)

@@ -18,13 +18,13 @@ from mmalign.losses import completion_mean, completion_sum
 from mmalign.methods.base import Method, MethodConfig
 from mmalign.methods.noising import pair_accuracy
 from mmalign.methods.reference import TokenValues
-from mmalign.methods.run import Run
+from mmalign.methods.run import VlmRun
 from pipelines.vlm.batch import VlmBatch, VlmSample
 
 
-def collate(run: Run, *sides: Sequence[VlmSample]) -> VlmBatch:
+def collate(run: VlmRun, *sides: Sequence[VlmSample]) -> VlmBatch:
     """Return samples of equally many pairs, side after side, as one batch on the model's device."""
-    batch: VlmBatch = run.generator.collate([sample for side in sides for sample in side])
+    batch: VlmBatch = run.model.collate([sample for side in sides for sample in side])
     return batch
 
 
@@ -74,10 +74,10 @@ class FixedSides(Method[Any]):
     _stored: dict[str, Float[Tensor, " sides"]] | None = None
 
     @abstractmethod
-    def sides(self, run: Run, batch: VlmPairBatch) -> tuple[list[VlmSample], ...]:
+    def sides(self, run: VlmRun, batch: VlmPairBatch) -> tuple[list[VlmSample], ...]:
         """Return what is compared, `images_per_sample` sides, chosen answers first."""
 
-    def beside(self, run: Run) -> list[str]:
+    def beside(self, run: VlmRun) -> list[str]:
         """Return what identifies the sides of every pair besides the pair itself."""
         return [""] * len(run.samples)
 
@@ -86,7 +86,7 @@ class FixedSides(Method[Any]):
         """Only where it answers at every step."""
         return bool(self.config.reference == "live")
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: VlmRun) -> None:
         """Let the reference answer all of the data, if that is asked for."""
         if self.keeps_reference:
             return
@@ -101,7 +101,7 @@ class FixedSides(Method[Any]):
         self._stored = dict(zip(run.samples.ids, stored, strict=True))
 
     def score(
-        self, run: Run, batch: VlmPairBatch, *, mean: bool = False
+        self, run: VlmRun, batch: VlmPairBatch, *, mean: bool = False
     ) -> tuple[TokenValues, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the policy's log-probs of all tokens, and the sums (or means) of policy and reference a side."""
         sides = self.sides(run, batch)

@@ -21,7 +21,7 @@ from mmalign.losses import dpo_logit, rdpo
 from mmalign.methods.base import LossOutput, Needs
 from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics, with_answers
 from mmalign.methods.noising import pair_accuracy
-from mmalign.methods.run import Run
+from mmalign.methods.run import VlmRun
 from pipelines import media_features
 from pipelines.vlm.batch import VlmSample
 
@@ -57,17 +57,17 @@ class RDPO(FixedSides):
                 f"{len(source)} pairs of {source.name} lack ('{missing[0]}' first); or take unseen: retrieved"
             )
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: VlmRun) -> None:
         """Find the nearest other media of every pair, with the features of the model that training starts from."""
         if self.config.unseen == "retrieved":
             self._nearest = dict(zip(run.samples.ids, nearest_others(run, run.samples), strict=True))
         super().begin(run)
 
-    def sides(self, run: Run, batch: VlmPairBatch) -> tuple[list[VlmSample], ...]:
+    def sides(self, run: VlmRun, batch: VlmPairBatch) -> tuple[list[VlmSample], ...]:
         """Return the chosen answers, the rejected ones about the same media, and the chosen ones about the others."""
         return batch.chosen, with_answers(batch.chosen, batch.rejected), self._unseen(run, batch)
 
-    def beside(self, run: Run) -> list[str]:
+    def beside(self, run: VlmRun) -> list[str]:
         """Return which other media every pair has."""
         if self.config.unseen == "column":
             return super().beside(run)
@@ -80,7 +80,7 @@ class RDPO(FixedSides):
         conventions = f"rdpo: beta={c.beta:g}, sums over tokens, no half factor, {weights}"
         return f"{conventions}, other media {c.unseen}, reference {c.reference}"
 
-    def loss(self, run: Run, batch: VlmPairBatch) -> LossOutput:
+    def loss(self, run: VlmRun, batch: VlmPairBatch) -> LossOutput:
         """Return the mean loss; "visual_accuracy" is that of the preference between media."""
         c = self.config
         _, scored, referred = self.score(run, batch)
@@ -92,13 +92,13 @@ class RDPO(FixedSides):
         metrics |= {"visual_accuracy": pair_accuracy(visual), "visual_logit": visual.mean()}
         return LossOutput(each.mean(), metrics)
 
-    def _unseen(self, run: Run, batch: VlmPairBatch) -> list[VlmSample]:
+    def _unseen(self, run: VlmRun, batch: VlmPairBatch) -> list[VlmSample]:
         """Return the chosen answers about the other media."""
         if self.config.unseen == "column":
             return with_answers(batch.rejected, batch.chosen)
         others = [run.samples.media(self._nearest[name]) for name in batch.ids]
         asked = [
-            run.generator.encode_prompt(prompt, other.media, fps=other.fps)
+            run.model.encode_prompt(prompt, other.media, fps=other.fps)
             for prompt, other in zip(batch.prompts, others, strict=True)
         ]
         return with_answers(asked, batch.chosen)
@@ -110,7 +110,7 @@ def _three(sides: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def nearest_others(run: Run, pairs: VlmPairs) -> list[int]:
+def nearest_others(run: VlmRun, pairs: VlmPairs) -> list[int]:
     """Return for every pair the number of one about other media, those with the largest cosine of vision features.
 
     Media that are byte for byte the same count as one; of equal cosines the first wins.
@@ -125,7 +125,7 @@ def nearest_others(run: Run, pairs: VlmPairs) -> list[int]:
     features = []
     with track(len(distinct), "look at media", unit="media") as job, run.autocast():
         for index in distinct:
-            features.append(media_features(run.generator, [pairs.media(index).media]).cpu())
+            features.append(media_features(run.model, [pairs.media(index).media]).cpu())
             job.advance(1)
     unit = normalize(torch.cat(features).float(), dim=-1)
     nearest = {}

@@ -15,7 +15,7 @@ from mmalign.data.batches import VlmPairBatch
 from mmalign.losses import completion_sum, rrpo, rrpo_logit, span_masks, token_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.completions import answer_metrics, collate, reduce_sides, token_log_probs
-from mmalign.methods.run import Run
+from mmalign.methods.run import VlmRun
 
 
 class RRPOConfig(MethodConfig):
@@ -51,7 +51,7 @@ class RRPO(Method[RRPOConfig]):
             f"rrpo: beta={c.beta:g} on differing tokens, sums, no half factor, + {c.alpha:g} KL(reference || policy)"
         )
 
-    def loss(self, run: Run, batch: VlmPairBatch) -> LossOutput:
+    def loss(self, run: VlmRun, batch: VlmPairBatch) -> LossOutput:
         """Return the mean loss of the pairs; `distance` is the divergence, a sum over the chosen answer's tokens."""
         c = self.config
         sides = collate(run, batch.chosen, batch.rejected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Shaped
@@ -17,24 +17,25 @@ from mmalign.data.batches import LabelBatch, PairBatch
 from mmalign.methods.reference import Reference, TokenValues
 from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.live import LiveRewards
+from pipelines import Generator, NoiseProcess, VisionLanguageModel
 from pipelines.conditioning import Conditioning
 from pipelines.vlm.batch import VlmBatch
 
+ModelT = TypeVar("ModelT", bound="Generator | VisionLanguageModel")
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-class Run:
-    """The view of a run that is handed to `Method.loss` and `Method.collect`.
+class BaseRun(Generic[ModelT]):
+    """What a method sees of a run, whatever the model.
 
-    Attributes: `generator` (pipelines; it may be a vision-language model), `process` (a generator's noise process),
-    `reference`, `score` (the rewards), `cost`, `seed`, `step`, the number of optimiser steps done so far, `shown`, the
-    images that the method made last, `kept`, the encoders that stay in memory because the method decodes, and
-    `samples`, what is learned from, encoded.
+    Attributes: `model`, the policy; `reference`; `score`, the rewards; `cost`; `seed`; `step`, the number of optimiser
+    steps done so far; `shown`, the images that the method made last; `kept`, the encoders that stay in memory because
+    the method decodes; `samples`, what is learned from, encoded.
     """
 
     def __init__(
         self,
-        generator: Any,
+        model: ModelT,
         *,
         seed: int = 0,
         reference: Reference | None = None,
@@ -44,7 +45,7 @@ class Run:
         samples: Any = (),
     ) -> None:
         """Bring the parts together; `autocast` makes the context in which the network is called."""
-        self.generator = generator
+        self.model = model
         self.samples = samples
         self.seed = seed
         self.cost = Cost()
@@ -56,9 +57,9 @@ class Run:
         self._reference = reference
 
     @property
-    def process(self) -> Any:
-        """The noise process of the generator; a vision-language model has none."""
-        return self.generator.process
+    def generator(self) -> ModelT:
+        """The policy, by the name that methods of image generators use."""
+        return self.model
 
     @property
     def reference(self) -> Reference:
@@ -70,51 +71,6 @@ class Run:
         if self._reference is None:
             raise RuntimeError("no reference was kept: declare it, `needs = Needs(..., reference=True)`")
         return self._reference
-
-    def predict(
-        self, x_t: Float[Tensor, "batch *latent"], t: Shaped[Tensor, " batch"], cond: Conditioning
-    ) -> Float[Tensor, "batch *latent"]:
-        """Return the policy's output, with its graph, in the run's precision; the result is float32."""
-        # Autocast ends with each call: its cache of cast weights must not outlive a reference call, whose casts have
-        # no graph.
-        with self.autocast():
-            return self.generator.predict(x_t, t, cond).float()
-
-    def log_probs(self, batch: VlmBatch) -> TokenValues:
-        """Return the policy's log-probability of every completion token, with its graph, and which columns are tokens.
-
-        For vision-language models; see `VisionLanguageModel.log_probs`.
-        """
-        with self.autocast():
-            found: TokenValues = self.generator.log_probs(batch)
-            return found
-
-    def logits(self, batch: VlmBatch) -> Float[Tensor, "batch tokens vocabulary"]:
-        """Return the logits from which the policy predicts every completion token, with their graph."""
-        with self.autocast():
-            found: Tensor = self.generator.completion_logits(batch)
-            return found
-
-    def decode(
-        self, latents: Float[Tensor, "batch channels h w"], *, checkpoint: bool = False
-    ) -> Float[Tensor, "batch 3 height width"]:
-        """Return the images of latents that the policy has sampled.
-
-        Raises:
-            TrainingDiverged: a latent is not finite.
-        """
-        if not bool(latents.detach().isfinite().all()):
-            raise TrainingDiverged(
-                f"after step {self.step} the model samples what is not finite; lower trainer.learning_rate, or use "
-                "trainer.precision bf16 or fp32, and run the same command again: it goes on from the last checkpoint"
-            )
-        images: Tensor = self.generator.decode_checkpointed(latents) if checkpoint else self.generator.decode(latents)
-        return images
-
-    def show(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
-        """Leave images in [0, 1] that the method made where the monitors find them, and count them."""
-        self.shown = (images.detach(), list(prompts))
-        self.cost.add(images_sampled=len(images))
 
     def seeds(self, ids: Sequence[str], epoch: int, purpose: str = "sample") -> list[int]:
         """Return one seed a sample, from (seed, purpose, id, epoch)."""
@@ -138,6 +94,45 @@ class Run:
             torch.randn(row.shape, generator=source, out=row)
         return noise.to(x.device)
 
+
+class Run(BaseRun[Generator]):
+    """The view of an image generator's run that is handed to `Method.loss` and `Method.collect`; see `BaseRun`."""
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The policy's noise process."""
+        return self.model.process
+
+    def predict(
+        self, x_t: Float[Tensor, "batch *latent"], t: Shaped[Tensor, " batch"], cond: Conditioning
+    ) -> Float[Tensor, "batch *latent"]:
+        """Return the policy's output, with its graph, in the run's precision; the result is float32."""
+        # Autocast ends with each call: its cache of cast weights must not outlive a reference call, whose casts have
+        # no graph.
+        with self.autocast():
+            return self.generator.predict(x_t, t, cond).float()
+
+    def decode(
+        self, latents: Float[Tensor, "batch channels h w"], *, checkpoint: bool = False
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return the images of latents that the policy has sampled.
+
+        Raises:
+            TrainingDiverged: a latent is not finite.
+        """
+        if not bool(latents.detach().isfinite().all()):
+            raise TrainingDiverged(
+                f"after step {self.step} the model samples what is not finite; lower trainer.learning_rate, or use "
+                "trainer.precision bf16 or fp32, and run the same command again: it goes on from the last checkpoint"
+            )
+        images: Tensor = self.generator.decode_checkpointed(latents) if checkpoint else self.generator.decode(latents)
+        return images
+
+    def show(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
+        """Leave images in [0, 1] that the method made where the monitors find them, and count them."""
+        self.shown = (images.detach(), list(prompts))
+        self.cost.add(images_sampled=len(images))
+
     def timesteps(
         self, batch: PairBatch | LabelBatch, low: int = 0, high: int | None = None, *, discount: float = 1.0
     ) -> Shaped[Tensor, " batch"]:
@@ -151,3 +146,22 @@ class Run:
             source.manual_seed(seed)
             drawn.append(self.process.sample_timesteps(1, generator=source, low=low, high=high, discount=discount))
         return torch.cat(drawn).to(batch.cond.prompt_embeds.device)
+
+
+class VlmRun(BaseRun[VisionLanguageModel]):
+    """The view of a vision-language model's run that is handed to `Method.loss`; see `BaseRun`."""
+
+    def log_probs(self, batch: VlmBatch) -> TokenValues:
+        """Return the policy's log-probability of every completion token, with its graph, and which columns are tokens.
+
+        See `VisionLanguageModel.log_probs`.
+        """
+        with self.autocast():
+            found: TokenValues = self.model.log_probs(batch)
+            return found
+
+    def logits(self, batch: VlmBatch) -> Float[Tensor, "batch tokens vocabulary"]:
+        """Return the logits from which the policy predicts every completion token, with their graph."""
+        with self.autocast():
+            found: Tensor = self.model.completion_logits(batch)
+            return found

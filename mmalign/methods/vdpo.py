@@ -21,7 +21,7 @@ from mmalign.data.video.operators import get_operator
 from mmalign.losses import chosen_anchor, completion_mean, dpo_logit, select_by_divergence, token_jsd, vdpo
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.completions import answer_metrics, collate, reduce_sides, with_answers
-from mmalign.methods.run import Run
+from mmalign.methods.run import VlmRun
 from pipelines import media_features
 from pipelines.vlm.batch import VlmSample
 
@@ -70,7 +70,7 @@ class VDPO(Method[VDPOConfig]):
         of = f"jsd of {c.candidates}" if c.selection == "jsd" else c.selection
         return f"vdpo: beta={c.beta:g}, sums over tokens, no half factor, perturbation {of} ({', '.join(c.operators)})"
 
-    def loss(self, run: Run, batch: VlmPairBatch) -> LossOutput:
+    def loss(self, run: VlmRun, batch: VlmPairBatch) -> LossOutput:
         """Return the mean loss; of the metrics, "rejected" is the chosen answer given the perturbed media."""
         c = self.config
         perturbed, weight = self._perturbed(run, batch)
@@ -83,14 +83,14 @@ class VDPO(Method[VDPOConfig]):
         metrics = answer_metrics(policy, reference, dpo_logit(*policy, *reference, beta=c.beta))
         return LossOutput(each.mean(), metrics if weight is None else {**metrics, "weight": weight.mean()})
 
-    def _perturbed(self, run: Run, batch: VlmPairBatch) -> tuple[list[VlmSample], Float[Tensor, " batch"] | None]:
+    def _perturbed(self, run: VlmRun, batch: VlmPairBatch) -> tuple[list[VlmSample], Float[Tensor, " batch"] | None]:
         """Return the chosen answers about the perturbed media that were selected, and the weights of the pairs."""
         c = self.config
         media = [decode() for decode in batch.media]
         count = c.candidates if c.selection == "jsd" else 1
         bags = [self._bag(run, one, name, batch.epoch, count) for one, name in zip(media, batch.ids, strict=True)]
         asked = [
-            [run.generator.encode_prompt(prompt, bag[k].media, fps=bag[k].fps) for k in range(count)]
+            [run.model.encode_prompt(prompt, bag[k].media, fps=bag[k].fps) for k in range(count)]
             for prompt, bag in zip(batch.prompts, bags, strict=True)
         ]
         samples = [with_answers(row, [one] * count) for row, one in zip(asked, batch.chosen, strict=True)]
@@ -104,7 +104,7 @@ class VDPO(Method[VDPOConfig]):
         )
         return [row[k] for row, k in zip(samples, index.tolist(), strict=True)], weight
 
-    def _bag(self, run: Run, media: TimedMedia, name: str, epoch: int, count: int) -> list[TimedMedia]:
+    def _bag(self, run: VlmRun, media: TimedMedia, name: str, epoch: int, count: int) -> list[TimedMedia]:
         """Return perturbed versions of one sample's media: each operator once, in random order, before any again."""
         names = self.config.operators
         order = torch.randperm(len(names), generator=run.random("perturb", name, epoch)).tolist()
@@ -115,14 +115,14 @@ class VDPO(Method[VDPOConfig]):
             bag.append(TimedMedia(tuple(torch.as_tensor(operator(one, seed=seed)) for one in media.media), media.fps))
         return bag
 
-    def _relevance(self, run: Run, media: list[TimedMedia], bags: list[list[TimedMedia]]) -> Tensor:
+    def _relevance(self, run: VlmRun, media: list[TimedMedia], bags: list[list[TimedMedia]]) -> Tensor:
         """Return the cosine of the features of every candidate to those of the media, by the frozen vision tower."""
         rows = [[own.media, *(one.media for one in bag)] for own, bag in zip(media, bags, strict=True)]
         with run.reference.active(), run.autocast():
-            features = torch.stack([media_features(run.generator, row) for row in rows])
+            features = torch.stack([media_features(run.model, row) for row in rows])
         return cosine_similarity(features[:, :1], features[:, 1:], dim=-1)
 
-    def _divergence(self, run: Run, chosen: list[VlmSample], samples: list[list[VlmSample]]) -> Tensor:
+    def _divergence(self, run: VlmRun, chosen: list[VlmSample], samples: list[list[VlmSample]]) -> Tensor:
         """Return how far each candidate moves the policy's expectation of the answer, a mean of `token_jsd`."""
         clean = collate(run, chosen)
         expected, mask = run.logits(clean), clean.token_mask

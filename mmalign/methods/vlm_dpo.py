@@ -13,7 +13,7 @@ from mmalign.losses import beta_of_gap, chosen_anchor, dpo, dpo_logit, sft
 from mmalign.losses.pair_loss import LossType
 from mmalign.methods.base import LossOutput, Needs
 from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics
-from mmalign.methods.run import Run
+from mmalign.methods.run import VlmRun
 from pipelines.vlm.batch import VlmSample
 
 
@@ -64,7 +64,7 @@ class VlmDPO(FixedSides):
                 f"{len(source)} pairs of {source.name} lack ('{missing[0]}' first); fill it in, or remove margin_rise"
             )
 
-    def sides(self, run: Run, batch: VlmPairBatch) -> tuple[list[VlmSample], ...]:
+    def sides(self, run: VlmRun, batch: VlmPairBatch) -> tuple[list[VlmSample], ...]:
         """Return the chosen and the rejected answers."""
         return batch.chosen, batch.rejected
 
@@ -75,7 +75,7 @@ class VlmDPO(FixedSides):
         extras += [f"{name}={getattr(c, name):g}" for name in _WEIGHTS if getattr(c, name)]
         return f"{self.name}: beta={c.beta:g}, no half factor, {', '.join(extras)}, reference {c.reference}"
 
-    def loss(self, run: Run, batch: VlmPairBatch) -> LossOutput:
+    def loss(self, run: VlmRun, batch: VlmPairBatch) -> LossOutput:
         """Return the mean loss of the pairs; metrics hold the log-probabilities of both models on both answers."""
         c = self.config
         values, policy, reference = self.score(run, batch, mean=c.length_normalised)

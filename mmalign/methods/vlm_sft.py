@@ -8,7 +8,7 @@ from mmalign.data.batches import VlmPairBatch
 from mmalign.losses import sft
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.completions import collate
-from mmalign.methods.run import Run
+from mmalign.methods.run import VlmRun
 
 
 class VlmSFTConfig(MethodConfig):
@@ -26,6 +26,6 @@ class VlmSFT(Method[VlmSFTConfig]):
         """Return the convention of the loss."""
         return "vlm_sft: cross-entropy of the chosen answers, a mean over the tokens of each"
 
-    def loss(self, run: Run, batch: VlmPairBatch) -> LossOutput:
+    def loss(self, run: VlmRun, batch: VlmPairBatch) -> LossOutput:
         """Return the mean cross-entropy of the chosen answers."""
         return LossOutput(sft(*run.log_probs(collate(run, batch.chosen))).mean())

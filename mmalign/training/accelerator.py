@@ -11,9 +11,10 @@ from mmalign.training.tracking import check_trackers
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
+    from mmalign.training.latent_reward.config import LatentRewardConfig
 
 
-def make_accelerator(config: RunConfig, *, watched: bool = True) -> Any:
+def make_accelerator(config: RunConfig | LatentRewardConfig, *, watched: bool = True) -> Any:
     """Return the accelerator of this run; several runs may follow each other in one process (the demo's do).
 
     Raises:

@@ -8,8 +8,8 @@ from pathlib import Path
 from mmalign.config.run import RunConfig, dump_config
 from mmalign.core.errors import UserError
 from mmalign.core.progress import note
-from mmalign.training.loop import train_one
 from mmalign.training.output import CONFIG_FILE, is_finished
+from mmalign.training.single import train_one
 
 
 def check_chain(resume: str, what: str, work: str) -> None:

@@ -11,33 +11,10 @@ from mmalign.core.errors import UserError
 from mmalign.core.precision import round_frozen
 from mmalign.core.resources import resolve_model, shipped
 from mmalign.core.seeds import derive_seed
+from mmalign.training.tasks import task_of
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
-
-EXPORTS = {
-    ("draws", "full"): "model_index.json",
-    ("draws", "lora"): "pytorch_lora_weights.safetensors",
-    ("answers", "full"): "config.json",
-    ("answers", "lora"): "adapter_config.json",
-}
-"""What a model does and how it was trained -> the file by which its export is known."""
-
-
-def answers(config: RunConfig) -> bool:
-    """Tell whether the run trains a vision-language model."""
-    return config.modality == "vlm"
-
-
-def open_model(config: RunConfig, path: str, device: Any) -> Any:
-    """Return the model, or base and adapter, at a path or Hub id, in float32; a generator's encoders come later."""
-    if answers(config):
-        from pipelines import load_vlm
-
-        return load_vlm(path, dtype="float32", device=device, attention=config.attention, resolve=resolve_model)
-    from pipelines import load_generator
-
-    return load_generator(path, dtype="float32", device=device, attention=config.attention, resolve=resolve_model)
 
 
 def load_model(config: RunConfig, device: Any) -> Any:
@@ -49,22 +26,13 @@ def load_model(config: RunConfig, device: Any) -> Any:
     from pipelines.attention import prefer_trainable_sdpa
 
     prefer_trainable_sdpa(device)
-    model = open_model(config, resolve_model(config.model), device)
+    model = task_of(config).load_model(config, resolve_model(config.model), device)
     if model.has_adapter:
         raise UserError(
             f"model {config.model} is an adapter on {model.name_or_path}; train from that, or merge it first: "
             f"`mmalign merge {config.model} --out DIR`, then model: DIR"
         )
     return model
-
-
-def content_id(config: RunConfig, model: Any) -> str:
-    """Return what identifies a whole model by its content, without an adapter."""
-    if answers(config):
-        from pipelines import fingerprint_vlm
-
-        return fingerprint_vlm(model.name_or_path)
-    return str(model.model_id)
 
 
 def make_trainable(model: Any, config: RunConfig) -> None:
@@ -78,9 +46,7 @@ def make_trainable(model: Any, config: RunConfig) -> None:
     round_frozen(model.network, trainer.precision)
     if trainer.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    if not answers(config):
-        # Of a vision-language model the dropout, which no flag would switch off for the reference alone, stays off.
-        model.network.train()
+    task_of(config).set_mode(model)
 
 
 def base_model_name(config: RunConfig) -> str:
@@ -96,7 +62,8 @@ def whole_model(config: RunConfig, trained: Path, merged: Path) -> Path:
     """Return a model to start from: the export itself, or for an adapter, its base with the adapter merged in."""
     if config.adapter.kind == "full":
         return trained
-    save_whole(open_model(config.model_copy(update={"attention": "sdpa"}), str(trained), "cpu"), trained, merged)
+    plain = config.model_copy(update={"attention": "sdpa"})
+    save_whole(task_of(config).load_model(plain, str(trained), "cpu"), trained, merged)
     return merged
 
 

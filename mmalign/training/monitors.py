@@ -35,9 +35,9 @@ LEAST_RATIO = 1e-3
 LEAST_HIGH_FREQUENCY = 0.01
 """A rise of the high-frequency share never counts below this, since flat pictures start near 0."""
 NOISE_MARGIN = 3.25
-"""A held-out reward must fall by more than so many times its noise from look to look."""
+"""A held-out reward must fall by more than so many times its noise from evaluation to evaluation."""
 PREFIX = "evaluation/"
-_ON_LOOKS = ("over_optimisation", "memorising")
+_ON_EVALUATIONS = ("over_optimisation", "memorising")
 _ADVICE = {
     "over_optimisation": "over-optimisation, the policy has found what the reward overlooks; stop earlier (the "
     "checkpoint before the fall is the better model), lower the adapter's scale, or penalise the distance to the "
@@ -58,7 +58,7 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Alarm:
-    """One thing that a run should be looked at for; `stop`: the configuration wants the run ended by it."""
+    """One thing that a run should be checked for; `stop`: the configuration wants the run ended by it."""
 
     name: str
     step: int
@@ -81,7 +81,7 @@ class _State:
     starts: dict[str, list[float]] = field(default_factory=dict)  # the first observations of each series
     recent: dict[str, list[float]] = field(default_factory=dict)  # the last ones
     smooth: dict[str, float] = field(default_factory=dict)
-    looks: dict[str, list[float]] = field(default_factory=dict)
+    evaluations: dict[str, list[float]] = field(default_factory=dict)
     spreads: dict[str, float] = field(default_factory=dict)
     streaks: dict[str, list[int]] = field(default_factory=dict)  # beyond in a row, back in a row, warned
     pending: list[Alarm] = field(default_factory=list)
@@ -99,7 +99,7 @@ class Monitors:
         self.lower_is_better = frozenset(lower_is_better)
         self._state = _State()
 
-    def pictures(
+    def images(
         self, step: int, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
     ) -> dict[str, float]:
         """Measure sampled images in [0, 1] and return the metrics to log; images of equal prompts form a group.
@@ -116,7 +116,7 @@ class Monitors:
             return {}
         numbers = torch.stack([diversity(images, kept), saturation(images).mean(), high_frequency(images).mean()])
         spread, clipped, fine = numbers.tolist()  # one transfer from the device
-        self._watch_pictures(step, spread, clipped, fine)
+        self._watch_images(step, spread, clipped, fine)
         values = {"monitor/diversity": spread, "monitor/saturation": clipped, "monitor/high_frequency": fine}
         if math.isnan(spread):
             del values["monitor/diversity"]
@@ -140,7 +140,7 @@ class Monitors:
         square = None if growth is None else growth**2
         self._watch_update(step, "kl", values.get("kl"), self.config.kl_limit, square, LEAST_RATIO**2)
 
-    def look(self, step: int, scores: Mapping[str, float], spreads: Mapping[str, float] | None = None) -> None:
+    def evaluation(self, step: int, scores: Mapping[str, float], spreads: Mapping[str, float] | None = None) -> None:
         """Take the mean of each reward on the held-out prompts, as `evaluation/NAME` or `NAME`.
 
         `spreads`: the standard deviation of each reward over the prompts, which is the unit that falls are measured
@@ -155,7 +155,7 @@ class Monitors:
         for key, score in scores.items():
             if math.isfinite(score):
                 name = key.removeprefix(PREFIX)
-                self._state.looks.setdefault(name, []).append(score)
+                self._state.evaluations.setdefault(name, []).append(score)
                 (self._watch_memorising if name in self.trained_on else self._watch_held_out)(step, name)
 
     def alarms(self) -> list[Alarm]:
@@ -169,9 +169,11 @@ class Monitors:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`: the same observations raise the same alarms as without the interruption."""
+        if "looks" in state:  # the key's name until 0.1
+            state = {"evaluations": state["looks"], **{key: state[key] for key in state if key != "looks"}}
         self._state = _State(**{**state, "pending": [Alarm(**alarm) for alarm in state["pending"]]})
 
-    def _watch_pictures(self, step: int, spread: float, clipped: float, fine: float) -> None:
+    def _watch_images(self, step: int, spread: float, clipped: float, fine: float) -> None:
         c = self.config
         start, now, _ = self._follow("diversity", spread)
         if c.diversity_drop is not None:
@@ -206,15 +208,15 @@ class Monitors:
         if self.config.held_out_drop is None:
             return
         start, now, noise = self._course("reward")
-        looks = self._looks(name)
+        scores = self._evaluations(name)
         # Medians, as the best of many noisy looks is better than any of them deserves.
-        best = max(statistics.median(looks[max(0, end - 3) : end]) for end in range(1, len(looks) + 1))
-        excess = (best - looks[-1]) / self._margin(name) if now - start > noise else 0.0
+        best = max(statistics.median(scores[max(0, end - 3) : end]) for end in range(1, len(scores) + 1))
+        excess = (best - scores[-1]) / self._margin(name) if now - start > noise else 0.0
         sign, fell = (-1, "rose") if name in self.lower_is_better else (1, "fell")
         trained = " + ".join(sorted(self.trained_on)) or "of the run"
         seen = (
             f"the training reward {trained} rose from {start:.3g} to {now:.3g} while the "
-            f"held-out {name} {fell} from {sign * best:.3g} to {sign * looks[-1]:.3g}"
+            f"held-out {name} {fell} from {sign * best:.3g} to {sign * scores[-1]:.3g}"
         )
         self._judge(step, f"over_optimisation/{name}", excess, seen)
 
@@ -224,14 +226,14 @@ class Monitors:
         if self.config.memorising_share is None or not comparable or name in self.lower_is_better:
             return
         start, now, noise = self._course(own)
-        looks = self._looks(name)
-        missing = (now - start) - (looks[-1] - looks[0])
+        scores = self._evaluations(name)
+        missing = (now - start) - (scores[-1] - scores[0])
         excess = 0.0
         if now - start > max(noise, 2 * self._margin(name)):
             excess = missing / ((now - start) * (1 - self.config.memorising_share))
         seen = (
-            f"{name} rose from {start:.3g} to {now:.3g} on the training prompts and went from {looks[0]:.3g} to "
-            f"{looks[-1]:.3g} on the held-out ones"
+            f"{name} rose from {start:.3g} to {now:.3g} on the training prompts and went from {scores[0]:.3g} to "
+            f"{scores[-1]:.3g} on the held-out ones"
         )
         self._judge(step, f"memorising/{name}", excess, seen)
 
@@ -259,16 +261,16 @@ class Monitors:
         recent.append(value)
         del recent[:-WINDOW]
 
-    def _looks(self, name: str) -> list[float]:
-        """Return all looks at a reward with the sign that makes higher better."""
+    def _evaluations(self, name: str) -> list[float]:
+        """Return all scores of a reward with the sign that makes higher better."""
         sign = -1.0 if name in self.lower_is_better else 1.0
-        return [sign * score for score in self._state.looks[name]]
+        return [sign * score for score in self._state.evaluations[name]]
 
     def _margin(self, name: str) -> float:
         """Return by how much a held-out reward must fall to count."""
-        looks = self._state.looks[name]
-        spread = self._state.spreads.get(name, max(map(abs, looks)) / 4)
-        return max((self.config.held_out_drop or 0.0) * spread, NOISE_MARGIN * _noise(looks), 1e-12)
+        scores = self._state.evaluations[name]
+        spread = self._state.spreads.get(name, max(map(abs, scores)) / 4)
+        return max((self.config.held_out_drop or 0.0) * spread, NOISE_MARGIN * _noise(scores), 1e-12)
 
     def _judge(self, step: int, key: str, excess: float, seen: str) -> None:
         """Count an observation, whose threshold is at excess 1, and raise the alarm `key` when it is due."""
@@ -278,7 +280,7 @@ class Monitors:
         beyond, back = (beyond + 1 if excess > 1 else 0), (back + 1 if excess < 0.5 else 0)
         if not warned and beyond >= self.config.patience:
             name = key.split("/")[0]
-            times = f"{beyond} {'look' if name in _ON_LOOKS else 'line'}{'s' * (beyond > 1)} in a row"
+            times = f"{beyond} {'evaluation' if name in _ON_EVALUATIONS else 'line'}{'s' * (beyond > 1)} in a row"
             sentence = f"step {step}: {seen} ({times}): {_ADVICE[name]}"
             self._state.pending.append(Alarm(name, step, sentence, self.config.action == "stop"))
             warned = 1

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mmalign.config.run import dump_config
-from mmalign.core.files import write_atomically
-from mmalign.training.models import EXPORTS
-
-if TYPE_CHECKING:
-    from mmalign.config.run import RunConfig
-
-
-CONFIG_FILE, CARD_FILE = "config.yaml", "README.md"
-
-
-def write_config(config: RunConfig, output: Path) -> None:
-    """Write the resolved configuration, from which the run can be repeated."""
-    write_atomically(output / CONFIG_FILE, dump_config(config))
+CONFIG_FILE, CARD_FILE, CHECKPOINTS = "config.yaml", "README.md", "checkpoints"
+EXPORT_FILES = {
+    ("image", "full"): "model_index.json",
+    ("image", "lora"): "pytorch_lora_weights.safetensors",
+    ("vlm", "full"): "config.json",
+    ("vlm", "lora"): "adapter_config.json",
+}
+"""(modality, adapter.kind) -> the file by which an export is known."""
 
 
 def has_export(output: Path) -> bool:
     """Tell whether a folder holds exported weights, whatever they were trained by."""
-    return any((output / name).is_file() for name in EXPORTS.values())
+    return any((output / name).is_file() for name in EXPORT_FILES.values())
 
 
 def is_finished(output: Path) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 from mmalign.config.run import RunConfig
 from mmalign.core.errors import UserError
 from mmalign.methods.base import Method
-from mmalign.training.models import answers
 from mmalign.training.optim import warmup_steps
+from mmalign.training.tasks import task_of
 
 
 @dataclass
@@ -70,7 +70,7 @@ def make_plan(config: RunConfig, method: Method[Any], samples: int, generator: A
         steps=trainer.steps,
         samples_per_step=per_step,
         images_per_step=per_step * method.images_per_sample,
-        unit="answers" if answers(config) else "images",
+        unit=task_of(config).unit,
         epochs=rounds / (samples // per_step),
         trainable=sum(p.numel() for p in generator.trainable_parameters()),
         parameters=sum(p.numel() for p in generator.network.parameters()),

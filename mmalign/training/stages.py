@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmalign.config.run import dump_config
 from mmalign.core.files import write_atomically
@@ -17,8 +17,8 @@ from mmalign.training.chain import check_chain, train_once
 from mmalign.training.models import whole_model
 from mmalign.training.output import CONFIG_FILE
 from mmalign.training.plan import check_enough
-from mmalign.training.prepare import open_source
 from mmalign.training.recipe import build_method, set_aside
+from mmalign.training.tasks import task_of
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
@@ -35,14 +35,12 @@ def train_in_stages(config: RunConfig, resume: str = "auto") -> Path:
     Raises:
         UserError: the configuration cannot work, a stage has too few pairs; and what a training raises.
     """
-    from mmalign.data.vlm_pairs import VlmPairTable
-
     check_chain(resume, "stages", "are merged")
     method, output = build_method(config), Path(config.output)
     limit = config.data.limit  # of each stage's pairs, not of all together
-    source = open_source(config.model_copy(update={"data": config.data.model_copy(update={"limit": None})}), method)
+    whole = config.model_copy(update={"data": config.data.model_copy(update={"limit": None})})
+    source: Any = task_of(config).open_source(whole, method)
     method.check_data(source)
-    assert isinstance(source, VlmPairTable)
     for difficulty, count in Counter(source.difficulties()).items():
         check_enough(min(count, limit or count), config, 1, f"pairs of difficulty {difficulty}")
     if resume == "never":

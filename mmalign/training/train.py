@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from mmalign.core.errors import UserError
 from mmalign.training.accelerator import make_accelerator
-from mmalign.training.loop import train_one
 from mmalign.training.models import make_trainable
 from mmalign.training.plan import Plan, make_plan
 from mmalign.training.prepare import open_inputs
 from mmalign.training.recipe import build_method, complete
 from mmalign.training.rounds import train_in_rounds
+from mmalign.training.single import train_one
 from mmalign.training.stages import train_in_stages
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from tiny_runs import InMemoryPairs
 from mmalign.core.errors import UserError
 from mmalign.core.precision import autocast, round_frozen
 from mmalign.data.batches import LabelBatch
-from mmalign.data.feed import Feed
+from mmalign.data.sampler import BatchSampler
 from mmalign.losses import diffusion_dpo
 from mmalign.methods import methods
 from mmalign.methods.base import MethodConfig, TimestepRange
@@ -164,7 +164,7 @@ def test_sft_is_the_denoising_error(model: str) -> None:
 def test_training_makes_the_policy_prefer_the_chosen_side(model: str, kind: str) -> None:
     run, pairs = make_run(model, kind), InMemoryPairs(24)
     pairs.chosen, pairs.rejected = pairs.chosen * 0.5 + 1, pairs.rejected * 0.5 - 1
-    feed = Feed(pairs, batch_size=8)
+    feed = BatchSampler(pairs, batch_size=8)
     method = DiffusionDPO(DiffusionDPOConfig(beta=100.0))
     optimizer = torch.optim.AdamW(run.generator.trainable_parameters(), lr=3e-3 if kind == "full" else 3e-2)
     seen = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import ExactRun, write_answer_pairs
+from tiny_runs import write_answer_pairs
 from tiny_vlms import build_llava_onevision
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.rdpo import nearest_others
 from mmalign.methods.reference import Reference
-from mmalign.methods.run import Run
+from mmalign.methods.run import VlmRun
 from pipelines import VisionLanguageModel, load_vlm
 
 Video = Tensor
@@ -33,7 +33,7 @@ CHOSEN, REJECTED = ("it falls", "red"), ("it rises", "rad!")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> VlmRun:
     """A policy that has moved away from its reference."""
     folder = build_llava_onevision(tmp_path_factory.mktemp("models") / "vlm")
     model = load_vlm(folder, device="cpu", dtype=torch.float64)
@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     with torch.no_grad():
         for parameter in model.trainable_parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=source))
-    return ExactRun(model, reference=Reference(model, "adapter"), seed=7)
+    return VlmRun(model, reference=Reference(model, "adapter"), seed=7)
 
 
 def video(seed: int) -> Video:
@@ -76,9 +76,9 @@ def make(name: str, **options: Any) -> Method[Any]:
     return method
 
 
-def alone(run: Run, shown: Video, answer: str) -> tuple[Tensor, Tensor]:
+def alone(run: VlmRun, shown: Video, answer: str) -> tuple[Tensor, Tensor]:
     """Logits and log-probs of one answer's tokens in a batch of its own, under (policy, reference), stacked."""
-    model = run.generator
+    model = run.model
     batch = model.encode(["what?"], [[shown]], [answer])
     logits = [model.completion_logits(batch)[0]]
     with model.adapter_disabled():
@@ -88,7 +88,7 @@ def alone(run: Run, shown: Video, answer: str) -> tuple[Tensor, Tensor]:
     return probabilities, probabilities.log()[:, torch.arange(stacked.shape[1]), batch.completion_ids[0]]
 
 
-def delta(run: Run, shown: Video, answer: str) -> float:
+def delta(run: VlmRun, shown: Video, answer: str) -> float:
     """The log-probability of an answer under the policy minus that under the reference."""
     policy, reference = alone(run, shown, answer)[1].sum(1).tolist()
     return policy - reference
@@ -98,12 +98,12 @@ def log_sigmoid(z: float) -> float:
     return -math.log(1 + math.exp(-z))
 
 
-def text_margins(run: Run) -> list[float]:
+def text_margins(run: VlmRun) -> list[float]:
     return [delta(run, video(i), CHOSEN[i]) - delta(run, video(i), REJECTED[i]) for i in (0, 1)]
 
 
-def test_vlm_dpo_is_its_formula(run: Run) -> None:
-    batch = make_batch(run.generator)
+def test_vlm_dpo_is_its_formula(run: VlmRun) -> None:
+    batch = make_batch(run.model)
     margins = text_margins(run)
     assert max(map(abs, margins)) > 0.1  # the policy has moved
     output = make("vlm_dpo", beta=0.3).loss(run, batch)
@@ -129,19 +129,19 @@ def test_vlm_dpo_is_its_formula(run: Run) -> None:
     assert output.loss.item() == pytest.approx(expected / 2, abs=1e-9)
 
 
-def test_vlm_sft_is_the_cross_entropy_of_chosen_answers(run: Run) -> None:
+def test_vlm_sft_is_the_cross_entropy_of_chosen_answers(run: VlmRun) -> None:
     means = [alone(run, video(i), CHOSEN[i])[1][0].mean().item() for i in (0, 1)]
-    found = make("vlm_sft").loss(run, make_batch(run.generator)).loss
+    found = make("vlm_sft").loss(run, make_batch(run.model)).loss
     assert found.item() == pytest.approx(-sum(means) / 2, abs=1e-9)
 
 
-def test_the_rejected_side_may_have_media_of_its_own(run: Run) -> None:
+def test_the_rejected_side_may_have_media_of_its_own(run: VlmRun) -> None:
     z = [0.3 * (delta(run, video(i), CHOSEN[i]) - delta(run, video(5 + i), REJECTED[i])) for i in (0, 1)]
-    found = make("vlm_dpo", beta=0.3).loss(run, make_batch(run.generator, others=(5, 6))).loss
+    found = make("vlm_dpo", beta=0.3).loss(run, make_batch(run.model, others=(5, 6))).loss
     assert found.item() == pytest.approx(sum(map(lambda one: -log_sigmoid(one), z)) / 2, abs=1e-9)
 
 
-def test_rrpo_is_its_formula(run: Run) -> None:
+def test_rrpo_is_its_formula(run: VlmRun) -> None:
     # "it falls" / "it rises": "fall" against "rise" at bytes 3 to 6; "red" / "rad!": byte 1, and an insertion at 3.
     spans = [(slice(3, 7), slice(3, 7)), ([1], [1, 3])]
     expected, bounds = 0.0, []
@@ -152,32 +152,32 @@ def test_rrpo_is_its_formula(run: Run) -> None:
         policy, reference = probabilities
         bounds.append(float((reference * (reference.log() - policy.log())).sum()))
         expected += -log_sigmoid(0.3 * u) + 0.05 * bounds[-1]
-    output = make("rrpo", beta=0.3, alpha=0.05).loss(run, make_batch(run.generator))
+    output = make("rrpo", beta=0.3, alpha=0.05).loss(run, make_batch(run.model))
     assert output.loss.item() == pytest.approx(expected / 2, abs=1e-9)
     assert float(output.metrics["distance"]) == pytest.approx(sum(bounds) / 2, abs=1e-9)
     assert float(output.metrics["differing_tokens"]) == (4 + 4 + 1 + 2) / 4
 
 
-def test_vdpo_with_one_perturbation_is_its_formula(run: Run) -> None:
+def test_vdpo_with_one_perturbation_is_its_formula(run: VlmRun) -> None:
     z = [0.3 * (delta(run, video(i), CHOSEN[i]) - delta(run, video(i).flip(0), CHOSEN[i])) for i in (0, 1)]
     method = make("vdpo", beta=0.3, selection="random", operators=["reverse"], anchor_weight=0.5)
     expected = sum(-log_sigmoid(one) for one in z)
     expected -= 0.5 * sum(log_sigmoid(0.3 * delta(run, video(i), CHOSEN[i])) for i in (0, 1))
-    assert method.loss(run, make_batch(run.generator)).loss.item() == pytest.approx(expected / 2, abs=1e-9)
+    assert method.loss(run, make_batch(run.model)).loss.item() == pytest.approx(expected / 2, abs=1e-9)
 
     frozen = [video(i)[:1].repeat(4, 1, 1, 1) for i in (0, 1)]
-    still = replace(make_batch(run.generator), media=[partial(TimedMedia, (one,), 1.0) for one in frozen])
+    still = replace(make_batch(run.model), media=[partial(TimedMedia, (one,), 1.0) for one in frozen])
     still.chosen = [
-        run.generator.complete(run.generator.encode_prompt("what?", [one]), text)
+        run.model.complete(run.model.encode_prompt("what?", [one]), text)
         for one, text in zip(frozen, CHOSEN, strict=True)
     ]
     loss = make("vdpo", selection="random", operators=["reverse"]).loss(run, still).loss
     assert loss.item() == pytest.approx(math.log(2), abs=1e-9)
-    gradients = torch.autograd.grad(loss, run.generator.trainable_parameters())
+    gradients = torch.autograd.grad(loss, run.model.trainable_parameters())
     assert max(float(one.abs().max()) for one in gradients) < 1e-12
 
 
-def test_vdpo_takes_what_the_prompt_notices_most(run: Run) -> None:
+def test_vdpo_takes_what_the_prompt_notices_most(run: VlmRun) -> None:
     options: dict[str, Any] = {
         "beta": 0.3,
         "operators": ["reverse", "black"],
@@ -198,19 +198,19 @@ def test_vdpo_takes_what_the_prompt_notices_most(run: Run) -> None:
         weights.append(min(found[best] / 0.5, 1.0))
         z = 0.3 * (delta(run, video(i), CHOSEN[i]) - delta(run, shown[best], CHOSEN[i]))
         expected -= weights[-1] * log_sigmoid(z)
-    output = make("vdpo", **options, full_weight_at=0.5).loss(run, make_batch(run.generator))
+    output = make("vdpo", **options, full_weight_at=0.5).loss(run, make_batch(run.model))
     assert output.loss.item() == pytest.approx(expected / 2, abs=1e-6)  # features are compared in float32
     assert float(output.metrics["weight"]) == pytest.approx(sum(weights) / 2, abs=1e-9)
     # Media that look like nothing of the scene are passed over, and where none stays a pair counts for nothing.
     output = make("vdpo", **{**options, "operators": ["black"], "least_relevance": 1.0}).loss(
-        run, make_batch(run.generator)
+        run, make_batch(run.model)
     )
     assert output.loss.item() == 0
 
 
-def test_what_vdpo_draws_depends_on_seed_id_and_epoch_alone(run: Run) -> None:
+def test_what_vdpo_draws_depends_on_seed_id_and_epoch_alone(run: VlmRun) -> None:
     method = make("vdpo", selection="random", operators=["crop", "mask", "hue", "block_shuffle"])
-    batch = make_batch(run.generator)
+    batch = make_batch(run.model)
     first = method._perturbed(run, batch)[0][1].vision["pixel_values_videos"]
     rest = replace(batch, prompts=["what?"], chosen=batch.chosen[1:], media=batch.media[1:], ids=["b"])
     again = method._perturbed(run, rest)[0][0].vision["pixel_values_videos"]
@@ -218,18 +218,18 @@ def test_what_vdpo_draws_depends_on_seed_id_and_epoch_alone(run: Run) -> None:
     assert torch.equal(first, again) and not torch.equal(first, later)
 
 
-def test_rdpo_with_a_column_is_its_formula(run: Run) -> None:
+def test_rdpo_with_a_column_is_its_formula(run: VlmRun) -> None:
     method = make("rdpo", beta=0.3, unseen="column", visual_weight=0.7, anchor_weight=0.5)
     expected = 0.0
     for i, margin in enumerate(text_margins(run)):
         own = delta(run, video(i), CHOSEN[i])
         visual = own - delta(run, video(5 + i), CHOSEN[i])
         expected -= log_sigmoid(0.3 * margin) + 0.7 * log_sigmoid(0.3 * visual) + 0.5 * log_sigmoid(0.3 * own)
-    found = method.loss(run, make_batch(run.generator, others=(5, 6))).loss
+    found = method.loss(run, make_batch(run.model, others=(5, 6))).loss
     assert found.item() == pytest.approx(expected / 2, abs=1e-9)
 
 
-def test_rdpo_retrieves_the_nearest_other_media(run: Run, tmp_path: Path) -> None:
+def test_rdpo_retrieves_the_nearest_other_media(run: VlmRun, tmp_path: Path) -> None:
     from mmalign.core.io.video_files import write_video
 
     path = write_answer_pairs(tmp_path, 4)
@@ -238,11 +238,11 @@ def test_rdpo_retrieves_the_nearest_other_media(run: Run, tmp_path: Path) -> Non
     for index, frames in enumerate((video(10), video(11), near.to(torch.uint8), video(11))):
         write_video(tmp_path / f"{index}.mkv", frames, 4.0)
     data = DataConfig(pairs=str(path), cache=str(tmp_path))
-    pairs = VlmPairs(read_vlm_pairs(str(path), data), run.generator, data, model_id="m", precision="fp32")
+    pairs = VlmPairs(read_vlm_pairs(str(path), data), run.model, data, model_id="m", precision="fp32")
     nearest = nearest_others(run, pairs)
     assert nearest[0] == 2 and nearest[2] == 0
     assert nearest[1] in (0, 2) and nearest[3] == nearest[1]
-    exact = ExactRun(run.generator, reference=run.reference, samples=pairs)
+    exact = VlmRun(run.model, reference=run.reference, samples=pairs)
     method = make("rdpo", beta=0.3)
     method.begin(exact)
     batch = pairs.batch([0], 0, 0)

@@ -16,7 +16,7 @@ from tiny_runs import losses, run_config, write_pairs
 from mmalign.config.run import load_config
 from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.core.resources import resolve_model
-from mmalign.training import train as engine
+from mmalign.training import export, single
 from mmalign.training.prepare import prepare
 from mmalign.training.train import plan, train
 from pipelines import load_generator, sample
@@ -240,7 +240,7 @@ def test_the_trained_model_is_gone_before_the_exported_one_is_read(
         networks.append(weakref.ref(parts.run.generator.network))
         return parts
 
-    monkeypatch.setattr(engine, "prepare", remember)
-    monkeypatch.setattr(engine.hub, "check_load_back", lambda *_: alive.append(networks[0]()))
+    monkeypatch.setattr(single, "prepare", remember)
+    monkeypatch.setattr(export, "check_load_back", lambda *_: alive.append(networks[0]()))
     train(run_config(world["sd"], world["pairs"], tmp_path / "out", steps=1, ema=0.9, **FULL))
     assert alive == [None]

@@ -11,9 +11,10 @@ from tiny_models import build_tiny_sd
 from tiny_runs import InMemoryPairs
 
 from mmalign.core.ema import EMA
-from mmalign.data.feed import Feed
-from mmalign.training.export import ExportError, Probe, check_load_back
+from mmalign.data.sampler import BatchSampler
+from mmalign.training.export import ExportError, check_load_back
 from mmalign.training.optim import average_gradients, learning_rate_factor, warmup_steps
+from mmalign.training.tasks.image import ImageProbe
 from pipelines import load_generator
 
 
@@ -38,7 +39,7 @@ def test_load_back_check_finds_an_export_that_differs(tmp_path: Path) -> None:
     model = build_tiny_sd(tmp_path / "sd")
     generator = load_generator(model, device="cpu")
     cond = generator.encode_prompts(["a red circle"])
-    probe = Probe(torch.randn(1, *generator.latent_shape), torch.tensor([500]), cond)
+    probe = ImageProbe(torch.randn(1, *generator.latent_shape), torch.tensor([500]), cond)
     expected = probe.predict(generator)
 
     def load(path: str) -> Any:
@@ -50,12 +51,12 @@ def test_load_back_check_finds_an_export_that_differs(tmp_path: Path) -> None:
             check_load_back(Path(model), load, probe, wrong)
 
 
-def test_every_pair_is_dealt_once_an_epoch_to_one_rank_in_any_split() -> None:
+def test_every_pair_is_sampled_once_an_epoch_to_one_rank_in_any_split() -> None:
     pairs = InMemoryPairs(26)
 
     def dealt(step: int, **split: int) -> list[str]:
         world_size = split.get("world_size", 1)
-        feeds = [Feed(pairs, **{**split, "rank": rank}) for rank in range(world_size)]  # type: ignore[arg-type]
+        feeds = [BatchSampler(pairs, **{**split, "rank": rank}) for rank in range(world_size)]  # type: ignore[arg-type]
         return [pair for feed in feeds for batch in feed.micro_batches(step) for pair in batch.ids]
 
     splits = [
@@ -67,7 +68,7 @@ def test_every_pair_is_dealt_once_an_epoch_to_one_rank_in_any_split() -> None:
         assert len({tuple(sorted(dealt(step, **split))) for split in splits}) == 1
     epochs = [[pair for step in range(3 * e, 3 * e + 3) for pair in dealt(step, batch_size=8)] for e in range(2)]
     assert all(len(set(epoch)) == 24 for epoch in epochs) and epochs[0] != epochs[1]
-    assert next(Feed(pairs, batch_size=8).micro_batches(4)).epoch == 1
+    assert next(BatchSampler(pairs, batch_size=8).micro_batches(4)).epoch == 1
 
 
 def test_learning_rate_by_hand() -> None:

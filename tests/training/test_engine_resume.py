@@ -43,14 +43,14 @@ def start(config: RunConfig, folder: Path, stop_at: int | None = None) -> subpro
     path.write_text(dump_config(config))
     wait = f"""
 import time
-from mmalign.training.loop import Trainer
-after_step = Trainer._after_step
+from mmalign.training.loop import Loop
+after_step = Loop._after_step
 def pause(self, *arguments):
     after_step(self, *arguments)
-    if self.run.step == {stop_at}:
+    if self.step == {stop_at}:
         print("paused", flush=True)
         time.sleep(1)  # interrupted by the signal's handler, which then lets the loop go on
-Trainer._after_step = pause
+Loop._after_step = pause
 """
     code = (
         wait if stop_at else ""

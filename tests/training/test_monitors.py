@@ -32,7 +32,7 @@ def learn(monitors: Monitors, reward: float = 0.8, lines: int = 20) -> None:
 
 
 def fire(monitors: Monitors, observe: Callable[[int, float], Any], values: list[float]) -> list[tuple[int, str]]:
-    """Feed values one by one and return (index, name) of every alarm."""
+    """BatchSampler values one by one and return (index, name) of every alarm."""
     raised = []
     for index, value in enumerate(values):
         observe(index, value)
@@ -41,7 +41,7 @@ def fire(monitors: Monitors, observe: Callable[[int, float], Any], values: list[
 
 
 def held_out(monitors: Monitors, name: str = HELD_OUT) -> Callable[[int, float], None]:
-    return lambda step, score: monitors.look(step, {f"evaluation/{name}": score})
+    return lambda step, score: monitors.evaluation(step, {f"evaluation/{name}": score})
 
 
 def grey(distance: float) -> Tensor:
@@ -56,7 +56,7 @@ def test_over_optimisation_is_said_at_the_third_look_below() -> None:
     # The margin is 0.2 of a quarter of 0.78, so 0.039; the median step of the looks is 0.
     looks = [0.78, 0.78, 0.77, 0.74, 0.74, 0.73]
     for index, score in enumerate([*looks, 0.73]):
-        monitors.look(20 * index, {f"evaluation/{HELD_OUT}": score})
+        monitors.evaluation(20 * index, {f"evaluation/{HELD_OUT}": score})
         alarms = monitors.alarms()
         assert bool(alarms) == (index == 5), index
         if alarms:
@@ -82,7 +82,7 @@ def test_the_spread_over_prompts_sets_the_margin() -> None:
         learn(monitors)
 
         def observe(step: int, score: float, monitors: Monitors = monitors, spread: float = spread) -> None:
-            monitors.look(step, {HELD_OUT: score}, {HELD_OUT: spread})
+            monitors.evaluation(step, {HELD_OUT: score}, {HELD_OUT: spread})
 
         assert fire(monitors, observe, [0.8, 0.8, 0.8, 0.72, 0.72, 0.72]) == expected  # margins 0.1 and 0.06
 
@@ -106,7 +106,7 @@ def test_memorising_is_another_sentence() -> None:
     learn(monitors)
     alarms: list[Alarm] = []
     for step, score in enumerate([0.60, 0.61, 0.60, 0.62]):  # the training gain is 0.1995, a quarter of it 0.05
-        monitors.look(step, {TRAINED: score, HELD_OUT: 0.8})
+        monitors.evaluation(step, {TRAINED: score, HELD_OUT: 0.8})
         alarms += monitors.alarms()
     assert [alarm.name for alarm in alarms] == ["memorising"]
     assert "shapes-clip rose from 0.6 to 0.8 on the training prompts and went from 0.6 to 0.6" in alarms[0].sentence
@@ -137,7 +137,7 @@ def test_noise_raises_no_alarm_and_a_fall_in_it_does(noise: float) -> None:
                 monitors.metrics(step, {"reward": 0.6 + gain + draw.gauss(0, 0.03)})
                 if step % 3 == 0:
                     score = 0.78 - fall * max(0, step - 20) / 40 + draw.gauss(0, noise)
-                    monitors.look(step, {HELD_OUT: score, TRAINED: 0.6 + 0.6 * gain + draw.gauss(0, noise)})
+                    monitors.evaluation(step, {HELD_OUT: score, TRAINED: 0.6 + 0.6 * gain + draw.gauss(0, noise)})
                 raised += monitors.alarms()
             count += any(alarm.name == "over_optimisation" for alarm in raised)
         return count
@@ -150,7 +150,7 @@ def test_collapse_warns_once_until_it_has_recovered() -> None:
     monitors = make()
 
     def observe(step: int, distance: float) -> None:
-        values = monitors.pictures(step, grey(distance), PROMPTS)
+        values = monitors.images(step, grey(distance), PROMPTS)
         assert values["monitor/diversity"] == pytest.approx(distance, rel=1e-5)
 
     # The running mean after n lines at 0.1 is 0.1 + 0.3 * 0.7^n, below half the start from n = 4 on.
@@ -168,7 +168,7 @@ def test_a_few_bad_batches_are_no_collapse() -> None:
     for run in range(40):
         monitors = make()
         for step, distance in enumerate(draw.choices(usual, k=60)):
-            monitors.pictures(step, grey(distance), PROMPTS)
+            monitors.images(step, grey(distance), PROMPTS)
         assert monitors.alarms() == [], run
 
 
@@ -181,11 +181,11 @@ def test_saturation_and_high_frequency() -> None:
         monitors = make(action="stop")
 
         def observe(step: int, level: float, bad: Tensor = bad, monitors: Monitors = monitors) -> None:
-            monitors.pictures(step, bad if level else smooth, PROMPTS)
+            monitors.images(step, bad if level else smooth, PROMPTS)
 
         raised = [alarm for alarm in fire(monitors, observe, [0.0] * 3 + [1.0] * 8) if alarm[1] == name]
         assert raised == [(due, name)]
-    values = monitors.pictures(11, smooth + 0.2 * board, PROMPTS)
+    values = monitors.images(11, smooth + 0.2 * board, PROMPTS)
     assert values["monitor/high_frequency"] == pytest.approx(0.01 / 0.055, rel=1e-4)
 
 
@@ -223,8 +223,8 @@ def test_the_growth_of_a_warm_up_and_the_noise_of_a_maximum_are_no_runaway() -> 
 def story(monitors: Monitors, step: int) -> None:
     """A run in which everything goes wrong, one thing after the other."""
     monitors.metrics(step, {"reward": 0.6 + 0.01 * step, "kl": 1e-3 if step < 20 else 1.0, "log_ratio_max": 0.1})
-    monitors.pictures(step, grey(0.4 if step < 12 else 0.1), PROMPTS)
-    monitors.look(step, {HELD_OUT: 0.8 if step < 9 else 0.6, TRAINED: 0.6}, {HELD_OUT: 0.2, TRAINED: 0.2})
+    monitors.images(step, grey(0.4 if step < 12 else 0.1), PROMPTS)
+    monitors.evaluation(step, {HELD_OUT: 0.8 if step < 9 else 0.6, TRAINED: 0.6}, {HELD_OUT: 0.2, TRAINED: 0.2})
 
 
 def test_a_resumed_run_raises_the_same_alarms() -> None:
@@ -254,15 +254,15 @@ def test_what_is_not_a_number_is_passed_over() -> None:
     for step in range(20):
         story(monitors, step)
         monitors.metrics(step, {"reward": nan, "kl": nan, "log_ratio_max": nan})
-        monitors.look(step, {HELD_OUT: nan}, {HELD_OUT: nan})
-        assert monitors.pictures(step, torch.full((4, 3, 8, 8), nan), PROMPTS) == {}
+        monitors.evaluation(step, {HELD_OUT: nan}, {HELD_OUT: nan})
+        assert monitors.images(step, torch.full((4, 3, 8, 8), nan), PROMPTS) == {}
         story(plain, step)
     raised = monitors.alarms()
     assert raised == plain.alarms() and raised and not raised[0].stop
     assert monitors.state_dict() == plain.state_dict()
     broken = grey(0.4).clone()
     broken[0] = nan
-    values = monitors.pictures(21, broken, PROMPTS)
+    values = monitors.images(21, broken, PROMPTS)
     assert values["monitor/diversity"] == pytest.approx(0.4, rel=1e-5)  # of the other prompt
 
 
@@ -271,14 +271,14 @@ def test_without_two_images_of_a_prompt_diversity_is_not_measured_and_that_is_sa
 ) -> None:
     monitors = make()
     for step in range(2):
-        values = monitors.pictures(step, grey(0.4), ["a", "b", "c", "d"])
+        values = monitors.images(step, grey(0.4), ["a", "b", "c", "d"])
         assert sorted(values) == ["monitor/high_frequency", "monitor/saturation"]
     assert capsys.readouterr().err.count("diversity is not measured") == 1
 
 
 def test_off_measures_nothing_and_null_switches_one_alarm_off() -> None:
     off = make(action="off")
-    assert off.pictures(0, grey(0.4), PROMPTS) == {}
+    assert off.images(0, grey(0.4), PROMPTS) == {}
     nothing = off.state_dict()
     fields = MonitorConfig.model_fields.items()
     thresholds = [name for name, field in fields if type(None) in get_args(field.annotation)]

@@ -15,7 +15,7 @@ from mmalign.losses import pair_weights
 
 
 class Comparisons:
-    """Some pairs of a table, as `mmalign.data.feed.Feed` deals them out."""
+    """Some pairs of a table, as `mmalign.data.sampler.BatchSampler` deals them out."""
 
     def __init__(self, table: PairTable, sides: CachedSides, rows: Sequence[int]) -> None:
         """Weigh the pairs chosen by `rows`."""

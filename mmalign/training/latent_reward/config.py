@@ -43,6 +43,8 @@ class RewardTrainerConfig(StrictModel):
     """older checkpoints are deleted"""
     log_every: int = Field(10, ge=1)
     """steps between two lines of metrics"""
+    trackers: list[str] = []
+    """where metrics go besides metrics.jsonl, as for `mmalign train`"""
 
 
 class LatentRewardConfig(StrictModel):

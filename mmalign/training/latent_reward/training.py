@@ -1,14 +1,14 @@
 """Train a latent reward: noise both images of a pair to one level, each with its own noise; tell which is better.
 
 Source: Zhang et al. 2025, arXiv:2502.01051. Every draw is a function of (seed, pair, epoch), so a run that was stopped
-and goes on gives the numbers of one that was not. One process.
+and resumed gives the numbers of one that was not.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +16,34 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.config.run import dump_config
 from mmalign.config.yaml import flatten
-from mmalign.core.errors import TrainingDiverged, TrainingInterrupted, UserError
+from mmalign.core import distributed
+from mmalign.core.errors import UserError
 from mmalign.core.files import check_output, write_atomically
-from mmalign.core.interrupt import graceful_stop
 from mmalign.core.precision import autocast, check_precision
-from mmalign.core.progress import Track, note, track
+from mmalign.core.progress import note, track
 from mmalign.core.resources import resolve_model
 from mmalign.core.seeds import derive_seed
 from mmalign.data.batches import ComparisonBatch
 from mmalign.data.encoded.cache import CachedSides, encode_sides, pair_sides
-from mmalign.data.feed import Feed
 from mmalign.data.pairs import read_pairs
+from mmalign.data.sampler import BatchSampler
 from mmalign.losses import latent_reward
 from mmalign.methods.run import Run
-from mmalign.training.checkpoint import (
-    Checkpoint,
-    check_same_recipe,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from mmalign.training.accelerator import make_accelerator
 from mmalign.training.latent_reward.accuracy import LevelAccuracy, measure, table_of
 from mmalign.training.latent_reward.comparisons import Comparisons, split
 from mmalign.training.latent_reward.config import LatentRewardConfig
-from mmalign.training.optim import build_optimizer, learning_rate_factor, load_optimizer_tensors, optimizer_tensors
-from mmalign.training.recipe import data_id, set_aside
+from mmalign.training.learner import Learner
+from mmalign.training.loop import Loop
+from mmalign.training.optim import build_optimizer
+from mmalign.training.output import CHECKPOINTS
+from mmalign.training.recipe import data_id
+from pipelines import Generator, load_generator
 from rewards.backbones.latent_files import LatentParts
 from rewards.backbones.latent_network import MAX_LOGIT_SCALE, LatentNetwork
 
-ACCURACY, METRICS, CONFIG = "accuracy.json", "metrics.jsonl", "config.yaml"
+ACCURACY = "accuracy.json"
 
 
 def train_reward(config: LatentRewardConfig, *, resume: str = "auto") -> Path:
@@ -59,30 +56,32 @@ def train_reward(config: LatentRewardConfig, *, resume: str = "auto") -> Path:
         TrainingDiverged: the loss is not finite. DiskFull: no room to save.
         TrainingInterrupted: Ctrl-C; the run goes on from the checkpoint it saved.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = Path(config.output)
     check_output(output, "output")
-    check_precision(config.trainer.precision, device)
+    accelerator = make_accelerator(config)
+    check_precision(config.trainer.precision, accelerator.device)
     table = read_pairs(str(config.data.pairs), config.data)
     note(f"{config.data.pairs}: {table.counts}")
-    generator = _load_generator(config, device)
-    model_id = generator.model_id
-    with track(len(table), "encode", unit="pairs") as job:
+    generator = _load_generator(config, accelerator.device)
+    recipe_of = _recipe(config, generator.model_id)
+    with accelerator.main_process_first(), track(len(table), "encode", unit="pairs") as job:
         sides = CachedSides(**encode_sides(table, pair_sides, generator, config.data, progress=job.advance))
     learned, held_out = split(table, sides, config.held_out, config.trainer.seed)
-    trainer = RewardTrainer(config, make_parts(generator, config), Run(generator, seed=config.trainer.seed), learned)
-    trainer.recipe = _recipe(config, data_id(table, sides), model_id)
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / CONFIG, dump_config(config))
-    trainer.fit(resume)
-    note(f"measuring on {len(held_out)} held-out pairs")
-    accuracies = trainer.measure(held_out)
-    trainer.save(accuracies, len(held_out))
-    print(table_of(accuracies))
+    run = Run(generator, seed=config.trainer.seed)
+    recipe = {"data.content": data_id(table, sides), **recipe_of}
+    learner = RewardLearner(config, make_parts(generator, config), run, learned, accelerator, recipe)
+    Loop(learner, config).run(resume)
+    if distributed.is_main():
+        note(f"measuring on {len(held_out)} held-out pairs")
+        accuracies = learner.measure(held_out)
+        learner.save(accuracies, len(held_out))
+        print(table_of(accuracies))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return output
 
 
-def make_parts(generator: Any, config: LatentRewardConfig) -> LatentParts:
+def make_parts(generator: Generator, config: LatentRewardConfig) -> LatentParts:
     """Take a generator apart: its network is cut in half in place, and everything in the result is trainable."""
     suffixes = [name.removeprefix("text_encoder") for name in generator.text_names if name.startswith("text_encoder")]
     torch.manual_seed(derive_seed(config.trainer.seed, "projections"))
@@ -106,49 +105,76 @@ def level_grid(levels: int, num_train_timesteps: int) -> list[int]:
     return [min(1 + index * num_train_timesteps // levels, num_train_timesteps - 1) for index in range(levels)]
 
 
-class RewardTrainer:
-    """The loop over one training's steps."""
+class RewardLearner(Learner):
+    """A latent reward under the loop: everything in its network learns, at a random level of the grid a pair."""
 
-    recipe: dict[str, Any]
+    run: Run
 
-    def __init__(self, config: LatentRewardConfig, parts: LatentParts, run: Run, learned: Comparisons) -> None:
-        """Make the optimiser over everything in the network."""
-        self.config, self.settings, self.parts, self.run = config, config.trainer, parts, run
-        self.network = parts.network
-        self.device = self.network.logit_scale.device
-        self.output = Path(config.output)
+    def __init__(
+        self,
+        config: LatentRewardConfig,
+        parts: LatentParts,
+        run: Run,
+        learned: Comparisons,
+        accelerator: Any,
+        recipe: dict[str, Any],
+    ) -> None:
+        """Make the optimiser over everything in the network.
+
+        Raises:
+            UserError: the pairs do not fill one step.
+        """
+        self.parts, self.network, self.output = parts, parts.network, Path(config.output)
         self.grid = level_grid(config.levels, run.process.num_train_timesteps)
-        s = self.settings
-        if len(learned) < s.batch_size * s.gradient_accumulation:
+        s, world_size = config.trainer, distributed.world_size()
+        per_step = s.batch_size * s.gradient_accumulation * world_size
+        if len(learned) < per_step:
             raise UserError(
-                f"{len(learned)} pairs to learn from do not fill one step of {s.batch_size * s.gradient_accumulation} "
-                "(trainer.batch_size x gradient_accumulation); lower it or give more"
+                f"{len(learned)} pairs to learn from do not fill one step of {per_step} (trainer.batch_size x "
+                "gradient_accumulation x processes); lower it or give more"
             )
-        self.feed = Feed(
-            learned, batch_size=s.batch_size, accumulation=s.gradient_accumulation, seed=s.seed, device=self.device
+        run.cost.watch(parts.network)
+        parameters = dict(parts.network.named_parameters())
+        super().__init__(
+            parameters,
+            build_optimizer(parameters.values(), learning_rate=s.learning_rate, weight_decay=s.weight_decay),
+            run=run,
+            sampler=BatchSampler(
+                learned,
+                batch_size=s.batch_size,
+                accumulation=s.gradient_accumulation,
+                seed=s.seed,
+                rank=distributed.rank(),
+                world_size=world_size,
+                device=accelerator.device,
+            ),
+            settings=s,
+            accelerator=accelerator,
+            recipe=recipe,
+            samples_per_step=2 * per_step,
+            checkpoints=self.output / CHECKPOINTS,
         )
-        self.parameters = dict(self.network.named_parameters())
-        self.optimizer = build_optimizer(
-            self.parameters.values(), learning_rate=s.learning_rate, weight_decay=s.weight_decay
-        )
-        self._lines: list[tuple[float, float]] = []
-        self._since = time.monotonic()
 
-    def fit(self, resume: str) -> None:
-        """Run the remaining steps."""
-        s, step = self.settings, self._restore(resume)
-        per_step = self.feed.per_step
-        with graceful_stop() as stop, track(s.steps * per_step, "train", "pairs", initial=step * per_step) as job:
-            while step < s.steps:
-                self._update(step)
-                step += 1
-                job.advance(per_step)
-                if step % s.log_every == 0 or step == s.steps:
-                    self._log(step, job)
-                if step % s.checkpoint_every == 0 or stop.requested or step == s.steps:
-                    self._checkpoint(step)
-                if stop.requested and step < s.steps:
-                    raise TrainingInterrupted(f"stopped after step {step}; run the same command again to go on")
+    def batches(self, step: int) -> Iterable[ComparisonBatch]:
+        """Return the comparisons of a step."""
+        return self.sampler.micro_batches(step)
+
+    def learn(self, batch: ComparisonBatch) -> Mapping[str, Tensor | float]:
+        """Add the gradient of a weighted batch of comparisons."""
+        drawn = [self.grid[seed % len(self.grid)] for seed in self.run.seeds(batch.ids, batch.epoch, "level")]
+        chosen, rejected = self.scores(batch, torch.tensor(drawn, device=self.accelerator.device), "noise")
+        loss = (batch.weights * latent_reward(chosen, rejected, batch.preference)).mean()
+        self.backward(loss)
+        return {"loss": loss, "accuracy": (chosen > rejected).float().mean()}
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return the means since the last call, and the logit scale as it is now."""
+        return {**super().metrics(step), "logit_scale": float(self.network.logit_scale.detach())}
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Keep the logit scale within its bounds."""
+        self.network.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def scores(
         self, batch: ComparisonBatch, t: Int[Tensor, " batch"], purpose: str
@@ -160,10 +186,11 @@ class RewardTrainer:
             )
             for index, side in enumerate((batch.chosen, batch.rejected))
         ]
-        with autocast(self.settings.precision, self.device):
+        device = self.accelerator.device
+        with autocast(self.settings.precision, device):
             texts = self.network.encode(self.parts.tokens([*batch.prompts, ""]))
-            rows = torch.arange(len(batch), device=self.device).repeat(2)
-            empty = texts.rows(torch.tensor([len(batch)], device=self.device))
+            rows = torch.arange(len(batch), device=device).repeat(2)
+            empty = texts.rows(torch.tensor([len(batch)], device=device))
             both = self.network(torch.cat(noisy), t.repeat(2), texts.rows(rows), empty)
         chosen, rejected = both.float().chunk(2)
         return chosen, rejected
@@ -172,7 +199,9 @@ class RewardTrainer:
     def measure(self, pairs: Comparisons) -> list[LevelAccuracy]:
         """Return the accuracy on pairs at every level of the grid."""
         self.network.eval()
-        return measure(pairs, self.grid, self.scores, self.settings.batch_size, self.settings.seed, self.device)
+        return measure(
+            pairs, self.grid, self.scores, self.settings.batch_size, self.settings.seed, self.accelerator.device
+        )
 
     def save(self, accuracies: list[LevelAccuracy], pairs: int) -> None:
         """Write the reward, and beside it what was measured."""
@@ -182,86 +211,18 @@ class RewardTrainer:
         self.parts.save(self.output)
         write_atomically(self.output / ACCURACY, json.dumps(found, indent=2) + "\n")
 
-    def _update(self, step: int) -> None:
-        s = self.settings
-        torch.manual_seed(derive_seed(s.seed, "step", step))
-        factor = learning_rate_factor(step, s.steps, s.warmup, s.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = s.learning_rate * factor
-        for batch in self.feed.micro_batches(step):
-            drawn = [self.grid[seed % len(self.grid)] for seed in self.run.seeds(batch.ids, batch.epoch, "level")]
-            chosen, rejected = self.scores(batch, torch.tensor(drawn, device=self.device), "noise")
-            loss = (batch.weights * latent_reward(chosen, rejected, batch.preference)).mean()
-            if not bool(loss.isfinite()):
-                raise TrainingDiverged(
-                    f"the loss of step {step + 1} is {float(loss.detach())}; lower trainer.learning_rate, or use "
-                    "trainer.precision fp32, and run the same command again: it goes on from the last checkpoint"
-                )
-            (loss / s.gradient_accumulation).backward()
-            self._lines.append((float(loss.detach()), float((chosen > rejected).float().mean())))
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), s.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            self.network.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
-    def _log(self, step: int, job: Track) -> None:
-        losses, right = (math.fsum(column) / len(column) for column in zip(*self._lines, strict=True))
-        now = time.monotonic()
-        line = {
-            "step": step,
-            "loss": losses,
-            "accuracy": right,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "logit_scale": float(self.network.logit_scale.detach()),
-            "seconds": now - self._since,
-        }
-        self._lines, self._since = [], now
-        with (self.output / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        job.advance(0, loss=losses, accuracy=right)
-
-    def _checkpoint(self, step: int) -> None:
-        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        moments = optimizer_tensors(self.optimizer, list(self.parameters))
-        saved = Checkpoint(step, {"weights": weights, "optimizer": moments}, self.recipe)
-        save_checkpoint(self.output / "checkpoints", saved, self.settings.keep_checkpoints)
-
-    def _restore(self, resume: str) -> int:
-        """Load the last checkpoint, if there is one and it is wanted, and return its step."""
-        folder = self.output / "checkpoints"
-        found = list_checkpoints(folder) if resume == "auto" else []
-        if not found:
-            set_aside(folder)
-            (self.output / METRICS).unlink(missing_ok=True)
-            return 0
-        saved = load_checkpoint(found[-1])
-        check_same_recipe(saved.recipe, self.recipe, found[-1])
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(saved.tensors["weights"][name])
-        load_optimizer_tensors(self.optimizer, list(self.parameters), saved.tensors["optimizer"])
-        if (self.output / METRICS).is_file():
-            lines = (self.output / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= saved.step]
-            write_atomically(self.output / METRICS, "".join(kept))
-        note(f"going on from {found[-1]}")
-        return saved.step
-
-
-def _load_generator(config: LatentRewardConfig, device: torch.device) -> Any:
-    from pipelines import load_generator
-
+def _load_generator(config: LatentRewardConfig, device: torch.device) -> Generator:
     generator = load_generator(resolve_model(config.model), device=device, resolve=resolve_model)
     if generator.has_adapter:
         raise UserError(f"model {config.model} is an adapter on {generator.name_or_path}; a reward is made of that")
     return generator
 
 
-def _recipe(config: LatentRewardConfig, data: str, model: str) -> dict[str, Any]:
+def _recipe(config: LatentRewardConfig, model: str) -> dict[str, Any]:
     """Return what must be equal for a training to be continued, flat."""
     values = config.model_dump(mode="json", exclude={"output", "model"})
     values["data"] = {key: value for key, value in values["data"].items() if key not in ("pairs", "cache")}
-    for key in ("log_every", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"):
+    for key in ("log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
         del values["trainer"][key]
-    return {"data.content": data, "model.content": model, **flatten(values)}
+    return {"model.content": model, **flatten(values)}

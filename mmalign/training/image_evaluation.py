@@ -1,4 +1,4 @@
-"""The look at a few fixed prompts and seeds while training: a grid of images and the mean of some rewards."""
+"""Evaluate an image generator while it trains: a grid of images of fixed prompts and seeds, the mean of some rewards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mmalign.core.io.images import encode_png
 from mmalign.core.seeds import derive_seed
 from mmalign.data.prompts import load_prompts
 from mmalign.scoring.checks import check_reward
+from mmalign.training.evaluation import Evaluated
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +25,7 @@ COLUMNS = 4
 
 
 def check_evaluation(config: EvaluateConfig) -> None:
-    """Check prompts and rewards of the looks, without loading any.
+    """Check prompts and rewards of the evaluation, without loading any.
 
     Raises:
         UserError, RewardError: the prompts cannot be read, or a reward cannot score images of them.
@@ -34,8 +35,8 @@ def check_evaluation(config: EvaluateConfig) -> None:
         check_reward(name, {}, prompts)
 
 
-class Validation:
-    """Samples the same prompts with the same seeds at every look, so that two looks differ by the weights alone."""
+class ImageEvaluation:
+    """Samples the same prompts with the same seeds every time, so that two evaluations differ by the weights alone."""
 
     def __init__(self, config: EvaluateConfig, generator: Any, seed: int) -> None:
         """Load the rewards and encode the prompts, which must happen before the encoders are freed."""
@@ -52,9 +53,13 @@ class Validation:
         """Tell whether more of a reward is better."""
         return bool(self.rewards[name].higher_is_better)
 
+    def lower_is_better(self) -> set[str]:
+        """Return the names of the rewards of which less is better."""
+        return {name for name in self.rewards if not self.higher_is_better(name)}
+
     @torch.no_grad()
-    def look(self, run: Run) -> tuple[dict[str, float], dict[str, float], Image]:
-        """Return mean and standard deviation over the prompts of each reward, as "evaluation/NAME", and one picture.
+    def evaluate(self, run: Run) -> Evaluated:
+        """Return mean and standard deviation over the prompts of each reward, as "evaluation/NAME", and one image.
 
         The encoders are read for decoding and freed again, unless the method decodes too.
         """
@@ -82,7 +87,7 @@ class Validation:
             spreads[f"evaluation/{name}"] = float(scores.std(correction=0))
         tiles = list(images.cpu())
         picture = image_grid([tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)])
-        return means, spreads, picture
+        return Evaluated(means, spreads, picture)
 
 
 def save_grid(picture: Image, output: Path, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""The look at a vision-language model while it trains: it answers the same questions, greedily, and is marked."""
+"""Evaluate a vision-language model while it trains: greedy answers to fixed questions, marked by rules."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from mmalign.core.io.answers import accuracy_by, micro_accuracy, rate
 from mmalign.core.io.decode import Frames
 from mmalign.data.encoded.vlm_samples import read_media
 from mmalign.data.video.question_set import READ_BY_RULES, AskedVideo, read_asked
+from mmalign.training.evaluation import Evaluated
 
 if TYPE_CHECKING:
     from mmalign.config.sections import DataConfig, EvaluateConfig
-    from mmalign.methods.run import Run
+    from mmalign.methods.run import VlmRun
 
 AT_ONCE = 8
 
@@ -31,8 +32,8 @@ def choose_questions(config: EvaluateConfig) -> list[AskedVideo]:
     return [asked[index] for index in Frames(count=config.limit).choose(len(asked), None)]
 
 
-class Questioning:
-    """Asks the same questions at every look, so that two looks differ by the weights alone."""
+class VlmEvaluation:
+    """Asks the same questions every time, so that two evaluations differ by the weights alone."""
 
     def __init__(self, config: EvaluateConfig, data: DataConfig) -> None:
         """Read the questions; `data` says how videos are sampled."""
@@ -44,15 +45,19 @@ class Questioning:
         """Tell that more accuracy is better."""
         return True
 
+    def lower_is_better(self) -> set[str]:
+        """Return no name: less accuracy is never better."""
+        return set()
+
     @torch.no_grad()
-    def look(self, run: Run) -> tuple[dict[str, float], dict[str, float], None]:
-        """Return the share of right answers, as "evaluation/accuracy", and by aspect; no spread, no picture."""
+    def evaluate(self, run: VlmRun) -> Evaluated:
+        """Return the share of right answers, as "evaluation/accuracy", and by aspect."""
         right = []
         for start in range(0, len(self.asked), AT_ONCE):
             part = self.asked[start : start + AT_ONCE]
             media = [read_media([one.file], "video", self.frames, None, one.question.id) for one in part]
             with run.autocast():
-                answers = run.generator.generate(
+                answers = run.model.generate(
                     [one.question.prompt for one in part],
                     [one.media for one in media],
                     max_new_tokens=self.config.max_new_tokens,
@@ -62,4 +67,4 @@ class Questioning:
         questions = [one.question for one in self.asked]
         by_aspect = accuracy_by(questions, right, lambda question: question.aspect)
         scores = {f"evaluation/accuracy/{aspect}": value for aspect, value in sorted(by_aspect.items(), key=str)}
-        return {"evaluation/accuracy": micro_accuracy(right), **scores}, {}, None
+        return Evaluated({"evaluation/accuracy": micro_accuracy(right), **scores}, {})

@@ -25,11 +25,11 @@ class Samples(Protocol):
         ...
 
 
-class Feed:
-    """Deals samples out: which ones step N learns from depends on the seed and on how many a step takes, nothing else.
+class BatchSampler:
+    """Samples batches: what step N learns from depends on the seed and on how many samples a step takes, nothing else.
 
     A step takes batch_size x accumulation x world_size consecutive samples of its epoch's permutation, so the same
-    recipe gives the same steps however that product is made up; a pair is dealt as a whole. What remains at the end
+    recipe gives the same steps however that product is made up; a pair is sampled as a whole. What remains at the end
     of an epoch and fills no step is left out of it (others in every epoch).
     """
 
@@ -44,7 +44,7 @@ class Feed:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Prepare to deal; there must be enough samples for one step."""
+        """Prepare; there must be enough samples for one step."""
         self.samples, self.seed, self.device = samples, seed, device
         self.batch_size, self.accumulation = batch_size, accumulation
         self.rank, self.world_size = rank, world_size

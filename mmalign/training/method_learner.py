@@ -1,0 +1,100 @@
+"""A method under the loop: rounds of batches, its loss, the moving average, and what it remembers between rounds."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmalign.config.run import RunConfig
+from mmalign.core import distributed
+from mmalign.core.ema import EMA
+from mmalign.training.checkpoint import Checkpoint
+from mmalign.training.learner import Learner
+from mmalign.training.optim import build_optimizer
+from mmalign.training.output import CHECKPOINTS
+from mmalign.training.prepare import Prepared
+from mmalign.training.recipe import recipe
+
+
+class MethodLearner(Learner):
+    """What is trainable of a model, and the method that it learns by.
+
+    A round is what one call of `method.collect` returned. It is cut into optimiser steps by `method.split`; a run can
+    be resumed between rounds only, since a round's samples are those of the policy of before.
+    """
+
+    def __init__(self, config: RunConfig, parts: Prepared, accelerator: Any) -> None:
+        """Make the optimiser and the average over what is trainable."""
+        self.method, s = parts.method, config.trainer
+        network = parts.run.model.network
+        parameters = {name: one for name, one in network.named_parameters() if one.requires_grad}
+        super().__init__(
+            parameters,
+            build_optimizer(
+                parameters.values(), learning_rate=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay
+            ),
+            run=parts.run,
+            sampler=parts.sampler,
+            settings=s,
+            accelerator=accelerator,
+            recipe=recipe(config, parts.data_id, parts.model_id, distributed.world_size()),
+            samples_per_step=parts.sampler.per_step * parts.method.images_per_sample,
+            checkpoints=Path(config.output) / CHECKPOINTS,
+        )
+        self.unit = parts.task.unit
+        self.ema = EMA(self.parameters, s.ema) if s.ema else None
+        self.rounds = 0
+        self._steps_of_round = 1
+        self._pending: deque[Iterable[Any]] = deque()
+
+    def batches(self, step: int) -> Iterable[Any]:
+        """Return what this step learns from; where the last round is used up, collect the next one first."""
+        if not self._pending:
+            collected = self.method.collect(self.run, self.sampler.micro_batches(self.rounds))
+            self._pending.extend(self.method.split(self.run, collected))
+            self._steps_of_round = len(self._pending)
+            self.rounds += 1
+        return self._pending.popleft()
+
+    def learn(self, batch: Any) -> Mapping[str, Tensor | float]:
+        """Let the method add its gradient."""
+        return self.method.learn(self.run, batch, self.backward)
+
+    def after_update(self) -> None:
+        """Let the moving average follow."""
+        if self.ema:
+            self.ema.update()
+
+    def between_rounds(self, step: int) -> bool:
+        """Tell whether all of the last round is used up."""
+        return not self._pending
+
+    def epoch(self, step: int) -> float:
+        """Return how often the data have been seen."""
+        return (self.rounds - len(self._pending) / self._steps_of_round) / self.sampler.steps_per_epoch
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return the context in which the network holds what is evaluated."""
+        return self.ema.applied() if self.ema else nullcontext()
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Return what a checkpoint holds; see `Learner.state`."""
+        tensors, values = super().state()
+        values |= {"method": self.method.state_dict(), "rounds": self.rounds}
+        if self.ema:
+            tensors["ema"] = self.ema.shadow
+            values["ema_updates"] = self.ema.updates
+        return tensors, values
+
+    def load(self, saved: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        super().load(saved)
+        if self.ema:
+            self.ema.load(saved.tensors["ema"], saved.values["ema_updates"])
+        self.rounds = saved.values.get("rounds", saved.step // self.method.updates_per_round)
+        self.method.load_state_dict(saved.values["method"])
