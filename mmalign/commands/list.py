@@ -75,7 +75,7 @@ def _methods() -> Listing:
                 needs.reward,
                 needs.modality,
                 f"arXiv {paper[1]}" if paper else "",
-                f"docs/methods.md#{name}" if method.__module__.startswith("mmalign.methods.") else "",
+                f"docs/methods/{name}.md" if method.__module__.startswith("mmalign.methods.") else "",
                 _first_line(method),
             ]
         )
