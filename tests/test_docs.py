@@ -1,4 +1,4 @@
-"""The pages: a page a method, the README short and its links good."""
+"""The pages: a page a method, the README short and its links good, the headers of configs complete."""
 
 from __future__ import annotations
 
@@ -12,8 +12,46 @@ from mmalign.cli import main
 from mmalign.methods import methods
 
 ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+KEYS = ["Run", "Needs", "Cost", "Result", "Differs from the paper"]
 READMES = [ROOT / "rewards" / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "assets").rglob("README.md")]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *READMES])
+
+
+def header(text: str) -> dict[str, list[str]]:
+    """Return the lines of each key in the comment that a config begins with."""
+    found: dict[str, list[str]] = {}
+    for line in re.match(r"(#.*\n)*", text)[0].splitlines():  # type: ignore[index]
+        if line.startswith("#   "):
+            found[list(found)[-1]].append(line[4:])
+        else:
+            key, colon, value = line.removeprefix("# ").partition(": ")
+            assert colon and value and key not in found, line
+            found[key] = [value]
+    return found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
+def test_every_config_has_a_complete_header(path: Path) -> None:
+    name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+    found = header(path.read_text(encoding="utf-8"))
+    assert list(found) == KEYS
+    verb = "compare" if name.startswith("compare/") else "train-reward" if path.stem == "latent_reward" else "train"
+    assert found["Run"][0].split()[:3] == ["mmalign", verb, name] and len(found["Run"]) == 1
+    for page in re.findall(r"docs/[\w/-]+\.md", " ".join(sum(found.values(), []))):
+        assert (ROOT / page).is_file(), page
+    for word in re.findall(r"mmalign (?:train|train-reward|compare) ([\w/]+)", " ".join(sum(found.values(), []))):
+        assert (ROOT / "configs" / f"{word}.yaml").is_file(), word
+
+
+def test_list_configs_prints_the_header(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["config", "run", "needs", "cost"]
+    [line] = [line for line in lines if line.startswith("shapes/draft ")]
+    assert re.split(r"\s{2,}", line.strip()) == [
+        "shapes/draft", "mmalign train shapes/draft", "nothing else; 2 GB of memory.", "7 min on 2 CPU cores."
+    ]  # fmt: skip
 
 
 def test_every_method_has_its_page(capsys: pytest.CaptureFixture[str]) -> None:
