@@ -34,7 +34,7 @@ format: $(READY) ## put the code in the house's format
 	$(BIN)/ruff format .
 
 docs: $(READY) ## build the documentation site in site/; a broken link is an error
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(READY) ## measure speed on this machine
 	$(BIN)/python -m benchmarks
