@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import BENCHMARKS
-from mmalign.errors import UserError, did_you_mean
-from mmalign.files import write_atomically
+from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.files import write_atomically
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,14 +17,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mmalign.data.asked_videos import READ_BY_RULES, AskedVideo, read_asked
-from mmalign.data.video_questions import ASPECTS
-from mmalign.data.vlm_samples import read_media
+from mmalign.core.io.decode import Frames
+from mmalign.core.io.video_questions import ASPECTS
+from mmalign.core.progress import track
+from mmalign.core.resources import resolve_model
+from mmalign.data.encoded.vlm_samples import read_media
+from mmalign.data.video.question_set import READ_BY_RULES, AskedVideo, read_asked
 from mmalign.losses import completion_sum, token_kl
 from mmalign.methods.completions import token_log_probs
-from mmalign.progress import track
-from mmalign.resources import resolve_model
-from mmalign.scoring.decode import Frames
 from pipelines import VisionLanguageModel, load_vlm
 
 AT_ONCE = 32

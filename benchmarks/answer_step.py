@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 
 from benchmarks.timing import Report, Settings, interleave
+from mmalign.core.resources import resolve_model
 from mmalign.losses import completion_sum, dpo
-from mmalign.optim import build_optimizer
-from mmalign.resources import resolve_model
+from mmalign.training.optim import build_optimizer
 from pipelines import VisionLanguageModel, VlmBatch, load_vlm
 
 MODEL, BETA, RANK = "assets/shapes-vlm", 0.1, 32

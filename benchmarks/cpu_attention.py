@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import Report, Settings, interleave
-from mmalign.optim import build_optimizer
-from mmalign.precision import Precision, autocast
+from mmalign.core.precision import Precision, autocast
 from mmalign.shapes.train_base import build_unet
+from mmalign.training.optim import build_optimizer
 
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 TITLE = "UNet training step on the CPU"

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from mmalign.compare.charts import Axis, tick_text
-from mmalign.compare.systems import LOOK, read_looks
-from mmalign.errors import UserError
-from mmalign.files import write_atomically
-from mmalign.tracking import read_metrics
+from mmalign.compare.report.charts import Axis, tick_text
+from mmalign.compare.systems.facts import LOOK, read_looks
+from mmalign.core.errors import UserError
+from mmalign.core.files import write_atomically
+from mmalign.training.tracking import read_metrics
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 170, 48, 12, 26, 34
 COST = "images_seen"

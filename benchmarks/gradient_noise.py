@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.files import write_atomically
+from mmalign.core.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def estimate(gradients: Callable[[int], Tensor], draws: int) -> GradientNoise:
 
 def measure_config(path: str, overrides: list[str], draws: int) -> dict[str, GradientNoise]:
     """Return the noise of a training config's gradient, "same samples" and "new samples"."""
-    from mmalign.config import load_config
-    from mmalign.engine import make_accelerator
-    from mmalign.prepare import prepare
+    from mmalign.config.run import load_config
+    from mmalign.training.accelerator import make_accelerator
+    from mmalign.training.prepare import prepare
 
     config = load_config(path, overrides)
     parts = prepare(config, make_accelerator(config))
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from mmalign.errors import UserError
+    from mmalign.core.errors import UserError
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gradient_noise", description=__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG | key=value", help="training configs, then overrides")

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.models import corpus, write_pipeline
 from benchmarks.timing import Settings
-from mmalign.precision import autocast
+from mmalign.core.precision import autocast
 from pipelines import Generator, Truncation, load_generator, sample_with_gradient
 from pipelines.attention import prefer_trainable_sdpa
 

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mmalign.data.build import IMAGES_FILE, SCHEMA
-from mmalign.data.images import encode_png
-from mmalign.data.parquet import atomic_parquet
+from mmalign.core.io.images import encode_png
+from mmalign.core.io.parquet import atomic_parquet
+from mmalign.data.building.sampling import IMAGES_FILE, SCHEMA
 from mmalign.shapes.language import caption
 from mmalign.shapes.rewards import ShapesCorrectness
 from mmalign.shapes.world import render, sample_scene

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmalign.run import Run
+from mmalign.methods.run import Run
 
 
 def recipe_step(

@@ -18,9 +18,9 @@ from PIL import Image
 
 from benchmarks.models import corpus, write_clip
 from benchmarks.timing import Report, Settings, interleave
-from mmalign.scoring.chosen import WeightedReward
+from mmalign.core.io.items import Item
+from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.engine import score_items
-from mmalign.scoring.items import Item
 from rewards import load_reward
 
 SIDE = 256

@@ -13,12 +13,13 @@ import torch
 from benchmarks.models import corpus, write_pairs, write_pipeline
 from benchmarks.public_recipe import recipe_step
 from benchmarks.timing import Report, Settings, interleave
-from mmalign.config import AdapterConfig, DataConfig, RunConfig, TrainerConfig
-from mmalign.engine import make_accelerator
-from mmalign.optim import build_optimizer
-from mmalign.precision import DTYPES, Precision
-from mmalign.prepare import Prepared, prepare
+from mmalign.config.run import RunConfig
+from mmalign.config.sections import AdapterConfig, DataConfig, TrainerConfig
+from mmalign.core.precision import DTYPES, Precision
 from mmalign.shapes.train_base import to_batch
+from mmalign.training.accelerator import make_accelerator
+from mmalign.training.optim import build_optimizer
+from mmalign.training.prepare import Prepared, prepare
 from pipelines.attention import prefer_trainable_sdpa
 
 PRECISION: Precision = "bf16"

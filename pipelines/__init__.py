@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from pipelines.noise import NoiseProcess
     from pipelines.sampling import Trajectory, gaussian_log_prob, invert, sample, seeded_noise
     from pipelines.truncation import Truncation
-    from pipelines.vlm import VisionLanguageModel
-    from pipelines.vlm_batch import VlmBatch, VlmSample
-    from pipelines.vlm_features import media_features
-    from pipelines.vlm_load import fingerprint_vlm, load_vlm
+    from pipelines.vlm.batch import VlmBatch, VlmSample
+    from pipelines.vlm.features import media_features
+    from pipelines.vlm.load import fingerprint_vlm, load_vlm
+    from pipelines.vlm.model import VisionLanguageModel
 
 __all__ = [
     "Conditioning",
@@ -55,15 +55,15 @@ _HOMES = {
     "NoiseProcess": "noise",
     "PipelineError": "errors",
     "Truncation": "truncation",
-    "VisionLanguageModel": "vlm",
-    "VlmBatch": "vlm_batch",
-    "VlmSample": "vlm_batch",
+    "VisionLanguageModel": "vlm.model",
+    "VlmBatch": "vlm.batch",
+    "VlmSample": "vlm.batch",
     "fingerprint_model": "load",
-    "fingerprint_vlm": "vlm_load",
+    "fingerprint_vlm": "vlm.load",
     "guided_predictor": "guidance",
     "load_generator": "load",
-    "load_vlm": "vlm_load",
-    "media_features": "vlm_features",
+    "load_vlm": "vlm.load",
+    "media_features": "vlm.features",
     "sample_with_gradient": "gradient_sampling",
 }
 

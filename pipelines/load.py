@@ -22,8 +22,8 @@ from pipelines.generator import Generator
 from pipelines.hub import explained, fetch_file, is_hub_id, repository
 
 FAMILIES = {
-    "StableDiffusionPipeline": "pipelines.unet_image:StableDiffusion",
-    "StableDiffusionXLPipeline": "pipelines.unet_image:StableDiffusionXL",
+    "StableDiffusionPipeline": "pipelines.families.unet_image:StableDiffusion",
+    "StableDiffusionXLPipeline": "pipelines.families.unet_image:StableDiffusionXL",
 }
 
 

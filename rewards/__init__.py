@@ -20,9 +20,9 @@ from rewards.errors import RewardError
 from rewards.registry import check_options, list_rewards, load_reward, register, reward_class
 
 if TYPE_CHECKING:
+    from rewards.backbones.preprocess import Preprocess
     from rewards.base import Facts, Reward
-    from rewards.preprocess import Preprocess
-    from rewards.two_tower import TwoTowerReward
+    from rewards.bases.two_tower import TwoTowerReward
 
 __all__ = [
     "Facts",
@@ -39,9 +39,9 @@ __all__ = [
 
 _LAZY = {
     "Facts": "rewards.base",
-    "Preprocess": "rewards.preprocess",
+    "Preprocess": "rewards.backbones.preprocess",
     "Reward": "rewards.base",
-    "TwoTowerReward": "rewards.two_tower",
+    "TwoTowerReward": "rewards.bases.two_tower",
 }
 
 

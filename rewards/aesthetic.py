@@ -27,12 +27,12 @@ from typing import Any, ClassVar, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rewards.backbones.heads import Float32Head
+from rewards.backbones.load import check_mode, load_preset
+from rewards.backbones.weights import GITHUB, Weights, load_state, locate, read_state
 from rewards.base import Reward
-from rewards.encoders import check_mode, load_preset
+from rewards.bases.two_tower import unit
 from rewards.errors import RewardError, choices
-from rewards.heads import Float32Head
-from rewards.two_tower import unit
-from rewards.weights import GITHUB, Weights, load_state, locate, read_state
 
 
 class Version(NamedTuple):
@@ -92,7 +92,7 @@ class Aesthetic(Reward):
 
     version: of the head, see above. weights: the head's file, or a directory that holds it; a layer `weight [1, D]`,
     `bias [1]` or a published MLP, whatever the version. encoder: the CLIP, as `weights` of the reward `clip`, or a
-    file of OpenAI's weights; by default open_clip's with the tag `openai`. preprocessing: as in `rewards.preprocess`.
+    file of OpenAI's weights; by default open_clip's with the tag `openai`. preprocessing: as in `rewards.backbones.preprocess`.
     Raises `RewardError` for an unknown version, a head of another layout, and a CLIP of another width.
     """
 

@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rewards.backbones.weights import Weights
 from rewards.errors import RewardError, choices
 from rewards.media import SHAPES, Media, check_tensor, read_media
-from rewards.weights import Weights
 
 NEEDS = ("prompts", "references")
 _DTYPES = {

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from rewards.encoders import EncoderReward, load_encoder
+from rewards.backbones.load import load_encoder
+from rewards.bases.encoder import EncoderReward
 from rewards.errors import RewardError, choices
 
 

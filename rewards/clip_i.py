@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from rewards.encoders import load_encoder
-from rewards.references import ReferenceReward
+from rewards.backbones.load import load_encoder
+from rewards.bases.references import ReferenceReward
 
 DEFAULT = "openai/clip-vit-base-patch16"
 
@@ -23,7 +23,7 @@ class ClipI(ReferenceReward):
     """Likeness of an image to reference images: mean cosine of CLIP embeddings.
 
     weights: as of the reward `clip` (a directory, a hub id, any CLIP, SigLIP or ALIGN), by default OpenAI's ViT-B/16.
-    Needs `references`: for each sample a tensor `[R, 3, H, W]`. preprocessing: as in `rewards.preprocess`.
+    Needs `references`: for each sample a tensor `[R, 3, H, W]`. preprocessing: as in `rewards.backbones.preprocess`.
     """
 
     name: ClassVar[str] = "clip-i"

@@ -9,7 +9,7 @@ In YAML, and alike in Python:
       aesthetic: {weight: 0.3}
 
 A part is a reward's own options and, beside them: `name` (of the reward, where the label is not it), `weight`,
-`transform` (see `rewards.transforms`), `factor` and `offset` (of the transformed score: `factor * score + offset`), or
+`transform` (see `rewards.combining.transforms`), `factor` and `offset` (of the transformed score: `factor * score + offset`), or
 `gate` alone: the least score, or the greatest where lower is better, with which the whole is not `closed`. A bare
 number is a weight; a part may be a combination in its turn.
 
@@ -40,12 +40,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rewards.base import Reward
-from rewards.combine_modes import MODES, POSITIVE, bounds
-from rewards.combine_parts import Part, check_direction, weights_of
-from rewards.derived import inherit_facts
+from rewards.bases.derived import inherit_facts
+from rewards.combining.combine_modes import MODES, POSITIVE, bounds
+from rewards.combining.combine_parts import Part, check_direction, weights_of
+from rewards.combining.shaping import RunningStats
 from rewards.errors import RewardError, choices
 from rewards.media import Media, check_tensor, read_media
-from rewards.shaping import RunningStats
 
 NAN = ("raise", "propagate")
 

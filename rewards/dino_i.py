@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rewards.backbones.hf import image_preprocessing, load_pretrained
+from rewards.bases.references import ReferenceReward
 from rewards.errors import RewardError, choices
-from rewards.hf import image_preprocessing, load_pretrained
-from rewards.references import ReferenceReward
 
 DEFAULT = "facebook/dino-vits16"
 
@@ -35,7 +35,7 @@ class DinoI(ReferenceReward):
     """Likeness of an image to reference images of a subject: mean cosine of DINO embeddings.
 
     weights: a directory in transformers' layout or a hub id of a ViT (DINO) or a DINOv2, by default DINO ViT-S/16.
-    Needs `references`: for each sample a tensor `[R, 3, H, W]`. preprocessing: as in `rewards.preprocess`. Raises
+    Needs `references`: for each sample a tensor `[R, 3, H, W]`. preprocessing: as in `rewards.backbones.preprocess`. Raises
     `RewardError` for another kind of model, or an incomplete one.
     """
 

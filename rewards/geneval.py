@@ -1,7 +1,7 @@
 """GenEval: whether an image shows the objects, numbers, colours and positions that its prompt names.
 
 Source: Ghosh et al. 2023 (arXiv:2310.11513). A detector's boxes are held to the prompt by the rules of
-`rewards.geneval_tasks`; colours are read by CLIP, zero-shot, from the box, with what the mask leaves out painted grey.
+`rewards.language.geneval_tasks`; colours are read by CLIP, zero-shot, from the box, with what the mask leaves out painted grey.
 Forms, whose numbers do not compare:
 
 * `correct`  1 where all is right, else 0; at least as many objects as asked for (more is wrong only for numbers);
@@ -26,14 +26,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards.detectors import Detection, Detector, OnnxDetector, TransformersDetector, suppressed
-from rewards.encoders import Encoder, load_preset
+from rewards.backbones.detectors import Detection, Detector, OnnxDetector, TransformersDetector, suppressed
+from rewards.backbones.encoder import Encoder
+from rewards.backbones.load import load_preset
+from rewards.backbones.weights import Weights
+from rewards.bases.observed import ObservedReward
+from rewards.bases.two_tower import unit
 from rewards.errors import RewardError, choices
-from rewards.geneval_tasks import COLOURS, Task, Verdict, check_names, judge, parse_task, read_tasks
+from rewards.language.geneval_tasks import COLOURS, Task, Verdict, check_names, judge, parse_task, read_tasks
 from rewards.media import Media, load_image
-from rewards.observed import ObservedReward
-from rewards.two_tower import unit
-from rewards.weights import Weights
 
 FORMS = ("correct", "dense", "strict")
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
@@ -45,7 +46,7 @@ class GenEval(ObservedReward):
     """Objects, numbers, colours and positions that the prompt asks for, found by a detector: GenEval.
 
     form: `correct` (default), `strict` or `dense`, see above. weights: of the detector, a directory or hub id of
-    transformers, or an .onnx file; detector: one of your own instead (`rewards.detectors.Detector`). clip: weights of
+    transformers, or an .onnx file; detector: one of your own instead (`rewards.backbones.detectors.Detector`). clip: weights of
     the CLIP that names colours, read when first needed; by default OpenAI's ViT-L/14. metadata: GenEval's JSONL or its
     rows, for prompts that `parse_task` cannot read. threshold, counting_threshold: boxes must score more, the second
     where numbers are asked for (lower it for small detectors). max_objects: of each name, the best; max_overlap: of

@@ -170,8 +170,8 @@ def _head(version: str, embeddings: str, copy: str | None) -> Callable[[Call], T
         import numpy as np
 
         from rewards.aesthetic import VERSIONS, load_head
-        from rewards.two_tower import unit
-        from rewards.weights import locate
+        from rewards.backbones.weights import locate
+        from rewards.bases.two_tower import unit
 
         arrays = np.load(call.folder / HEADS)
         media = torch.from_numpy(arrays[embeddings]).float()
@@ -227,13 +227,13 @@ _REFERENCES = torch.tensor([0.5, -0.5, 1.5, 0.0], dtype=torch.float64)
 
 
 def _log_sigmoid(call: Call) -> Tensor:
-    from rewards.shaping import log_sigmoid_centred, reference_level
+    from rewards.combining.shaping import log_sigmoid_centred, reference_level
 
     return log_sigmoid_centred(_SCORES, reference_level(_REFERENCES))
 
 
 def _par(call: Call) -> Tensor:
-    from rewards.shaping import par
+    from rewards.combining.shaping import par
 
     return par(_SCORES, _REFERENCES)
 

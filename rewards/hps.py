@@ -17,11 +17,11 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any, ClassVar
 
-from rewards.encoders import EncoderReward
+from rewards.backbones.open_clip_encoder import load_open_clip
+from rewards.backbones.preprocess import Preprocess
+from rewards.backbones.weights import Weights, locate
+from rewards.bases.encoder import EncoderReward
 from rewards.errors import RewardError, choices
-from rewards.open_clip_encoder import load_open_clip
-from rewards.preprocess import Preprocess
-from rewards.weights import Weights, locate
 
 REPOSITORY = "xswu/HPSv2"
 VERSIONS = {
@@ -35,7 +35,7 @@ class Hps(EncoderReward):
 
     version: `v2.1` (the default) or `v2`; part of the metric's name wherever scores are reported. weights: the
     published file, a safetensors file with the same names, or a directory that holds the published one. Prompts have
-    no template and are cut at 77 tokens, with one warning. preprocessing: as in `rewards.preprocess`. Raises
+    no template and are cut at 77 tokens, with one warning. preprocessing: as in `rewards.backbones.preprocess`. Raises
     `RewardError` for an unknown version and for weights of another model.
     """
 

@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rewards.cross_encoder import CrossEncoderReward
+from rewards.backbones.heads import Float32Head
+from rewards.backbones.instruction import Instruction, read_instruction
+from rewards.backbones.preprocess import MODES
+from rewards.backbones.weights import GITHUB, Weights, load_state, locate, read_state
+from rewards.bases.cross_encoder import CrossEncoderReward
+from rewards.bases.qwen2_vl import Qwen2VLReader, VisualTokens
 from rewards.errors import RewardError, choices
-from rewards.heads import Float32Head
-from rewards.instruction import Instruction, read_instruction
 from rewards.media import Media, read_media
-from rewards.preprocess import MODES
-from rewards.qwen2_vl import Qwen2VLReader, VisualTokens
-from rewards.weights import GITHUB, Weights, load_state, locate, read_state
 
 PIXELS = 256 * 28 * 28
 HEAD = "rm_head."
@@ -51,7 +51,7 @@ class HpsV3(CrossEncoderReward):
     directory or hub id of Qwen2-VL-7B-Instruct, for configuration and processor. instruction: what the model was
     trained with, as the authors' data_collator_qwen.py, a text file, or the text with {text_prompt} where the prompt
     goes; by default fetched from the authors' repository, and part of `version` if it is another. preprocessing: as in
-    `rewards.preprocess`. dtype: bfloat16 by default, as published; the head computes in float32. Raises `RewardError`
+    `rewards.backbones.preprocess`. dtype: bfloat16 by default, as published; the head computes in float32. Raises `RewardError`
     for weights of another model and for prompts with special tokens of the tokenizer.
     """
 

@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rewards.blip import Blip, ImageContext
-from rewards.cross_encoder import CrossEncoderReward
+from rewards.backbones.blip import Blip, ImageContext
+from rewards.backbones.heads import Float32Head
+from rewards.backbones.hf import load_pretrained
+from rewards.backbones.preprocess import MODES, Preprocess
+from rewards.backbones.truncation import Truncation
+from rewards.backbones.weights import Weights, load_state, locate, read_state
+from rewards.bases.cross_encoder import CrossEncoderReward
 from rewards.errors import RewardError, choices
-from rewards.heads import Float32Head
-from rewards.hf import load_pretrained
-from rewards.preprocess import MODES, Preprocess
-from rewards.truncation import Truncation
-from rewards.weights import Weights, load_state, locate, read_state
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
@@ -43,7 +43,7 @@ class ImageReward(CrossEncoderReward):
     weights: the file ImageReward.pt (or .safetensors with the same names), or a directory that holds it; by default
     `THUDM/ImageReward` on the hub. tokenizer: directory or hub id of bert-base-uncased's tokenizer; by default the
     directory of the weights where that has a vocab.txt, else the hub. Prompts are cut at 35 tokens, [CLS] and [SEP]
-    included, as in training, with one warning. preprocessing: as in `rewards.preprocess`. Raises `RewardError` for
+    included, as in training, with one warning. preprocessing: as in `rewards.backbones.preprocess`. Raises `RewardError` for
     weights of another model.
     """
 

@@ -24,11 +24,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rewards.base import Reward
+from rewards.bases.derived import inherit_facts, load_inner
+from rewards.bases.references import mean_embeddings
 from rewards.clip import ClipReward
-from rewards.derived import inherit_facts, load_inner
 from rewards.errors import RewardError
 from rewards.media import Media
-from rewards.references import mean_embeddings
 
 ALIGN = "kakaobrain/align-base"
 EPS = 1e-8
@@ -46,7 +46,7 @@ class LambdaHarmonic(Reward):
     rewards for either (a name, or a mapping with `name` and options), such as `dino-i` and `clip`; each must have
     a bounded range, which is mapped to [0, 1]. lambda_validation: weight of the likeness in the score;
     lambda_labels: in `labels` and their probabilities, by default the same. token: the subject's placeholder, taken
-    out of prompts; None leaves them as they are. preprocessing: as in `rewards.preprocess`, of `weights` alone.
+    out of prompts; None leaves them as they are. preprocessing: as in `rewards.backbones.preprocess`, of `weights` alone.
     """
 
     name: ClassVar[str] = "lambda-harmonic"

@@ -1,6 +1,6 @@
 """A reward that reads noisy latents: half of a diffusion model, trained by `mmalign train-reward`.
 
-Source: Zhang et al. 2025, arXiv:2502.01051; the network and its formula: `rewards.latent_network`. It scores what a
+Source: Zhang et al. 2025, arXiv:2502.01051; the network and its formula: `rewards.backbones.latent_network`. It scores what a
 sampler is in the midst of, without a decoder and without a guess at the clean image (`score_latents`), and pixels like
 any reward: encoded, and moved to a level of hardly any noise, always by the same noise.
 """
@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from rewards.backbones.latent_files import LatentParts
+from rewards.backbones.latent_network import Texts
+from rewards.backbones.preprocess import Preprocess
 from rewards.base import Reward
 from rewards.errors import RewardError
-from rewards.latent_files import LatentParts
-from rewards.latent_network import Texts
-from rewards.preprocess import Preprocess
 
 CACHED_PROMPTS = 4096
 PROBE_SIZE, PROBE_TOLERANCE = 64, 0.1

@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rewards.cross_encoder import CrossEncoderReward
-from rewards.encoders import check_mode
+from rewards.backbones.hf import load_pretrained
+from rewards.backbones.load import check_mode
+from rewards.backbones.mps_cross import CrossModel
+from rewards.backbones.preprocess import Preprocess
+from rewards.backbones.truncation import Truncation
+from rewards.backbones.weights import Weights, load_state, locate, read_state
+from rewards.bases.cross_encoder import CrossEncoderReward
 from rewards.errors import RewardError
-from rewards.hf import load_pretrained
-from rewards.mps_cross import CrossModel
-from rewards.preprocess import Preprocess
-from rewards.truncation import Truncation
-from rewards.weights import Weights, load_state, locate, read_state
 
 PUBLISHED = Weights("RE-N-Y/mpsv1", "model.safetensors")
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -71,7 +71,7 @@ class Mps(CrossEncoderReward):
     them), or a directory that holds the published one; the authors' own file is a pickled program and is not read.
     tokenizer: directory or hub id of CLIP's. condition: the words of which the prompt's are kept if they are close;
     by default the authors' for overall preference. threshold: how close, relative to the closest. Prompts are cut at
-    77 tokens, with one warning. preprocessing: as in `rewards.preprocess`. Raises `RewardError` for other weights.
+    77 tokens, with one warning. preprocessing: as in `rewards.backbones.preprocess`. Raises `RewardError` for other weights.
     """
 
     name: ClassVar[str] = "mps"

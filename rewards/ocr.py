@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from rewards.bases.observed import ObservedReward
 from rewards.errors import RewardError
-from rewards.observed import ObservedReward
 
 Reader = Callable[[Image.Image], Sequence[str]]
 

@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from rewards.encoders import EncoderReward
-from rewards.hf_encoder import load_hf_encoder
+from rewards.backbones.hf_encoder import load_hf_encoder
+from rewards.backbones.preprocess import Preprocess
+from rewards.backbones.weights import Weights
+from rewards.bases.encoder import EncoderReward
 from rewards.media import Media
-from rewards.preprocess import Preprocess
-from rewards.weights import Weights
 
 PUBLISHED = Weights("yuvalkirstain/PickScore_v1", "model.safetensors")
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -33,7 +33,7 @@ class PickScore(EncoderReward):
     weights: a directory in transformers' layout or a hub id, by default `yuvalkirstain/PickScore_v1`. tokenizer:
     directory or hub id; by default the directory of the weights where that has one, else that of the CLIP it was
     tuned from. scale: factor of the cosine, by default the checkpoint's own; it stands in `version`. Prompts have no
-    template and are cut at 77 tokens, with one warning. preprocessing: as in `rewards.preprocess`. Raises
+    template and are cut at 77 tokens, with one warning. preprocessing: as in `rewards.backbones.preprocess`. Raises
     `RewardError` for weights that cannot be had or are another model's.
     """
 

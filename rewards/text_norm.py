@@ -24,13 +24,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rewards.base import Reward
-from rewards.combine_modes import uncertainty_weighted
-from rewards.contrast import make_contrast
-from rewards.contrast_rules import without_duplicates
-from rewards.cross_encoder import CrossEncoderReward
-from rewards.derived import inherit_facts, load_inner
+from rewards.bases.cross_encoder import CrossEncoderReward
+from rewards.bases.derived import inherit_facts, load_inner
+from rewards.bases.two_tower import TwoTowerReward
+from rewards.combining.combine_modes import uncertainty_weighted
 from rewards.errors import RewardError, choices
-from rewards.two_tower import TwoTowerReward
+from rewards.language.contrast import make_contrast
+from rewards.language.contrast_rules import without_duplicates
 
 ENSEMBLES = ("mean", "uncertainty")
 SPREADS = ("variance", "std")
@@ -40,7 +40,7 @@ class TextNorm(Reward):
     """Softmax of any reward of prompts over the true prompt and contrast prompts, in [0, 1].
 
     base: a reward's name, its options as a mapping with `name`, a reward, or a list of these (an ensemble). contrast:
-    where contrast prompts come from, see `rewards.contrast.make_contrast`; the true prompt is taken out of its own
+    where contrast prompts come from, see `rewards.language.contrast.make_contrast`; the true prompt is taken out of its own
     list. scale: s, one for all bases or one each; scores differ in width, a cosine needs about 100 times the scale
     of a logit. ensemble: `mean` or `uncertainty`, with `lam` and `spread` (`variance` over the population, or `std`).
 

@@ -29,12 +29,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rewards.aesthetic import VERSIONS, Aesthetic
+from rewards.backbones.hf import load_pretrained
+from rewards.backbones.load import load_preset
+from rewards.backbones.preprocess import IMAGENET, OPENAI
 from rewards.base import Reward
-from rewards.encoders import EncoderReward, load_preset
+from rewards.bases.encoder import EncoderReward
+from rewards.bases.two_tower import unit
 from rewards.errors import RewardError
-from rewards.hf import load_pretrained
-from rewards.preprocess import IMAGENET, OPENAI
-from rewards.two_tower import unit
 from rewards.vbench_total import BOUNDS
 
 SIZE = 224
@@ -203,7 +204,7 @@ class AppearanceStyle(EncoderReward):
 
     The prompt is the style alone, as VBench lists it beside its prompts, such as "Van Gogh style". weights: as in
     `vbench-background-consistency`. normalise: as in the other dimensions. Frames are resized with antialiasing here,
-    as VBench does through PIL; preprocessing: as in `rewards.preprocess`.
+    as VBench does through PIL; preprocessing: as in `rewards.backbones.preprocess`.
     """
 
     name: ClassVar[str] = "vbench-appearance-style"

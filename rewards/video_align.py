@@ -23,15 +23,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rewards.checkpoints import locate_directory, read_checkpoint
-from rewards.cross_encoder import CrossEncoderReward
+from rewards.backbones.checkpoints import locate_directory, read_checkpoint
+from rewards.backbones.heads import Float32Head
+from rewards.backbones.instruction import Instruction, read_instruction
+from rewards.backbones.preprocess import MODES
+from rewards.backbones.weights import GITHUB, Weights, load_state, read_state
+from rewards.bases.cross_encoder import CrossEncoderReward
+from rewards.bases.qwen2_vl import Qwen2VLReader, VisualTokens, backbone_name
 from rewards.errors import RewardError, choices
-from rewards.heads import Float32Head
-from rewards.instruction import Instruction, read_instruction
 from rewards.media import Media, read_media
-from rewards.preprocess import MODES
-from rewards.qwen2_vl import Qwen2VLReader, VisualTokens, backbone_name
-from rewards.weights import GITHUB, Weights, load_state, read_state
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 TOKENS = tuple(f"<|{dimension}_reward|>" for dimension in DIMENSIONS)
@@ -67,7 +67,7 @@ class VideoAlign(CrossEncoderReward):
     at least 4); by default all frames are taken, so give them at that rate: fewer or more shift the scores. weights:
     directory or hub id; base: that of Qwen2-VL-2B-Instruct, for configuration, processor, and what the checkpoint
     leaves out. instruction: the authors' prompt_template.py, a text file, or the text with {text_prompt} where the
-    prompt goes; by default fetched from the authors' repository. preprocessing: as in `rewards.preprocess`. dtype:
+    prompt goes; by default fetched from the authors' repository. preprocessing: as in `rewards.backbones.preprocess`. dtype:
     bfloat16 by default, as published. Raises `RewardError` for a checkpoint trained with other settings than the
     published one, for weights of another model, videos of one frame, and prompts with special tokens.
     """

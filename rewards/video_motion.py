@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rewards.backbones.weights import load_state, read_state
 from rewards.base import Reward
 from rewards.errors import RewardError
 from rewards.vbench import VBenchReward
-from rewards.weights import load_state, read_state
 
 Interpolator = Callable[[Tensor, Tensor], Tensor]
 UPDATES = 20

@@ -20,16 +20,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rewards.checkpoints import build, read_checkpoint
-from rewards.cross_encoder import CrossEncoderReward, refuse_tokens
-from rewards.encoders import check_mode
+from rewards.backbones.checkpoints import build, read_checkpoint
+from rewards.backbones.heads import Float32Head
+from rewards.backbones.hf import load_pretrained
+from rewards.backbones.instruction import Instruction, read_instruction
+from rewards.backbones.load import check_mode
+from rewards.backbones.preprocess import Preprocess
+from rewards.backbones.weights import GITHUB, Weights, load_state
+from rewards.bases.cross_encoder import CrossEncoderReward, refuse_tokens
 from rewards.errors import RewardError, choices
-from rewards.heads import Float32Head
-from rewards.hf import load_pretrained
-from rewards.instruction import Instruction, read_instruction
 from rewards.media import Media, read_media
-from rewards.preprocess import Preprocess
-from rewards.weights import GITHUB, Weights, load_state
 
 ASPECTS = (
     "visual-quality", "temporal-consistency", "dynamic-degree", "text-to-video-alignment", "factual-consistency",
@@ -67,7 +67,7 @@ class VideoScore(CrossEncoderReward):
     averaged, by default all; the authors report each for itself, as `parts` does. weights: directory or hub id of the
     model with its processor. instruction: what the model was trained with, as the authors' run_videoscore.py, a text
     file, or the text with {text_prompt} where the prompt goes; by default fetched from the authors' repository, and
-    part of `version` if it is another. preprocessing: as in `rewards.preprocess`. dtype: bfloat16 by default, as
+    part of `version` if it is another. preprocessing: as in `rewards.backbones.preprocess`. dtype: bfloat16 by default, as
     published. Raises `RewardError` for weights of another model and for prompts with special tokens.
     """
 

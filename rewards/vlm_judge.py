@@ -28,8 +28,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from rewards.backbones.chat import ChatClient, Reply
 from rewards.base import Reward
-from rewards.chat import ChatClient, Reply
 from rewards.errors import RewardError, choices
 from rewards.media import Media, pil_images, read_media
 
@@ -75,7 +75,7 @@ class VlmJudge(Reward):
     pair_template: that of `pairwise`. expected: take the mean of 1 to 5 under the model's probabilities instead of the
     digit that it wrote (needs log probabilities). on_parse_error: `nan` (default), `raise`, or `min`, the lowest
     score; the failures are counted in `parse_failures`. resize: squash images to squares of that many pixels. The
-    other options are those of `rewards.chat.ChatClient`: answers are cached in the directory `cache`.
+    other options are those of `rewards.backbones.chat.ChatClient`: answers are cached in the directory `cache`.
     """
 
     name: ClassVar[str] = "vlm-judge"

@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rewards.backbones.load import load_encoder
 from rewards.base import check_strings
-from rewards.encoders import EncoderReward, load_encoder
+from rewards.bases.encoder import EncoderReward
 from rewards.errors import RewardError
 from rewards.media import Media, read_media
 
@@ -34,7 +35,7 @@ class VlmRm(EncoderReward):
     target: the goal, a prompt or several whose embeddings are averaged; None takes `prompts`, one goal for each
     image. baseline: a prompt or several for the same scene without the goal; needs alpha. alpha: from 0 (none of it)
     to 1. weights, model, pretrained: as of the reward `clip`, by default the paper's best, open_clip's ViT-bigG-14.
-    preprocessing: as in `rewards.preprocess`. Raises `RewardError` for a goal that equals the baseline.
+    preprocessing: as in `rewards.backbones.preprocess`. Raises `RewardError` for a goal that equals the baseline.
     """
 
     name: ClassVar[str] = "vlm-rm"

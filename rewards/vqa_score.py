@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rewards.cross_encoder import CrossEncoderReward, refuse_tokens
+from rewards.backbones.hf import load_pretrained
+from rewards.backbones.preprocess import MODES, OPENAI, Preprocess
+from rewards.backbones.truncation import Truncation
+from rewards.bases.cross_encoder import CrossEncoderReward, refuse_tokens
 from rewards.errors import RewardError, choices
-from rewards.hf import load_pretrained
-from rewards.preprocess import MODES, OPENAI, Preprocess
-from rewards.truncation import Truncation
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -58,7 +58,7 @@ class VqaScore(CrossEncoderReward):
     `zhiqiulin/clip-flant5-xl` has 3 B) or Qwen2.5-VL-7B-Instruct. question: template with one `{}` for the prompt;
     answer: its first token (vlm) or all of it (clip-flant5) is scored. tokenizer, vision_tower: directories or hub
     ids, of clip-flant5 alone, by default google/flan-t5-xxl (or the weights' own directory where that has a tokenizer)
-    and what the weights' config.json names. preprocessing: as in `rewards.preprocess`, of clip-flant5 alone; `vlm`
+    and what the weights' config.json names. preprocessing: as in `rewards.backbones.preprocess`, of clip-flant5 alone; `vlm`
     leaves it to the model's processor and is not differentiable. dtype: bfloat16 by default, as published. Raises
     `RewardError` for weights of another model, and for prompts that contain one of the tokenizer's special tokens.
     """
@@ -108,14 +108,14 @@ class VqaScore(CrossEncoderReward):
         self.special_tokens = {"<image>", *self.tokenizer.get_added_vocab()}
 
     def _load_vlm(self) -> None:
-        from rewards.vlm import VisionLanguageModel
+        from rewards.backbones.vlm import VisionLanguageModel
 
         self.model: Any = VisionLanguageModel(self.source, self.dtype).to(self.device)
         self.tokenizer = self.model.tokenizer
 
     def _load_clip_flant5(self, tokenizer: Any, vision_tower: Any) -> None:
-        from rewards.checkpoints import locate_directory
-        from rewards.clip_t5 import ClipT5
+        from rewards.backbones.checkpoints import locate_directory
+        from rewards.backbones.clip_t5 import ClipT5
 
         directory = locate_directory(self.source)
         own = any((directory / name).is_file() for name in ("tokenizer.json", "spiece.model"))

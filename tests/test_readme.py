@@ -14,7 +14,7 @@ from tiny_models import build_tiny_sd
 
 from mmalign.cli import main
 from mmalign.compare.config import load_compare_config
-from mmalign.compare.training import plan_trainings
+from mmalign.compare.systems.training import plan_trainings
 from rewards import load_reward
 
 ROOT = Path(__file__).parent.parent

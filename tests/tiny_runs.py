@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.batches import PairBatch
-from mmalign.config import RunConfig
+from mmalign.config.run import RunConfig
+from mmalign.data.batches import PairBatch
+from mmalign.methods.reference import Reference
+from mmalign.methods.run import Run
 from mmalign.methods.sft import SFT
-from mmalign.reference import Reference
-from mmalign.run import Run
 from pipelines import load_generator
 from pipelines.conditioning import Conditioning
 from rewards import Reward
@@ -148,7 +148,7 @@ def write_answer_pairs(folder: Path, count: int = 6, *, own_media: bool = False,
 
     own_media: every rejected side has a video of its own. columns: further columns, a value for each pair.
     """
-    from mmalign.data.video_files import write_video
+    from mmalign.core.io.video_files import write_video
 
     source = torch.Generator().manual_seed(0)
     lines = []

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 
 class Checkout:

@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.equivalence import PEERS
 from benchmarks.equivalence.checkout import Checkout
 from benchmarks.equivalence.comparing import Comparison
-from mmalign.errors import UserError, did_you_mean
-from mmalign.files import write_atomically
+from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.files import write_atomically
 
 
 def main(arguments: list[str]) -> int:

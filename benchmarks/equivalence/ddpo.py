@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.equivalence.checkout import Checkout
 from benchmarks.equivalence.comparing import Comparison, World, losses, values
 from benchmarks.equivalence.stepping import Steps
-from mmalign.advantages import PromptStatistics
 from mmalign.losses import clipped_policy_gradient
+from mmalign.losses.advantages import PromptStatistics
 
 REPOSITORY = "kvablack/ddpo-pytorch"
 SCRIPT, STEP, TRACKER = (

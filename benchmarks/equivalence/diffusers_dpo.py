@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.equivalence.checkout import Checkout
 from benchmarks.equivalence.comparing import Comparison, World, losses
 from mmalign.losses import diffusion_dpo
-from mmalign.losses.diffusion_dpo import LossType
+from mmalign.losses.pair_loss import LossType
 
 REPOSITORY = "huggingface/diffusers"
 FOLDER = "examples/research_projects/diffusion_dpo"

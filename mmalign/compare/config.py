@@ -30,9 +30,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mmalign.compare.systems_config import SystemsConfig, check_values, different_seeds, no_duplicates
-from mmalign.config import Guidance, StrictModel, load_schema
-from mmalign.errors import did_you_mean
+from mmalign.compare.systems.config import SystemsConfig, check_values, different_seeds, no_duplicates
+from mmalign.config.run import load_schema
+from mmalign.config.sections import Guidance, StrictModel
+from mmalign.core.errors import did_you_mean
 
 
 class RewardEntry(StrictModel):

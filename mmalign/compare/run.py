@@ -27,22 +27,22 @@ from mmalign.compare.config import (
     load_compare_config,
     make_compare_config,
 )
-from mmalign.compare.control import control_prompts, run_control
-from mmalign.compare.diversity import check_diversity, measure_diversity
-from mmalign.compare.draw import ModelHolder, draw_system
-from mmalign.compare.images import ImageStore
-from mmalign.compare.replicas import gather_scores, merge_systems, replica_names
-from mmalign.compare.results import Comparison, build_results, write_results, write_scores
-from mmalign.compare.scoring import score_all
-from mmalign.compare.systems import SystemFacts, read_system
-from mmalign.compare.systems_config import SystemConfig
-from mmalign.compare.training import train_systems
-from mmalign.config import dump_config
+from mmalign.compare.images.diversity import check_diversity, measure_diversity
+from mmalign.compare.images.draw import ModelHolder, draw_system
+from mmalign.compare.images.guidance_control import control_prompts, run_control
+from mmalign.compare.images.scoring import score_all
+from mmalign.compare.images.store import ImageStore
+from mmalign.compare.results.results import Comparison, build_results, write_results, write_scores
+from mmalign.compare.results.training_seeds import gather_scores, merge_systems, replica_names
+from mmalign.compare.systems.config import SystemConfig
+from mmalign.compare.systems.facts import SystemFacts, read_system
+from mmalign.compare.systems.training import train_systems
+from mmalign.config.run import dump_config
+from mmalign.core.files import check_output, write_atomically
+from mmalign.core.precision import check_precision
+from mmalign.core.progress import note
 from mmalign.data.prompts import Prompt, load_prompts
-from mmalign.files import check_output, write_atomically
-from mmalign.precision import check_precision
-from mmalign.progress import note
-from mmalign.reward_checks import check_reward
+from mmalign.scoring.checks import check_reward
 
 __all__ = [
     "CompareConfig",
@@ -68,12 +68,12 @@ def compare(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     """Draw, score and compare all systems of `config`, and write report, results and scores into its output.
 
     Systems that the config trains are trained first, unless they are there already; for `train` and `retrain` see
-    `mmalign.compare.training.train_systems`.
+    `mmalign.compare.systems.training.train_systems`.
 
     Raises:
         UserError, PipelineError, RewardError: a model, reward or prompt set is not what the config takes it for.
     """
-    from mmalign.compare.report import write_report
+    from mmalign.compare.report.page import write_report
 
     output = Path(config.output)
     comparison = measure(config, train=train, retrain=retrain)

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from mmalign.config import DataConfig
-from mmalign.data.images import Media
+from mmalign.config.sections import DataConfig
+from mmalign.core.errors import UserError
+from mmalign.core.io.columns import missing_columns
+from mmalign.core.io.images import Media
+from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
+from mmalign.core.io.tables import TABLE_SUFFIXES, column, file_columns, read_rows
+from mmalign.core.resources import find
 from mmalign.data.pairs import PairTable, read_pairs
-from mmalign.data.parquet import ForwardReader, iterate_columns, open_parquet
-from mmalign.data.source import choose_caption_column, missing_columns
-from mmalign.data.tabular import ID_COLUMNS, as_media
-from mmalign.errors import UserError
-from mmalign.resources import find
-from mmalign.scoring.tables import TABLE_SUFFIXES, column, file_columns, read_rows
+from mmalign.data.readers.source import choose_caption_column
+from mmalign.data.readers.tabular import ID_COLUMNS, as_media
 
 LABEL_COLUMN, REJECTED_COLUMN = "label", "caption_rejected"
 _WORDS = {"good": True, "true": True, "1": True, "bad": False, "false": False, "0": False}

@@ -1,8 +1,8 @@
 """Preference pairs from any usual source, as one table whose images are read only when a pair is asked for.
 
-Sources: Pick-a-Pic columns in parquet files, a directory of them or a `datasets` hub id (`mmalign.data.tabular`);
-HPDv2-style JSON, JSON or JSONL with `prompt, chosen, rejected`, folders `chosen/` and `rejected/` (or `w/` and `l/`;
-`mmalign.data.listed`).
+Sources: Pick-a-Pic columns in parquet files, a directory of them or a `datasets` hub id
+(`mmalign.data.readers.tabular`); HPDv2-style JSON, JSON or JSONL with `prompt, chosen, rejected`, folders `chosen/`
+and `rejected/` (or `w/` and `l/`; `mmalign.data.readers.listed`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmalign.config import DataConfig
-from mmalign.data.images import Media
-from mmalign.data.listed import paired_folders, read_folder_pairs, read_json_pairs
-from mmalign.data.source import Candidate, PairSource
-from mmalign.data.tabular import ParquetPairs, load_hub_pairs, load_saved_pairs
-from mmalign.data.transforms import uniform
-from mmalign.errors import UserError
-from mmalign.progress import note
-from mmalign.resources import find
+from mmalign.config.sections import DataConfig
+from mmalign.core.errors import UserError
+from mmalign.core.hashing import uniform
+from mmalign.core.io.images import Media
+from mmalign.core.progress import note
+from mmalign.core.resources import find
+from mmalign.data.readers.listed import paired_folders, read_folder_pairs, read_json_pairs
+from mmalign.data.readers.source import Candidate, PairSource
+from mmalign.data.readers.tabular import ParquetPairs, load_hub_pairs, load_saved_pairs
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.]+)?")
 _FILE_SUFFIXES = (".parquet", ".json", ".jsonl")

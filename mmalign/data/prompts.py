@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmalign.errors import UserError, nearest
-from mmalign.progress import note
-from mmalign.resources import resource_root, shipped
+from mmalign.core.errors import UserError, nearest
+from mmalign.core.io.columns import PROMPT_COLUMNS
+from mmalign.core.progress import note
+from mmalign.core.resources import resource_root, shipped
 
-PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 CATEGORY_COLUMNS = ("category", "categories", "tag")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".txt")
 

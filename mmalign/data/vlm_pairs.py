@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmalign.config import DataConfig
-from mmalign.data.images import Media
-from mmalign.data.parquet import ForwardReader, iterate_columns, open_parquet
-from mmalign.data.source import choose_caption_column, missing_columns
-from mmalign.data.tabular import ID_COLUMNS, as_media
-from mmalign.errors import UserError, did_you_mean
-from mmalign.resources import find
-from mmalign.scoring.tables import read_rows
+from mmalign.config.sections import DataConfig
+from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.io.columns import missing_columns
+from mmalign.core.io.images import Media
+from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
+from mmalign.core.io.tables import read_rows
+from mmalign.core.resources import find
+from mmalign.data.readers.source import choose_caption_column
+from mmalign.data.readers.tabular import ID_COLUMNS, as_media
 
 ANSWERS = ("chosen", "rejected")
 MEDIA = {"video": "rejected_video", "image": "rejected_image", "images": "rejected_image"}

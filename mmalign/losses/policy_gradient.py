@@ -23,10 +23,10 @@ def clipped_policy_gradient(
 ) -> Float[Tensor, "*shape"]:
     """Return DDPO's loss of each step: max(-A rho, -A clamp(rho, 1 - clip, 1 + clip)), rho = exp(log_prob - old).
 
-    `advantage` A (see `mmalign.advantages`) has the shape of `log_prob` or broadcasts to it. Where the policy is the
-    one that sampled, rho = 1 and the gradient is -A grad log_prob, REINFORCE; a step that has moved by more than
-    `clip` in the direction A asks for gets none. `math.inf` switches the clipping off. `old_log_prob` and `advantage`
-    get no gradient. In float32 or in the higher precision of the log-probabilities.
+    `advantage` A (see `mmalign.losses.advantages`) has the shape of `log_prob` or broadcasts to it. Where the policy
+    is the one that sampled, rho = 1 and the gradient is -A grad log_prob, REINFORCE; a step that has moved by more
+    than `clip` in the direction A asks for gets none. `math.inf` switches the clipping off. `old_log_prob` and
+    `advantage` get no gradient. In float32 or in the higher precision of the log-probabilities.
 
     Raises:
         ValueError: clip is not positive, or the shapes do not fit.

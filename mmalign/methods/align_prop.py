@@ -17,11 +17,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.batches import PromptBatch
+from mmalign.data.batches import PromptBatch
 from mmalign.losses import denoising_error
 from mmalign.methods.base import LossOutput, Method, Needs
+from mmalign.methods.run import Run
 from mmalign.methods.trajectory import SamplingConfig
-from mmalign.run import Run
 from pipelines.gradient_sampling import Truncation, sample_with_gradient
 from pipelines.noise import NoiseProcess
 

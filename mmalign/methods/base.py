@@ -1,8 +1,8 @@
 """What a method is: its configuration, its declared needs, and how a batch becomes a loss.
 
 A method is one file: a `Config`, the `needs`, and `loss(run, batch)`. Everything around it (data order, precision,
-accumulation, the reference, checkpoints, logging) belongs to `mmalign.engine`; everything numeric that a paper would
-print as a formula belongs to `mmalign.losses`.
+accumulation, the reference, checkpoints, logging) belongs to `mmalign.training.loop`; everything numeric that a paper
+would print as a formula belongs to `mmalign.losses`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, StrictInt, model_validator
 from torch import Tensor
 
-from mmalign.batches import LabelBatch, PairBatch, PromptBatch
-from mmalign.errors import UserError
-from mmalign.run import Run
+from mmalign.core.errors import UserError
+from mmalign.data.batches import LabelBatch, PairBatch, PromptBatch
+from mmalign.methods.run import Run
 from pipelines.noise import NoiseProcess
 
 __all__ = ["LabelBatch", "LossOutput", "Method", "MethodConfig", "Needs", "PairBatch", "PromptBatch", "TimestepRange"]

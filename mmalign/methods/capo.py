@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 from mmalign.losses import capo, capo_logit, noise_level_weight
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, TimestepRange
 from mmalign.methods.noising import noise_pairs, pair_metrics
-from mmalign.run import Run
+from mmalign.methods.run import Run
 
 if TYPE_CHECKING:
     from mmalign.data.pairs import PairTable

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.batches import VlmPairBatch
+from mmalign.data.batches import VlmPairBatch
 from mmalign.losses import completion_mean, completion_sum
 from mmalign.methods.base import Method, MethodConfig
 from mmalign.methods.noising import pair_accuracy
-from mmalign.reference import TokenValues
-from mmalign.run import Run
-from pipelines.vlm_batch import VlmBatch, VlmSample
+from mmalign.methods.reference import TokenValues
+from mmalign.methods.run import Run
+from pipelines.vlm.batch import VlmBatch, VlmSample
 
 
 def collate(run: Run, *sides: Sequence[VlmSample]) -> VlmBatch:

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from mmalign.advantages import PromptStatistics, group_advantages
-from mmalign.batches import PromptBatch
+from mmalign.core.distributed import gather, rank
+from mmalign.data.batches import PromptBatch
 from mmalign.losses import clamped_policy_gradient, clipped_policy_gradient
+from mmalign.losses.advantages import PromptStatistics, group_advantages
 from mmalign.methods.base import LossOutput
+from mmalign.methods.run import Run
 from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
-from mmalign.ranks import gather, rank
-from mmalign.run import Run
 
 
 class DDPOConfig(TrajectoryConfig):

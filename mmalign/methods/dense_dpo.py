@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mmalign.losses import dense_logit, discounted_probabilities, list_mle
 from mmalign.methods.base import LossOutput
+from mmalign.methods.run import Run
 from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
-from mmalign.run import Run
 
 
 class DenseDPOConfig(TrajectoryConfig):

@@ -10,10 +10,10 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from mmalign.losses import diffusion_dpo, diffusion_dpo_logit
-from mmalign.losses.diffusion_dpo import LossType
+from mmalign.losses.pair_loss import LossType
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, TimestepRange
 from mmalign.methods.noising import noise_pairs, pair_metrics
-from mmalign.run import Run
+from mmalign.methods.run import Run
 
 
 class DiffusionDPOConfig(TimestepRange):

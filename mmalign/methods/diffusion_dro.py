@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.batches import LabelBatch
+from mmalign.data.batches import LabelBatch
 from mmalign.losses import denoising_error, diffusion_dro
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
-from mmalign.run import Run
+from mmalign.methods.run import Run
 from pipelines import sample
 from pipelines.conditioning import Conditioning
 from pipelines.noise import NoiseProcess

@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmalign import ranks
+from mmalign.core import distributed as ranks
 from mmalign.losses import diffusion_kto, kto_reference_point
 from mmalign.losses.diffusion_kto import Utility
 from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
 from mmalign.methods.noising import noise_images
-from mmalign.run import Run
+from mmalign.methods.run import Run
 
 
 class DiffusionKTOConfig(TimestepRange):

@@ -13,7 +13,7 @@ from pydantic import Field
 from mmalign.losses import diffusion_dpo, diffusion_dpo_logit
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch
 from mmalign.methods.noising import InversionConfig, invert_pairs, pair_metrics
-from mmalign.run import Run
+from mmalign.methods.run import Run
 from pipelines.noise import NoiseProcess
 
 CODE_ETA = 0.1

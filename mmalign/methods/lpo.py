@@ -15,16 +15,16 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.batches import PromptBatch
-from mmalign.errors import TrainingDiverged, UserError
+from mmalign.core.errors import TrainingDiverged, UserError
+from mmalign.core.resources import find
+from mmalign.data.batches import PromptBatch
 from mmalign.methods.base import Needs
+from mmalign.methods.run import Run
 from mmalign.methods.spo import SPO, SPOConfig
-from mmalign.resources import find
-from mmalign.run import Run
 from pipelines.branching import Branching
 from pipelines.noise import NoiseProcess
+from rewards.backbones.latent_files import read_record
 from rewards.latent import LatentReward
-from rewards.latent_files import read_record
 
 
 class LPOConfig(SPOConfig):

@@ -9,7 +9,7 @@ from pydantic import Field
 from mmalign.losses import mapo, mapo_logit
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, TimestepRange
 from mmalign.methods.noising import noise_pairs, pair_accuracy
-from mmalign.run import Run
+from mmalign.methods.run import Run
 
 
 class MaPOConfig(TimestepRange):

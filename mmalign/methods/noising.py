@@ -15,10 +15,10 @@ from jaxtyping import Float, Shaped
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.batches import LabelBatch, PairBatch
+from mmalign.data.batches import LabelBatch, PairBatch
 from mmalign.losses import denoising_error
 from mmalign.methods.base import TimestepRange
-from mmalign.run import Run
+from mmalign.methods.run import Run
 from pipelines import invert
 from pipelines.conditioning import Conditioning
 

@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from mmalign.batches import PromptBatch
+from mmalign.data.batches import PromptBatch
 from mmalign.losses import prdp
 from mmalign.methods.base import LossOutput
+from mmalign.methods.run import Run
 from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
-from mmalign.run import Run
 
 
 class PRDPConfig(TrajectoryConfig):

@@ -13,17 +13,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmalign.batches import VlmPairBatch
-from mmalign.data.vlm_samples import VlmPairs
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.progress import track
+from mmalign.data.batches import VlmPairBatch
+from mmalign.data.encoded.vlm_samples import VlmPairs
 from mmalign.losses import dpo_logit, rdpo
 from mmalign.methods.base import LossOutput, Needs
 from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics, with_answers
 from mmalign.methods.noising import pair_accuracy
-from mmalign.progress import track
-from mmalign.run import Run
+from mmalign.methods.run import Run
 from pipelines import media_features
-from pipelines.vlm_batch import VlmSample
+from pipelines.vlm.batch import VlmSample
 
 
 class RDPOConfig(FixedSidesConfig):

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from mmalign.batches import VlmPairBatch
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.data.batches import VlmPairBatch
 from mmalign.losses import completion_sum, rrpo, rrpo_logit, span_masks, token_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.completions import answer_metrics, collate, reduce_sides, token_log_probs
-from mmalign.run import Run
+from mmalign.methods.run import Run
 
 
 class RRPOConfig(MethodConfig):

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
 from mmalign.methods.noising import noise_images
-from mmalign.run import Run
+from mmalign.methods.run import Run
 
 
 class SFTConfig(TimestepRange):

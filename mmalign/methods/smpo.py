@@ -10,7 +10,7 @@ from mmalign.losses import diffusion_dpo_logit, smpo, smpo_weight
 from mmalign.losses.smpo import PICKSCORE_SPAN
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch
 from mmalign.methods.noising import InversionConfig, invert_pairs, noise_pairs, pair_metrics
-from mmalign.run import Run
+from mmalign.methods.run import Run
 from pipelines.noise import NoiseProcess
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mmalign.batches import PromptBatch
+from mmalign.data.batches import PromptBatch
 from mmalign.losses import dynamic_threshold, gaussian_kl, spo, spo_logit, step_preference
 from mmalign.methods.base import LossOutput, Needs
 from mmalign.methods.noising import pair_accuracy
+from mmalign.methods.run import Run
 from mmalign.methods.trajectory import RandomSamplingConfig, SamplingMethod
-from mmalign.run import Run
 from pipelines.branching import Branching, sample_branching, step_stds
 from pipelines.guidance import guided_predictor
 from pipelines.sampling import gaussian_log_prob

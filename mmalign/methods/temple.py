@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 from mmalign.methods.vlm_dpo import VlmDPO, VlmDPOConfig
 
 

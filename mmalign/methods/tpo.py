@@ -13,12 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmalign import ranks
-from mmalign.errors import UserError
+from mmalign.core import distributed as ranks
+from mmalign.core.errors import UserError
 from mmalign.losses import diffusion_kto, kto_reference_point, tdpo, tdpo_logit
 from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
 from mmalign.methods.noising import Noised, noise_images, pair_metrics
-from mmalign.run import Run
+from mmalign.methods.run import Run
 from pipelines.conditioning import Conditioning
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.batches import PromptBatch
-from mmalign.errors import TrainingDiverged, UserError
+from mmalign.core.errors import TrainingDiverged, UserError
+from mmalign.data.batches import PromptBatch
 from mmalign.losses import gaussian_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
-from mmalign.run import Run
+from mmalign.methods.run import Run
 from pipelines import sample
 from pipelines.guidance import guided_predictor
 from pipelines.noise import NoiseProcess

@@ -14,16 +14,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from mmalign.batches import TimedMedia, VlmPairBatch
-from mmalign.data.perturb import get_operator
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.core.seeds import derive_seed
+from mmalign.data.batches import TimedMedia, VlmPairBatch
+from mmalign.data.video.operators import get_operator
 from mmalign.losses import chosen_anchor, completion_mean, dpo_logit, select_by_divergence, token_jsd, vdpo
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.completions import answer_metrics, collate, reduce_sides, with_answers
-from mmalign.run import Run
-from mmalign.seeds import derive_seed
+from mmalign.methods.run import Run
 from pipelines import media_features
-from pipelines.vlm_batch import VlmSample
+from pipelines.vlm.batch import VlmSample
 
 
 class VDPOConfig(MethodConfig):
@@ -34,7 +34,7 @@ class VDPOConfig(MethodConfig):
     selection: Literal["random", "jsd"] = "jsd"
     """random: one perturbation, whatever is asked; jsd: the one that the prompt notices most, weighted by how much"""
     operators: list[str] = Field(["reverse", "block_shuffle", "crop", "mask", "hue"], min_length=1)
-    """perturbations to draw from, by their names in `mmalign.data.perturb`"""
+    """perturbations to draw from, by their names in `mmalign.data.video.operators`"""
     candidates: int = Field(4, ge=2)
     """perturbed versions of each sample that `jsd` selects from"""
     least_relevance: float = Field(0.5, ge=-1, le=1)

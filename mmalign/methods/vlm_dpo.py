@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mmalign.batches import VlmPairBatch
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
+from mmalign.data.batches import VlmPairBatch
 from mmalign.losses import beta_of_gap, chosen_anchor, dpo, dpo_logit, sft
 from mmalign.losses.pair_loss import LossType
 from mmalign.methods.base import LossOutput, Needs
 from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics
-from mmalign.run import Run
-from pipelines.vlm_batch import VlmSample
+from mmalign.methods.run import Run
+from pipelines.vlm.batch import VlmSample
 
 
 class VlmDPOConfig(FixedSidesConfig):

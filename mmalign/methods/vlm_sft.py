@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from mmalign.batches import VlmPairBatch
+from mmalign.data.batches import VlmPairBatch
 from mmalign.losses import sft
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.completions import collate
-from mmalign.run import Run
+from mmalign.methods.run import Run
 
 
 class VlmSFTConfig(MethodConfig):

@@ -7,37 +7,16 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmalign.errors import UserError, did_you_mean
+from mmalign.core.errors import UserError, did_you_mean
+from mmalign.scoring.choice import TOTAL, Choice, WeightedReward
 
-TOTAL = "total"
-"""The column of the weighted sum."""
 SAMPLED_VALUES = 4096
 """Values of each tensor that a fingerprint looks at; training a reward again changes practically all of them."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A reward that was asked for; `weight` None: it takes no part in a sum, unless others do (then 1)."""
-
-    name: str
-    label: str
-    weight: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class WeightedReward:
-    """A loaded reward, what its scores are called, and its weight in the sum that decides."""
-
-    name: str
-    weight: float
-    reward: Any
 
 
 def parse_rewards(text: str) -> dict[str, float]:
@@ -92,7 +71,7 @@ def read_choices(text: str, options: Sequence[str] = ()) -> list[Choice]:
 
 
 def _with_options(chosen: Sequence[Choice], options: Sequence[str]) -> list[Choice]:
-    from mmalign.config_files import parse_value
+    from mmalign.config.yaml import parse_value
 
     labels = [choice.label for choice in chosen]
     given: dict[str, dict[str, Any]] = {label: {} for label in labels}
@@ -120,7 +99,7 @@ def load_weighted_rewards(
     """Load the rewards that decide, after checking that all of them can score images of these prompts.
 
     Raises:
-        UserError, RewardError: see `mmalign.reward_checks.check_reward`.
+        UserError, RewardError: see `mmalign.scoring.checks.check_reward`.
     """
     return load_choices([Choice(name, name, weight) for name, weight in weights.items()], prompts, device=device)
 
@@ -136,9 +115,9 @@ def load_choices(
     """Load rewards after checking that all of them can score media of this kind with these prompts.
 
     Raises:
-        UserError, RewardError: see `mmalign.reward_checks.check_reward`.
+        UserError, RewardError: see `mmalign.scoring.checks.check_reward`.
     """
-    from mmalign.reward_checks import check_reward
+    from mmalign.scoring.checks import check_reward
     from rewards import load_reward
 
     for choice in chosen:
@@ -152,13 +131,6 @@ def load_choices(
         )
         for choice in chosen
     ]
-
-
-def weighted_total(scores: Mapping[str, float], rewards: Sequence[WeightedReward]) -> float:
-    """Return the sum of weight x score; a reward for which lower is better counts negatively."""
-    return sum(
-        entry.weight * (1.0 if entry.reward.higher_is_better else -1.0) * scores[entry.name] for entry in rewards
-    )
 
 
 def fingerprint_reward(reward: Any, neighbours: bool = False) -> list[str]:

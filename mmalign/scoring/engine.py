@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.errors import UserError
-from mmalign.scoring.chosen import WeightedReward
-from mmalign.scoring.decode import ALL_FRAMES, Frames, decode
-from mmalign.scoring.items import Item
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import ALL_FRAMES, Frames, decode
+from mmalign.core.io.items import Item
+from mmalign.scoring.choice import WeightedReward
 from rewards import RewardError
 
 BATCH_PIXELS = 1 << 26

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mmalign.data.source import missing_columns
-from mmalign.errors import UserError
-from mmalign.progress import note
-from mmalign.resources import find
-from mmalign.scoring.decode import SUFFIXES
-from mmalign.scoring.items import Item, stamp_of
-from mmalign.scoring.tables import TABLE_SUFFIXES, column, file_columns, prompt_column, read_rows, table_items
+from mmalign.core.errors import UserError
+from mmalign.core.io.columns import missing_columns
+from mmalign.core.io.decode import SUFFIXES
+from mmalign.core.io.items import Item, stamp_of
+from mmalign.core.io.tables import TABLE_SUFFIXES, column, file_columns, prompt_column, read_rows, table_items
+from mmalign.core.progress import note
+from mmalign.core.resources import find
 from mmalign.scoring.tars import is_tar, tar_items
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.cost import Cost
-from mmalign.errors import UserError
-from mmalign.scoring.chosen import WeightedReward
+from mmalign.core.cost import Cost
+from mmalign.core.errors import UserError
+from mmalign.scoring.choice import WeightedReward
 
 REMEMBERED = 65_536
 """Scores kept in memory; the oldest are forgotten first."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmalign.data.images import encode_png
-from mmalign.errors import UserError
-from mmalign.files import write_atomically
-from mmalign.grid import image_grid, stack
-from mmalign.scoring.decode import Frames, decode
-from mmalign.scoring.items import Item
+from mmalign.core.errors import UserError
+from mmalign.core.files import write_atomically
+from mmalign.core.io.decode import Frames, decode
+from mmalign.core.io.grid import image_grid, stack
+from mmalign.core.io.images import encode_png
+from mmalign.core.io.items import Item
 from mmalign.scoring.run import Outcome
 
 SHOWN = 6

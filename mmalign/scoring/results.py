@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from mmalign.data.parquet import atomic_parquet, iterate_columns, read_metadata
-from mmalign.errors import UserError
-from mmalign.files import replacing, write_atomically
-from mmalign.scoring.items import Item
+from mmalign.core.errors import UserError
+from mmalign.core.files import replacing, write_atomically
+from mmalign.core.io.items import Item
+from mmalign.core.io.parquet import atomic_parquet, iterate_columns, read_metadata
 
 FORMATS = (".parquet", ".csv", ".jsonl")
 PART_ROWS = 4096

@@ -10,21 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import __version__
-from mmalign.errors import UserError
-from mmalign.progress import note, track
-from mmalign.reward_checks import check_reward
-from mmalign.scoring.chosen import (
-    TOTAL,
-    Choice,
-    WeightedReward,
-    fingerprint_reward,
-    load_choices,
-    weighted_total,
-)
-from mmalign.scoring.decode import ALL_FRAMES, Frames
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import ALL_FRAMES, Frames
+from mmalign.core.io.items import Item
+from mmalign.core.progress import note, track
+from mmalign.scoring.checks import check_reward
+from mmalign.scoring.choice import TOTAL, Choice, WeightedReward, weighted_total
+from mmalign.scoring.chosen import fingerprint_reward, load_choices
 from mmalign.scoring.engine import Scored, score_items
 from mmalign.scoring.inputs import find_items
-from mmalign.scoring.items import Item
 from mmalign.scoring.results import Results, Row
 
 SHOWN_FAULTS = 20

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from mmalign.config import RewardConfig, StrictModel, load_schema
-from mmalign.scoring.chosen import Choice
+from mmalign.config.run import load_schema
+from mmalign.config.sections import RewardConfig, StrictModel
+from mmalign.scoring.choice import Choice
 
 
 class ScoreReward(RewardConfig):

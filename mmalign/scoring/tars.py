@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from mmalign.errors import UserError
-from mmalign.scoring.decode import SUFFIXES
-from mmalign.scoring.items import MAX_BYTES, Item, Slice, stamp_of
-from mmalign.scoring.tables import prompt_column
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import SUFFIXES
+from mmalign.core.io.items import MAX_BYTES, Item, Slice, stamp_of
+from mmalign.core.io.tables import prompt_column
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_TEXT = 1 << 20

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from mmalign.data.images import open_image
-from mmalign.data.labelling import find_images
-from mmalign.progress import track
+from mmalign.core.io.images import find_images, open_image
+from mmalign.core.progress import track
 from mmalign.shapes import oracle
 from mmalign.shapes.language import parse
 

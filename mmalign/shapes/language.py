@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 from mmalign.shapes.world import INVERSE, RELATIONS, Scene
 
 NUMBERS = ("one", "two", "three", "four")

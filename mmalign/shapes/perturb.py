@@ -1,6 +1,6 @@
 """Captions of Shapes made false by one small edit, in the wording of the original.
 
-The edits are those of `rewards.contrast_rules`. One counts only if no picture that the original describes completely
+The edits are those of `rewards.language.contrast_rules`. One counts only if no picture that the original describes completely
 could be described by the result too: exchanging the colours of "a red and a blue circle" is none, nor is "above" in
 place of "left of".
 """
@@ -11,7 +11,7 @@ from itertools import permutations
 
 from mmalign.shapes.language import Group, PromptError, Query, parse
 from mmalign.shapes.world import INVERSE
-from rewards.contrast_rules import rule_contrast
+from rewards.language.contrast_rules import rule_contrast
 
 KINDS = ("counts", "objects", "attributes", "relations", "swap")
 _EVERY = 10_000

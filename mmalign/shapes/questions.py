@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mmalign.data.video_questions import FORMATS, VideoQuestion, label_of
+from mmalign.core.io.video_questions import FORMATS, VideoQuestion, label_of
 from mmalign.shapes.facts import TOPICS, truth
 from mmalign.shapes.twins import Family
 from mmalign.shapes.video import Track

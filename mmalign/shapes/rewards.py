@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.resources import find
+from mmalign.core.resources import find
 from mmalign.shapes import oracle
 from mmalign.shapes.language import PromptError, parse
 from mmalign.shapes.world import SIZE

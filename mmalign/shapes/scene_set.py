@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmalign.data.images import encode_png
-from mmalign.data.mixing import SCHEMA
-from mmalign.data.parquet import atomic_parquet
+from mmalign.core.io.columns import SCHEMA
+from mmalign.core.io.images import encode_png
+from mmalign.core.io.parquet import atomic_parquet
 from mmalign.shapes.language import caption
 from mmalign.shapes.world import render, sample_scene
 

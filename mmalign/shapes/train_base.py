@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmalign.ema import EMA
+from mmalign.core.ema import EMA
 from mmalign.shapes.corpus import Corpus, build_corpus
 from mmalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
 

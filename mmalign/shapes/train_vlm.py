@@ -25,9 +25,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmalign.errors import UserError
-from mmalign.resources import resolve_model
-from mmalign.seeds import derive_seed
+from mmalign.core.errors import UserError
+from mmalign.core.resources import resolve_model
+from mmalign.core.seeds import derive_seed
 from mmalign.shapes.vlm_lessons import Batch, Lessons
 from mmalign.shapes.vlm_model import build_network, build_processor
 from mmalign.shapes.vlm_probes import GRID, Marks, Probes, Sight, sights

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmalign.data.parquet import atomic_parquet, iterate_columns
-from mmalign.data.video_files import CODECS, write_video
-from mmalign.errors import UserError, did_you_mean
-from mmalign.progress import track
-from mmalign.seeds import derive_seed
+from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.io.parquet import atomic_parquet, iterate_columns
+from mmalign.core.io.video_files import CODECS, write_video
+from mmalign.core.progress import track
+from mmalign.core.seeds import derive_seed
 from mmalign.shapes.questions import ShapesQuestion, ask
 from mmalign.shapes.twins import SPLITS, Family, sample_families
 from mmalign.shapes.video import MAX_FRAMES, MAX_SIZE, MIN_FRAMES, MIN_SIZE, Actor, VideoScene, render

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmalign.data.video_questions import INSTRUCTIONS
+from mmalign.core.io.video_questions import INSTRUCTIONS
 from mmalign.shapes.twins import sample_families
 from mmalign.shapes.vlm_lessons import DESCRIBE, SIZE, lessons_of
 from mmalign.shapes.wording import QUESTIONS

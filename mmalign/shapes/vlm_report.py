@@ -18,17 +18,17 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from mmalign.compare.answers import accuracy_by, micro_accuracy, rate, shuffle_sensitivity, twin_accuracy
-from mmalign.data.video_questions import FORMATS
-from mmalign.files import write_atomically
-from mmalign.progress import track
+from mmalign.core.files import write_atomically
+from mmalign.core.io.answers import accuracy_by, micro_accuracy, rate, shuffle_sensitivity, twin_accuracy
+from mmalign.core.io.video_questions import FORMATS
+from mmalign.core.progress import track
 from mmalign.shapes.facts import TOPICS
 from mmalign.shapes.questions import ShapesQuestion, ask, judge_caption
 from mmalign.shapes.twins import sample_families
 from mmalign.shapes.video import render
 
 if TYPE_CHECKING:
-    from pipelines.vlm import VisionLanguageModel
+    from pipelines.vlm.model import VisionLanguageModel
 
 AT_ONCE = 32
 MAX_NEW_TOKENS = 32

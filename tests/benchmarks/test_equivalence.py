@@ -13,7 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.equivalence import PEERS
 from benchmarks.equivalence.checkout import Checkout
 from benchmarks.equivalence.comparing import losses, values
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 
 SCRIPT = """
 import package_that_nobody_has

@@ -11,7 +11,7 @@ from tiny_models import build_tiny_sd
 from tiny_runs import run_config, write_pairs
 
 from benchmarks.gradient_noise import estimate, main
-from mmalign.config import dump_config
+from mmalign.config.run import dump_config
 
 
 def test_the_moments_are_those_of_the_draws() -> None:

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.negatives import NegativeCorrectness, main
 from mmalign.cli import main as mmalign
-from mmalign.config import DataConfig
-from mmalign.data.images import open_image
+from mmalign.config.sections import DataConfig
+from mmalign.core.io.images import open_image
 from mmalign.data.pairs import read_pairs
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import mmalign
-from mmalign.config_files import find_config
+from mmalign.config.yaml import find_config
+from mmalign.core.errors import UserError, did_you_mean, nearest
+from mmalign.core.registry import Registry
+from mmalign.core.resources import find, resolve_model, resource_root
+from mmalign.core.seeds import derive_seed
 from mmalign.data.prompts import load_prompts
-from mmalign.errors import UserError, did_you_mean, nearest
-from mmalign.registry import Registry
-from mmalign.resources import find, resolve_model, resource_root
-from mmalign.seeds import derive_seed
 
 
 def test_nearest_match() -> None:

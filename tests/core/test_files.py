@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmalign.errors import UserError
-from mmalign.files import check_output, replacing, write_atomically
+from mmalign.core.errors import UserError
+from mmalign.core.files import check_output, replacing, write_atomically
 
 
 def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path: Path) -> None:

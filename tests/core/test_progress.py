@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mmalign import progress
+from mmalign.core import progress
 
 
 class Terminal(io.StringIO):

@@ -161,7 +161,7 @@ def test_a_constant_reward_has_no_gradient(load: Load) -> None:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """Return what becomes a list of the network calls: images, and whether there is a graph."""
-    from pipelines.unet_image import StableDiffusion
+    from pipelines.families.unet_image import StableDiffusion
 
     made: list[tuple[int, bool]] = []
     predict = StableDiffusion.predict

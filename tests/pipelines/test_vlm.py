@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import PipelineError
-from pipelines.vlm import VisionLanguageModel
-from pipelines.vlm_features import media_features
-from pipelines.vlm_load import load_vlm
+from pipelines.vlm.features import media_features
+from pipelines.vlm.load import load_vlm
+from pipelines.vlm.model import VisionLanguageModel
 
 FAMILIES = tuple(tiny_vlms.BUILDERS)
 QUESTION, ANSWER = "what moves?", "a red one"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import MissingModelError, PipelineError
-from pipelines.vlm import VisionLanguageModel
-from pipelines.vlm_decoding import NextToken, nucleus
-from pipelines.vlm_load import load_vlm
+from pipelines.vlm.decoding import NextToken, nucleus
+from pipelines.vlm.load import load_vlm
+from pipelines.vlm.model import VisionLanguageModel
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import tiny_vlms
 import torch
 from torch import Tensor
 
-from pipelines.vlm import VisionLanguageModel
-from pipelines.vlm_batch import VlmBatch, VlmSample, collate
-from pipelines.vlm_load import load_vlm
-from pipelines.vlm_packing import pack, saves
+from pipelines.vlm.batch import VlmBatch, VlmSample, collate
+from pipelines.vlm.load import load_vlm
+from pipelines.vlm.model import VisionLanguageModel
+from pipelines.vlm.packing import pack, saves
 
 
 @pytest.fixture(scope="module", params=tuple(tiny_vlms.BUILDERS))

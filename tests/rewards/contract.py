@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from rewards import Preprocess, Reward, RewardError
+from rewards.backbones.weights import Weights
 from rewards.media import load_image
-from rewards.weights import Weights
 
 PROMPTS = [
     *("a red circle", "two blue squares", "a green star", "a photo of a yellow ring"),

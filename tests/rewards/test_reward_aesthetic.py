@@ -12,7 +12,7 @@ from torch import nn
 
 from rewards import RewardError, load_reward
 from rewards.aesthetic import VERSIONS, load_head
-from rewards.two_tower import unit
+from rewards.bases.two_tower import unit
 
 # Published embeddings of ratings 0 .. 9 through the published files, by numpy in float64.
 V1_L14 = [-2.4579, -0.1379, 1.8951, 3.5849, 5.0997, 6.4701, 7.7870, 9.0480, 10.2264, 11.3044]

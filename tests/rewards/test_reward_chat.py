@@ -8,9 +8,10 @@ import pytest
 from chat_server import serve
 from PIL import Image
 
-from rewards import RewardError, chat
-from rewards.chat import ChatClient
-from rewards.contrast import make_contrast
+from rewards import RewardError
+from rewards.backbones import chat
+from rewards.backbones.chat import ChatClient
+from rewards.language.contrast import make_contrast
 
 
 @pytest.fixture

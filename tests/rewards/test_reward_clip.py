@@ -7,8 +7,8 @@ import torch
 from contract import check_contract
 
 from rewards import RewardError, load_reward
+from rewards.bases.two_tower import unit
 from rewards.clip import ClipReward
-from rewards.two_tower import unit
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import yaml
 from contract import PROMPTS, check_contract, smooth_images
 
 from rewards import Reward, RewardError, load_reward
-from rewards.combine_modes import MODES, bounds
-from rewards.shaping import RunningStats
-from rewards.transforms import make_transform
+from rewards.combining.combine_modes import MODES, bounds
+from rewards.combining.shaping import RunningStats
+from rewards.combining.transforms import make_transform
 
 
 class Channel(Reward):

@@ -6,8 +6,8 @@ import re
 import pytest
 from golden_data import golden_file
 
-from rewards.contrast_rules import KINDS, rule_contrast, without_duplicates
-from rewards.english import article, number, phrases, plural, singular, with_right_articles
+from rewards.language.contrast_rules import KINDS, rule_contrast, without_duplicates
+from rewards.language.english import article, number, phrases, plural, singular, with_right_articles
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from contract import check_contract, smooth_images
 from tiny_towers import write_align, write_clip_tokenizer, write_hf_clip, write_siglip
 
 from rewards import RewardError, load_reward
-from rewards.encoders import load_encoder
-from rewards.hf_encoder import load_hf_encoder
+from rewards.backbones.hf_encoder import load_hf_encoder
+from rewards.backbones.load import load_encoder
 
 SENTENCES = ["a photo of a cat", "Two DOGS, it's 10 o'clock!", "café  naïve   10kg", "", "a red\ncircle"]
 CAPTIONS = ["a red circle", "two blue square", "a cat", "a dog on a table", "", "a photo of a dog", "red", "two cat"]
@@ -39,7 +39,7 @@ def test_tokenizers_of_both_libraries_agree(tmp_path):
 def test_cosine_is_that_of_the_model_and_its_own_processors(tmp_path, write):
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    from rewards.hf import features
+    from rewards.backbones.hf import features
 
     model = write(tmp_path)
     images = (smooth_images(3, 50, 70) * 255).round() / 255

@@ -12,7 +12,7 @@ from golden_data import golden_file
 from PIL import Image
 
 from rewards import RewardError, load_reward
-from rewards.detectors import (
+from rewards.backbones.detectors import (
     OBJECTS,
     Detection,
     OnnxDetector,
@@ -23,7 +23,7 @@ from rewards.detectors import (
     suppressed,
 )
 from rewards.geneval import cut_out
-from rewards.geneval_tasks import Task, Wanted, judge, parse_task, read_tasks, relations
+from rewards.language.geneval_tasks import Task, Wanted, judge, parse_task, read_tasks, relations
 
 
 def box(name, left, top, right, bottom, score=0.95, mask=None):

@@ -69,8 +69,8 @@ def test_score_is_the_bare_cosine_of_padded_images(checkpoint, clip_directory):
 def test_geometry_on_the_authors_picture():
     import open_clip
 
+    from rewards.backbones.preprocess import Preprocess
     from rewards.media import load_image
-    from rewards.preprocess import Preprocess
 
     image = Image.open(golden_file("hpsv2_demo_image.jpg")).convert("RGB")
     expected = open_clip.image_transform(224, is_train=False, resize_mode="longest", fill_color=0)(image)

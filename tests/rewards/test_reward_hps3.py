@@ -9,9 +9,9 @@ from contract import PROMPTS, check_contract, smooth_images
 from safetensors.torch import save_file
 
 from rewards import RewardError, hps3, load_reward
-from rewards.instruction import Instruction, read_instruction
-from rewards.qwen2_vl import patchify, smart_resize
-from rewards.weights import Weights
+from rewards.backbones.instruction import Instruction, read_instruction
+from rewards.backbones.weights import Weights
+from rewards.bases.qwen2_vl import patchify, smart_resize
 
 INSTRUCTION = "judge this picture of quality prompt says {text_prompt} the rating is <|Reward|> end"
 
@@ -159,7 +159,7 @@ def test_instructions_are_read_from_texts_and_python_and_known_by_their_hash(tmp
         template = read_instruction(known, given)
         assert template == (text, "")
     assert template.fill("{x} {text_prompt}") == text.replace("{text_prompt}", "{x} {text_prompt}")
-    monkeypatch.setattr("rewards.instruction.locate", lambda published: path)
+    monkeypatch.setattr("rewards.backbones.instruction.locate", lambda published: path)
     assert read_instruction(known).text == text
     with pytest.raises(RewardError, match="prompts.py holds another instruction than the published one"):
         read_instruction(Instruction(file, ("FIRST", "SECOND"), "0" * 64))

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rewards import RewardError, load_reward
-from rewards.blip import Blip
+from rewards.backbones.blip import Blip
 from rewards.image_reward import MEAN, STD
 
 WORDS = (

@@ -8,7 +8,6 @@ from contract import check_contract, smooth_images
 from tiny_towers import write_align, write_hf_clip, write_vit
 
 from rewards import RewardError, load_reward
-from rewards.early_stopping import EarlyStopping
 from rewards.lambda_harmonic import harmonic, without_token
 
 CAPTIONS = ["a red circle", "two blue square", "a cat", "a dog on a table", "", "a photo of a dog", "red", "two cat"]
@@ -117,25 +116,6 @@ def test_placeholders_are_taken_out():
     assert without_token("a photo of [V] dog", "[V]") == "a photo of dog"
     assert without_token("[V] dog", "[V]") == "dog" and without_token("a  dog", "[V]") == "a  dog"
     assert without_token("a sks dog", "sks") == "a dog" and without_token("[V] dog", None) == "[V] dog"
-
-
-def test_early_stopping_keeps_the_best_step():
-    stop = EarlyStopping(patience=2)
-    assert [step for step in range(1, 121) if stop.due(step)] == [40, 80, 120]
-    means = {40: 0.5, 80: 0.7, 120: 0.7, 160: 0.6}
-    saved = [step for step, mean in means.items() if stop.update(step, torch.tensor([mean - 0.1, mean + 0.1]))]
-    assert saved == [40, 80] and stop.best_step == 80 and stop.best == pytest.approx(0.7) and stop.should_stop
-    resumed = EarlyStopping(patience=2)
-    resumed.load_state_dict(stop.state_dict())
-    assert resumed.should_stop and resumed.update(200, torch.tensor([0.8])) and not resumed.should_stop
-    endless = EarlyStopping()
-    assert endless.update(0, torch.ones(1))
-    assert not any(endless.update(step, torch.zeros(2)) for step in range(40, 400, 40))
-    assert not endless.should_stop and endless.best_step == 0
-    with pytest.raises(RewardError, match="scores of step 8 have the mean nan"):
-        endless.update(8, torch.tensor([float("nan")]))
-    with pytest.raises(RewardError, match="at least 1 is allowed"):
-        EarlyStopping(every=0)
 
 
 def test_wrong_options_are_refused(align):

@@ -13,9 +13,9 @@ from tiny_models import build_tiny_sd, build_tiny_sdxl
 
 from pipelines import load_generator
 from rewards import RewardError, load_reward
+from rewards.backbones.latent_files import LatentParts
+from rewards.backbones.latent_network import LatentNetwork
 from rewards.latent import LatentReward
-from rewards.latent_files import LatentParts
-from rewards.latent_network import LatentNetwork
 
 KINDS = ("sd15", "sd21", "sdxl")
 

@@ -10,8 +10,8 @@ from tiny_towers import write_clip_tokenizer
 from torch import nn
 
 from rewards import RewardError, load_reward
+from rewards.backbones.mps_cross import CrossModel
 from rewards.mps import OVERALL, VIT_H, Mps
-from rewards.mps_cross import CrossModel
 
 CONTEXT, WIDTH, HEADS, HEAD, INNER = 77, 32, 2, 8, 64
 TOWER = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "gelu", "projection_dim": WIDTH}

@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from rewards import Preprocess, RewardError
+from rewards.backbones.preprocess import IMAGENET, OPENAI, SIGLIP
 from rewards.media import load_image
-from rewards.preprocess import IMAGENET, OPENAI, SIGLIP
 
 
 def picture(width, height):
@@ -81,7 +81,7 @@ PROCESSORS = {
 def test_settings_of_transformers_give_what_its_own_processor_gives(photo, name, tmp_path):
     import transformers
 
-    from rewards.hf import image_preprocessing
+    from rewards.backbones.hf import image_preprocessing
 
     # Since version 5 the processor that works through PIL has a name of its own.
     processor = getattr(transformers, name + "Pil", None) or getattr(transformers, name)

@@ -6,7 +6,7 @@ from contract import check_contract, smooth_images
 from tiny_towers import OPENAI_IMAGES, write_hf_clip, write_images, write_vit
 
 from rewards import RewardError, load_reward
-from rewards.hf import features
+from rewards.backbones.hf import features
 
 NAMES = ("clip-i", "dino-i")
 

@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing as mp
 
 from rewards import RewardError
-from rewards.shaping import (
+from rewards.combining.shaping import (
     Z85,
     Moments,
     RunningStats,

@@ -9,7 +9,7 @@ from contract import check_contract, smooth_images
 from safetensors.torch import load_file
 
 from rewards import RewardError, load_reward
-from rewards.hf import features
+from rewards.backbones.hf import features
 from rewards.social_reward import SocialReward
 
 CAPTIONS = ["a red circle", "two blue squares", "a photo of a cat"]

@@ -9,11 +9,11 @@ import torch
 from contract import PROMPTS, check_contract, smooth_images
 from golden_data import golden_file
 
-from mmalign.resources import find
+from mmalign.core.resources import find
 from mmalign.shapes import world
 from rewards import Reward, RewardError, load_reward
-from rewards.contrast import make_contrast, read_contrast
-from rewards.cross_encoder import CrossEncoderReward
+from rewards.bases.cross_encoder import CrossEncoderReward
+from rewards.language.contrast import make_contrast, read_contrast
 
 TABLE = {prompt: [f"{prompt} {k}" for k in range(1 + i % 3)] for i, prompt in enumerate(PROMPTS)}
 

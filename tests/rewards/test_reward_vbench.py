@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_towers import write_vit
 
 from rewards import RewardError, load_reward, vbench
-from rewards.preprocess import IMAGENET, OPENAI
+from rewards.backbones.preprocess import IMAGENET, OPENAI
 from rewards.vbench_total import BOUNDS, vbench_total
 
 

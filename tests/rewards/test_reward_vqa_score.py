@@ -8,8 +8,8 @@ from contract import PROMPTS, check_contract, smooth_images
 from safetensors.torch import save_file
 
 from rewards import RewardError, load_reward
+from rewards.backbones.preprocess import OPENAI
 from rewards.media import load_image
-from rewards.preprocess import OPENAI
 from rewards.vqa_score import FORMS, SYSTEM, pad_to_square
 
 WORDS = (

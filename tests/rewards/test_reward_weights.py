@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from rewards import RewardError
-from rewards.hf import load_pretrained
-from rewards.weights import Weights, load_state, locate, read_state, sha256
+from rewards.backbones.hf import load_pretrained
+from rewards.backbones.weights import Weights, load_state, locate, read_state, sha256
 
 
 class Evil:

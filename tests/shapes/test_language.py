@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 from mmalign.shapes.language import Group, Query, caption, groups_of, misspell, parse, split_of
 from mmalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
 from mmalign.shapes.world import holds, sample_scene

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from mmalign.core.resources import find
 from mmalign.data.prompts import load_prompts
-from mmalign.resources import find
 from mmalign.shapes.language import Group, Query, parse, split_of
 from mmalign.shapes.prompts import TEST_COUNTS, asks_for_held_out, write_prompt_sets
 

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from mmalign.compare.answers import rate
-from mmalign.data.video_questions import FORMATS
+from mmalign.core.io.answers import rate
+from mmalign.core.io.video_questions import FORMATS
 from mmalign.shapes.facts import TOPICS
 from mmalign.shapes.questions import ShapesQuestion, ask, judge_caption
 from mmalign.shapes.tracking import follow

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mmalign.errors import UserError
+from mmalign.core.errors import UserError
 from mmalign.shapes.agreement import Samples, agreement, read_samples
 from mmalign.shapes.language import caption, parse
 from mmalign.shapes.oracle import Reading, judge, read

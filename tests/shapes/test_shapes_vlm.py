@@ -13,10 +13,10 @@ from safetensors import safe_open
 from tiny_vlms import build_llava_onevision
 
 from mmalign.cli import main
-from mmalign.compare.answers import rate
-from mmalign.data.video_questions import INSTRUCTIONS
-from mmalign.errors import UserError
-from mmalign.resources import resource_root
+from mmalign.core.errors import UserError
+from mmalign.core.io.answers import rate
+from mmalign.core.io.video_questions import INSTRUCTIONS
+from mmalign.core.resources import resource_root
 from mmalign.shapes import train_vlm as training
 from mmalign.shapes import vlm_probes
 from mmalign.shapes.facts import STATIC, TOPICS

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from mmalign.cli import main
-from mmalign.data.video_files import write_video
-from mmalign.errors import UserError
-from mmalign.scoring.decode import Frames, decode
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import Frames, decode
+from mmalign.core.io.video_files import write_video
 from mmalign.shapes.facts import TOPICS
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.video import Actor, VideoScene, render, unroll

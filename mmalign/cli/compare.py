@@ -1,0 +1,186 @@
+"""Compare models fairly: same prompts, same seeds, several rewards, paired intervals, one self-contained report.
+
+Give a YAML config (options override it, `key.path=value` too), or the models themselves; the first is the baseline.
+A system of the config names its model, or the training config that makes it (`train`, `overrides`); `budget` then says
+what each training may cost: {images: N} seen, {seconds: S} or {reward_calls: R}; `training_seeds: [0, 1]` trains each
+once from every seed. `diversity: REWARD` measures how much the images of a prompt differ.
+The same command again trains, draws and scores only what is missing. Vision-language models are compared by
+`questions` (a folder of videos with questions) in place of `prompts` and `rewards`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign.cli.train import end_training_well
+from mmalign.core.errors import UserError
+
+if TYPE_CHECKING:
+    from mmalign.compare.config import CompareConfig
+    from mmalign.compare.vlm.config import QuestionConfig
+
+_CONFIG_KEYS = {
+    "questions": "questions",
+    "frames": "frames",
+    "prompts": "prompts",
+    "rewards": "rewards",
+    "out": "output",
+    "baseline": "baseline",
+    "seeds": "seeds",
+    "steps": "steps",
+    "guidance": "guidance",
+    "solver": "solver",
+    "precision": "precision",
+    "limit": "limit",
+    "batch_size": "batch_size",
+}
+_CONTROL_KEYS = {
+    "guidance_control": "guidances",
+    "control_prompts": "prompts",
+    "control_reward": "rewards",
+    "control_limit": "limit",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `mmalign compare`; what is not given is left to the config or its defaults."""
+    parser.add_argument("inputs", nargs="+", metavar="CONFIG | MODEL", help="one YAML config, or two or more models")
+    parser.add_argument("--prompts", metavar="NAME|FILE", help="test prompts: a built-in set or a file")
+    parser.add_argument("--questions", metavar="DIR", help="ask vision-language models these; no prompts, no rewards")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames of a video that are shown (default: all)")
+    parser.add_argument("--rewards", type=_words, metavar="A,B", help="rewards that score the images")
+    parser.add_argument("--out", metavar="DIR", help="folder for report.html, results.json and the images")
+    parser.add_argument("--names", type=_words, metavar="A,B", help="what to call the models (default: folder names)")
+    parser.add_argument("--baseline", metavar="NAME", help="the system to compare with (default: the first)")
+    parser.add_argument("--seeds", type=_integers, metavar="0,1", help="seeds drawn for every prompt (default: 0,1)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: 50)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 7.5)")
+    parser.add_argument("--solver", choices=("ddim", "dpm++"), help="sampler (default: ddim)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: fp32)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N prompts, or questions")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images drawn at once (default: 8)")
+    training = parser.add_argument_group("systems that the config trains").add_mutually_exclusive_group()
+    training.add_argument("--no-train", action="store_true", help="refuse to train: everything must be there already")
+    training.add_argument(
+        "--retrain", action="store_true", help="set aside what was trained by a config that differs, and train it anew"
+    )
+    control = parser.add_argument_group("guidance control", "the baseline at its best guidance, as one more system")
+    control.add_argument("--guidance-control", type=_numbers, metavar="3,4,6,8", help="guidance scales to try")
+    control.add_argument("--control-prompts", metavar="NAME|FILE", help="validation prompts that choose among them")
+    control.add_argument("--control-reward", type=_words, metavar="R", help="reward that chooses (default: the first)")
+    control.add_argument("--control-limit", type=int, metavar="N", help="use only the first N validation prompts")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print the table and say where the report lies."""
+    config = read_arguments(args)
+
+    from mmalign.compare.report.console import print_summary
+    from mmalign.compare.run import compare
+    from mmalign.compare.vlm.config import QuestionConfig
+    from mmalign.compare.vlm.run import compare_questions
+
+    def do() -> None:
+        options = {"train": not args.no_train, "retrain": args.retrain}
+        if isinstance(config, QuestionConfig):
+            outcome = compare_questions(config, **options)
+        else:
+            outcome = compare(config, **options)
+        print_summary(outcome.results, outcome.report)
+
+    return end_training_well(do)
+
+
+def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
+    """Turn the command line into a checked config.
+
+    Raises:
+        UserError: options are missing, or do not go together.
+    """
+    from mmalign.compare.config import make_compare_config
+    from mmalign.compare.systems.config import check_values
+    from mmalign.compare.vlm.config import QuestionConfig, load_comparison
+
+    options = _given(args, _CONFIG_KEYS)
+    control = _given(args, _CONTROL_KEYS)
+    if _is_config(args.inputs[0]):
+        if args.names:
+            raise UserError("--names is for models given one by one; a config names its systems itself")
+        options |= {f"guidance_control.{key}": value for key, value in control.items()}
+        overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()]
+        return load_comparison(args.inputs[0], [*args.inputs[1:], *overrides])
+    for key in ("out",) if args.questions else ("prompts", "rewards", "out"):
+        if getattr(args, key) is None:
+            raise UserError(f"--{key} is missing: needed where models are given instead of a config")
+    if args.questions:
+        _refuse_drawing([*options, *(key for key in _CONTROL_KEYS if getattr(args, key) is not None)])
+    if control:
+        if args.guidance_control is None or args.control_prompts is None:
+            raise UserError(
+                "a guidance control needs --guidance-control with the scales to try and --control-prompts with "
+                "validation prompts to choose by"
+            )
+        options["guidance_control"] = {"rewards": options["rewards"][:1], **control}
+    names = args.names or _folder_names(args.inputs)
+    if len(names) != len(args.inputs):
+        raise UserError(f"--names gives {len(names)} names for {len(args.inputs)} models; give one each")
+    systems = [{"name": name, "model": model} for name, model in zip(names, args.inputs, strict=True)]
+    if args.questions:
+        return check_values(QuestionConfig, {"systems": systems, **options})
+    return make_compare_config(systems=systems, **options)
+
+
+def _refuse_drawing(options: Iterable[str]) -> None:
+    from mmalign.compare.vlm.config import QuestionConfig
+
+    drawing = [key for key in options if key not in QuestionConfig.model_fields]
+    if drawing:
+        option = drawing[0].replace("_", "-")
+        raise UserError(f"--{option} is for models that draw, and --questions are answered; leave one out")
+
+
+def _given(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
+    values = {key: getattr(args, argument) for argument, key in keys.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _is_config(text: str) -> bool:
+    from mmalign.config.yaml import list_configs
+
+    return Path(text).suffix in (".yaml", ".yml") or (not Path(text).exists() and text in list_configs())
+
+
+def _folder_names(models: list[str]) -> list[str]:
+    """Name models by their last path component; where that is not unique, by the last two."""
+    short = [Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2] for model in models]
+    count = Counter(short)
+    return [
+        f"{Path(model).resolve().parent.name}-{name}" if count[name] > 1 else name
+        for model, name in zip(models, short, strict=True)
+    ]
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise argparse.ArgumentTypeError(f"'{text}': give names separated by commas")
+    return words
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': give whole numbers separated by commas, such as 0,1") from None
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': give numbers separated by commas, such as 3,4,6,8") from None

@@ -1,0 +1,74 @@
+"""The whole story on Shapes, on a CPU: sample pairs, label them, fine-tune by Diffusion-DPO, compare, report.
+
+Every step is an ordinary mmalign command, printed before it runs; copy one to go on from there. Started again, it
+draws and trains only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from pathlib import Path
+
+from mmalign.core.files import check_output
+
+BASE = "assets/shapes-sd"
+CONFIG = "shapes/diffusion_dpo"
+DRAW = ["--steps", "12", "--guidance", "4", "--solver", "dpm++", "--precision", "bf16", "--batch-size", "64"]
+"""How images are drawn from the Shapes model: for pairs and for the comparison alike."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the demo."""
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/demo, or runs/demo-quick with --quick")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of every step; shows no gain")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the steps one after the other; the first that fails ends the demo with its exit code."""
+    from mmalign.cli import main
+
+    start = time.time()
+    out = args.out or Path("runs/demo-quick" if args.quick else "runs/demo")
+    check_output(out)
+    for title, command in steps(out, args.quick):
+        print(f"\n── {title}\n$ mmalign {shlex.join(command)}", flush=True)
+        code = main(command)
+        if code:
+            return code
+    minutes = (time.time() - start) / 60
+    print(f"\nDone in {minutes:.1f} min. The tuned model: {out / 'dpo'} (a MODEL for every mmalign command)")
+    print(f"Open the report: {out / 'compare' / 'report.html'}")
+    if args.quick:
+        print("This was --quick: far too little training to show anything; run `mmalign demo` for a result.")
+    return 0
+
+
+def steps(out: Path, quick: bool) -> list[tuple[str, list[str]]]:
+    """(title, arguments) of every step."""
+    prompts, images, test, control = ("16", "2", "10", "4") if quick else ("1600", "4", "200", "50")
+    overrides = ["trainer.steps=4", "trainer.batch_size=4", "evaluate.every=4", "evaluate.limit=4"] if quick else []
+    return [
+        (
+            "1/4  Sample several images a prompt from the base model",
+            ["pairs", "sample", BASE, "--prompts", "shapes-train", "--limit", prompts, "--images-per-prompt", images,
+             *DRAW, "--out", str(out / "samples")],
+        ),
+        (
+            "2/4  Label them: the best of each prompt against the worst, as the oracle sees them",
+            ["pairs", "label", str(out / "samples"), "--reward", "shapes-correctness,shapes-quality:0.3",
+             "--out", str(out / "pairs.parquet")],
+        ),
+        (
+            "3/4  Fine-tune by Diffusion-DPO",
+            ["train", CONFIG, f"data.pairs={out / 'pairs.parquet'}", f"output={out / 'dpo'}", *overrides],
+        ),
+        (
+            "4/4  Compare base and tuned model on held-out prompts, with the base at its best guidance as control",
+            ["compare", BASE, str(out / "dpo"), "--names", "base,dpo", "--prompts", "shapes-drawbench",
+             "--limit", test, "--rewards", "shapes-correctness,shapes-strict,shapes-quality,shapes-clip",
+             *DRAW, "--guidance-control", "2,4,6,8", "--control-prompts", "shapes-validation",
+             "--control-limit", control, "--out", str(out / "compare")],
+        ),
+    ]  # fmt: skip

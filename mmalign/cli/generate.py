@@ -1,0 +1,326 @@
+"""Make images from prompts: PNG files named INDEX-SEED.png and metadata.jsonl (prompt, category, seed, file).
+
+The same command again makes only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign.core.errors import UserError
+from mmalign.core.files import check_output, write_atomically
+from mmalign.core.progress import track
+from mmalign.core.resources import find, resolve_model
+
+if TYPE_CHECKING:
+    from mmalign.data.prompts import Prompt
+
+METADATA_FILE = "metadata.jsonl"
+SETTINGS_FILE = "generate.json"
+TEXT_PREFIX = "text:"
+GRID_ROWS = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `mmalign generate`."""
+    add_sampling_arguments(parser)
+    parser.add_argument("--seeds", type=_integers, default=[0], metavar="0,1", help="seeds drawn for every prompt")
+    parser.add_argument("--grid", action="store_true", help="also write grid.png: a row a prompt, a column a seed")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what every command that draws images from one model takes."""
+    parser.add_argument("model", metavar="MODEL", help="model directory, directory of a training run, or hub id")
+    parser.add_argument(
+        "--prompts", required=True, metavar="NAME|FILE|TEXT", help="a built-in set, a file, or the prompt itself"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+    parser.add_argument("--limit", type=positive, metavar="N", help="use only the first N prompts")
+    parser.add_argument("--steps", type=positive, default=50, help="sampling steps (default %(default)s)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale; 1: none (default %(default)s)")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM, 0 to 1 (default %(default)s)")
+    parser.add_argument("--solver", choices=("ddim", "dpm++"), default="ddim", help="sampler (default %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the weights")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at once (default 8)")
+    parser.add_argument("--adapter", metavar="PATH", help="LoRA file or directory to load on top of MODEL")
+    how_much = "how much of the adapter: 0 the base, 1 as trained (default), between: interpolated"
+    parser.add_argument("--adapter-scale", type=float, default=1.0, metavar="S", help=how_much)
+
+
+def read_prompts(given: str, limit: int | None) -> list[Prompt]:
+    """Return the prompts of a built-in set or a file, or one prompt: text with a space in it, or after "text:".
+
+    Raises:
+        UserError: a single word that is neither a file nor a set, or an unreadable file.
+    """
+    from mmalign.data.prompts import Prompt, load_prompts
+
+    if given.startswith(TEXT_PREFIX):
+        given = given.removeprefix(TEXT_PREFIX).strip()
+        if not given:
+            raise UserError(f"--prompts {TEXT_PREFIX}: holds no prompt")
+        return [Prompt(given)]
+    if any(letter.isspace() for letter in given.strip()) and not Path(given).exists():
+        return [Prompt(given.strip())]
+    try:
+        return load_prompts(given, limit)
+    except UserError as error:
+        if Path(given).suffix or os.sep in given:
+            raise
+        raise UserError(f"{error}; for a prompt of one word write --prompts {TEXT_PREFIX}{given}") from None
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before a model is read.
+
+    Raises:
+        UserError: options are out of range or exclude each other.
+    """
+    if not 0 <= args.guidance < math.inf:
+        raise UserError(f"--guidance {args.guidance}: must be a number of at least 0 (1: none, 0: without the prompt)")
+    if not 0 <= args.eta <= 1:
+        raise UserError(f"--eta {args.eta}: must lie between 0 and 1")
+    if args.eta and args.solver != "ddim":
+        raise UserError(f"--eta {args.eta} needs --solver ddim; '{args.solver}' is deterministic")
+    if not 0 <= args.adapter_scale < math.inf:
+        raise UserError(f"--adapter-scale {args.adapter_scale}: must be a number of at least 0 (0: the base)")
+    if args.adapter_scale != 1 and not args.adapter:
+        from mmalign.training.models import require_adapter
+
+        require_adapter(
+            args.model, f"--adapter-scale {args.adapter_scale:g}", "give --adapter PATH or a MODEL that is one"
+        )
+    check_output(args.out)
+    from mmalign.core.precision import check_precision
+
+    check_precision(args.precision, key="--precision")
+
+
+def open_generator(args: argparse.Namespace) -> Any:
+    """Load the model that the arguments name, with its adapter."""
+    from pipelines import load_generator
+
+    adapter = find(args.adapter) if args.adapter else None
+    model = resolve_model(args.model)
+    generator = load_generator(model, dtype=args.precision, adapter=adapter, resolve=resolve_model)
+    if args.adapter_scale != 1:
+        generator.set_adapter_scale(args.adapter_scale)
+    return generator
+
+
+def model_identity(args: argparse.Namespace) -> tuple[str, str]:
+    """Return the model's name for people and a fingerprint of its weights, an extra adapter's included.
+
+    Raises:
+        UserError, PipelineError: there is no such model or adapter.
+    """
+    from pipelines import fingerprint_model
+
+    adapter = find(args.adapter) if args.adapter else None
+    identity = fingerprint_model(resolve_model(args.model), adapter=adapter, resolve=resolve_model)
+    return f"{args.model} + {args.adapter}" if adapter else args.model, identity
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the images and say where they lie."""
+    check_sampling(args)
+    prompts = read_prompts(args.prompts, args.limit)
+    folder = _Folder(args.out, prompts, args.seeds)
+    folder.check_settings(_settings(args))
+    missing = folder.missing()
+    total, new = len(prompts) * len(args.seeds), sum(map(len, missing.values()))
+    if new:
+        _draw(args, folder, missing, total)
+    folder.write_metadata()
+    print(f"{total} images ({new} new) of {len(prompts)} prompts: {args.out}")
+    if args.grid:
+        print(f"grid: {folder.write_grid()}")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("steps", "guidance", "eta", "solver", "precision", "adapter_scale")
+    model, identity = model_identity(args)
+    return {"model": model, "fingerprint": identity, **{name: getattr(args, name) for name in names}}
+
+
+def _draw(args: argparse.Namespace, folder: _Folder, missing: dict[int, list[int]], total: int) -> None:
+    from mmalign.data.building.generation import generate_images
+
+    with track(total, "generate", initial=total - sum(map(len, missing.values()))) as job:
+        generator = open_generator(args)
+        indices = list(missing)
+        images = generate_images(
+            generator,
+            [folder.prompts[index] for index in indices],
+            seeds=list(missing.values()),
+            steps=args.steps,
+            guidance=args.guidance,
+            eta=args.eta,
+            solver=args.solver,
+            batch_size=args.batch_size,
+            progress=job.advance,
+        )
+        for item in images:
+            folder.put(indices[item.prompt_index], item.seed, item.image)
+
+
+class _Folder:
+    """The output folder: which images are there, how they were made, and what was made for which prompt."""
+
+    def __init__(self, path: Path, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
+        self.path, self.prompts, self.seeds = path, list(prompts), list(seeds)
+        self._rows = {row["file"]: row for row in _read_metadata(path / METADATA_FILE)}
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Refuse to mix images of different making in one folder; note the settings of a new one."""
+        path = self.path / SETTINGS_FILE
+        found = _read_settings(path)
+        if not self._rows:  # an earlier attempt failed before its first image
+            found = {}
+        different = [
+            f"{name} {found.get(name)} -> {value}"
+            for name, value in settings.items()
+            if name != "model" and found and found.get(name) != value
+        ]
+        for index, prompt in enumerate(self.prompts):
+            for seed in self.seeds:
+                row = self._rows.get(self.name(index, seed))
+                if row is not None and row["prompt"] != prompt.text and len(different) < 3:
+                    different.append(f"prompt {index} '{row['prompt']}' -> '{prompt.text}'")
+        if different:
+            raise UserError(
+                f"{self.path} holds images made otherwise ({', '.join(different)}); choose another --out or remove it"
+            )
+        write_atomically(path, json.dumps(settings, indent=2))
+
+    def name(self, index: int, seed: int) -> str:
+        return f"{index:05d}-{seed}.png"
+
+    def missing(self) -> dict[int, list[int]]:
+        """Return prompt index -> seeds whose image is not there."""
+        wanted = {
+            index: [seed for seed in self.seeds if not self._has(self.name(index, seed))]
+            for index in range(len(self.prompts))
+        }
+        return {index: seeds for index, seeds in wanted.items() if seeds}
+
+    def put(self, index: int, seed: int, image: Any) -> None:
+        """Write one image and note what it shows, so that an interrupted run is continued."""
+        from mmalign.core.io.images import encode_png
+
+        prompt, name = self.prompts[index], self.name(index, seed)
+        write_atomically(self.path / name, encode_png(image))
+        self._rows[name] = {"file": name, "prompt": prompt.text, "category": prompt.category, "seed": seed}
+        with (self.path / METADATA_FILE).open("a", encoding="utf-8") as lines:
+            lines.write(_line(self._rows[name]))
+
+    def write_metadata(self) -> None:
+        """Write the notes anew in the order of the files."""
+        text = "".join(_line(self._rows[name]) for name in sorted(self._rows, key=_index_and_seed))
+        write_atomically(self.path / METADATA_FILE, text)
+
+    def write_grid(self) -> Path:
+        """Draw the first prompts as a picture and return its path."""
+        from PIL import Image
+
+        from mmalign.core.io.grid import image_grid
+        from mmalign.core.io.images import encode_png
+
+        shown = range(min(len(self.prompts), GRID_ROWS))
+        rows = [[Image.open(self.path / self.name(index, seed)) for seed in self.seeds] for index in shown]
+        labels = [self.prompts[index].text for index in shown]
+        picture = image_grid(rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in self.seeds])
+        write_atomically(self.path / "grid.png", encode_png(picture))
+        return self.path / "grid.png"
+
+    def _has(self, name: str) -> bool:
+        return name in self._rows and (self.path / name).is_file()
+
+
+def _index_and_seed(name: str) -> tuple[int, int]:
+    index, _, seed = name.removesuffix(".png").partition("-")
+    return int(index), int(seed)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _read_metadata(path: Path) -> list[dict[str, Any]]:
+    """Return the notes of an earlier run; a line cut off by a crash is left out, its image made again.
+
+    Raises:
+        UserError: somebody else wrote the file, which is then not to be written over.
+    """
+    rows = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if not _is_note(row):
+            raise UserError(f"{path}: line {number} is not of `mmalign generate`'s making; choose another --out")
+        rows.append(row)
+    return rows
+
+
+def _is_note(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and re.fullmatch(r"\d+-\d+\.png", str(row.get("file"))) is not None
+        and isinstance(row.get("prompt"), str)
+    )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return how the images of a folder were made, or nothing for a new folder.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        settings = json.loads(_read_text(path) or "{}")
+    except json.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: damaged; remove the folder or choose another --out")
+    return settings
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; choose another --out") from None
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers; write 0,1,2") from None
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise argparse.ArgumentTypeError(f"'{text}': seeds must be different and not negative")
+    return seeds
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0, as an argument type."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """Read a whole number from 0 on, as an argument type."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 0")
+    return int(text)

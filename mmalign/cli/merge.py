@@ -1,0 +1,44 @@
+"""Merge an adapter into its base: one model in diffusers' or transformers' layout, to train further, share or serve.
+
+The config of the adapter's training goes along, so that a comparison still knows by what the model was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmalign.core.errors import UserError
+from mmalign.core.files import check_output
+from mmalign.core.resources import resolve_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", metavar="ADAPTER", help="directory of a training run with adapter.kind lora")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write the whole model to")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the weights (default fp32)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load base and adapter on the CPU, merge them, and write the result aside before it takes its name."""
+    location = resolve_model(args.model)
+    from mmalign.training.models import save_whole
+    from pipelines import load_generator, load_vlm
+    from pipelines.load import is_adapter_directory
+    from pipelines.vlm.adapters import is_vlm_adapter
+
+    load = load_vlm if is_vlm_adapter(location) else load_generator
+    if load is load_generator and not is_adapter_directory(location):
+        whole = any((Path(location) / name).is_file() for name in ("config.json", "model_index.json"))
+        what = "is a whole model already" if whole else "holds no adapter"
+        raise UserError(f"{args.model} {what}; name the directory of a finished training with adapter.kind lora")
+    check_output(args.out)
+    if args.out.is_dir() and any(args.out.iterdir()):
+        raise UserError(f"--out {args.out}: is not empty; name another folder, or remove it")
+    model = load(location, dtype=args.precision, device="cpu", resolve=resolve_model)
+    save_whole(model, Path(location), args.out)
+    print(f"{args.model} on {model.name_or_path} is one model in {args.out}")
+    return 0

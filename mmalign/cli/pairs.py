@@ -1,0 +1,173 @@
+"""Build preference data: `sample` draws several images for each prompt, `label` turns them into pairs by a reward,
+`perturb` gives good images captions that do not fit them, and videos answers that perturbing them led a model to.
+
+An interrupted `sample` goes on where it stopped, and so does `perturb` of videos; the pairs of images are a parquet
+file with the columns of Pick-a-Pic.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmalign.cli.generate import (
+    add_sampling_arguments,
+    check_sampling,
+    model_identity,
+    not_negative,
+    open_generator,
+    positive,
+    read_prompts,
+)
+from mmalign.cli.perturb_videos import add_video_arguments, perturb_videos, refuse_video_options
+from mmalign.core.errors import UserError
+from mmalign.core.files import check_output
+from mmalign.core.progress import track
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `mmalign pairs sample`, `label` and `perturb`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="sample|label|perturb")
+    sample = actions.add_parser("sample", help="draw images: DIR/images.parquet")
+    add_sampling_arguments(sample)
+    sample.add_argument("--images-per-prompt", type=positive, default=4, metavar="N", help="default %(default)s")
+    sample.add_argument("--seed", type=not_negative, default=0, help="of all image seeds (default %(default)s)")
+    label = actions.add_parser("label", help="score the images and write pairs")
+    label.add_argument("images", metavar="DIR", help="what `mmalign pairs sample` wrote")
+    label.add_argument("--reward", required=True, metavar="R,R2:0.5", help="rewards, with weights other than 1")
+    label.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="the pairs")
+    modes = ("best-worst", "bradley-terry", "calibrated")
+    label.add_argument(
+        "--mode", choices=modes, default="best-worst", help="who wins; calibrated: scores are win rates"
+    )
+    label.add_argument("--temperature", type=float, default=1.0, help="of both but best-worst (default %(default)s)")
+    label.add_argument("--label-noise", type=float, default=0.0, metavar="P", help="flip labels with probability P")
+    label.add_argument("--min-margin", type=float, default=0.0, metavar="M", help="leave out pairs closer than this")
+    label.add_argument("--pairs-per-prompt", type=positive, default=1, metavar="K", help="default %(default)s")
+    label.add_argument("--seed", type=not_negative, default=0, help="of draws, noise and sides (default %(default)s)")
+    _add_perturb_arguments(actions.add_parser("perturb", help="write captions, or answers, that do not fit"))
+
+
+def _add_perturb_arguments(perturb: argparse.ArgumentParser) -> None:
+    perturb.add_argument(
+        "source", metavar="FILE|DIR", help="pairs (their chosen images), labelled images, or videos with questions"
+    )
+    perturb.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="for data.labels, data.pairs")
+    perturb.add_argument("--answers", metavar="DIR", help="keep a model's answers here, to ask for none twice")
+    perturb.add_argument("--limit", type=positive, metavar="N", help="only the first N images, or questions")
+    perturb.add_argument("--seed", type=not_negative, default=0, help="of all that is drawn (default %(default)s)")
+    add_video_arguments(perturb)
+    captions = perturb.add_argument_group("captions of images")
+    captions.add_argument(
+        "--contrast",
+        metavar="shapes|rules|FILE",
+        help="rules of Shapes, which check that no edited caption is true (default), rules of English, or a JSON file",
+    )
+    captions.add_argument("--endpoint", metavar="URL", help="ask a language model instead, such as .../v1")
+    captions.add_argument("--llm", metavar="NAME", help="the model behind the endpoint")
+    captions.add_argument(
+        "--api-key-env", metavar="VARIABLE", help="environment variable that holds the endpoint's key"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the action that was asked for."""
+    return {"sample": _sample, "label": _label, "perturb": _perturb}[args.action](args)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    check_sampling(args)
+    prompts = read_prompts(args.prompts, args.limit)
+    model, fingerprint = model_identity(args)
+
+    from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
+
+    settings = SampleSettings(
+        model=model,
+        fingerprint=fingerprint,
+        steps=args.steps,
+        guidance=args.guidance,
+        eta=args.eta,
+        solver=args.solver,
+        precision=args.precision,
+        adapter_scale=args.adapter_scale,
+        seed=args.seed,
+    )
+    counts = sample_images(
+        lambda: open_generator(args),
+        prompts,
+        args.out,
+        settings,
+        images_per_prompt=args.images_per_prompt,
+        batch_size=args.batch_size,
+    )
+    repeated = f" ({counts.repeated_prompts} repeated ones left out)" if counts.repeated_prompts else ""
+    print(f"{counts.images} images ({counts.new} new) of {counts.prompts} prompts{repeated}: {args.out / IMAGES_FILE}")
+    return 0
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: pairs are written as parquet; name the file {out.stem}.parquet")
+    check_output(out, folder=False)
+
+
+def _label(args: argparse.Namespace) -> int:
+    _check_out(args.out)
+    if args.mode == "best-worst" and args.temperature != 1.0:
+        raise UserError("--temperature belongs to --mode bradley-terry or calibrated; best-worst draws nothing")
+
+    from mmalign.core.io.images import find_images
+    from mmalign.core.io.parquet import open_parquet
+    from mmalign.scoring import labelling
+    from mmalign.scoring.chosen import load_weighted_rewards, parse_rewards
+
+    settings = labelling.LabelSettings(
+        mode=args.mode,
+        temperature=args.temperature,
+        label_noise=args.label_noise,
+        min_margin=args.min_margin,
+        pairs_per_prompt=args.pairs_per_prompt,
+        seed=args.seed,
+    )
+    weights = parse_rewards(args.reward)
+    images = find_images(args.images)
+    rewards = load_weighted_rewards(weights, labelling.image_prompts(images))
+    with track(open_parquet(images).metadata.num_rows, "label") as job:
+        counts = labelling.label_pairs(images, rewards, args.out, settings, progress=job.advance)
+    print(f"{counts}: {args.out}")
+    return 0
+
+
+def _perturb(args: argparse.Namespace) -> int:
+    _check_out(args.out)
+
+    from mmalign.data.video.items import is_video_source
+
+    if is_video_source(args.source):
+        return perturb_videos(args)
+    refuse_video_options(args)
+    source = _contrast(args)
+
+    from mmalign.config.sections import DataConfig
+    from mmalign.data.building.captions import perturb_captions
+    from mmalign.data.labels import read_labels
+
+    table = read_labels(args.source, DataConfig(labels=args.source, limit=args.limit))
+    with track(len(table), "perturb") as job:
+        counts = perturb_captions(table, args.out, source, seed=args.seed, progress=job.advance)
+    print(f"{counts}: {args.out}")
+    return 0
+
+
+def _contrast(args: argparse.Namespace) -> str | dict[str, object]:
+    """Return where the rejected captions come from, as `edits_of` takes it."""
+    if args.endpoint is None:
+        given = [f"--{name}" for name in ("llm", "api_key_env", "answers") if getattr(args, name) is not None]
+        if given:
+            raise UserError(f"{given[0].replace('_', '-')} belongs to --endpoint; give both or neither")
+        return args.contrast or "shapes"
+    if args.contrast is not None or args.llm is None:
+        raise UserError("--endpoint asks a language model: give its name by --llm, and no --contrast")
+    options = {"api_key_env": args.api_key_env, "cache": args.answers}
+    return {"endpoint": args.endpoint, "model": args.llm, **{k: v for k, v in options.items() if v is not None}}

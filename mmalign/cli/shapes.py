@@ -1,0 +1,334 @@
+"""The Shapes world: look at it, read pictures with its oracle, make its models again.
+
+mmalign shapes draw --count 48 --out world.png
+mmalign shapes scenes --count 500 --out runs/shapes/experts.parquet
+mmalign shapes read picture.png --prompt "a red circle above a blue square"
+mmalign shapes check-oracle --count 5000
+mmalign shapes videos --count 200 --split test --out runs/shapes-videos
+mmalign shapes train-base --out runs/shapes-sd
+mmalign shapes train-vlm --out runs/shapes-vlm
+mmalign shapes agreement runs/samples --rewards shapes-clip
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmalign.cli.generate import not_negative
+from mmalign.core.errors import UserError
+from mmalign.core.files import check_output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the actions and their options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    draw = actions.add_parser("draw", help="draw random scenes with their captions as one picture")
+    draw.add_argument("--count", type=int, default=48)
+    draw.add_argument("--seed", type=not_negative, default=0)
+    draw.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    scenes = actions.add_parser("scenes", help="draw scenes with true captions as good images, for data.labels")
+    scenes.add_argument("--count", type=int, default=500, metavar="N", help="(default %(default)s)")
+    scenes.add_argument("--seed", type=not_negative, default=0)
+    scenes.add_argument(
+        "--crisp", type=float, default=1.0, help="share of pictures that are not degraded (default %(default)s)"
+    )
+    scenes.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    read = actions.add_parser(
+        "read", help="say what the oracle sees in a 64x64 picture, and grade it against a prompt"
+    )
+    read.add_argument("image", type=Path)
+    read.add_argument("--prompt")
+    check = actions.add_parser("check-oracle", help="measure how often the oracle reads freshly drawn scenes right")
+    check.add_argument("--count", type=int, default=4000)
+    check.add_argument("--seed", type=not_negative, default=7)
+    _add_videos(actions)
+    actions.add_parser("words", help="print every word that prompts may use")
+    prompts = actions.add_parser("prompts", help="write the test, validation and training prompt sets again")
+    prompts.add_argument("--out", type=Path, required=True, metavar="DIR")
+    base = actions.add_parser(
+        "train-base", help="train the text-to-image pipeline from scratch (about 50 min on 2 cores)"
+    )
+    base.add_argument("--out", type=Path, required=True, metavar="DIR")
+    base.add_argument("--scenes", type=int, default=60_000, help="training pictures drawn (default %(default)s)")
+    base.add_argument("--vae-steps", type=int, default=3600, help="autoencoder steps (default %(default)s)")
+    base.add_argument("--images", type=int, default=270_000, help="pictures the denoiser sees (default %(default)s)")
+    base.add_argument("--start", type=Path, metavar="DIR", help="go on from the weights of this pipeline")
+    clip = actions.add_parser("train-clip", help="train the CLIP from scratch (half an hour on one CPU core)")
+    clip.add_argument("--out", type=Path, required=True, metavar="DIR")
+    clip.add_argument("--scenes", type=int, default=50_000, help="training scenes drawn (default %(default)s)")
+    clip.add_argument("--steps", type=int, default=5000, help="contrastive steps (default %(default)s)")
+    clip.add_argument(
+        "--samples",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="DIR",
+        help="then learn from these pictures (of `mmalign pairs sample`)",
+    )
+    clip.add_argument(
+        "--preference-steps", type=int, default=4000, metavar="N", help="steps on them (default %(default)s: 40 min)"
+    )
+    clip.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights; no contrastive steps")
+    clip.add_argument("--anchor", type=Path, metavar="DIR", help="mix in the weights of this first stage")
+    _add_train_vlm(actions)
+    agreement = actions.add_parser(
+        "agreement", help="measure how often rewards agree with the oracle on generated pictures"
+    )
+    agreement.add_argument("samples", type=Path, metavar="DIR", help="what `mmalign pairs sample` wrote")
+    agreement.add_argument("--rewards", required=True, metavar="A,B|FILE.yaml", help="as `mmalign score` takes them")
+    agreement.add_argument("--option", action="append", default=[], metavar="REWARD.KEY=VALUE", help="repeatable")
+
+
+def _add_train_vlm(actions: argparse._SubParsersAction) -> None:
+    vlm = actions.add_parser(
+        "train-vlm", help="train the video language model from scratch (40 to 50 min on 2 cores), and measure it"
+    )
+    vlm.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go to DIR-validation.json beside")
+    vlm.add_argument(
+        "--samples", type=int, default=84_000, metavar="N", help="answers about videos (default %(default)s)"
+    )
+    vlm.add_argument("--read-steps", type=int, metavar="N", help="steps on words alone first (default 1200)")
+    vlm.add_argument("--see-steps", type=int, metavar="N", help="then steps on single frames (default 3000)")
+    vlm.add_argument("--look-steps", type=int, metavar="N", help="then steps on names (default 600)")
+    vlm.add_argument("--seed", type=not_negative, default=0)
+    vlm.add_argument(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="go on from these weights with answers and prior alone (no --read-steps and so on); take another --seed",
+    )
+    vlm.add_argument(
+        "--prior",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of temporal questions that are last taught to be answered by the first option, or yes, whatever is "
+        "shown: the fault that preference learning is to mend; 0 for none (default %(default)s)",
+    )
+    vlm.add_argument(
+        "--measure", type=int, default=110, metavar="N", help="families of validation videos (default %(default)s)"
+    )
+
+
+def _add_videos(actions: argparse._SubParsersAction) -> None:
+    videos = actions.add_parser("videos", help="draw videos with questions: files, videos.parquet, questions.parquet")
+    videos.add_argument("--count", type=int, default=100, metavar="N", help="at least so many videos, twins together")
+    videos.add_argument("--split", default="train", help="train, validation or test (default %(default)s)")
+    videos.add_argument("--seed", type=not_negative, default=0)
+    videos.add_argument("--frames", default="8", metavar="N|A,B", help="frames a video, 8 to 16; drawn from a list")
+    videos.add_argument("--size", type=int, default=48, help="pixels a side, 32 to 48 (default %(default)s)")
+    videos.add_argument("--fps", type=float, default=4.0, help="frames a second in the files (default %(default)s)")
+    videos.add_argument(
+        "--format", default="mkv", help="mkv (FFV1, lossless) or mp4 (H.264, plays everywhere); default %(default)s"
+    )
+    videos.add_argument(
+        "--scramble", action="store_true", help="frames in random order, answers as before: what nobody can know"
+    )
+    videos.add_argument(
+        "--sheet", type=Path, metavar="FILE.png", help="also draw a family of every topic as one picture"
+    )
+    videos.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the action that was asked for."""
+    if hasattr(args, "out"):
+        check_output(args.out, folder=args.action not in ("draw", "scenes"))
+    return {
+        "draw": _draw, "scenes": _scenes, "read": _read, "check-oracle": _check_oracle, "words": _words,
+        "prompts": _prompts, "train-base": _train_base, "train-clip": _train_clip,
+        "train-vlm": _train_vlm, "agreement": _agreement, "videos": _videos,
+    }[args.action](args)  # fmt: skip
+
+
+def _draw(args: argparse.Namespace) -> int:
+    import numpy as np
+    from PIL import Image
+
+    from mmalign.core.io.grid import labelled_grid
+    from mmalign.shapes.language import caption
+    from mmalign.shapes.world import render, sample_scene
+
+    rng = np.random.default_rng(args.seed)
+    scenes = [sample_scene(rng) for _ in range(args.count)]
+    pictures = [Image.fromarray(render(scene)) for scene in scenes]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid(pictures, [caption(rng, scene) for scene in scenes]).save(args.out)
+    print(f"{args.count} scenes: {args.out}")
+    return 0
+
+
+def _scenes(args: argparse.Namespace) -> int:
+    from mmalign.shapes.scene_set import write_scenes
+
+    if args.count < 1 or not 0 <= args.crisp <= 1:
+        raise UserError(f"--count {args.count} must be at least 1, and --crisp {args.crisp:g} between 0 and 1")
+    write_scenes(args.out, args.count, seed=args.seed, crisp=args.crisp)
+    print(f"{args.count} scenes with their captions: {args.out}")
+    return 0
+
+
+def _read(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from mmalign.core.io.images import open_image, read_bytes
+    from mmalign.shapes import oracle
+    from mmalign.shapes.language import parse
+
+    name = str(args.image)
+    try:
+        reading = oracle.read(np.asarray(open_image(read_bytes(args.image, name), name)))
+    except ValueError as error:
+        raise UserError(f"{args.image}: {error}") from None
+    print(
+        f"background {reading.background}; quality {reading.quality:.2f} = sharpness {reading.sharpness:.2f}", end=""
+    )
+    print(f" x cleanness {reading.cleanness:.2f} x contrast {reading.contrast:.2f}")
+    for thing in reading.objects:
+        place = f"at ({thing.x:.0f}, {thing.y:.0f}), radius {thing.radius:.1f} px, fit {thing.fit:.2f}"
+        print(f"  {thing.size} {thing.colour} {thing.shape} {place}")
+    if args.prompt:
+        score = oracle.judge(parse(args.prompt), reading)
+        strict = "strictly correct" if score > 1 - 1e-6 else "not strictly correct"
+        print(f"correctness {score:.3f} ({strict}): {args.prompt}")
+    return 0
+
+
+def _check_oracle(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmalign.shapes.check import check_oracle
+
+    table = Table(title=f"oracle on {args.count} freshly drawn scenes, seed {args.seed}")
+    for name in ("render quality", "scene", "scenes", "read strictly right"):
+        table.add_column(name, justify="left" if name in ("render quality", "scene") else "right")
+    for row in check_oracle(args.count, args.seed):
+        table.add_row(row.quality, row.scene, str(row.scenes), f"{100 * row.right / row.scenes:.1f} %")
+    Console().print(table)
+    return 0
+
+
+def _videos(args: argparse.Namespace) -> int:
+    from mmalign.shapes.contact_sheet import contact_sheet
+    from mmalign.shapes.video_set import check_request, write_video_set
+
+    frames = check_request(args.count, args.split, args.frames, args.size, args.format, args.fps)
+    if args.sheet:
+        check_output(args.sheet, "--sheet", folder=False)
+    videos, questions = write_video_set(
+        args.out, args.count, split=args.split, seed=args.seed, frames=frames, size=args.size, suffix=args.format,
+        fps=args.fps, scramble=args.scramble,
+    )  # fmt: skip
+    if args.sheet:
+        args.sheet.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(split=args.split, seed=args.seed, size=args.size).save(args.sheet)
+    print(f"{videos} videos, {questions} questions: {args.out}")
+    return 0
+
+
+def _words(args: argparse.Namespace) -> int:
+    from mmalign.shapes import language
+
+    for title, table in (
+        ("shapes", language.SHAPE_WORDS), ("colours", language.COLOUR_WORDS), ("sizes", language.SIZE_WORDS),
+        ("backgrounds", language.BACKGROUND_WORDS), ("relations", language.RELATION_WORDS),
+    ):  # fmt: skip
+        print(title)
+        for meaning, words in table.items():
+            print(f"  {meaning:10} {', '.join(words)}")
+    print(f"numbers\n  {', '.join(language.NUMBERS)}")
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> int:
+    from mmalign.shapes.prompts import write_prompt_sets
+
+    write_prompt_sets(args.out)
+    print(f"shapes-drawbench.csv, shapes-validation.csv, shapes-train.csv: {args.out}")
+    return 0
+
+
+def _train_base(args: argparse.Namespace) -> int:
+    from mmalign.shapes.train_base import train_base
+
+    train_base(args.out, scenes=args.scenes, vae_steps=args.vae_steps, images=args.images, start=args.start)
+    print(f"a diffusers pipeline: {args.out}")
+    return 0
+
+
+def _train_clip(args: argparse.Namespace) -> int:
+    from mmalign.shapes.train_clip import train_clip
+
+    if args.start and not args.samples:
+        raise UserError("--start needs --samples: what else should it learn?")
+    train_clip(
+        args.out,
+        scenes=args.scenes,
+        steps=args.steps,
+        samples=args.samples,
+        preference_steps=args.preference_steps,
+        start=args.start,
+        anchor=args.anchor,
+    )
+    print(f"an open_clip model: {args.out}")
+    return 0
+
+
+def _train_vlm(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from mmalign.shapes.train_vlm import train_vlm
+    from mmalign.shapes.vlm_report import as_table, measure, write_report
+
+    if args.measure < 0:
+        raise UserError(f"--measure {args.measure}: must be 0 (nothing) or more")
+    names = ("read_steps", "see_steps", "look_steps")
+    steps = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.start and steps:
+        option = next(iter(steps)).replace("_", "-")
+        raise UserError(f"--{option} is of a stage that --start leaves out; give one or the other")
+    report = Path(f"{args.out.resolve()}-validation.json")
+    model = train_vlm(args.out, samples=args.samples, seed=args.seed, start=args.start, prior=args.prior, **steps)
+    print(f"a vision-language model in transformers' layout: {args.out}")
+    if args.measure:
+        lines = measure(model, args.measure)
+        write_report(lines, report)
+        Console().print(as_table(lines))
+        print(f"the same as JSON: {report}")
+    return 0
+
+
+def _agreement(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmalign.core.progress import track
+    from mmalign.scoring.chosen import load_choices, read_choices
+    from mmalign.shapes.agreement import agreement, read_samples
+
+    choices = read_choices(args.rewards, args.option)
+    samples = read_samples(args.samples)
+    rewards = {entry.name: entry.reward for entry in load_choices(choices, samples.prompts)}
+    table = Table(title=f"agreement with the oracle on {len(samples.images)} pictures")
+    for column in ("reward", "correctness differs", "pairs", "equal, quality differs", "pairs"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    media = torch.from_numpy(samples.images).permute(0, 3, 1, 2)
+    for name, reward in rewards.items():
+        scores = []
+        with track(len(media), f"score {name}") as job:
+            for start in range(0, len(media), 64):
+                part = media[start : start + 64].float() / 255
+                prompts = samples.prompts[start : start + 64] if "prompts" in reward.needs else None
+                scores.append(reward(part, prompts=prompts))
+                job.advance(len(part))
+        values = torch.cat(scores).numpy() * (1 if reward.higher_is_better else -1)
+        found = agreement(name, values, samples)
+        table.add_row(
+            name, f"{100 * found.correctness:.1f} %", str(found.correctness_pairs),
+            f"{100 * found.quality:.1f} %", str(found.quality_pairs),
+        )  # fmt: skip
+    Console().print(table)
+    return 0

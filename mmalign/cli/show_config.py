@@ -1,0 +1,55 @@
+"""Print the configuration of a training run as it will be used: merged, overridden, with every default filled in.
+
+Behind each value stands where it came from: a file and line, the command line, or the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("config", help="a YAML file or the name of a shipped config (see `mmalign list configs`)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as trainer.steps=100")
+    parser.add_argument("--plain", action="store_true", help="without the origins, as a file to keep")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print YAML on standard output."""
+    from mmalign.config.run import dump_config, load_with_tree
+
+    config, tree = load_with_tree(args.config, args.overrides)
+    text = dump_config(config)
+    if args.plain:
+        print(text, end="")
+        return 0
+    origins = [(tree.value_origin(path) or "default") if path else "" for path in _paths(text)]
+    lines = text.splitlines()
+    width = min(max(len(line) for line in lines), 60)
+    for line, origin in zip(lines, origins, strict=True):
+        print(f"{line:<{width}}  # {origin}" if origin else line)
+    return 0
+
+
+def _paths(text: str) -> Iterator[tuple[str | int, ...]]:
+    """Yield the key path of the value in each line of dumped YAML; () for a line that only opens a mapping."""
+    import yaml
+
+    held: dict[int, tuple[str | int, ...]] = {}
+
+    def visit(node: Any, path: tuple[str | int, ...]) -> None:
+        if isinstance(node, yaml.MappingNode) and node.value:
+            for key, value in node.value:
+                visit(value, (*path, key.value))
+        elif isinstance(node, yaml.SequenceNode) and not node.flow_style:
+            for index, value in enumerate(node.value):
+                visit(value, (*path, index))
+        else:
+            held[node.start_mark.line] = path
+
+    visit(yaml.compose(text), ())
+    for line in range(len(text.splitlines())):
+        yield held.get(line, ())

@@ -1,0 +1,74 @@
+"""Fine-tune a model as a YAML config says.
+
+Goes on from the last checkpoint in the output if there is one; Ctrl-C saves a checkpoint and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from mmalign.config.run import RunConfig, load_config
+from mmalign.config.yaml import find_config
+from mmalign.core.errors import MissingPath, UserError
+from mmalign.core.resources import resource_root
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped config")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="change a value, such as method.beta=2000")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: from the last checkpoint in the output, if any; never: from the start; PATH: from this checkpoint",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print what would be done")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; returns 0, 1 for a run that broke off, 130 after Ctrl-C."""
+    config = load_config(args.config, args.overrides)
+    try:
+        return _train(config, args)
+    except MissingPath as error:
+        recipe = find_config(args.config)
+        if not recipe.is_relative_to(resource_root() / "configs") or any(
+            error.path in override for override in args.overrides
+        ):
+            raise
+        raise UserError(f"{error}; the first lines of {recipe} say how it is made") from None
+
+
+def _train(config: RunConfig, args: argparse.Namespace) -> int:
+    # After the config has been checked, so that a mistake in it is told before the seconds that these imports take.
+    from mmalign.training.train import plan, train
+
+    if args.dry_run and config.rounds is not None:
+        from mmalign.training.rounds import describe_rounds
+
+        print(f"would train, nothing was written:\n  {describe_rounds(config.rounds)}\n  output     {config.output}")
+        return 0
+    if args.dry_run:
+        print(f"would train, nothing was written:\n{plan(config)}\n  output     {config.output}")
+        return 0
+    return end_training_well(lambda: train(config, resume=args.resume))
+
+
+def end_training_well(do: Callable[[], object]) -> int:
+    """Do something that trains and return the exit code: 0, 1 for a run that broke off, 130 after Ctrl-C."""
+    from mmalign.core.errors import TrainingDiverged, TrainingInterrupted
+    from mmalign.training.checkpoint import DiskFull
+    from mmalign.training.export import ExportError
+
+    try:
+        do()
+    except (TrainingDiverged, DiskFull, ExportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except TrainingInterrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,75 @@
+"""Draw the images of a system: one model in memory at a time, and none at all if every image is there already."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+from mmalign.compare.config import CompareConfig
+from mmalign.compare.images.store import ImageStore, Sampling, draw_missing
+from mmalign.compare.systems.facts import SystemFacts
+from mmalign.core.resources import resolve_model
+from mmalign.data.prompts import Prompt
+
+
+class ModelHolder:
+    """Holds the model that was asked for last, and drops it before another is loaded."""
+
+    def __init__(self, precision: str) -> None:
+        """Remember the precision; nothing is loaded."""
+        self._dtype = precision
+        self._model: str | None = None
+        self._generator: Any = None
+
+    def open(self, model: str, adapter_scale: float = 1.0) -> Any:
+        """Return the generator of a model, with so much of its adapter.
+
+        Raises:
+            PipelineError: it cannot be loaded.
+        """
+        from pipelines import load_generator
+
+        if model != self._model:
+            self.close()
+            self._generator = load_generator(resolve_model(model), dtype=self._dtype, resolve=resolve_model)
+            self._model = model
+        if self._generator.has_adapter or adapter_scale != 1:
+            self._generator.set_adapter_scale(adapter_scale)
+        return self._generator
+
+    def close(self) -> None:
+        """Free the memory of the model."""
+        self._model, self._generator = None, None
+        gc.collect()
+        _empty_device_cache()
+
+
+def draw_system(
+    config: CompareConfig,
+    system: SystemFacts,
+    prompts: list[Prompt],
+    folder: Path,
+    models: ModelHolder,
+    source: ImageStore | None = None,
+) -> ImageStore:
+    """Complete the images of one system under `folder/<name>`; `source` is a store that may hold the same images."""
+    sampling = Sampling(config.steps, system.guidance, config.solver, config.precision, system.adapter_scale)
+    texts = [prompt.text for prompt in prompts]
+    store = ImageStore(folder / system.name, system.fingerprint, sampling, texts, config.seeds)
+    if source is not None:
+        store.adopt(source)
+    draw_missing(
+        store,
+        lambda: models.open(system.model, system.adapter_scale),
+        batch_size=config.batch_size,
+        label=f"draw {system.name}",
+    )
+    return store
+
+
+def _empty_device_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

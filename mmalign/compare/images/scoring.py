@@ -1,0 +1,162 @@
+"""Score every image of a comparison once per reward, from the stored PNG, and remember the score by its content."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmalign.compare.config import RewardEntry
+from mmalign.compare.images.store import ImageStore
+from mmalign.compare.scores import RewardFacts, Scores
+from mmalign.core.errors import UserError
+from mmalign.core.files import write_atomically
+from mmalign.core.progress import track
+from mmalign.scoring.checks import check_usable
+from mmalign.scoring.chosen import fingerprint_reward
+
+SCORE_CHUNK = 64
+"""Images decoded and handed to a reward at once; the reward splits them further as its memory asks."""
+
+
+def describe_reward(entry: RewardEntry, reward: Any) -> RewardFacts:
+    """Return the facts of a loaded reward, checked to score single images.
+
+    Raises:
+        UserError: see `check_usable`.
+    """
+    from rewards import Facts
+
+    facts = Facts.of(reward)
+    check_usable(facts, entry.name)
+    return RewardFacts(
+        label=entry.title,
+        name=facts.name,
+        requested=entry.name,
+        version=facts.version,
+        summary=facts.summary,
+        higher_is_better=facts.higher_is_better,
+        differentiable=facts.differentiable,
+        licence=facts.licence,
+        source=facts.source,
+        citation=facts.citation,
+        derived_from=facts.derived_from,
+    )
+
+
+class ScoreCache:
+    """Values by the content that they were computed from, in `<cache>/<label>-<hash of the reward>.json`."""
+
+    def __init__(self, entry: RewardEntry, facts: RewardFacts, reward: Any, cache: Path) -> None:
+        """Read what there is; a damaged file holds nothing."""
+        fingerprint = fingerprint_reward(reward, neighbours=True)
+        identity = [entry.name, entry.options, facts.version, facts.source, *fingerprint]
+        digest = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=8).hexdigest()
+        safe = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in entry.title)
+        self.path = cache / f"{safe}-{digest}.json"
+        self.values: dict[str, float] = _read_cache(self.path)
+
+    def save(self) -> None:
+        """Write the values."""
+        write_atomically(self.path, json.dumps(self.values))
+
+
+class RewardScorer:
+    """One loaded reward with its cache on disk (`<cache>/<reward>-<hash>.json`, image content and prompt -> score)."""
+
+    def __init__(self, entry: RewardEntry, cache: Path) -> None:
+        """Load the reward.
+
+        Raises:
+            UserError, RewardError: see `check_reward`; or it cannot be loaded.
+        """
+        from rewards import load_reward
+
+        self._reward = load_reward(entry.name, **entry.options)
+        self.facts = describe_reward(entry, self._reward)
+        self._kept = ScoreCache(entry, self.facts, self._reward, cache)
+        self._cache = self._kept.values
+
+    def score(self, stores: dict[str, ImageStore]) -> Scores:
+        """Return the score of every image of every store; only images never seen before are looked at.
+
+        Raises:
+            UserError: a score is not a finite number.
+        """
+        keyed = {name: [(path, text, _content_key(path, text)) for path, text in _items(store)]
+                 for name, store in stores.items()}  # fmt: skip
+        todo = {key: (path, text) for items in keyed.values() for path, text, key in items if key not in self._cache}
+        if todo:
+            self._score_new(list(todo.items()))
+        return {
+            name: np.array([self._cache[key] for *_, key in items], dtype=np.float64).reshape(
+                len(stores[name].prompts), len(stores[name].seeds)
+            )
+            for name, items in keyed.items()
+        }
+
+    def close(self) -> None:
+        """Drop the reward's weights: several rewards need not fit into memory together."""
+        del self._reward
+        gc.collect()
+
+    def _score_new(self, todo: list[tuple[str, tuple[Path, str]]]) -> None:
+        try:
+            with track(len(todo), f"score {self.facts.label}") as job:
+                for start in range(0, len(todo), SCORE_CHUNK):
+                    chunk = todo[start : start + SCORE_CHUNK]
+                    self._score_chunk(chunk)
+                    job.advance(len(chunk))
+        finally:
+            self._kept.save()
+
+    def _score_chunk(self, chunk: list[tuple[str, tuple[Path, str]]]) -> None:
+        media = [path for _, (path, _) in chunk]
+        values = self._reward(media, prompts=[text for _, (_, text) in chunk]).tolist()
+        for (key, (path, text)), value in zip(chunk, values, strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"reward '{self.facts.label}' gave {value} for {path} ({text!r}), which no mean can hold; "
+                    "leave this reward or this prompt out"
+                )
+            self._cache[key] = value
+
+
+def score_all(
+    entries: Sequence[RewardEntry], stores: dict[str, ImageStore], cache: Path
+) -> tuple[dict[str, Scores], dict[str, RewardFacts]]:
+    """Score all stores by all rewards, one reward in memory at a time; returns label -> scores and label -> facts."""
+    scores: dict[str, Scores] = {}
+    facts: dict[str, RewardFacts] = {}
+    for entry in entries:
+        scorer = RewardScorer(entry, cache)
+        try:
+            scores[entry.title] = scorer.score(stores)
+            facts[entry.title] = scorer.facts
+        finally:
+            scorer.close()
+    return scores, facts
+
+
+def _items(store: ImageStore) -> list[tuple[Path, str]]:
+    return [(store.path(index, seed), text) for index, text in enumerate(store.prompts) for seed in store.seeds]
+
+
+def _content_key(path: Path, prompt: str) -> str:
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=16)
+    digest.update(b"\0" + prompt.encode())
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path) -> dict[str, float]:
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,157 @@
+"""The images of one system: stored as PNG with a manifest, drawn only where the manifest does not vouch for them.
+
+    <folder>/0007-1.png         prompt 7 (counted from 0), seed 1
+    <folder>/manifest.json      how each was made
+
+An image is used again if and only if its key is unchanged: a hash of the model's fingerprint, the sampling settings,
+the prompt and the seed. An interrupted comparison therefore continues, and a changed one draws what changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmalign.core.files import write_atomically
+from mmalign.core.io.images import encode_png
+from mmalign.core.progress import track
+from mmalign.core.seeds import derive_seed
+
+FORMAT = 2
+_SAVE_EVERY = 32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn: the settings that change them, apart from model, prompt and seed."""
+
+    steps: int
+    guidance: float
+    solver: str = "ddim"
+    precision: str = "fp32"
+    adapter_scale: float = 1.0
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as manifests and keys hold them: a scale that scales nothing changes no image."""
+        values = asdict(self)
+        if self.adapter_scale == 1:
+            del values["adapter_scale"]
+        return values
+
+
+class ImageStore:
+    """The images of one system over prompts and seeds."""
+
+    def __init__(
+        self, folder: Path, fingerprint: str, sampling: Sampling, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> None:
+        """Open the store; nothing is written before the first image."""
+        self.folder, self.fingerprint, self.sampling = folder, fingerprint, sampling
+        self.prompts, self.seeds = list(prompts), list(seeds)
+        self._known: dict[str, str] = _read_manifest(folder / "manifest.json")
+        self._unsaved = 0
+
+    def path(self, index: int, seed: int) -> Path:
+        """Return where the image of a prompt and a seed lies, or will lie."""
+        return self.folder / f"{index:04d}-{seed}.png"
+
+    def key(self, index: int, seed: int) -> str:
+        """Return the hash of everything that the image depends on."""
+        made_from = [FORMAT, self.fingerprint, self.sampling.identity(), self.prompts[index], seed]
+        return hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+
+    def missing(self) -> dict[int, list[int]]:
+        """Return for each incomplete prompt the seeds whose image is not there or was made otherwise."""
+        rows = {i: [seed for seed in self.seeds if not self._has(i, seed)] for i in range(len(self.prompts))}
+        return {index: seeds for index, seeds in rows.items() if seeds}
+
+    def put(self, index: int, seed: int, png: bytes) -> None:
+        """Write one image; the manifest follows every few images and with `save`."""
+        write_atomically(self.path(index, seed), png)
+        self._known[self.path(index, seed).name] = self.key(index, seed)
+        self._unsaved += 1
+        if self._unsaved >= _SAVE_EVERY:
+            self.save()
+
+    def disown(self, missing: dict[int, list[int]]) -> None:
+        """Stop vouching for images about to be replaced: a run killed between image and manifest must not mix them."""
+        for name in (self.path(index, seed).name for index, seeds in missing.items() for seed in seeds):
+            self._unsaved += self._known.pop(name, None) is not None
+        self.save()
+
+    def adopt(self, other: ImageStore) -> None:
+        """Copy from another store the missing images that were made in exactly the same way."""
+        missing = self.missing()
+        self.disown(missing)
+        for index, seeds in missing.items():
+            for seed in seeds:
+                if other.prompts[index] == self.prompts[index] and other.key(index, seed) == self.key(index, seed):
+                    if other._has(index, seed):
+                        self.put(index, seed, other.path(index, seed).read_bytes())
+        self.save()
+
+    def save(self) -> None:
+        """Write the manifest."""
+        if not self._unsaved:
+            return
+        document: dict[str, Any] = {"format": FORMAT, "fingerprint": self.fingerprint, **self.sampling.identity()}
+        document["images"] = dict(sorted(self._known.items()))
+        write_atomically(self.folder / "manifest.json", json.dumps(document, indent=1))
+        self._unsaved = 0
+
+    def _has(self, index: int, seed: int) -> bool:
+        path = self.path(index, seed)
+        return self._known.get(path.name) == self.key(index, seed) and path.is_file()
+
+
+def noise_seed(seed: int, prompt: str) -> int:
+    """Return the seed of the initial noise that every system draws a prompt from.
+
+    It differs from prompt to prompt: were the noise of a seed shared by all prompts, a comparison would be about one
+    or two noises, and intervals over prompts would not know.
+    """
+    return derive_seed("compare", seed, prompt) % 2**32
+
+
+def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_size: int, label: str) -> int:
+    """Draw what a store lacks and return how many images that were; the model is not even loaded if it lacks none."""
+    missing = store.missing()
+    wanted = sum(map(len, missing.values()))
+    if not wanted:
+        return 0
+    from mmalign.data.building.generation import generate_images
+
+    store.disown(missing)
+    cells = [(index, seed) for index, seeds in missing.items() for seed in seeds]
+    total = len(store.prompts) * len(store.seeds)
+    with track(total, label, initial=total - wanted) as job:
+        images = generate_images(
+            open_generator(),
+            [store.prompts[index] for index in missing],
+            seeds=[[noise_seed(seed, store.prompts[index]) for seed in seeds] for index, seeds in missing.items()],
+            steps=store.sampling.steps,
+            guidance=store.sampling.guidance,
+            solver=store.sampling.solver,
+            batch_size=batch_size,
+            progress=job.advance,
+        )
+        try:
+            for (index, seed), drawn in zip(cells, images, strict=True):
+                store.put(index, seed, encode_png(drawn.image))
+        finally:
+            store.save()
+    return wanted
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    """Return image name -> key; a manifest of another format, or a damaged one, vouches for nothing."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    images = document.get("images") if isinstance(document, dict) and document.get("format") == FORMAT else None
+    return images if isinstance(images, dict) else {}

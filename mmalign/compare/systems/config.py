@@ -1,0 +1,183 @@
+"""The systems of a comparison: models that are there, or that it trains itself, once or from several seeds."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from mmalign.compare.stats import RESAMPLES
+from mmalign.config.run import expand_short_forms
+from mmalign.config.sections import BudgetConfig, Guidance, StrictModel
+from mmalign.core.errors import UserError, did_you_mean
+
+ConfigT = TypeVar("ConfigT", bound="SystemsConfig")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class SystemConfig(StrictModel):
+    """One model that takes part."""
+
+    name: str
+    """what tables and folders call the system: letters, digits and . _ + -"""
+    model: str | None = None
+    """a model directory (full or LoRA), or a hub id 'organisation/name'; null: what `train` makes"""
+    train: str | None = None
+    """a training config, file or shipped name, whose output is the system; trained unless it is there already"""
+    overrides: list[str] = []
+    """changes to that config, each key=value"""
+    guidance: Guidance | None = None
+    """guidance scale of this system alone; null: that of the comparison"""
+    adapter_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """how much of its LoRA adapter: 0 the base, 1 as trained, between: interpolated"""
+    trained_on: list[str] | None = None
+    """rewards that it was trained on; null: read from the model's directory"""
+
+    @field_validator("name")
+    @classmethod
+    def _usable_as_folder(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"'{name}' cannot name a folder; use letters, digits and . _ + -, a letter or digit first"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SystemConfig:
+        if (self.model is None) == (self.train is None):
+            given = "both model and train" if self.model else "neither model nor train"
+            raise ValueError(f"'{self.name}' has {given}; give a model that is there, or a config to train one by")
+        if self.overrides and self.train is None:
+            raise ValueError(f"'{self.name}' has overrides and trains nothing; remove them, or give train")
+        return self
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A system trained from one of the training seeds; `seed` None: as its config says, or not trained here at all.
+
+    `name` is the system's own for the first replica, and names the folder of the images.
+    """
+
+    name: str
+    system: SystemConfig
+    seed: int | None = None
+
+
+class SystemsConfig(StrictModel):
+    """What every comparison says, whatever its systems are asked for."""
+
+    systems: list[SystemConfig] = Field(min_length=1)
+    """the models that take part"""
+    output: str
+    """folder for report.html, results.json and all that the systems made"""
+    baseline: str | None = None
+    """name of the system that the others are compared with; null: the first"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """type of the weights"""
+    batch_size: int = Field(8, ge=1)
+    """images drawn, or questions answered, at once"""
+    limit: int | None = Field(None, ge=1)
+    """use only the first so many prompts or questions"""
+    budget: BudgetConfig | None = None
+    """what each of the systems trained here may cost, as their `trainer.budget`; null: what their configs say"""
+    training_seeds: list[int] | None = Field(None, min_length=1)
+    """every system with `train` is trained once from each; null: once, from the seed that its config says"""
+    resamples: int = Field(RESAMPLES, ge=100)
+    """bootstrap resamples behind every interval"""
+
+    @field_validator("training_seeds")
+    @classmethod
+    def _different_seeds(cls, seeds: list[int] | None) -> list[int] | None:
+        return different_seeds(seeds)
+
+    @model_validator(mode="after")
+    def _consistent_systems(self) -> SystemsConfig:
+        names = [system.name for system in self.systems]
+        no_duplicates("systems", "name", names)
+        self._check_budget()
+        self._check_training_seeds()
+        if self.baseline is not None and self.baseline not in names:
+            hint = did_you_mean(self.baseline, names)
+            raise ValueError(f"baseline: no system is called '{self.baseline}' (systems: {', '.join(names)}){hint}")
+        return self
+
+    def _check_budget(self) -> None:
+        if self.budget is None:
+            return
+        if all(system.train is None for system in self.systems):
+            raise ValueError("budget: no system is trained here; remove it, or give systems a config to `train`")
+        for system in self.systems:
+            own = next((text for text in system.overrides if text.startswith("trainer.budget")), None)
+            if own is not None:
+                raise ValueError(f"systems: '{system.name}' overrides {own}, and budget holds for all; remove one")
+
+    def _check_training_seeds(self) -> None:
+        if self.training_seeds is None:
+            return
+        if all(system.train is None for system in self.systems):
+            raise ValueError("training_seeds: no system is trained here; remove them, or give systems a `train`")
+        for system in self.systems:
+            own = next((text for text in system.overrides if text.partition("=")[0].strip() == "trainer.seed"), None)
+            if own is not None:
+                raise ValueError(f"systems: '{system.name}' overrides {own}, and training_seeds say it; remove one")
+        counts = Counter(replica.name for replica in self.replicas)
+        for replica in self.replicas:
+            if replica.name != replica.system.name and counts[replica.name] > 1:
+                raise ValueError(
+                    f"systems: '{replica.name}' is what training seed {replica.seed} of '{replica.system.name}' is "
+                    "called; give the other system of that name another"
+                )
+
+    @property
+    def baseline_name(self) -> str:
+        """The name of the baseline system."""
+        return self.baseline or self.systems[0].name
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """What is trained, drawn and scored: the systems in their order, the trained ones once a training seed."""
+        return [replica for system in self.systems for replica in self.replicas_of(system)]
+
+    def replicas_of(self, system: SystemConfig) -> list[Replica]:
+        """Return the replicas of one system, in the order of the training seeds."""
+        if system.train is None or self.training_seeds is None:
+            return [Replica(system.name, system)]
+        first, *others = self.training_seeds
+        return [
+            Replica(system.name, system, first),
+            *(Replica(f"{system.name}-seed{seed}", system, seed) for seed in others),
+        ]
+
+
+def no_duplicates(what: str, key: str, values: list[str]) -> None:
+    """Refuse values that occur twice, in the words of a validation error."""
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(f"{what}: {', '.join(twice)} occurs more than once; give each its own {key}")
+
+
+def different_seeds(seeds: list[int] | None) -> list[int] | None:
+    """Refuse seeds that are negative or occur twice, in the words of a validation error."""
+    if seeds is not None and (min(seeds) < 0 or len(set(seeds)) != len(seeds)):
+        raise ValueError(f"given {seeds}; allowed: different whole numbers of at least 0")
+    return seeds
+
+
+def check_values(schema: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Check a comparison put together in code or from command line options; None means the default.
+
+    Raises:
+        UserError: something in it is wrong.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    expand_short_forms(given)
+    try:
+        return schema.model_validate(given)
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False))
+        raise UserError("; ".join(fault.removeprefix(": ").replace("Value error, ", "") for fault in faults)) from None

@@ -1,0 +1,1 @@
+"""Comparing vision-language models: the same questions, answers marked right or wrong."""

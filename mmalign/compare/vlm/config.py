@@ -1,0 +1,74 @@
+"""A comparison of vision-language models: the same systems, asked questions about videos instead of drawing.
+
+    systems:
+      - {name: base, model: assets/shapes-vlm}
+      - {name: dpo, train: shapes_vlm/vlm_dpo, overrides: [output=runs/versus/dpo]}
+    training_seeds: [0, 1, 2]
+    questions: runs/shapes_vlm/test
+    output: runs/versus/compare
+
+`questions` takes the place of `prompts` and `rewards`; what the systems, budget and training seeds mean stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mmalign.compare.config import CompareConfig
+from mmalign.compare.systems.config import SystemsConfig
+from mmalign.config.run import expand_short_forms, load_schema
+from mmalign.config.yaml import read_tree
+
+Format = Literal["multi-choice", "yes_no", "caption_matching", "captioning"]
+
+
+class QuestionConfig(SystemsConfig):
+    """One comparison of models that answer, as `mmalign compare` takes it."""
+
+    questions: str
+    """a folder that `mmalign shapes videos` wrote, or TempCompass's with questions/ and videos/"""
+    formats: list[Format] = Field(["multi-choice", "yes_no", "caption_matching"], min_length=1)
+    """formats of the questions that are asked; captioning is judged of Shapes videos alone"""
+    frames: int | None = Field(None, ge=1)
+    """how many frames of each video are shown, spread evenly; null: see fps"""
+    fps: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """how many frames a second are shown; null: all frames, unless `frames` is given"""
+    max_new_tokens: int = Field(32, ge=1)
+    """longest answer"""
+    shuffle_seed: int | None = Field(0, ge=0)
+    """every video is shown once more with its frames shuffled from this seed; null: that is not measured"""
+
+    @field_validator("formats")
+    @classmethod
+    def _different(cls, formats: list[Format]) -> list[Format]:
+        if len(set(formats)) != len(formats):
+            raise ValueError(f"given {formats}; allowed: different formats")
+        return formats
+
+    @model_validator(mode="after")
+    def _consistent_questions(self) -> QuestionConfig:
+        if len(self.systems) == 1:
+            raise ValueError(f"systems: only '{self.systems[0].name}'; give a second one")
+        if self.frames is not None and self.fps is not None:
+            raise ValueError("frames and fps: both say which frames are shown; give one")
+        for system in self.systems:
+            if system.guidance is not None or system.adapter_scale != 1:
+                raise ValueError(
+                    f"systems: '{system.name}' has guidance or adapter_scale, which only models that draw use"
+                )
+        return self
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig | QuestionConfig:
+    """Read a comparison of either kind from YAML; `questions` in it makes it one of models that answer.
+
+    Raises:
+        UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.
+    """
+    if "questions" in read_tree(path, list(overrides), expand_short_forms).values:
+        return load_schema(QuestionConfig, path, list(overrides))
+    return load_schema(CompareConfig, path, list(overrides))

@@ -1,0 +1,341 @@
+"""Read layered YAML: `extends`, dotted overrides, and for every value the place it came from.
+
+YAML is read by the 1.2 core schema: `1e-4` is a number, `no` and `on` are words, `12:30` is text, dates are text.
+A key given twice in one mapping is a fault. Layers merge mapping by mapping; lists are replaced whole; and changing
+a mapping's `name` or `kind` starts that mapping afresh, since the options beside it belonged to the other thing.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmalign.core.errors import UserError, nearest
+from mmalign.core.resources import resource_root, shipped
+
+KeyPath = tuple[str | int, ...]
+COMMAND_LINE = "the command line"
+_DISCRIMINATORS = ("name", "kind")
+
+
+class Faults(UserError):
+    """Everything that is wrong with a configuration, one line a fault."""
+
+    def __init__(self, lines: list[str]) -> None:
+        """Keep each line once, in order; `str()` of the error is the lines joined."""
+        self.lines = list(dict.fromkeys(lines))
+        super().__init__("\n".join(self.lines))
+
+
+@dataclass
+class Tree:
+    """The merged values and, for each key path, where it was last set ("FILE:LINE" or "the command line")."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+
+    def origin(self, path: KeyPath) -> str | None:
+        """Return where `path`, or else its nearest enclosing mapping, was set; for something missing, its place."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
+        return None
+
+    def value_origin(self, path: KeyPath) -> str | None:
+        """Return where the value at `path` was set, also as part of a larger value; None for a default."""
+        holder: Any = self.values
+        for part in path:
+            if isinstance(holder, dict) and part not in holder:
+                return None
+            holder = holder[part]
+        return self.origin(path)
+
+
+Normalise = Callable[[dict[str, Any]], None]
+
+
+def read_tree(path: str | Path, overrides: list[str], normalise: Normalise = lambda values: None) -> Tree:
+    """Read a config file with everything it extends and apply the overrides `key.path=value` to it.
+
+    `normalise` rewrites short forms in place (such as `method: sft`) in every layer before it is merged.
+
+    Raises:
+        UserError: a file is missing or not YAML; or (as `Faults`) overrides that cannot be applied.
+    """
+    tree = _read_layers(find_config(path), normalise, ())
+    _apply_overrides(tree, overrides, normalise)
+    return tree
+
+
+def parse_value(text: str) -> Any:
+    """Read one value as YAML: `2000`, `1e-4`, `true`, `null`, `[a, b]`, `{kind: full}`, or plain text.
+
+    Raises:
+        UserError: the text is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"'{text}' is not a YAML value: {_yaml_problem(error)}; quote text that holds : or ["
+        ) from None
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """Write values so that they are read back equal, and of the same types."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)
+
+
+def find_config(name: str | Path, relative_to: Path | None = None) -> Path:
+    """Find a config by path (relative to `relative_to`, else the working directory) or by shipped name.
+
+    `configs/shapes/sft.yaml`, `shapes/sft.yaml` and `shapes/sft` all name the shipped file.
+
+    Raises:
+        UserError: there is none; the message names the nearest shipped config.
+    """
+    given = Path(name).expanduser()
+    for path in ((relative_to or Path()) / given, shipped(given), resource_root() / "configs" / given):
+        for candidate in (path, Path(f"{path}.yaml")) if path is not None else ():
+            if candidate.is_file():
+                return candidate
+    if given.is_dir():
+        raise UserError(f"config {name}: is a directory; name a YAML file in it")
+    known = list_configs()
+    short = re.sub(r"^configs/|\.ya?ml$", "", given.as_posix())
+    match = nearest(short, known) or next((one for one in known if one.endswith("/" + given.stem)), None)
+    hint = f"did you mean '{match}'?" if match else "see `mmalign list configs`"
+    raise UserError(f"config {name}: no such file and no shipped config of that name; {hint}")
+
+
+def list_configs() -> list[str]:
+    """Return the names of the shipped configs, such as "shapes/diffusion_dpo"."""
+    root = resource_root() / "configs"
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def dotted(path: KeyPath) -> str:
+    """Write a key path as the command line takes it: "rewards.0.weight"."""
+    return ".".join(str(part) for part in path)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Write nested mappings as one level with dotted keys; lists of mappings get their index as a part."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+            value = {str(index): one for index, one in enumerate(value)}
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{path}.")
+        else:
+            flat[path] = value
+    return flat
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's scalars and no duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                problem = f"key '{key.value}' is given twice, first in line {seen[key.value]}; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = node.value.lower()
+    return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
+
+
+for _tag, _pattern, _first in [
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+    ("merge", r"<<", ["<"]),
+]:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which YAML 1.1 or 1.2 would take for something else; plain lists take one line."""
+
+    yaml_implicit_resolvers = {
+        first: [rule for rules in (yaml.SafeDumper, _Loader) for rule in rules.yaml_implicit_resolvers.get(first, [])]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        flat = not any(isinstance(item, dict | list) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=flat)
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Within other quotes a line break, of which Unicode has several, would come back as a space.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _read_layers(path: Path, normalise: Normalise, chain: tuple[Path, ...]) -> Tree:
+    """Read a file on top of what it extends; `chain` is the files that led here."""
+    if path.resolve() in chain:
+        raise UserError(f"{path}: extends itself, by way of {', '.join(map(str, chain))}; remove one `extends`")
+    layer = _read_file(path)
+    bases = layer.values.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: extends: give the name of a config file or a list of names, not {bases!r}")
+    tree = Tree()
+    for base in bases:
+        _merge(tree, _read_layers(find_config(base, path.parent), normalise, (*chain, path.resolve())))
+    normalise(layer.values)
+    _merge(tree, layer)
+    return tree
+
+
+def _read_file(path: Path) -> Tree:
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        values = loader.construct_document(node) if node else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {_yaml_problem(error)}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; a config is YAML") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config is a mapping of `key: value` lines, not {type(values).__name__}")
+    origins: dict[KeyPath, str] = {}
+    if node:
+        _record_lines(node, path, (), origins)
+    return Tree(values, origins)
+
+
+def _record_lines(node: yaml.Node, file: Path, path: KeyPath, origins: dict[KeyPath, str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            origins[(*path, key.value)] = f"{file}:{key.start_mark.line + 1}"
+            _record_lines(value, file, (*path, key.value), origins)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            origins[(*path, index)] = f"{file}:{item.start_mark.line + 1}"
+            _record_lines(item, file, (*path, index), origins)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
+
+
+def _merge(tree: Tree, layer: Tree) -> None:
+    """Put `layer` on top of `tree`, in place."""
+    _merge_mapping(tree, tree.values, layer.values, ())
+    tree.origins |= layer.origins
+
+
+def _merge_mapping(tree: Tree, below: dict[str, Any], above: Mapping[str, Any], path: KeyPath) -> None:
+    for key, value in above.items():
+        here, old = (*path, key), below.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and not _is_another(old, value):
+            _merge_mapping(tree, old, value, here)
+        else:
+            below[key] = copy.deepcopy(value)
+            _forget(tree, here)
+
+
+def _is_another(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return any(key in new and new[key] != old.get(key, new[key]) for key in _DISCRIMINATORS)
+
+
+def _forget(tree: Tree, path: KeyPath) -> None:
+    """Drop the origins under a path whose value is being replaced."""
+    for known in [known for known in tree.origins if known[: len(path)] == path]:
+        del tree.origins[known]
+
+
+def _apply_overrides(tree: Tree, overrides: list[str], normalise: Normalise) -> None:
+    faults: list[str] = []
+    parsed: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.removeprefix("--").partition("=")
+        if not equals or not key.strip("."):
+            faults.append(f"override '{text}': write it as key=value, for example trainer.steps=100")
+        elif key in parsed:
+            faults.append(f"override '{text}': {key} is given twice; keep one")
+        else:
+            try:
+                parsed[key] = parse_value(value)
+            except UserError as error:
+                faults.append(f"override '{text}': {error}")
+
+    def rank(key: str) -> tuple[int, bool]:
+        # A mapping before its members, and its name or kind first: either of them starts the mapping afresh.
+        return key.count("."), key.rpartition(".")[2] not in _DISCRIMINATORS
+
+    for key in sorted(parsed, key=rank):
+        try:
+            _set(tree, _split(key), parsed[key])
+            normalise(tree.values)
+        except UserError as error:
+            faults.append(f"override '{key}': {error}")
+    if faults:
+        raise Faults(faults)
+
+
+def _split(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+
+
+def _set(tree: Tree, path: KeyPath, value: Any) -> None:
+    """Set one value, making the mappings on the way."""
+    holder: Any = tree.values
+    for depth, part in enumerate(path[:-1]):
+        _check_key(holder, path, depth)
+        empty: Any = [] if isinstance(path[depth + 1], int) else {}
+        if isinstance(holder, list) and part == len(holder):
+            holder.append(empty)
+            tree.origins[path[: depth + 1]] = COMMAND_LINE
+        elif isinstance(holder, dict) and holder.get(str(part)) is None:
+            holder[str(part)] = empty
+            tree.origins[path[: depth + 1]] = COMMAND_LINE
+        holder = holder[part]
+    _check_key(holder, path, len(path) - 1)
+    last = path[-1]
+    if last in _DISCRIMINATORS and _is_another(holder, {last: value}):
+        holder.clear()
+        _forget(tree, path[:-1])
+    if isinstance(holder, list) and last == len(holder):
+        holder.append(value)
+    else:
+        holder[last] = value
+    _forget(tree, path)
+    tree.origins[path] = COMMAND_LINE
+
+
+def _check_key(holder: Any, path: KeyPath, depth: int) -> None:
+    """Complain where `path[depth]` cannot be a key of `holder`."""
+    part, where = path[depth], dotted(path[:depth])
+    if isinstance(holder, list):
+        if not isinstance(part, int) or part > len(holder):
+            raise UserError(f"{where} is a list of {len(holder)}; give an index from 0 to {len(holder)}, not '{part}'")
+    elif not isinstance(holder, dict):
+        raise UserError(f"{where} is the value {holder!r} and has no '{part}' in it")
+    elif isinstance(part, int):
+        raise UserError(f"{where or 'a config'} is a mapping, not a list; give a key, not {part}")

@@ -1,0 +1,1 @@
+"""What every room stands on: errors, seeds, files, progress, registries; nothing here knows what is trained."""

@@ -1,0 +1,48 @@
+"""Files that no reader ever sees half-written (made aside, renamed when complete), and places they can go to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmalign.core.errors import UserError
+
+
+def check_output(path: Path, key: str = "--out", *, folder: bool = True) -> None:
+    """Refuse a place that cannot be written to, before the work whose result goes there; nothing is written.
+
+    `key` is what the user set; `folder` says whether `path` is to be a folder or a file.
+
+    Raises:
+        UserError: a file where a folder is needed or the reverse, a path that leads through a file, no permission.
+    """
+    if os.path.isdir(path) and not folder:
+        raise UserError(f"{key} {path}: is a folder; name a file, such as {path / 'NAME'}")
+    holder = path if folder else path.parent
+    while not os.path.lexists(holder):
+        holder = holder.parent
+    if not os.path.isdir(holder):
+        where = "is a file" if holder == path else f"{holder} on the way there is a file"
+        raise UserError(f"{key} {path}: {where}; name another folder")
+    if not os.access(holder, os.W_OK | os.X_OK):
+        raise UserError(f"{key} {path}: {holder} is not writable; choose a place where you may write")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to: it takes its place when the block ends well, and goes when it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file, text as UTF-8: a reader sees the old one or the new one."""
+    with replacing(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,0 +1,113 @@
+"""Parquet with images inside: read forwards through millions of rows in little memory, write atomically."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmalign.core.errors import UserError
+from mmalign.core.files import replacing
+
+METADATA_KEY = b"mmalign"
+INDEX_BATCH = 8192
+IMAGE_BATCH = 64
+ROWS_PER_GROUP = 256
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a file without reading any row.
+
+    Raises:
+        UserError: the file is missing, empty or no parquet file.
+    """
+    try:
+        # Pre-buffering would hold whole column chunks, that is every image of a row group, in memory.
+        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Return what mmalign wrote about a file's making (rewards, model, settings); empty for a file of others."""
+    raw = (open_parquet(Path(path)).schema_arrow.metadata or {}).get(METADATA_KEY)
+    return json.loads(raw) if raw else {}
+
+
+def iterate_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the small columns of a file batch by batch, never touching the others."""
+    yield from open_parquet(path).iter_batches(batch_size=INDEX_BATCH, columns=list(columns))
+
+
+class ForwardReader:
+    """Random access to rows that is cheap as long as it mostly moves forwards; holds a few dozen rows at a time."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        """Open the file; `columns` are the ones that `row` returns."""
+        self._file = open_parquet(path)
+        self._columns = list(columns)
+        groups = self._file.metadata
+        sizes = (groups.row_group(index).num_rows for index in range(groups.num_row_groups))
+        self._starts = list(accumulate(sizes, initial=0))
+        self._group = -1
+        self._first = 0
+        self._batch: pa.RecordBatch | None = None
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self._starts[-1]
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return one row as plain Python values."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        group = bisect.bisect_right(self._starts, index) - 1
+        if self._batch is None or group != self._group or index < self._first:
+            self._batches = self._file.iter_batches(IMAGE_BATCH, row_groups=[group], columns=self._columns)
+            self._group, self._first, self._batch = group, self._starts[group], next(self._batches)
+        while index >= self._first + self._batch.num_rows:
+            self._first += self._batch.num_rows
+            self._batch = next(self._batches)
+        return {name: self._batch.column(name)[index - self._first].as_py() for name in self._columns}
+
+
+class RowWriter:
+    """Collects rows and writes them as row groups; made by `atomic_parquet`."""
+
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        """Write rows of `schema` through an open writer."""
+        self._writer, self._schema = writer, schema
+        self._rows: list[Mapping[str, Any]] = []
+        self.count = 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append one row."""
+        self._rows.append(row)
+        self.count += 1
+        if len(self._rows) >= ROWS_PER_GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows collected so far as one row group."""
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self._rows = []
+
+
+@contextmanager
+def atomic_parquet(path: Path, schema: pa.Schema, metadata: Mapping[str, Any]) -> Iterator[RowWriter]:
+    """Write a file beside its final place and rename it when all went well; a failure leaves nothing behind."""
+    described = schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
+    # PNG and JPEG do not compress further; snappy on the text columns is cheap.
+    with replacing(path) as aside, pq.ParquetWriter(aside, described, compression="snappy") as writer:
+        rows = RowWriter(writer, described)
+        yield rows
+        rows.flush()

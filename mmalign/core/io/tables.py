@@ -1,0 +1,135 @@
+"""Tables that name media: JSONL, CSV, TSV, parquet, a prompt in each row; parquet may hold the media themselves."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmalign.core.errors import UserError
+from mmalign.core.io.columns import PROMPT_COLUMNS, missing_columns
+from mmalign.core.io.items import Item, stamp_of
+from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
+
+TABLE_SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".parquet"})
+_FILE_COLUMNS = ("file_name", "file", "path")
+
+
+def file_columns(modality: str) -> tuple[str, ...]:
+    """Return the columns that may name a medium, the most telling first."""
+    return modality, f"{modality}_path", *_FILE_COLUMNS
+
+
+def column(found: Iterable[str], names: Iterable[str]) -> str | None:
+    """Return the first of `names` that is among the columns found, in any case, as it is written there."""
+    written = {name.lower(): name for name in found if isinstance(name, str)}
+    return next((written[name] for name in names if name in written), None)
+
+
+def prompt_column(found: Iterable[str]) -> str | None:
+    """Return the column that holds the prompt, if there is one."""
+    return column(found, PROMPT_COLUMNS)
+
+
+def table_items(path: Path, modality: str) -> Iterator[Item]:
+    """Yield one item a row, named `table#row`; paths are relative to the table.
+
+    Raises:
+        UserError: the table is malformed, has no column of media, or a row has none.
+    """
+    if path.suffix.lower() == ".parquet":
+        yield from _parquet_items(path, modality)
+        return
+    for number, row in enumerate(read_rows(path)):
+        media_at, text_at = _media_column(path, row, modality), prompt_column(row)
+        yield _path_item(path, number, row[media_at], None if text_at is None else row[text_at])
+
+
+def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a JSONL, CSV or TSV file.
+
+    Raises:
+        UserError: the file is malformed; the line is named.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _json_rows(path, file) if path.suffix.lower() == ".jsonl" else _csv_rows(path, file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON ({getattr(error, 'msg', error)})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is a {type(row).__name__}; expected an object")
+        yield row
+
+
+def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+    reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{path}: line {reader.line_num} has not as many fields as the first line")
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: {error}") from None
+
+
+def _media_column(path: Path, found: Iterable[str], modality: str) -> str:
+    chosen = column(found, file_columns(modality))
+    if chosen is None:
+        raise missing_columns(str(path), [modality], found)
+    return chosen
+
+
+def _path_item(table: Path, number: int, given: Any, prompt: Any) -> Item:
+    name = f"{table}#{number}"
+    if not isinstance(given, str) or not given:
+        raise UserError(f"{name}: expected the path of a file, found {given!r}")
+    path = table.parent / given
+    return Item(name, path, _as_prompt(prompt, name), str(path), stamp_of(path))
+
+
+def _as_prompt(value: Any, name: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{name}: the prompt is a {type(value).__name__}; expected text")
+    return value
+
+
+def _parquet_items(path: Path, modality: str) -> Iterator[Item]:
+    """Yield the rows; media inside the file are read when their turn comes, by rising row numbers."""
+    schema = open_parquet(path).schema_arrow
+    media_at, text_at = _media_column(path, schema.names, modality), prompt_column(schema.names)
+    kind = str(schema.field(media_at).type)
+    small = [name for name in (text_at, media_at if kind in ("string", "large_string") else None) if name is not None]
+    reader, stamp, number = ForwardReader(path, [media_at]), stamp_of(path), 0
+    rows = iterate_columns(path, small) if small else iter(())
+    counted = (row for batch in rows for row in batch.to_pylist()) if small else ({} for _ in range(len(reader)))
+    for number, row in enumerate(counted):
+        prompt = None if text_at is None else row[text_at]
+        if media_at in row:
+            yield _path_item(path, number, row[media_at], prompt)
+            continue
+        name = f"{path}#{number}"
+        yield Item(name, partial(_cell, reader, number, media_at, path), _as_prompt(prompt, name), None, stamp)
+
+
+def _cell(reader: ForwardReader, number: int, name: str, table: Path) -> bytes:
+    """Return the bytes of a cell: themselves, or the {"bytes", "path"} of `datasets`' Image feature."""
+    value = reader.row(number)[name]
+    if isinstance(value, Mapping):
+        inside, path = value.get("bytes"), value.get("path")
+        value = inside if inside is not None or not path else (table.parent / path).read_bytes()
+    if not isinstance(value, bytes):
+        raise UserError(f"column '{name}' holds a {type(value).__name__}; expected bytes or a path")
+    return value

@@ -1,0 +1,46 @@
+"""Write videos to files; reading them, by number of frames or rate, is :func:`mmalign.core.io.decode.decode`."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.files import replacing
+
+CODECS = {
+    "mp4": ("mp4", "libx264", "yuv420p", {"crf": "4"}),
+    "mkv": ("matroska", "ffv1", "bgr0", {}),
+}
+"""suffix -> container, codec, pixel format, options: H.264 that plays everywhere, and FFV1, which loses nothing."""
+
+
+def write_video(path: Path, video: UInt8[Tensor, "frames 3 height width"], fps: float = 4.0) -> None:
+    """Write frames as `.mp4` (nearly lossless; colours at half resolution) or `.mkv` (lossless), by PyAV.
+
+    Raises:
+        UserError: another suffix; an MP4 with an odd side, which its pixel format cannot hold; PyAV is missing.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in CODECS:
+        raise UserError(f"{path}: videos are written as {' or '.join(CODECS)}{did_you_mean(kind, CODECS)}")
+    try:
+        import av
+    except ImportError:
+        raise UserError('writing video files needs PyAV: pip install "mmalign[video]"') from None
+    height, width = video.shape[-2:]
+    if kind == "mp4" and (height % 2 or width % 2):
+        raise UserError(f"{path}: an MP4 needs even sides, not {width}x{height}; write an .mkv")
+    container_name, codec, pixels, options = CODECS[kind]
+    # Without the flag a file holds a random identifier, and the same frames never give the same bytes.
+    exact = {"fflags": "+bitexact"}
+    with replacing(path) as aside, av.open(str(aside), "w", format=container_name, options=exact) as container:
+        stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=dict(options))
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        for frame in video.permute(0, 2, 3, 1).contiguous().cpu().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())

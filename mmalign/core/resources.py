@@ -1,0 +1,74 @@
+"""Find what ships with mmalign (configs, models, prompt sets), from a checkout and from an installed wheel alike."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mmalign.core.errors import MissingPath, UserError, nearest
+
+_SHIPPED = ("configs", "assets")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+def resource_root() -> Path:
+    """Return the directory that holds `configs/` and `assets/`: `mmalign/_data` in a wheel, else the checkout."""
+    package = Path(__file__).resolve().parent.parent
+    packaged = package / "_data"
+    return packaged if packaged.is_dir() else package.parent
+
+
+def find(path: str | Path) -> Path:
+    """Return `path` as given if it exists, else what has that name among the shipped `configs/` and `assets/`.
+
+    Raises:
+        MissingPath: neither exists; the message names the nearest existing path.
+    """
+    given = Path(path).expanduser()
+    if given.exists():
+        return given
+    ours = shipped(given)
+    if ours is not None and ours.exists():
+        return ours
+    raise MissingPath(path, _path_hint(given))
+
+
+def shipped(given: Path) -> Path | None:
+    """Return where `given` would lie among what ships; None if it names nothing of `configs/` or `assets/`.
+
+    A checkout is the root of what ships, but its `runs/` and `tests/` are no part of it: a command called elsewhere
+    must not read them because a name matches.
+    """
+    return resource_root() / given if given.parts[:1] and given.parts[0] in _SHIPPED else None
+
+
+def resolve_model(name: str) -> str:
+    """Return what a model loader should be given for `name`: a directory found by `find`, or a hub id unchanged.
+
+    `org/name` counts as a hub id when no such path exists and its first part is no directory here either
+    (`runs/demo/dpp` is a mistyped path, not somebody's hub account).
+
+    Raises:
+        UserError: `name` is neither an existing path nor shaped like a hub id.
+    """
+    given = Path(name).expanduser()
+    lies_nowhere = not given.exists() and shipped(given) is None and not Path(given.parts[0]).is_dir()
+    if lies_nowhere and _HUB_ID.fullmatch(name):
+        return name
+    try:
+        return str(find(given))
+    except UserError as error:
+        raise UserError(f"model {error} (give a model directory or a hub id 'organisation/name')") from None
+
+
+def _path_hint(missing: Path) -> str:
+    """Describe the nearest existing neighbour of a missing path, or where it was looked for."""
+    for folder in (missing.parent, shipped(missing.parent)):
+        if folder is not None and folder.is_dir():
+            match = nearest(missing.name, (entry.name for entry in folder.iterdir()))
+            if match:
+                return f"; did you mean '{missing.parent / match}'?"
+    existing = next((parent for parent in missing.parents if parent.is_dir() and str(parent) != "."), None)
+    if existing is None and not missing.is_absolute():
+        return f" in {Path.cwd()} or among the files that mmalign ships"
+    return f" ('{existing}' exists, '{missing.relative_to(existing).parts[0]}' is not in it)" if existing else ""

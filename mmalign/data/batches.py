@@ -1,0 +1,154 @@
+"""What a method learns from in one forward pass, encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from pipelines.conditioning import Conditioning
+from pipelines.vlm.batch import VlmSample
+
+
+@dataclass
+class PairBatch:
+    """A batch of preference pairs, encoded: both sides of a pair share the prompt, the id and so every random draw."""
+
+    chosen: Float[Tensor, "batch *latent"]
+    rejected: Float[Tensor, "batch *latent"]
+    cond: Conditioning
+    ids: list[str]
+    epoch: int = 0
+    margins: Float[Tensor, " batch"] | None = None
+    """Score of chosen minus score of rejected, NaN for a pair without scores; None if no pair of the data has any."""
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """Return the batch on another device."""
+        return replace(
+            self,
+            chosen=self.chosen.to(device),
+            rejected=self.rejected.to(device),
+            cond=self.cond.to(device=device),
+            margins=None if self.margins is None else self.margins.to(device),
+        )
+
+
+@dataclass
+class ComparisonBatch:
+    """A batch of preference pairs for a reward to learn from: encoded images, the prompts as text.
+
+    `preference` is 1, or 1/2 for a tie; `weights` let every prompt count alike.
+    """
+
+    chosen: Float[Tensor, "batch *latent"]
+    rejected: Float[Tensor, "batch *latent"]
+    prompts: list[str]
+    preference: Float[Tensor, " batch"]
+    weights: Float[Tensor, " batch"]
+    ids: list[str]
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> ComparisonBatch:
+        """Return the batch on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("chosen", "rejected", "preference", "weights")}
+        return replace(self, **moved)
+
+
+@dataclass
+class LabelBatch:
+    """A batch of single images, each good or bad for its prompt, encoded."""
+
+    images: Float[Tensor, "batch *latent"]
+    desirable: Bool[Tensor, " batch"]
+    cond: Conditioning
+    ids: list[str]
+    epoch: int = 0
+    rejected_cond: Conditioning | None = None
+    """A caption for each image that does not fit it; None if the data have none."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> LabelBatch:
+        """Return the batch on another device."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            desirable=self.desirable.to(device),
+            cond=self.cond.to(device=device),
+            rejected_cond=None if self.rejected_cond is None else self.rejected_cond.to(device=device),
+        )
+
+
+@dataclass
+class PromptBatch:
+    """Prompts for a method that makes its own samples, encoded; `ids` tell equal prompts of one set apart."""
+
+    prompts: list[str]
+    cond: Conditioning
+    ids: list[str]
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        """Return the batch on another device."""
+        return replace(self, cond=self.cond.to(device=device))
+
+    def repeat(self, times: int) -> PromptBatch:
+        """Return the batch with every prompt `times` times in a row, each with an id of its own."""
+        return PromptBatch(
+            prompts=[prompt for prompt in self.prompts for _ in range(times)],
+            cond=self.cond.repeat_interleave(times),
+            ids=[f"{name}/{index}" for name in self.ids for index in range(times)],
+            epoch=self.epoch,
+        )
+
+
+class TimedMedia(NamedTuple):
+    """What one prompt is asked about: images `[3, H, W]` or a video `[F, 3, H, W]`, uint8, and its frames a second."""
+
+    media: tuple[UInt8[Tensor, "..."], ...]
+    fps: float
+
+
+@dataclass
+class VlmPairBatch:
+    """A batch of pairs of answers, encoded: the rejected sample may have media of its own.
+
+    `media` gives what the chosen answers are about, decoded when asked for. Samples stay on the CPU until they are
+    collated.
+    """
+
+    prompts: list[str]
+    chosen: list[VlmSample]
+    rejected: list[VlmSample]
+    media: list[Callable[[], TimedMedia]]
+    ids: list[str]
+    epoch: int = 0
+    margins: Float[Tensor, " batch"] | None = None
+    """How much better the chosen answer is, NaN where that is not known; None if no pair of the data says."""
+    aspects: list[str | None] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> VlmPairBatch:
+        """Return the batch with its numbers on another device."""
+        return replace(self, margins=None if self.margins is None else self.margins.to(device))

@@ -1,0 +1,105 @@
+"""Make images from prompts in batches: what `generate`, `pairs sample` and `compare` all do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.core.errors import UserError
+from mmalign.data.prompts import Prompt
+from pipelines.conditioning import Conditioning
+
+
+class GeneratedImage(NamedTuple):
+    """One image in [0, 1], float32 on the CPU, and what it was made from."""
+
+    prompt_index: int
+    seed: int
+    image: Float[Tensor, "3 height width"]
+
+
+def generate_images(
+    generator: Any,
+    prompts: Sequence[str | Prompt],
+    *,
+    seeds: Sequence[int] | Sequence[Sequence[int]],
+    steps: int = 50,
+    guidance: float = 7.5,
+    eta: float = 0.0,
+    solver: str = "ddim",
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[GeneratedImage]:
+    """Yield an image for every prompt and seed: all seeds of the first prompt, then of the second, and so on.
+
+    `seeds` holds the seeds used for every prompt alike, or one sequence of them for each prompt. An image depends on
+    (model, settings, prompt, seed) alone, up to the rounding of kernels that differ between batch sizes; so that these
+    differ as little as possible, a last batch that is short is filled up and the surplus thrown away. Each distinct
+    prompt is encoded once and forgotten after its last use. `progress` is called with the number of images newly made.
+
+    Raises:
+        UserError: the numbers of prompts and of seed sequences differ, or batch_size is not positive.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: must be at least 1")
+    texts = [prompt.text if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+    jobs = [(index, seed) for index, own in enumerate(_per_prompt(seeds, len(texts))) for seed in own]
+    return _generate(
+        generator, texts, jobs, batch_size, progress, steps=steps, guidance=guidance, eta=eta, solver=solver
+    )
+
+
+def _per_prompt(seeds: Sequence[Any], count: int) -> list[list[int]]:
+    if all(isinstance(seed, int) for seed in seeds):
+        return [list(seeds)] * count
+    if len(seeds) != count:
+        raise UserError(f"{len(seeds)} sequences of seeds for {count} prompts; give one for each, or seeds for all")
+    return [list(own) for own in seeds]
+
+
+@torch.no_grad()
+def _generate(
+    generator: Any,
+    texts: list[str],
+    jobs: list[tuple[int, int]],
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+    **settings: Any,
+) -> Iterator[GeneratedImage]:
+    from pipelines import sample
+
+    encoder = _PromptMemory(generator, [texts[index] for index, _ in jobs])
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        surplus = batch_size - len(batch) if start else 0
+        filled = batch + [batch[-1]] * surplus
+        cond = encoder.take([texts[index] for index, _ in filled], start + len(batch))
+        latents = sample(generator, cond, seeds=[seed for _, seed in filled], **settings).latents
+        images = generator.decode(latents)[: len(batch)].float().cpu()
+        if progress is not None:
+            progress(len(batch))
+        for (index, seed), image in zip(batch, images, strict=True):
+            yield GeneratedImage(index, seed, image)
+
+
+class _PromptMemory:
+    """Encodes each distinct prompt when it is first needed and forgets it after its last job."""
+
+    def __init__(self, generator: Any, texts_of_jobs: list[str]) -> None:
+        self._generator = generator
+        self._last_use = {text: position for position, text in enumerate(texts_of_jobs)}
+        self._encoded: dict[str, Conditioning] = {}
+
+    def take(self, texts: list[str], jobs_done: int) -> Conditioning:
+        """Return the prompts of a batch encoded; `jobs_done` counts the jobs up to the end of this batch."""
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._encoded]
+        if fresh:
+            encoded = self._generator.encode_prompts(fresh)
+            self._encoded |= {text: encoded[row] for row, text in enumerate(fresh)}
+        cond = Conditioning.cat([self._encoded[text] for text in texts])
+        self._encoded = {text: row for text, row in self._encoded.items() if self._last_use[text] >= jobs_done}
+        return cond

@@ -1,0 +1,222 @@
+"""Sample several images for each prompt into one parquet file, which an interrupted run completes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mmalign.core.errors import UserError
+from mmalign.core.hashing import content_key
+from mmalign.core.io.images import encode_png
+from mmalign.core.io.parquet import ForwardReader, atomic_parquet, iterate_columns, read_metadata
+from mmalign.core.progress import track
+from mmalign.core.seeds import derive_seed
+from mmalign.data.building.generation import GeneratedImage, generate_images
+from mmalign.data.prompts import Prompt
+
+IMAGES_FILE = "images.parquet"
+PARTS_FOLDER = "parts"
+PART_ROWS = 256
+PART_SECONDS = 60.0
+
+SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("category", pa.string()),
+        ("prompt_id", pa.string()),
+        ("seed", pa.int64()),
+        ("image", pa.binary()),
+        ("model", pa.string()),
+    ]
+)
+COLUMNS = tuple(SCHEMA.names)
+Key = tuple[str, int]
+"""(prompt_id, seed): what tells images of one file apart."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Everything that the images depend on besides prompt and seed; `seed` is the one that their seeds derive from.
+
+    `fingerprint` identifies the model's content (and an extra adapter's), so that a model trained anew under the same
+    name is not mistaken for the old one; `model` is its name, for people.
+    """
+
+    model: str
+    fingerprint: str
+    steps: int = 50
+    guidance: float = 7.5
+    eta: float = 0.0
+    solver: str = "ddim"
+    precision: str = "fp32"
+    adapter_scale: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SampleCounts:
+    """How much there is and how much of it this call made."""
+
+    prompts: int
+    repeated_prompts: int
+    images: int
+    new: int
+
+
+def prompt_id(text: str) -> str:
+    """Return 16 hexadecimal digits that stand for a prompt, the same in every file."""
+    return content_key(text)[:16]
+
+
+def sample_images(
+    open_generator: Callable[[], Any],
+    prompts: Sequence[Prompt],
+    out: Path,
+    settings: SampleSettings,
+    *,
+    images_per_prompt: int = 4,
+    batch_size: int = 8,
+) -> SampleCounts:
+    """Complete `out/images.parquet`: `images_per_prompt` images for each distinct prompt, grouped by prompt.
+
+    Columns: prompt, category, prompt_id, seed, image (PNG), model; the settings are in the file's metadata. Finished
+    parts are kept in `out/parts` until all are there, so an interrupted call goes on where it stopped, and a call with
+    more prompts or images adds to what is there. `open_generator` is called only if an image is missing.
+
+    Raises:
+        UserError: `out` holds images made with other settings, or images_per_prompt is not positive.
+    """
+    if images_per_prompt < 1:
+        raise UserError(f"images_per_prompt {images_per_prompt}: must be at least 1")
+    unique: dict[str, Prompt] = {}
+    for prompt in prompts:
+        unique.setdefault(prompt_id(prompt.text), prompt)
+    wanted = {
+        name: [derive_seed(settings.seed, "image", prompt.text, number) for number in range(images_per_prompt)]
+        for name, prompt in unique.items()
+    }
+    files = _existing_files(out, settings)
+    places = _index(files)
+    missing = {name: [seed for seed in seeds if (name, seed) not in places] for name, seeds in wanted.items()}
+    todo = [(unique[name], seeds) for name, seeds in missing.items() if seeds]
+    new = sum(len(seeds) for _, seeds in todo)
+    total = images_per_prompt * len(wanted)
+    if todo:
+        with track(total, "sample", initial=total - new) as job:
+            _generate_parts(open_generator(), todo, out / PARTS_FOLDER, settings, batch_size, job.advance)
+    if (out / PARTS_FOLDER).is_dir():
+        _merge(out, wanted, settings)
+    return SampleCounts(len(wanted), len(prompts) - len(unique), total, new)
+
+
+def _existing_files(out: Path, settings: SampleSettings) -> list[Path]:
+    """Return the finished file and the parts, after checking that they were made with the same settings."""
+    finished = [out / IMAGES_FILE] if (out / IMAGES_FILE).is_file() else []
+    files = [*finished, *sorted((out / PARTS_FOLDER).glob("*.parquet"))]
+    asked = _identity(asdict(settings))
+    for path in files:
+        found = _identity(read_metadata(path).get("settings", {}))
+        different = [f"{name} {found.get(name)} -> {asked[name]}" for name in asked if found.get(name) != asked[name]]
+        if different:
+            raise UserError(
+                f"{path} was made with other settings ({', '.join(different)}); choose another --out, or remove it"
+            )
+    return files
+
+
+def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "model"}
+
+
+def _index(files: Sequence[Path]) -> dict[Key, tuple[Path, int]]:
+    """Return where each image lies: file and row."""
+    places: dict[Key, tuple[Path, int]] = {}
+    for path in files:
+        row = 0
+        for batch in iterate_columns(path, ("prompt_id", "seed")):
+            for key in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+                places.setdefault(key, (path, row))
+                row += 1
+    return places
+
+
+def _generate_parts(
+    generator: Any,
+    todo: Sequence[tuple[Prompt, list[int]]],
+    folder: Path,
+    settings: SampleSettings,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Make the missing images and write a part every few hundred of them, or every minute."""
+    images = generate_images(
+        generator,
+        [prompt for prompt, _ in todo],
+        seeds=[seeds for _, seeds in todo],
+        steps=settings.steps,
+        guidance=settings.guidance,
+        eta=settings.eta,
+        solver=settings.solver,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    rows: list[dict[str, Any]] = []
+    written = time.monotonic()
+    try:
+        for item in images:
+            rows.append(_row(todo[item.prompt_index][0], item, settings.model))
+            if len(rows) >= PART_ROWS or time.monotonic() - written > PART_SECONDS:
+                _write_part(folder, rows, settings)
+                rows, written = [], time.monotonic()
+    finally:  # Ctrl-C too keeps what is done
+        if rows:
+            _write_part(folder, rows, settings)
+
+
+def _row(prompt: Prompt, item: GeneratedImage, model: str) -> dict[str, Any]:
+    return {
+        "prompt": prompt.text,
+        "category": prompt.category,
+        "prompt_id": prompt_id(prompt.text),
+        "seed": item.seed,
+        "image": encode_png(item.image),
+        "model": model,
+    }
+
+
+def _write_part(folder: Path, rows: Sequence[Mapping[str, Any]], settings: SampleSettings) -> None:
+    taken = [int(path.stem) for path in folder.glob("*.parquet") if path.stem.isdigit()]
+    with atomic_parquet(folder / f"{max(taken, default=-1) + 1:06d}.parquet", SCHEMA, _metadata(settings)) as part:
+        for row in rows:
+            part.add(row)
+
+
+def _metadata(settings: SampleSettings) -> dict[str, Any]:
+    return {"settings": asdict(settings)}
+
+
+def _merge(out: Path, wanted: Mapping[str, Sequence[int]], settings: SampleSettings) -> None:
+    """Write the finished file anew from itself and the parts, grouped by prompt, and remove the parts."""
+    files = _existing_files(out, settings)
+    places = _index(files)
+    groups: dict[str, dict[int, None]] = {}
+    finished = (key for key, (path, _) in places.items() if path.name == IMAGES_FILE)
+    asked = ((name, seed) for name, seeds in wanted.items() for seed in seeds)
+    for name, seed in (*finished, *asked, *places):
+        groups.setdefault(name, {})[seed] = None
+    readers = {path: ForwardReader(path, COLUMNS) for path in files}
+    with atomic_parquet(out / IMAGES_FILE, SCHEMA, _metadata(settings)) as target:
+        for key in _flatten(groups):
+            path, row = places[key]
+            target.add(readers[path].row(row))
+    shutil.rmtree(out / PARTS_FOLDER)
+
+
+def _flatten(groups: Mapping[str, Mapping[int, None]]) -> Iterator[Key]:
+    return ((name, seed) for name, seeds in groups.items() for seed in seeds)

@@ -1,0 +1,325 @@
+"""Stored preferences encoded once: image latents and prompt embeddings on disk, pairs dealt out as `PairBatch`.
+
+Each unique image and prompt is encoded once, even if samples share it or a later run has more of them. The mean and
+the standard deviation of the posterior are stored rather than a sample, so every epoch draws anew; the empty prompt
+is stored too, for caption dropout. Afterwards the encoders are not needed any more (`generator.free_encoders()`).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmalign.config.sections import DataConfig
+from mmalign.core.hashing import content_key, uniform
+from mmalign.core.io.images import Media, image_size, open_image, read_bytes
+from mmalign.core.seeds import derive_seed
+from mmalign.data.batches import PairBatch
+from mmalign.data.encoded.store import MEMORY_LIMIT, Rows, TensorStore
+from mmalign.data.encoded.transforms import Decision, PairTransform
+from mmalign.data.pairs import PairRecord, PairTable
+from pipelines.conditioning import Conditioning
+
+RecordT = TypeVar("RecordT", covariant=True)
+
+
+def default_cache_dir() -> Path:
+    """Return where encoded data is kept when a configuration does not say: `~/.cache/mmalign`."""
+    return Path.home() / ".cache" / "mmalign"
+
+
+def build_pair_cache(
+    table: PairTable,
+    generator: Any,
+    data: DataConfig,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+    *,
+    batch_size: int = 16,
+    memory_limit: int = MEMORY_LIMIT,
+) -> CachedPairs:
+    """Encode what the cache does not hold yet and return the pairs ready for training.
+
+    The arguments are those of `encode_table`.
+
+    Raises:
+        UserError: an image cannot be read; the message names the pair and the side.
+    """
+    margins = torch.tensor(table.margins(), dtype=torch.float32)
+    return CachedPairs(
+        **encode_table(table, pair_sides, generator, data, cache_dir, progress, batch_size, memory_limit),
+        margins=None if bool(margins.isnan().all()) else margins,
+    )
+
+
+def pair_sides(record: PairRecord) -> dict[str, Media]:
+    """Return the two images of a pair under the names that an error calls them by."""
+    return {f"pair '{record.id}', chosen": record.chosen, f"pair '{record.id}', rejected": record.rejected}
+
+
+class Table(Protocol[RecordT]):
+    """Records in order, each with an id, images and a prompt; `prompts` holds each prompt once."""
+
+    name: str
+    ids: list[str]
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        ...
+
+    def __iter__(self) -> Iterator[RecordT]:
+        """Yield every record, its images encoded bytes or paths."""
+        ...
+
+    def prompt_index(self, index: int) -> int:
+        """Return where the prompt of a record stands in `prompts`."""
+        ...
+
+
+def encode_table(
+    table: Table[RecordT],
+    sides: Callable[[RecordT], Mapping[str, Media]],
+    generator: Any,
+    data: DataConfig,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+    batch_size: int = 16,
+    memory_limit: int = MEMORY_LIMIT,
+) -> dict[str, Any]:
+    """Encode the prompts and images that the cache does not hold yet and return the fields of `CachedImages`.
+
+    `sides` returns the images of a record under the names that an error calls them by. `data` gives `resolution`
+    (None: the generator's own), `crop`, `flip` and `caption_dropout`. `progress` is called with the number of records
+    newly done. Up to `memory_limit` bytes of latents, and as many of embeddings, are kept in memory; more is
+    memory-mapped. An interrupted call loses at most the last shard.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    folder = cache_folder(data, cache_dir)
+    return {
+        "prompts": PromptEncoder(folder, generator, batch_size).encode(table.prompts, memory_limit),
+        "prompt_slots": torch.tensor([table.prompt_index(index) for index in range(len(table))]),
+        "empty_slot": len(table.prompts),
+        "caption_dropout": data.caption_dropout,
+        **encode_sides(table, sides, generator, data, cache_dir, progress, batch_size, memory_limit),
+    }
+
+
+def encode_sides(
+    table: Table[RecordT],
+    sides: Callable[[RecordT], Mapping[str, Media]],
+    generator: Any,
+    data: DataConfig,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+    batch_size: int = 16,
+    memory_limit: int = MEMORY_LIMIT,
+) -> dict[str, Any]:
+    """Encode the images alone, as `encode_table` does, and return the fields of `CachedSides`."""
+    folder = cache_folder(data, cache_dir)
+    transform = PairTransform(data.resolution or generator.image_size, data.crop)
+    images = _ImageEncoder(folder, generator, transform, batch_size, flips=(False, True) if data.flip else (False,))
+    slots = array("q")
+    for name, record in zip(table.ids, table, strict=True):
+        decision = transform.decide(name)
+        for where, media in sides(record).items():
+            slots.extend(images.add(media, decision, f"{table.name}: {where}"))
+        if progress is not None:
+            progress(1)
+    return {
+        "ids": table.ids,
+        "latents": images.finish(memory_limit),
+        "latent_keys": images.keys,
+        "slots": torch.tensor(slots, dtype=torch.long).reshape(len(table), -1, len(images.flips)),
+        "resolution": transform.resolution,
+    }
+
+
+def cache_folder(data: DataConfig, cache_dir: str | Path | None = None) -> Path:
+    """Return the folder of what is encoded or computed once."""
+    return Path(cache_dir or data.cache or default_cache_dir()).expanduser()
+
+
+@dataclass(kw_only=True)
+class CachedSides:
+    """Encoded images. Slots number the distinct encodings: `slots[sample, side, flip]`.
+
+    What is random in a batch (posterior sample, flip, caption dropout) depends on (seed, id or image, epoch) alone,
+    never on the rest of the batch; flip and dropout are drawn once per sample and hold for all its sides.
+    """
+
+    ids: list[str]
+    latents: Rows
+    latent_keys: list[str]
+    slots: Int[Tensor, "samples sides flips"]
+    resolution: int
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.ids)
+
+    def facts(self, index: int) -> tuple[str | float, ...]:
+        """Return what identifies a sample besides its id and prompt: the content of its images, then the rest."""
+        return tuple(self.latent_keys[slot] for slot in self.slots[index, :, 0].tolist())
+
+    def sides(self, indices: Sequence[int], epoch: int, seed: int) -> tuple[list[str], list[Tensor], Tensor]:
+        """Return ids, the latents of each side, and the indices as a tensor, on the CPU in float32."""
+        rows = torch.as_tensor(indices, dtype=torch.long)
+        ids = [self.ids[index] for index in rows.tolist()]
+        flips = torch.tensor([self._flipped(name, epoch, seed) for name in ids], dtype=torch.long)
+        sides = range(self.slots.shape[1])
+        return ids, [self._draw(self.slots[rows, side, flips], epoch, seed) for side in sides], rows
+
+    def _flipped(self, name: str, epoch: int, seed: int) -> bool:
+        return self.slots.shape[2] == 2 and uniform(seed, "flip", name, epoch) < 0.5
+
+    def _draw(self, slots: Int[Tensor, " batch"], epoch: int, seed: int) -> Float[Tensor, "batch *latent"]:
+        """Return a sample of each image's posterior, from (seed, image, epoch); the mean if the VAE has no spread."""
+        rows = self.latents[slots]
+        latents = rows["mean"].float()
+        if "std" not in rows:
+            return latents
+        noise, source = torch.empty_like(latents), torch.Generator()
+        for row, slot in zip(noise, slots.tolist(), strict=True):
+            source.manual_seed(derive_seed(seed, "posterior", self.latent_keys[slot], epoch))
+            torch.randn(row.shape, generator=source, out=row)
+        return latents.addcmul_(rows["std"].float(), noise)
+
+
+@dataclass(kw_only=True)
+class CachedImages(CachedSides):
+    """Encoded images and prompts."""
+
+    prompts: Rows
+    prompt_slots: Int[Tensor, " samples"]
+    empty_slot: int
+    caption_dropout: float = 0.0
+
+    def _condition(self, slots: Int[Tensor, " batch"], ids: list[str], epoch: int, seed: int) -> Conditioning:
+        dropped = torch.tensor([uniform(seed, "caption", name, epoch) < self.caption_dropout for name in ids])
+        tensors = self.prompts[torch.where(dropped, self.empty_slot, slots)]
+        if "time_ids" in tensors:
+            # SDXL is told the size of the training images: one row a sample, which holds for all its sides.
+            size = float(self.resolution)
+            tensors["time_ids"][:] = torch.tensor([size, size, 0.0, 0.0, size, size])
+        return Conditioning.from_tensors(tensors)
+
+
+@dataclass(kw_only=True)
+class CachedPairs(CachedImages):
+    """Encoded pairs; side 0 is chosen, side 1 rejected."""
+
+    margins: Float[Tensor, " pairs"] | None
+
+    def batch(self, indices: Sequence[int], epoch: int, seed: int) -> PairBatch:
+        """Return these pairs, in this order, on the CPU in float32 (embeddings in the dtype they were encoded in)."""
+        ids, (chosen, rejected), rows = self.sides(indices, epoch, seed)
+        return PairBatch(
+            chosen=chosen,
+            rejected=rejected,
+            cond=self._condition(self.prompt_slots[rows], ids, epoch, seed),
+            ids=ids,
+            epoch=epoch,
+            margins=None if self.margins is None else self.margins[rows],
+        )
+
+    def facts(self, index: int) -> tuple[str | float, ...]:
+        """Return the content of both images and the margin, if the data have any."""
+        margin = () if self.margins is None else (float(self.margins[index]),)
+        return *super().facts(index), *margin
+
+
+class PromptEncoder:
+    """Encodes unique prompts, and what stands for no prompt, into a store."""
+
+    def __init__(self, folder: Path, generator: Any, batch_size: int) -> None:
+        """Open the store of this generator's text encoders."""
+        self._identity = f"{generator.text_id}:{generator.dtype}"
+        self._store = TensorStore(folder / f"prompts-{content_key(self._identity)[:16]}")
+        self._generator, self._batch_size = generator, batch_size
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], memory_limit: int) -> Rows:
+        """Return a row for each prompt, and last the one for caption dropout.
+
+        That is the family's unconditional embedding, which guidance will use: the encoded empty prompt, or for SDXL
+        zeros where its pipeline takes zeros.
+        """
+        keys = [content_key(self._identity, "prompt", prompt) for prompt in prompts]
+        empty = content_key(self._identity, "unconditional")
+        if empty not in self._store:
+            self._add([empty], self._generator.unconditional())
+        missing = [(key, text) for key, text in zip(keys, prompts, strict=True) if key not in self._store]
+        for start in range(0, len(missing), self._batch_size):
+            part = missing[start : start + self._batch_size]
+            self._add([key for key, _ in part], self._generator.encode_prompts([text for _, text in part]))
+        self._store.flush()
+        return self._store.rows([*keys, empty], memory_limit)
+
+    def _add(self, keys: Sequence[str], encoded: Conditioning) -> None:
+        for row, key in enumerate(keys):
+            self._store.add(key, {name: tensor[row] for name, tensor in encoded.tensors().items()})
+
+
+class _ImageEncoder:
+    """Numbers the distinct encodings that the pairs need and encodes those that the store lacks, in batches."""
+
+    def __init__(
+        self, folder: Path, generator: Any, transform: PairTransform, batch_size: int, flips: tuple[bool, ...]
+    ) -> None:
+        self.keys: list[str] = []
+        self.flips = flips
+        self._slots: dict[str, int] = {}
+        self._identity = f"{generator.vae_id}:{generator.dtype}"
+        self._store = TensorStore(folder / f"latents-{content_key(self._identity)[:16]}")
+        self._generator, self._transform, self._batch_size = generator, transform, batch_size
+        self._batch: list[tuple[str, Tensor]] = []
+
+    def add(self, media: Media, decision: Decision, name: str) -> list[int]:
+        """Return the slot of an image, one for each flip; it is decoded only if an encoding is missing."""
+        data = read_bytes(media, name)
+        # The content stands for the image, so that neither equal file names on the two sides of a pair nor a replaced
+        # file can be mistaken; the crop counts as far as it changes the outcome.
+        crop = self._transform.plan(image_size(data, name), decision)
+        made_by = (self._identity, self._transform.resolution, *crop)
+        keys = [content_key(data, *made_by, int(flip)) for flip in self.flips]
+        fresh = [key for key in keys if key not in self._slots]
+        missing = [key for key in fresh if key not in self._store]
+        if missing:
+            image = open_image(data, name)
+            for key, flip in zip(keys, self.flips, strict=True):
+                if key in missing:
+                    self._batch.append((key, self._transform(image, decision, flip=flip)))
+        for key in fresh:
+            self._slots[key] = len(self.keys)
+            self.keys.append(key)
+        if len(self._batch) >= self._batch_size:
+            self._encode()
+        return [self._slots[key] for key in keys]
+
+    def finish(self, memory_limit: int) -> Rows:
+        """Encode the last images and return all rows by slot."""
+        self._encode()
+        self._store.flush()
+        return self._store.rows(self.keys, memory_limit)
+
+    @torch.no_grad()
+    def _encode(self) -> None:
+        if not self._batch:
+            return
+        media = torch.stack([tensor for _, tensor in self._batch]).to(self._generator.device)
+        mean, std = self._generator.encode_posterior(media)
+        # AutoencoderTiny has no posterior; rows of zeros would double the cache for nothing.
+        parts = {"mean": mean, "std": std} if bool(std.any()) else {"mean": mean}
+        for row, (key, _) in enumerate(self._batch):
+            self._store.add(key, {name: tensor[row] for name, tensor in parts.items()})
+        self._batch = []

@@ -1,0 +1,62 @@
+"""Resize, crop and flip for preference pairs: one decision per pair, applied alike to both sides.
+
+A pair compares two renderings of one prompt. A flip or crop drawn for each side on its own would teach the model the
+augmentation instead of the preference, so randomness lives in a `Decision` that is a function of the pair alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from mmalign.core.hashing import uniform
+from mmalign.core.io.images import image_to_tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where to crop, as fractions of the free room in each direction (0 = left or top, 1 = right or bottom)."""
+
+    across: float = 0.5
+    down: float = 0.5
+
+
+@dataclass(frozen=True)
+class PairTransform:
+    """Resize the shorter side to `resolution` (bicubic, antialiased) and crop a square from the longer one."""
+
+    resolution: int
+    crop: Literal["center", "random"] = "center"
+
+    def decide(self, pair_id: str) -> Decision:
+        """Return the crop of a pair; the same for both sides, in every run and on every machine."""
+        if self.crop == "center":
+            return Decision()
+        return Decision(uniform("crop-across", pair_id), uniform("crop-down", pair_id))
+
+    def plan(self, size: tuple[int, int], decision: Decision) -> tuple[int, int, int, int]:
+        """Return (width, height) after resizing and the (left, top) of the crop, for an image of `size` (w, h).
+
+        This is all that the decision changes in the outcome, hence what a cache must know besides the image.
+        """
+        scale = self.resolution / min(size)
+        width, height = (max(self.resolution, round(side * scale)) for side in size)
+        left = round(decision.across * (width - self.resolution))
+        top = round(decision.down * (height - self.resolution))
+        return width, height, left, top
+
+    def __call__(
+        self, image: Image.Image, decision: Decision, *, flip: bool = False
+    ) -> Float[Tensor, "3 resolution resolution"]:
+        """Return the transformed image in [0, 1]; `flip` mirrors it from left to right after cropping."""
+        width, height, left, top = self.plan(image.size, decision)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        if (width, height) != (self.resolution, self.resolution):
+            image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        tensor = image_to_tensor(image)
+        return tensor.flip(-1).contiguous() if flip else tensor

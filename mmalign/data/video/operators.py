@@ -1,0 +1,213 @@
+"""Perturbations of videos, images and lists of captions, and which questions' answers each of them leaves true.
+
+`perturb("block_shuffle", video, seed=3, ratio=8)` works on media `[F, 3, H, W]` or `[3, H, W]` (floats in [0, 1] or
+uint8) and, where only time is touched, on any list with an item for each clip. The same seed and options give the same
+result everywhere; shapes (number of frames aside) and dtypes are kept and inputs are never changed.
+
+The effects are the oracle label map of procedural video: for every topic of :data:`mmalign.shapes.facts.TOPICS` (and,
+where it matters, for single answers), whether the answer stays, becomes false, or has to be read anew. They hold for
+default options, and the tests hold them against re-rendered Shapes videos.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.seeds import derive_seed
+from mmalign.data.video import frame_changes as picture_changes
+from mmalign.data.video import frame_orders
+
+Item = TypeVar("Item")
+
+
+class Effect(StrEnum):
+    """What becomes of a right answer."""
+
+    KEEPS = "keeps"
+    CHANGES = "changes"
+    DEPENDS = "depends"
+
+
+_STATIC = ("colour", "shape", "count")
+_ORDER = ("first", "last")
+_TOPICS = (*_STATIC, "direction", "speed", *_ORDER, "growth", "recolouring", "motion", "presence")
+_UNCHANGING = (("direction", "still"), ("motion", "still"), ("growth", "same"), ("recolouring", "same"),
+               ("presence", "always"))  # fmt: skip
+"""Answers that say that nothing happens: no order of the same frames makes them false."""
+
+Effects = Mapping[str | tuple[str, str], Effect]
+
+
+def _effects(*, keeps: Sequence[str | tuple[str, str]] = (), changes: Sequence[str | tuple[str, str]] = ()) -> Effects:
+    """A label map; topics that are not named depend on the instance."""
+    stated: dict[str | tuple[str, str], Effect] = dict.fromkeys(_TOPICS, Effect.DEPENDS)
+    return stated | dict.fromkeys(changes, Effect.CHANGES) | dict.fromkeys(keeps, Effect.KEEPS)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One perturbation: on time (`indices` says which items remain, in what order) or on pictures (`change`)."""
+
+    name: str
+    function: Callable[..., Any]
+    on_time: bool
+    effects: Effects
+
+    @property
+    def about(self) -> str:
+        """What it does, in one line."""
+        return (inspect.getdoc(self.function) or "").split("\n")[0]
+
+    def effect(self, topic: str, answer: str | None = None) -> Effect:
+        """What becomes of `answer` to `topic`; without an answer, of every answer to it.
+
+        Raises:
+            UserError: no such topic.
+        """
+        if topic not in _TOPICS:
+            raise UserError(f"unknown topic '{topic}'{did_you_mean(topic, _TOPICS)} ({', '.join(_TOPICS)})")
+        if answer is not None:
+            return self.effects.get((topic, answer), self.effects[topic])
+        all_answers = {effect for key, effect in self.effects.items() if key == topic or key[0] == topic}
+        return all_answers.pop() if len(all_answers) == 1 else Effect.DEPENDS
+
+    def indices(self, count: int, *, seed: int = 0, **options: Any) -> list[int]:
+        """Which of `count` items remain, and in what order.
+
+        Raises:
+            UserError: it does not touch time, or an option is wrong.
+        """
+        if not self.on_time:
+            raise UserError(f"{self.name} changes pictures, not their order")
+        if count < 1:
+            raise UserError(f"{self.name}: there is no frame")
+        self._check(options)
+        return list(self.function(count, np.random.default_rng([seed, count]), **options))
+
+    def __call__(self, media: Tensor | Sequence[Item], *, seed: int = 0, **options: Any) -> Tensor | list[Item]:
+        """Perturb media or, if only time is touched, a list of captions.
+
+        Raises:
+            UserError: an option is wrong, or the operator is not made for what it is given.
+        """
+        if not isinstance(media, Tensor):
+            return [media[index] for index in self.indices(len(media), seed=seed, **options)]
+        _check_media(media, self)
+        if self.on_time:
+            return media[self.indices(len(media), seed=seed, **options)]
+        self._check(options)
+        # Drawn on the CPU, so that every device gives the same result.
+        rng = torch.Generator().manual_seed(derive_seed("perturb", seed))
+        return self.function(media, rng, **options)
+
+    def _check(self, options: Mapping[str, Any]) -> None:
+        allowed = list(inspect.signature(self.function).parameters)[2:]
+        for name in options:
+            if name not in allowed:
+                listed = f"it takes {', '.join(allowed)}" if allowed else "it takes no options"
+                raise UserError(f"{self.name} has no option '{name}'{did_you_mean(name, allowed)} ({listed})")
+
+
+def _check_media(media: Tensor, operator: Operator) -> None:
+    if media.ndim not in (3, 4) or media.shape[-3] != 3:
+        raise UserError(f"{operator.name} takes [F, 3, H, W] or [3, H, W], not {list(media.shape)}")
+    if operator.on_time and media.ndim == 3:
+        raise UserError(f"{operator.name} re-orders the frames of a video; an image has none")
+    if not (media.is_floating_point() or media.dtype == torch.uint8):
+        raise UserError(f"{operator.name} takes floats in [0, 1] or uint8, not {media.dtype}")
+
+
+_REORDERED = _effects(keeps=(*_STATIC, *_UNCHANGING))
+
+OPERATORS: dict[str, Operator] = {
+    function.__name__: Operator(function.__name__, function, function.__module__ == frame_orders.__name__, effects)
+    for function, effects in (
+        (frame_orders.drop, _effects()),
+        (frame_orders.block_shuffle, _REORDERED),
+        (frame_orders.block_reverse, _REORDERED),
+        (frame_orders.local_shuffle, _REORDERED),
+        (
+            frame_orders.reverse,
+            _effects(
+                keeps=(*_STATIC, "speed", "motion", *_UNCHANGING, ("presence", "hides"), ("presence", "flashes")),
+                changes=("direction", *_ORDER, "growth", "recolouring", "presence"),
+            ),
+        ),
+        (
+            frame_orders.freeze,
+            _effects(
+                keeps=_UNCHANGING,
+                changes=("direction", "speed", *_ORDER, "growth", "recolouring", "motion", "presence"),
+            ),
+        ),
+        (
+            frame_orders.subsample,
+            _effects(
+                keeps=(*_STATIC, "direction", "speed", *_ORDER, "growth", "recolouring", "presence", *_UNCHANGING)
+            ),
+        ),
+        (
+            frame_orders.event_swap,
+            _effects(
+                keeps=(*_STATIC, *_UNCHANGING),
+                changes=(*_ORDER, "growth", "recolouring", "presence"),
+            ),
+        ),
+        (picture_changes.mask, _effects()),
+        (picture_changes.crop, _effects()),
+        (
+            picture_changes.hue,
+            _effects(
+                keeps=(
+                    "count",
+                    "direction",
+                    "speed",
+                    *_ORDER,
+                    "growth",
+                    "motion",
+                    "presence",
+                    ("recolouring", "same"),
+                ),
+                changes=("colour", "recolouring"),
+            ),
+        ),
+        (
+            picture_changes.flip,
+            _effects(
+                keeps=[topic for topic in _TOPICS if topic != "direction"]
+                + [("direction", way) for way in ("up", "down", "still")],
+                changes=("direction",),
+            ),
+        ),
+        (picture_changes.frame_noise, _effects()),
+        (picture_changes.diffusion_noise, _effects()),
+        (picture_changes.black, _effects(changes=_TOPICS)),
+        (picture_changes.neighbour, _effects()),
+    )
+}
+"""name -> operator."""
+
+
+def get_operator(name: str) -> Operator:
+    """Return an operator by its name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in OPERATORS:
+        raise UserError(f"unknown operator '{name}'{did_you_mean(name, OPERATORS)} ({', '.join(OPERATORS)})")
+    return OPERATORS[name]
+
+
+def perturb(name: str, media: Tensor | Sequence[Item], *, seed: int = 0, **options: Any) -> Tensor | list[Item]:
+    """Apply the operator of that name; see :class:`Operator`."""
+    return get_operator(name)(media, seed=seed, **options)

@@ -1,0 +1,126 @@
+"""Perturbations as pairs are made with them: operators with a difficulty, and whether an answer survives them.
+
+`"mask+local_shuffle"` applies one operator after another. Operators with a ratio (drop, block_shuffle, block_reverse)
+come once for every difficulty, the others once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mmalign.core.errors import UserError
+from mmalign.core.seeds import derive_seed
+from mmalign.data.video.items import VideoItem
+from mmalign.data.video.operators import Effect, Item, Operator, get_operator
+from mmalign.shapes.facts import TOPICS, truth
+from mmalign.shapes.questions import ShapesQuestion
+from mmalign.shapes.video import unroll
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Operators applied in turn, those that take a ratio with this one."""
+
+    names: tuple[str, ...]
+    ratio: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The operators' names, joined by a plus."""
+        return "+".join(self.names)
+
+    def __str__(self) -> str:
+        """Return the name with the ratio: "drop/4"."""
+        return self.name if self.ratio is None else f"{self.name}/{self.ratio}"
+
+    def _each(self, seed: int) -> list[tuple[Operator, int, dict[str, Any]]]:
+        """Each operator with its seed and options."""
+        each = []
+        for position, name in enumerate(self.names):
+            options = {"ratio": self.ratio} if _takes_ratio(name) else {}
+            each.append((get_operator(name), derive_seed(seed, position, name), options))
+        return each
+
+    def apply(self, media: Tensor | Sequence[Item], seed: int) -> Any:
+        """Return perturbed media or, of operators on time alone, a perturbed list.
+
+        Raises:
+            UserError: they do not apply, such as a shuffle to a single frame.
+        """
+        changed: Any = media
+        for operator, own_seed, options in self._each(seed):
+            changed = operator(changed, seed=own_seed, **options)
+        return changed
+
+    def fate(self, item: VideoItem, frames: int | None, seed: int) -> Effect:
+        """What becomes of the right answer to an item, of whose video `frames` are taken (None: not known).
+
+        Where only time is touched, the answer is read anew from the scene graph of a Shapes video, if all its frames
+        are taken; else the label maps of the operators decide, for what is asked or for all that its aspect may ask.
+        """
+        on_time = all(get_operator(name).on_time for name in self.names)
+        question, scene = item.question, item.scene
+        if isinstance(question, ShapesQuestion) and scene is not None:
+            if on_time and frames == scene.frames:
+                order = self.apply(list(range(frames)), seed)
+                tracks = [tuple(track[index] for index in order) for track in unroll(scene)]
+                return _reread(question, question.answer_of(tracks, scene.size))
+            value = truth(question.topic, question.subject, unroll(scene), scene.size)
+            return _unless_denied(question, self._stated(question.topic, value))
+        topics = [topic for topic, aspect in TOPICS.items() if aspect == item.aspect]
+        stated = {self._stated(topic, None) for topic in topics}
+        return stated.pop() if len(stated) == 1 else Effect.DEPENDS
+
+    def _stated(self, topic: str, value: str | None) -> Effect:
+        """What the label maps say: one change among operators that else keep the answer is a change."""
+        effects = [get_operator(name).effect(topic, value) for name in self.names]
+        if all(effect is Effect.KEEPS for effect in effects):
+            return Effect.KEEPS
+        changes = effects.count(Effect.CHANGES)
+        return Effect.CHANGES if changes == 1 and Effect.DEPENDS not in effects else Effect.DEPENDS
+
+
+def _reread(question: ShapesQuestion, found: str | None) -> Effect:
+    if found == question.answer:
+        return Effect.KEEPS
+    # To a question about what can no longer be seen, "no" is no mistake.
+    return Effect.DEPENDS if found is None and question.answer == "no" else Effect.CHANGES
+
+
+def _unless_denied(question: ShapesQuestion, stated: Effect) -> Effect:
+    """Another truth may be denied just as rightly: of "no", a change is only possible."""
+    return Effect.DEPENDS if stated is Effect.CHANGES and question.answer == "no" else stated
+
+
+def _takes_ratio(name: str) -> bool:
+    return "ratio" in inspect.signature(get_operator(name).function).parameters
+
+
+def parse_perturbations(names: Sequence[str], difficulties: Sequence[int]) -> list[Perturbation]:
+    """Return the perturbations that "drop", "block-reverse" or "mask+local-shuffle" name, at these difficulties.
+
+    Raises:
+        UserError: no such operator, one that needs more than a video, or a difficulty below 2, which changes nothing.
+    """
+    low = [difficulty for difficulty in difficulties if difficulty < 2]
+    if low:
+        raise UserError(f"difficulty {low[0]}: is a ratio of 2 or more; 1 changes nothing")
+    made = []
+    for given in names:
+        chain = tuple(name.strip().replace("-", "_") for name in given.split("+"))
+        for name in chain:
+            needed = [
+                key
+                for key, parameter in list(inspect.signature(get_operator(name).function).parameters.items())[2:]
+                if parameter.default is inspect.Parameter.empty
+            ]
+            if needed:
+                raise UserError(f"operator '{name}' needs {', '.join(needed)}, which cannot be given here")
+        ratios: Sequence[int | None] = difficulties if any(map(_takes_ratio, chain)) else (None,)
+        made += [Perturbation(chain, ratio) for ratio in ratios]
+    return list(dict.fromkeys(made))

@@ -1,0 +1,71 @@
+"""The videos of items, decoded once as long as the same one is asked for in a row, and perturbed on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import Frames
+from mmalign.data.batches import TimedMedia
+from mmalign.data.encoded.vlm_samples import read_media
+from mmalign.data.video.events import clips, scene_states, shot_states
+from mmalign.data.video.items import VideoItem
+from mmalign.data.video.perturbations import Perturbation
+from mmalign.data.vlm_pairs import media_digest
+from mmalign.shapes.video import unroll
+
+
+class VideoReader:
+    """Reads the frames of videos that `frames` says are taken."""
+
+    def __init__(self, frames: Frames) -> None:
+        """Start with nothing decoded."""
+        self.frames = frames
+        self._last: tuple[tuple[object, ...], TimedMedia] | None = None
+        self._digests: dict[object, str] = {}
+        self._states: dict[object, list[Hashable]] = {}
+
+    def show(self, item: VideoItem, perturbation: Perturbation | None = None, seed: int = 0) -> TimedMedia:
+        """Return the video of an item as one of media, perturbed or as it is.
+
+        Raises:
+            UserError: it cannot be read, or not be perturbed in this way.
+        """
+        key = (item.file, item.fps)
+        if self._last is None or self._last[0] != key:
+            self._last = key, read_media([item.file], "video", self.frames, item.fps, item.id)
+        media, fps = self._last[1]
+        if perturbation is None:
+            return TimedMedia(media, fps)
+        try:
+            return TimedMedia((perturbation.apply(media[0], seed),), fps)
+        except UserError as error:
+            raise UserError(f"{item.id}: {error}") from None
+
+    def media_id(self, item: VideoItem) -> str:
+        """Return what identifies the frames of an item's video: the file's content and which frames are taken."""
+        if item.file not in self._digests:
+            self._digests[item.file] = media_digest(item.file)
+        return f"{self._digests[item.file]}+{self.frames!r}+{item.fps}"
+
+    def count(self, item: VideoItem) -> int | None:
+        """Return how many frames of a Shapes video are taken; None where that is not known without decoding."""
+        if item.scene is None or self.frames.fps is not None:
+            return None
+        return len(self.frames.choose(item.scene.frames, None))
+
+    def states(self, item: VideoItem) -> list[Hashable]:
+        """Return what goes on in each frame: from the scene graph if all its frames are taken, else by shots."""
+        key = (item.file, item.fps)  # which frames are taken may depend on the rate
+        if key not in self._states:
+            if item.scene is not None and self.count(item) == item.scene.frames:
+                states = scene_states(unroll(item.scene), item.scene.size)
+            else:
+                states = shot_states(self.show(item).media[0])
+            self._states[key] = states
+        return self._states[key]
+
+    def show_clip(self, item: VideoItem, number: int) -> TimedMedia:
+        """Return one clip of an item's video, counted from 0."""
+        media, fps = self.show(item)
+        return TimedMedia((clips(media[0], self.states(item))[number],), fps)

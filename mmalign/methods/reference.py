@@ -1,0 +1,116 @@
+"""The frozen reference: the model as it was before training, for methods that compare the policy with it.
+
+With an adapter the reference is the same network with the adapter switched off, which costs no memory; with full
+fine-tuning it is a frozen copy in the compute precision. Both give the same numbers, and at the start of training
+exactly the policy's: dropout is off, no graph is kept, and the copy rounds only what autocast would round anyway.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from mmalign.core.precision import Precision, round_frozen
+from pipelines.conditioning import Conditioning
+from pipelines.vlm.batch import VlmBatch
+
+TokenValues = tuple[Float[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]
+"""What a model says about every token of some completions, and which columns are tokens."""
+
+
+class Reference:
+    """The frozen starting point of a run; `with reference.active():` makes the generator be it."""
+
+    def __init__(
+        self,
+        generator: Any,
+        kind: Literal["adapter", "copy"],
+        *,
+        precision: Precision = "fp32",
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Freeze the generator's present network as the reference.
+
+        Args:
+            generator: the generator that is about to be trained.
+            kind: "adapter" if only an adapter will change, "copy" if the network's own weights will.
+            precision: of the run; a copy keeps its weights in it.
+            autocast: makes the context in which the policy is called too.
+
+        Raises:
+            ValueError: "adapter" without an adapter.
+        """
+        if kind == "adapter" and not generator.has_adapter:
+            raise ValueError("reference 'adapter' needs a generator with an adapter; use 'copy'")
+        self.generator = generator
+        self.autocast = autocast
+        self.frozen = _frozen_copy(generator.network, precision) if kind == "copy" else None
+        # Listed once: a walk over the whole network at every step is dear when the model is small.
+        layers = [] if self.frozen is not None else generator.network.modules()
+        self._dropouts = [layer for layer in layers if isinstance(layer, nn.Dropout) and layer.p > 0]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make the generator the reference inside the context: no graph, no dropout, weights of the start."""
+        with torch.no_grad(), self._in_place(), _dropout_off(self._dropouts):
+            yield
+
+    def predict(
+        self, x_t: Float[Tensor, "batch *latent"], t: Shaped[Tensor, " batch"], cond: Conditioning
+    ) -> Float[Tensor, "batch *latent"]:
+        """Return the reference's output, without a graph, float32."""
+        with self.active(), self.autocast():
+            return self.generator.predict(x_t, t, cond).float()
+
+    def log_probs(self, batch: VlmBatch) -> TokenValues:
+        """Return what `Run.log_probs` does, of the reference and without a graph."""
+        with self.active(), self.autocast():
+            found: TokenValues = self.generator.log_probs(batch)
+            return found
+
+    def logits(self, batch: VlmBatch) -> Float[Tensor, "batch tokens vocabulary"]:
+        """Return what `Run.logits` does, of the reference and without a graph."""
+        with self.active(), self.autocast():
+            found: Tensor = self.generator.completion_logits(batch)
+            return found
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        if self.frozen is None:
+            with self.generator.adapter_disabled():
+                yield
+            return
+        policy = self.generator.network
+        self.generator.network = self.frozen
+        try:
+            yield
+        finally:
+            self.generator.network = policy
+
+
+def _frozen_copy(network: nn.Module, precision: Precision) -> nn.Module:
+    frozen = copy.deepcopy(network).eval().requires_grad_(False)
+    round_frozen(frozen, precision)
+    # Used under no_grad alone. torch chooses a kernel for strided inputs by whether the weights want gradients, and
+    # on some processors these kernels round differently.
+    for parameter, own in zip(frozen.parameters(), network.parameters(), strict=True):
+        parameter.requires_grad_(own.requires_grad)
+    return frozen
+
+
+@contextmanager
+def _dropout_off(layers: list[nn.Dropout]) -> Iterator[None]:
+    live = [layer for layer in layers if layer.training]
+    for layer in live:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in live:
+            layer.train()

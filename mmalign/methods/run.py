@@ -1,0 +1,153 @@
+"""What a method sees of a training run: the model, its reference, and random draws that depend on the sample alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from mmalign.core.cost import Cost
+from mmalign.core.errors import TrainingDiverged
+from mmalign.core.seeds import derive_seed
+from mmalign.data.batches import LabelBatch, PairBatch
+from mmalign.methods.reference import Reference, TokenValues
+from mmalign.scoring.choice import WeightedReward
+from mmalign.scoring.live import LiveRewards
+from pipelines.conditioning import Conditioning
+from pipelines.vlm.batch import VlmBatch
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+class Run:
+    """The view of a run that is handed to `Method.loss` and `Method.collect`.
+
+    Attributes: `generator` (pipelines; it may be a vision-language model), `process` (a generator's noise process),
+    `reference`, `score` (the rewards), `cost`, `seed`, `step`, the number of optimiser steps done so far, `shown`, the
+    images that the method made last, `kept`, the encoders that stay in memory because the method decodes, and
+    `samples`, what is learned from, encoded.
+    """
+
+    def __init__(
+        self,
+        generator: Any,
+        *,
+        seed: int = 0,
+        reference: Reference | None = None,
+        rewards: Sequence[WeightedReward] = (),
+        autocast: Autocast = nullcontext,
+        kept: Collection[str] = (),
+        samples: Any = (),
+    ) -> None:
+        """Bring the parts together; `autocast` makes the context in which the network is called."""
+        self.generator = generator
+        self.samples = samples
+        self.seed = seed
+        self.cost = Cost()
+        self.score = LiveRewards(rewards, self.cost)
+        self.autocast = autocast
+        self.kept = kept
+        self.step = 0
+        self.shown: tuple[Tensor, list[str]] | None = None
+        self._reference = reference
+
+    @property
+    def process(self) -> Any:
+        """The noise process of the generator; a vision-language model has none."""
+        return self.generator.process
+
+    @property
+    def reference(self) -> Reference:
+        """The frozen starting point of the training.
+
+        Raises:
+            RuntimeError: the method did not declare that it needs one, so none was kept.
+        """
+        if self._reference is None:
+            raise RuntimeError("no reference was kept: declare it, `needs = Needs(..., reference=True)`")
+        return self._reference
+
+    def predict(
+        self, x_t: Float[Tensor, "batch *latent"], t: Shaped[Tensor, " batch"], cond: Conditioning
+    ) -> Float[Tensor, "batch *latent"]:
+        """Return the policy's output, with its graph, in the run's precision; the result is float32."""
+        # Autocast ends with each call: its cache of cast weights must not outlive a reference call, whose casts have
+        # no graph.
+        with self.autocast():
+            return self.generator.predict(x_t, t, cond).float()
+
+    def log_probs(self, batch: VlmBatch) -> TokenValues:
+        """Return the policy's log-probability of every completion token, with its graph, and which columns are tokens.
+
+        For vision-language models; see `VisionLanguageModel.log_probs`.
+        """
+        with self.autocast():
+            found: TokenValues = self.generator.log_probs(batch)
+            return found
+
+    def logits(self, batch: VlmBatch) -> Float[Tensor, "batch tokens vocabulary"]:
+        """Return the logits from which the policy predicts every completion token, with their graph."""
+        with self.autocast():
+            found: Tensor = self.generator.completion_logits(batch)
+            return found
+
+    def decode(
+        self, latents: Float[Tensor, "batch channels h w"], *, checkpoint: bool = False
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return the images of latents that the policy has sampled.
+
+        Raises:
+            TrainingDiverged: a latent is not finite.
+        """
+        if not bool(latents.detach().isfinite().all()):
+            raise TrainingDiverged(
+                f"after step {self.step} the model samples what is not finite; lower trainer.learning_rate, or use "
+                "trainer.precision bf16 or fp32, and run the same command again: it goes on from the last checkpoint"
+            )
+        images: Tensor = self.generator.decode_checkpointed(latents) if checkpoint else self.generator.decode(latents)
+        return images
+
+    def show(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
+        """Leave images in [0, 1] that the method made where the monitors find them, and count them."""
+        self.shown = (images.detach(), list(prompts))
+        self.cost.add(images_sampled=len(images))
+
+    def seeds(self, ids: Sequence[str], epoch: int, purpose: str = "sample") -> list[int]:
+        """Return one seed a sample, from (seed, purpose, id, epoch)."""
+        return [derive_seed(self.seed, purpose, sample_id, epoch) for sample_id in ids]
+
+    def random(self, *parts: int | str) -> torch.Generator:
+        """Return a CPU generator for what a whole batch or step draws, from (seed, parts)."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, *parts))
+
+    def noise_like(
+        self, x: Float[Tensor, "batch *latent"], ids: Sequence[str], epoch: int, purpose: str = "noise"
+    ) -> Float[Tensor, "batch *latent"]:
+        """Return standard normal noise, each sample's from (seed, purpose, id, epoch).
+
+        Drawn on the CPU, one generator a sample: the same on every device, in any batch, on any rank, after a resume.
+        """
+        noise = torch.empty(x.shape, dtype=torch.float32)
+        source = torch.Generator()
+        for row, seed in zip(noise, self.seeds(ids, epoch, purpose), strict=True):
+            source.manual_seed(seed)
+            torch.randn(row.shape, generator=source, out=row)
+        return noise.to(x.device)
+
+    def timesteps(
+        self, batch: PairBatch | LabelBatch, low: int = 0, high: int | None = None, *, discount: float = 1.0
+    ) -> Shaped[Tensor, " batch"]:
+        """Return one training timestep a sample in [low, high), from (seed, id, epoch) as for `noise_like`.
+
+        `discount` is that of `NoiseProcess.sample_timesteps`.
+        """
+        source = torch.Generator()
+        drawn = []
+        for seed in self.seeds(batch.ids, batch.epoch, "timestep"):
+            source.manual_seed(seed)
+            drawn.append(self.process.sample_timesteps(1, generator=source, low=low, high=high, discount=discount))
+        return torch.cat(drawn).to(batch.cond.prompt_embeds.device)

@@ -1,0 +1,39 @@
+"""Refuse rewards that cannot do what they are asked for before an image is drawn or a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmalign.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rewards import Facts
+
+
+def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str], modality: str = "image") -> None:
+    """Check that a reward exists, takes these options and can score single images (or videos) of these prompts.
+
+    Raises:
+        UserError: it needs more than images and prompts, judges another kind of media, or depends on the batch.
+        RewardError: it does not exist, cannot be imported, has no such option, or cannot read one of the prompts.
+    """
+    from rewards import Facts, check_options
+
+    reward = check_options(name, options)
+    check_usable(Facts.of(reward), name, modality)
+    reward.check_prompts(prompts)
+
+
+def check_usable(facts: Facts, name: str, modality: str = "image") -> None:
+    """Check that a reward scores single images (or videos) by themselves.
+
+    Raises:
+        UserError: see `check_reward`.
+    """
+    if facts.modality != modality:
+        raise UserError(f"reward '{name}' judges {facts.modality}s, and there are only {modality}s; choose another")
+    if "references" in facts.needs:
+        raise UserError(f"reward '{name}' needs references, and there are only {modality}s and prompts; take another")
+    if not facts.batch_invariant:
+        raise UserError(f"reward '{name}' depends on the rest of its batch; choose one that scores {modality}s alone")

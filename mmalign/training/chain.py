@@ -1,0 +1,33 @@
+"""What trainings that follow one another share: what they cannot do, and what is done already."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mmalign.config.run import RunConfig, dump_config
+from mmalign.core.errors import UserError
+from mmalign.core.progress import note
+from mmalign.training.loop import train_one
+from mmalign.training.output import CONFIG_FILE, is_finished
+
+
+def check_chain(resume: str, what: str, work: str) -> None:
+    """Refuse what several trainings, one after another, cannot do; `what` are they, `work` what they do in between.
+
+    Raises:
+        UserError: one checkpoint is named for all of them, or there are several processes.
+    """
+    if resume not in ("auto", "never"):
+        raise UserError(f"--resume {resume}: with {what}, a checkpoint belongs to one of them; allowed: auto, never")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{what} {work} in one process; start them with `mmalign train`, without a launcher")
+
+
+def train_once(one: RunConfig, resume: str) -> Path:
+    """Do one of several trainings, unless that is done, and return the folder of the export."""
+    output = Path(one.output)
+    if resume == "auto" and is_finished(output) and (output / CONFIG_FILE).read_text("utf-8") == dump_config(one):
+        note(f"trained already, in {output}")
+        return output
+    return train_one(one, resume)

@@ -1,0 +1,129 @@
+"""The model of a run, a generator or a vision-language model: opened, identified, made trainable, merged, named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign.core.errors import UserError
+from mmalign.core.precision import round_frozen
+from mmalign.core.resources import resolve_model, shipped
+from mmalign.core.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from mmalign.config.run import RunConfig
+
+EXPORTS = {
+    ("draws", "full"): "model_index.json",
+    ("draws", "lora"): "pytorch_lora_weights.safetensors",
+    ("answers", "full"): "config.json",
+    ("answers", "lora"): "adapter_config.json",
+}
+"""What a model does and how it was trained -> the file by which its export is known."""
+
+
+def answers(config: RunConfig) -> bool:
+    """Tell whether the run trains a vision-language model."""
+    return config.modality == "vlm"
+
+
+def open_model(config: RunConfig, path: str, device: Any) -> Any:
+    """Return the model, or base and adapter, at a path or Hub id, in float32; a generator's encoders come later."""
+    if answers(config):
+        from pipelines import load_vlm
+
+        return load_vlm(path, dtype="float32", device=device, attention=config.attention, resolve=resolve_model)
+    from pipelines import load_generator
+
+    return load_generator(path, dtype="float32", device=device, attention=config.attention, resolve=resolve_model)
+
+
+def load_model(config: RunConfig, device: Any) -> Any:
+    """Return the model that training starts from.
+
+    Raises:
+        UserError: it is itself an adapter.
+    """
+    from pipelines.attention import prefer_trainable_sdpa
+
+    prefer_trainable_sdpa(device)
+    model = open_model(config, resolve_model(config.model), device)
+    if model.has_adapter:
+        raise UserError(
+            f"model {config.model} is an adapter on {model.name_or_path}; train from that, or merge it first: "
+            f"`mmalign merge {config.model} --out DIR`, then model: DIR"
+        )
+    return model
+
+
+def content_id(config: RunConfig, model: Any) -> str:
+    """Return what identifies a whole model by its content, without an adapter."""
+    if answers(config):
+        from pipelines import fingerprint_vlm
+
+        return fingerprint_vlm(model.name_or_path)
+    return str(model.model_id)
+
+
+def make_trainable(model: Any, config: RunConfig) -> None:
+    """Add the adapter, or unfreeze every weight; frozen layers are then kept in the compute precision."""
+    trainer, adapter = config.trainer, config.adapter
+    if adapter.kind == "lora":
+        seed = derive_seed(trainer.seed, "adapter")
+        model.add_adapter(adapter.rank, alpha=adapter.alpha, target_modules=adapter.targets, seed=seed)
+    else:
+        model.network.requires_grad_(True)
+    round_frozen(model.network, trainer.precision)
+    if trainer.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if not answers(config):
+        # Of a vision-language model the dropout, which no flag would switch off for the reference alone, stays off.
+        model.network.train()
+
+
+def base_model_name(config: RunConfig) -> str:
+    """Return how an adapter names its base: as given if that means the same anywhere, else as an absolute path."""
+    given = Path(config.model).expanduser()
+    ours = shipped(given)
+    if not given.exists() or (ours is not None and ours.exists() and ours.samefile(given)):
+        return config.model
+    return str(given.resolve())
+
+
+def whole_model(config: RunConfig, trained: Path, merged: Path) -> Path:
+    """Return a model to start from: the export itself, or for an adapter, its base with the adapter merged in."""
+    if config.adapter.kind == "full":
+        return trained
+    save_whole(open_model(config.model_copy(update={"attention": "sdpa"}), str(trained), "cpu"), trained, merged)
+    return merged
+
+
+def save_whole(model: Any, trained: Path, folder: Path) -> None:
+    """Write a model with its adapter merged in, and the config that `trained` was trained by, in place of `folder`."""
+    folder = folder.resolve()
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        model.save(unfinished)
+        config = trained / "config.yaml"
+        if config.is_file():
+            shutil.copyfile(config, unfinished / config.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def require_adapter(model: str, what: str, fix: str) -> None:
+    """Refuse to scale an adapter that is not there: `what` asks for it, `fix` says where one could be given.
+
+    Raises:
+        UserError: `model` does not exist, or is a whole model.
+    """
+    from pipelines.load import is_adapter_directory
+
+    if not is_adapter_directory(resolve_model(model)):
+        raise UserError(
+            f"{what} needs an adapter, and {model} is a whole model without one; {fix}, or leave the scale out"
+        )

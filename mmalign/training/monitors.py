@@ -1,0 +1,298 @@
+"""Watch an online run for what its own reward cannot see: over-optimisation, collapse, and updates that run away.
+
+A policy that is trained on a reward finds what the reward overlooks, and the curve of that reward goes on rising while
+the pictures get worse (Gao et al. 2022, arXiv:2210.10760). So other numbers are watched, all cheap and without a model
+of their own: held-out rewards against the training reward, three statistics of the sampled images, the importance
+ratios and the distance to the reference. Each is compared with where the run itself started, in units in which 1 is
+its threshold; beyond it for `patience` observations in a row, it raises one alarm, and no second one before it has
+been less than half way to the threshold for as long. docs/guides/monitors.md says what each alarm means.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.core.progress import note
+from mmalign.training.image_statistics import diversity, high_frequency, saturation
+
+if TYPE_CHECKING:
+    from mmalign.config.sections import MonitorConfig
+
+SMOOTHING = 0.7
+"""Decay, for each line of metrics, of the running mean of a training reward or of a statistic of the images."""
+WINDOW = 10
+"""Lines of metrics that noise is estimated from, and whose median a ratio is compared with."""
+LEAST_RATIO = 1e-3
+"""A log-ratio never counts as running away below this: ten times the rounding that a ratio of exactly 1 may have."""
+LEAST_HIGH_FREQUENCY = 0.01
+"""A rise of the high-frequency share never counts below this, since flat pictures start near 0."""
+NOISE_MARGIN = 3.25
+"""A held-out reward must fall by more than so many times its noise from look to look."""
+PREFIX = "evaluation/"
+_ON_LOOKS = ("over_optimisation", "memorising")
+_ADVICE = {
+    "over_optimisation": "over-optimisation, the policy has found what the reward overlooks; stop earlier (the "
+    "checkpoint before the fall is the better model), lower the adapter's scale, or penalise the distance to the "
+    "reference",
+    "memorising": "the policy learns these prompts by heart; train on more prompts, for fewer epochs, or with a "
+    "smaller adapter.rank",
+    "diversity": "the policy collapses to one image a prompt; lower trainer.learning_rate, penalise the distance to "
+    "the reference, or stop earlier",
+    "saturation": "colours run into black and white, as they do when a reward likes contrast or the guidance is "
+    "high; lower trainer.learning_rate, add a reward for quality, or stop earlier",
+    "high_frequency": "a fine pattern or noise that the reward likes is covering the images; stop earlier, lower "
+    "trainer.learning_rate, or add a reward that sees image quality",
+    "ratio": "the policy has left the samples that it learns from; lower trainer.learning_rate or the number of "
+    "updates on each round of samples",
+    "kl": "the policy runs away from the reference; lower trainer.learning_rate, or penalise the distance more",
+}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One thing that a run should be looked at for; `stop`: the configuration wants the run ended by it."""
+
+    name: str
+    step: int
+    sentence: str
+    stop: bool
+
+
+class _Course(NamedTuple):
+    """Where a series started, its running mean, and the noise around that; NaN where there is nothing to judge."""
+
+    start: float = math.nan
+    now: float = math.nan
+    noise: float = math.nan
+
+
+@dataclass
+class _State:
+    """All that a monitor remembers; plain lists and numbers, to be stored as JSON."""
+
+    starts: dict[str, list[float]] = field(default_factory=dict)  # the first observations of each series
+    recent: dict[str, list[float]] = field(default_factory=dict)  # the last ones
+    smooth: dict[str, float] = field(default_factory=dict)
+    looks: dict[str, list[float]] = field(default_factory=dict)
+    spreads: dict[str, float] = field(default_factory=dict)
+    streaks: dict[str, list[int]] = field(default_factory=dict)  # beyond in a row, back in a row, warned
+    pending: list[Alarm] = field(default_factory=list)
+    ungrouped: bool = False  # it has been said that diversity cannot be measured
+
+
+class Monitors:
+    """Watches one run; values that are NaN are passed over."""
+
+    def __init__(
+        self, config: MonitorConfig, trained_on: Collection[str] = (), *, lower_is_better: Collection[str] = ()
+    ) -> None:
+        """Start watching; `trained_on` names the rewards that the run maximises, any other counts as held out."""
+        self.config, self.trained_on = config, frozenset(trained_on)
+        self.lower_is_better = frozenset(lower_is_better)
+        self._state = _State()
+
+    def pictures(
+        self, step: int, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
+    ) -> dict[str, float]:
+        """Measure sampled images in [0, 1] and return the metrics to log; images of equal prompts form a group.
+
+        Images with a value that is not finite are left out. The cost is a few passes over the pixels: 0.1 % of the
+        time that the Shapes model needs to sample the same images in ten steps.
+        """
+        if self.config.action == "off":
+            return {}
+        images = images.detach()
+        finite = images.float().sum((1, 2, 3)).isfinite()
+        images, kept = images[finite], [p for p, good in zip(prompts, finite.tolist(), strict=True) if good]
+        if not kept:
+            return {}
+        numbers = torch.stack([diversity(images, kept), saturation(images).mean(), high_frequency(images).mean()])
+        spread, clipped, fine = numbers.tolist()  # one transfer from the device
+        self._watch_pictures(step, spread, clipped, fine)
+        values = {"monitor/diversity": spread, "monitor/saturation": clipped, "monitor/high_frequency": fine}
+        if math.isnan(spread):
+            del values["monitor/diversity"]
+            if not self._state.ungrouped:
+                self._state.ungrouped = True
+                note("monitors: diversity is not measured, because no prompt of a batch has two images")
+        return values
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Take a line of metrics.
+
+        Read are `reward` (what is maximised), `reward/NAME` (a reward by itself), `kl` (or any distance to the
+        reference that is quadratic near it) and `log_ratio_max`, the largest |log| of an importance ratio.
+        """
+        if self.config.action == "off":
+            return
+        for name in ("reward", *(f"reward/{reward}" for reward in self.trained_on)):
+            self._follow(name, values.get(name, math.nan))
+        growth = self.config.ratio_growth
+        self._watch_update(step, "ratio", values.get("log_ratio_max"), self.config.ratio_limit, growth, LEAST_RATIO)
+        square = None if growth is None else growth**2
+        self._watch_update(step, "kl", values.get("kl"), self.config.kl_limit, square, LEAST_RATIO**2)
+
+    def look(self, step: int, scores: Mapping[str, float], spreads: Mapping[str, float] | None = None) -> None:
+        """Take the mean of each reward on the held-out prompts, as `evaluation/NAME` or `NAME`.
+
+        `spreads`: the standard deviation of each reward over the prompts, which is the unit that falls are measured
+        in; where it is not given, a quarter of the largest score stands in for it.
+        """
+        if self.config.action == "off":
+            return
+        for key, spread in (spreads or {}).items():
+            if math.isfinite(spread):
+                name = key.removeprefix(PREFIX)
+                self._state.spreads[name] = max(spread, self._state.spreads.get(name, 0.0))
+        for key, score in scores.items():
+            if math.isfinite(score):
+                name = key.removeprefix(PREFIX)
+                self._state.looks.setdefault(name, []).append(score)
+                (self._watch_memorising if name in self.trained_on else self._watch_held_out)(step, name)
+
+    def alarms(self) -> list[Alarm]:
+        """Return the alarms since the last call."""
+        new, self._state.pending = self._state.pending, []
+        return new
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that was remembered, as plain data for JSON."""
+        return asdict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`: the same observations raise the same alarms as without the interruption."""
+        self._state = _State(**{**state, "pending": [Alarm(**alarm) for alarm in state["pending"]]})
+
+    def _watch_pictures(self, step: int, spread: float, clipped: float, fine: float) -> None:
+        c = self.config
+        start, now, _ = self._follow("diversity", spread)
+        if c.diversity_drop is not None:
+            seen = f"the images of one prompt differ by {now:.3g}, at the start by {start:.3g}"
+            self._judge(step, "diversity", (start - now) / max(c.diversity_drop * start, 1e-12), seen)
+        start, now, _ = self._follow("saturation", clipped)
+        if c.saturation_rise is not None:
+            seen = f"{now:.1%} of the channel values are black or white, at the start {start:.1%}"
+            self._judge(step, "saturation", (now - start) / c.saturation_rise, seen)
+        start, now, _ = self._follow("high_frequency", fine)
+        if c.high_frequency_growth is not None:
+            seen = f"{now:.1%} of the energy is above half the Nyquist frequency, at the start {start:.1%}"
+            rise = max(start * (c.high_frequency_growth - 1), LEAST_HIGH_FREQUENCY)
+            self._judge(step, "high_frequency", (now - start) / rise, seen)
+
+    def _watch_update(
+        self, step: int, name: str, value: float | None, limit: float | None, growth: float | None, least: float
+    ) -> None:
+        """Compare with the limit, and with `growth` times the median of the last lines that were not beyond."""
+        if value is None or math.isnan(value):
+            return
+        recent = self._state.recent.get(name, [])
+        usual = statistics.median(recent) if len(recent) == WINDOW else math.inf
+        allowed = min(math.inf if limit is None else limit, max(growth * usual, least) if growth else math.inf)
+        excess = 0.0 if math.isinf(allowed) else value / allowed
+        if excess <= 1 and math.isfinite(value):
+            self._remember(name, value)
+        what = "the largest |log| of an importance ratio" if name == "ratio" else "the distance to the reference"
+        self._judge(step, name, excess, f"{what} is {value:.3g}, more than {allowed:.3g}")
+
+    def _watch_held_out(self, step: int, name: str) -> None:
+        if self.config.held_out_drop is None:
+            return
+        start, now, noise = self._course("reward")
+        looks = self._looks(name)
+        # Medians, as the best of many noisy looks is better than any of them deserves.
+        best = max(statistics.median(looks[max(0, end - 3) : end]) for end in range(1, len(looks) + 1))
+        excess = (best - looks[-1]) / self._margin(name) if now - start > noise else 0.0
+        sign, fell = (-1, "rose") if name in self.lower_is_better else (1, "fell")
+        trained = " + ".join(sorted(self.trained_on)) or "of the run"
+        seen = (
+            f"the training reward {trained} rose from {start:.3g} to {now:.3g} while the "
+            f"held-out {name} {fell} from {sign * best:.3g} to {sign * looks[-1]:.3g}"
+        )
+        self._judge(step, f"over_optimisation/{name}", excess, seen)
+
+    def _watch_memorising(self, step: int, name: str) -> None:
+        own = f"reward/{name}" if f"reward/{name}" in self._state.starts else "reward"
+        comparable = own != "reward" or len(self.trained_on) == 1
+        if self.config.memorising_share is None or not comparable or name in self.lower_is_better:
+            return
+        start, now, noise = self._course(own)
+        looks = self._looks(name)
+        missing = (now - start) - (looks[-1] - looks[0])
+        excess = 0.0
+        if now - start > max(noise, 2 * self._margin(name)):
+            excess = missing / ((now - start) * (1 - self.config.memorising_share))
+        seen = (
+            f"{name} rose from {start:.3g} to {now:.3g} on the training prompts and went from {looks[0]:.3g} to "
+            f"{looks[-1]:.3g} on the held-out ones"
+        )
+        self._judge(step, f"memorising/{name}", excess, seen)
+
+    def _follow(self, name: str, value: float) -> _Course:
+        """Take a value of a series that is compared with its start, the median of its first values."""
+        if not math.isfinite(value):
+            return _Course()
+        first = self._state.starts.setdefault(name, [])
+        if len(first) < self.config.baseline:
+            first.append(value)
+        else:
+            mean = self._state.smooth.get(name, statistics.median(first))
+            self._state.smooth[name] = SMOOTHING * mean + (1 - SMOOTHING) * value
+        self._remember(name, value)
+        return self._course(name)
+
+    def _course(self, name: str) -> _Course:
+        if name not in self._state.smooth:
+            return _Course()
+        start = statistics.median(self._state.starts[name])
+        return _Course(start, self._state.smooth[name], _noise(self._state.recent[name]))
+
+    def _remember(self, name: str, value: float) -> None:
+        recent = self._state.recent.setdefault(name, [])
+        recent.append(value)
+        del recent[:-WINDOW]
+
+    def _looks(self, name: str) -> list[float]:
+        """Return all looks at a reward with the sign that makes higher better."""
+        sign = -1.0 if name in self.lower_is_better else 1.0
+        return [sign * score for score in self._state.looks[name]]
+
+    def _margin(self, name: str) -> float:
+        """Return by how much a held-out reward must fall to count."""
+        looks = self._state.looks[name]
+        spread = self._state.spreads.get(name, max(map(abs, looks)) / 4)
+        return max((self.config.held_out_drop or 0.0) * spread, NOISE_MARGIN * _noise(looks), 1e-12)
+
+    def _judge(self, step: int, key: str, excess: float, seen: str) -> None:
+        """Count an observation, whose threshold is at excess 1, and raise the alarm `key` when it is due."""
+        if math.isnan(excess):
+            return
+        beyond, back, warned = self._state.streaks.get(key, [0, 0, 0])
+        beyond, back = (beyond + 1 if excess > 1 else 0), (back + 1 if excess < 0.5 else 0)
+        if not warned and beyond >= self.config.patience:
+            name = key.split("/")[0]
+            times = f"{beyond} {'look' if name in _ON_LOOKS else 'line'}{'s' * (beyond > 1)} in a row"
+            sentence = f"step {step}: {seen} ({times}): {_ADVICE[name]}"
+            self._state.pending.append(Alarm(name, step, sentence, self.config.action == "stop"))
+            warned = 1
+        elif back >= self.config.patience:
+            warned = 0
+        self._state.streaks[key] = [beyond, back, warned]
+
+
+def _noise(values: Sequence[float]) -> float:
+    """Return the standard deviation of normal noise around a course, the smaller of two estimates.
+
+    From the median step between neighbours, which a jump leaves as it is, and from the median distance of a value to
+    the line between its neighbours, which a steady fall does.
+    """
+    steps = [abs(b - a) / math.sqrt(2) for a, b in zip(values, values[1:], strict=False)]
+    bends = [abs(a - 2 * b + c) / math.sqrt(6) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    return 1.4826 * min(map(statistics.median, filter(None, (steps, bends))), default=0.0)

@@ -1,0 +1,80 @@
+"""What a run will do, in numbers, and whether the data suffice for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mmalign.config.run import RunConfig
+from mmalign.core.errors import UserError
+from mmalign.methods.base import Method
+from mmalign.training.models import answers
+from mmalign.training.optim import warmup_steps
+
+
+@dataclass
+class Plan:
+    """What a run will do, in numbers."""
+
+    method: str
+    samples: int
+    steps: int
+    samples_per_step: int
+    images_per_step: int
+    unit: str
+    epochs: float
+    trainable: int
+    parameters: int
+    warmup: int
+    data: str
+
+    def __str__(self) -> str:
+        """Return the plan as indented lines."""
+        passes = f"{self.epochs:.2f} passes" if self.epochs < 10 else f"{self.epochs:.0f} passes"
+        share = 100 * self.trainable / self.parameters
+        return "\n".join(
+            [
+                f"  method     {self.method}",
+                f"  data       {self.data}",
+                f"  steps      {self.steps} of {self.samples_per_step} samples ({self.images_per_step} {self.unit}) "
+                f"each: {passes} over the data; warm-up {self.warmup} steps",
+                f"  trainable  {self.trainable:,} of {self.parameters:,} parameters ({share:.3g} %)",
+            ]
+        )
+
+
+def check_enough(samples: int, config: RunConfig, world_size: int, unit: str = "pairs") -> None:
+    """Refuse data that do not fill one step: better said now than after an hour of encoding.
+
+    Raises:
+        UserError: names what a step takes.
+    """
+    trainer = config.trainer
+    per_step = trainer.batch_size * trainer.gradient_accumulation * world_size
+    if samples < per_step:
+        raise UserError(
+            f"the data holds {samples} {unit} and one step takes {per_step} (trainer.batch_size {trainer.batch_size} "
+            f"x gradient_accumulation {trainer.gradient_accumulation} x {world_size} processes); lower it or give more"
+        )
+
+
+def make_plan(config: RunConfig, method: Method[Any], samples: int, generator: Any, world_size: int = 1) -> Plan:
+    """Return the numbers of a run whose model is already made trainable."""
+    trainer = config.trainer
+    rounds = trainer.steps / method.updates_per_round
+    per_step = trainer.batch_size * trainer.gradient_accumulation * world_size
+    left = samples % per_step
+    return Plan(
+        method=method.describe(),
+        samples=samples,
+        steps=trainer.steps,
+        samples_per_step=per_step,
+        images_per_step=per_step * method.images_per_sample,
+        unit="answers" if answers(config) else "images",
+        epochs=rounds / (samples // per_step),
+        trainable=sum(p.numel() for p in generator.trainable_parameters()),
+        parameters=sum(p.numel() for p in generator.network.parameters()),
+        warmup=warmup_steps(trainer.warmup, trainer.steps),
+        data=f"{samples} {method.needs.source} of {config.data.pairs or config.data.labels or config.data.prompts}"
+        + (f", {left} left over in each pass" if left else ""),
+    )

@@ -1,0 +1,70 @@
+"""The recipe of a run: the method it names, its defaults, and what must be equal for a run to be continued."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mmalign.config.run import RunConfig
+from mmalign.config.yaml import flatten
+from mmalign.core.progress import note
+from mmalign.data.encoded.cache import CachedSides
+from mmalign.data.labels import LabelTable
+from mmalign.data.pairs import PairTable
+from mmalign.methods.base import Method
+from mmalign.training.optim import warmup_steps
+
+
+def build_method(config: RunConfig) -> Method[Any]:
+    """Return the method that a configuration names."""
+    from mmalign.methods import methods
+
+    chosen = methods.get(config.method_name)
+    method: Method[Any] = chosen(chosen.Config(**config.method_options))
+    return method
+
+
+def complete(config: RunConfig) -> RunConfig:
+    """Return the configuration with the method's own defaults filled in, as `load_config` already does."""
+    options = build_method(config).config.model_dump(mode="json")
+    return config.model_copy(update={"method": {"name": config.method_name, **options}})
+
+
+def data_id(table: PairTable | LabelTable, samples: CachedSides) -> str:
+    """Return 32 hex digits that identify the data in their order: ids, texts, content of images, margin or label."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index, name in enumerate(samples.ids):
+        digest.update(repr((name, *table.texts(index), *samples.facts(index))).encode())
+    return digest.hexdigest()
+
+
+def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[str, Any]:
+    """Return what must be equal for a run to be continued, flat: everything that the numbers depend on.
+
+    `data` and `model` identify the content of the pairs and of the model that training started from. Left out is what
+    only changes how a run is watched, stored or computed. How a step's samples are split into micro-batches may
+    change, their number may not. With a constant schedule `steps` may change as long as the warm-up, counted in steps,
+    stays as it was.
+    """
+    values = config.model_dump(mode="json", exclude={"output", "evaluate", "monitors", "attention", "rounds"})
+    values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "labels", "prompts", "cache")}
+    trainer = values["trainer"]
+    for key in ("budget", "log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
+        del trainer[key]
+    per_step = trainer.pop("batch_size") * trainer.pop("gradient_accumulation") * world_size
+    if trainer["schedule"] == "constant":
+        # After the warm-up no learning rate depends on `steps`. A warm-up that is a fraction of them does, so what is
+        # compared is the number of steps that it comes to.
+        trainer["warmup, in steps"] = warmup_steps(trainer.pop("warmup"), trainer.pop("steps"))
+    return {"data.content": data, "model.content": model, "trainer: samples per step": per_step, **flatten(values)}
+
+
+def set_aside(folder: Path) -> None:
+    """Keep what an earlier run left in a folder beside that of the new one, in place of what was kept before."""
+    if folder.is_dir():
+        previous = folder.with_name(folder.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.replace(previous)
+        note(f"what an earlier run left is kept in {previous}")

@@ -1,0 +1,92 @@
+"""The look at a few fixed prompts and seeds while training: a grid of images and the mean of some rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.core.files import write_atomically
+from mmalign.core.io.grid import image_grid
+from mmalign.core.io.images import encode_png
+from mmalign.core.seeds import derive_seed
+from mmalign.data.prompts import load_prompts
+from mmalign.scoring.checks import check_reward
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mmalign.config.sections import EvaluateConfig
+    from mmalign.methods.run import Run
+
+COLUMNS = 4
+
+
+def check_evaluation(config: EvaluateConfig) -> None:
+    """Check prompts and rewards of the looks, without loading any.
+
+    Raises:
+        UserError, RewardError: the prompts cannot be read, or a reward cannot score images of them.
+    """
+    prompts = [prompt.text for prompt in load_prompts(str(config.prompts), limit=config.limit)]
+    for name in config.rewards:
+        check_reward(name, {}, prompts)
+
+
+class Validation:
+    """Samples the same prompts with the same seeds at every look, so that two looks differ by the weights alone."""
+
+    def __init__(self, config: EvaluateConfig, generator: Any, seed: int) -> None:
+        """Load the rewards and encode the prompts, which must happen before the encoders are freed."""
+        from rewards import load_reward
+
+        self.config = config
+        self.prompts = [prompt.text for prompt in load_prompts(str(config.prompts), limit=config.limit)]
+        self.rewards = {name: load_reward(name, device=generator.device) for name in config.rewards}
+        self.seeds = [derive_seed(seed, "evaluate", index) for index in range(len(self.prompts))]
+        self.cond = generator.encode_prompts(self.prompts)
+        self.negative = generator.unconditional()
+
+    def higher_is_better(self, name: str) -> bool:
+        """Tell whether more of a reward is better."""
+        return bool(self.rewards[name].higher_is_better)
+
+    @torch.no_grad()
+    def look(self, run: Run) -> tuple[dict[str, float], dict[str, float], Image]:
+        """Return mean and standard deviation over the prompts of each reward, as "evaluation/NAME", and one picture.
+
+        The encoders are read for decoding and freed again, unless the method decodes too.
+        """
+        from pipelines import sample
+
+        run.generator.network.eval()
+        with run.autocast():
+            trajectory = sample(
+                run.generator,
+                self.cond,
+                steps=self.config.steps,
+                guidance=self.config.guidance,
+                seeds=self.seeds,
+                negative=self.negative,
+                batch_size=8,
+            )
+        run.generator.network.train()
+        images = torch.cat([run.generator.decode(part).float() for part in trajectory.latents.split(8)])
+        run.generator.free_encoders(keep=run.kept)
+        means, spreads = {}, {}
+        for name, reward in self.rewards.items():
+            prompts = self.prompts if "prompts" in reward.needs else None
+            scores = reward(images, prompts=prompts)
+            means[f"evaluation/{name}"] = float(scores.mean())
+            spreads[f"evaluation/{name}"] = float(scores.std(correction=0))
+        tiles = list(images.cpu())
+        picture = image_grid([tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)])
+        return means, spreads, picture
+
+
+def save_grid(picture: Image, output: Path, step: int) -> Path:
+    """Write the picture as <output>/evaluation/step_N.png and return the path."""
+    path = output / "evaluation" / f"step_{step}.png"
+    write_atomically(path, encode_png(picture))
+    return path

@@ -1,0 +1,65 @@
+"""The look at a vision-language model while it trains: it answers the same questions, greedily, and is marked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmalign.core.errors import UserError
+from mmalign.core.io.answers import accuracy_by, micro_accuracy, rate
+from mmalign.core.io.decode import Frames
+from mmalign.data.encoded.vlm_samples import read_media
+from mmalign.data.video.question_set import READ_BY_RULES, AskedVideo, read_asked
+
+if TYPE_CHECKING:
+    from mmalign.config.sections import DataConfig, EvaluateConfig
+    from mmalign.methods.run import Run
+
+AT_ONCE = 8
+
+
+def choose_questions(config: EvaluateConfig) -> list[AskedVideo]:
+    """Return `config.limit` questions spread evenly over all that rules can mark (captions would need a judge).
+
+    Raises:
+        UserError: there are none.
+    """
+    if config.questions is None:
+        raise UserError("evaluate.questions: missing; give a folder of videos with questions")
+    asked = read_asked(config.questions, READ_BY_RULES)
+    return [asked[index] for index in Frames(count=config.limit).choose(len(asked), None)]
+
+
+class Questioning:
+    """Asks the same questions at every look, so that two looks differ by the weights alone."""
+
+    def __init__(self, config: EvaluateConfig, data: DataConfig) -> None:
+        """Read the questions; `data` says how videos are sampled."""
+        self.config = config
+        self.asked = choose_questions(config)
+        self.frames = Frames(data.frames, data.fps)
+
+    def higher_is_better(self, name: str) -> bool:
+        """Tell that more accuracy is better."""
+        return True
+
+    @torch.no_grad()
+    def look(self, run: Run) -> tuple[dict[str, float], dict[str, float], None]:
+        """Return the share of right answers, as "evaluation/accuracy", and by aspect; no spread, no picture."""
+        right = []
+        for start in range(0, len(self.asked), AT_ONCE):
+            part = self.asked[start : start + AT_ONCE]
+            media = [read_media([one.file], "video", self.frames, None, one.question.id) for one in part]
+            with run.autocast():
+                answers = run.generator.generate(
+                    [one.question.prompt for one in part],
+                    [one.media for one in media],
+                    max_new_tokens=self.config.max_new_tokens,
+                    fps=[one.fps for one in media],
+                )
+            right += [rate(one.question, answer).right for one, answer in zip(part, answers, strict=True)]
+        questions = [one.question for one in self.asked]
+        by_aspect = accuracy_by(questions, right, lambda question: question.aspect)
+        scores = {f"evaluation/accuracy/{aspect}": value for aspect, value in sorted(by_aspect.items(), key=str)}
+        return {"evaluation/accuracy": micro_accuracy(right), **scores}, {}, None

@@ -1,0 +1,1 @@
+"""Model families, one a file: how each encodes, predicts and decodes."""

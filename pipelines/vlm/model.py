@@ -1,0 +1,399 @@
+"""Run a vision-language model: encode prompts with media, score completions, generate, adapt, save.
+
+One class serves every family of `pipelines.vlm.families`. Prompts and media go through the model's own processor and
+chat format, one sample at a time; the batch is padded here, so that no sample depends on its neighbours. Nothing is
+ever cut: what is too long is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pipelines import adapters
+from pipelines.components import quiet_loading
+from pipelines.errors import PipelineError
+from pipelines.vlm import adapters as vlm_adapters
+from pipelines.vlm.batch import PaddingSide, VlmBatch, VlmSample, collate
+from pipelines.vlm.decoding import NextToken
+from pipelines.vlm.families import FAMILIES, join, signature
+from pipelines.vlm.media import to_uint8, video_arguments
+from pipelines.vlm.packing import pack, saves, sees_everything
+
+Media = Sequence[Tensor]
+"""One sample's media, in order: images `[3, H, W]` and videos `[F, 3, H, W]`, floats in [0, 1] or uint8."""
+
+_VISION_TOKENS = ("image_token", "video_token", "vision_start_token", "vision_end_token", "start_image_token",
+                  "end_image_token", "context_image_token", "fake_image_token", "global_image_token")  # fmt: skip
+
+
+class VisionLanguageModel:
+    """A vision-language model from transformers with its processor.
+
+    Attributes: `name_or_path` as given (the base model, when an adapter was named); `network` and `processor`;
+    `family`, what is special about them; `vision_ids`, the tokens that stand for vision, which no completion holds;
+    `scored`, a module that changes nothing and through which all scores go, a row a sample, to be counted.
+    """
+
+    def __init__(self, network: Any, processor: Any, name_or_path: str) -> None:
+        """Take a loaded model and processor; `load_vlm` makes them from a name."""
+        self.network = network.eval()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.name_or_path = name_or_path
+        self.family = FAMILIES[network.config.model_type]
+        self.scored: Any = torch.nn.Identity()
+        if self.tokenizer.eos_token_id is None:
+            raise PipelineError(f"{name_or_path}: the tokenizer has no end token; set eos_token in its configuration.")
+        if not getattr(processor, "chat_template", None):
+            raise PipelineError(f"{name_or_path}: the processor has no chat template; add chat_template.jinja to it.")
+        self.vision_ids = self._find_vision_ids()
+        ends = network.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self._end_ids = sorted({self.tokenizer.eos_token_id, *ends} - {None})
+        first = self.tokenizer("x", add_special_tokens=False)["input_ids"][0]
+        self._writes_space = self.tokenizer.convert_ids_to_tokens(first).startswith("▁")
+        # Other kernels take no mask that says what reads what, and layers that see a window make one of their own.
+        self._packs = network.config._attn_implementation == "sdpa" and sees_everything(network.config)
+        self._takes_types = "mm_token_type_ids" in inspect.signature(network.model.forward).parameters
+
+    def _find_vision_ids(self) -> frozenset[int]:
+        """Collect the special tokens that mark or hold vision: the configuration's, the tokenizer's, tile marks."""
+        config, vocabulary = self.network.config, self.tokenizer.get_vocab()
+        ids = {getattr(config, f"{name}_id", None) for name in _VISION_TOKENS}
+        for name in _VISION_TOKENS:
+            word = getattr(self.processor, name, None) or getattr(self.tokenizer, name, None)
+            ids.add(vocabulary.get(str(word)))
+        ids |= {token for word, token in self.tokenizer.get_added_vocab().items() if word.startswith("<row_")}
+        return frozenset(token for token in ids if token is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def encode_prompt(self, prompt: str, media: Media = (), *, fps: float = 1.0) -> VlmSample:
+        """Encode one prompt, its media before its text, as the processor and the chat format of the model do.
+
+        fps: frames per second of the videos, which families that write times or count positions by them need.
+
+        Raises:
+            PipelineError: media of a wrong shape, range or mix, or a prompt that holds words standing for vision.
+        """
+        pixels = [to_uint8(one) for one in media]
+        kinds = ["video" if one.ndim == 4 else "image" for one in pixels]
+        if len(set(kinds)) > 1 and not self.family.mixes_media:
+            raise PipelineError("this model takes images or videos in one prompt, not both; split the sample.")
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]
+        turns = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        images = [one for one in pixels if one.ndim == 3]
+        videos = [one for one in pixels if one.ndim == 4]
+        try:
+            encoded = self.processor(
+                text=[text],
+                images=[images] if images else None,
+                return_tensors="pt",
+                **video_arguments(videos, fps),
+            )
+        except (ValueError, StopIteration) as error:
+            raise PipelineError(f"the processor refuses a prompt with {kinds or 'no media'}: {error}") from error
+        text_names = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+        vision = {name: torch.as_tensor(value) for name, value in encoded.items() if name not in text_names}
+        if self.family.axis:  # what several videos of one sample hold is joined as that of several samples is
+            vision = {name: value.flatten(0, self.family.axis)[None] for name, value in vision.items()}
+        sample = VlmSample(encoded["input_ids"][0], vision, self._separator(turns, text))
+        self._check_placeholders(sample.prompt_ids, sample.vision)
+        return sample
+
+    def complete(self, sample: VlmSample, completion: str) -> VlmSample:
+        """Return the sample with a completion and the end token.
+
+        Raises:
+            PipelineError: the completion holds a token that stands for vision.
+        """
+        text = sample.separator + completion
+        if self._writes_space:
+            text = text.removeprefix(" ")
+        ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        held = self.vision_ids.intersection(ids)
+        if held:
+            words = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(held)))
+            raise PipelineError(f"the completion {completion[:60]!r} holds {words}, which stands for vision; drop it.")
+        return sample.with_completion(ids)
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        media: Sequence[Media],
+        completions: Sequence[str],
+        *,
+        fps: float | Sequence[float] = 1.0,
+        padding_side: PaddingSide = "right",
+        max_length: int | None = None,
+    ) -> VlmBatch:
+        """Encode prompts, each with its media and completion, as one batch on the model's device.
+
+        The rejected side of a pair may have media of its own: pass both sides as samples, chosen first. `fps` is one
+        number or one a sample. `max_length` bounds prompt, vision and completion together (default: the model's own).
+
+        Raises:
+            PipelineError: lists of different lengths, or what `encode_prompt`, `complete` and `collate` refuse.
+        """
+        if len(prompts) != len(completions):
+            raise PipelineError(f"{len(prompts)} prompts but {len(completions)} completions; give one for each.")
+        encoded = self._encode_prompts(prompts, media, fps)
+        samples = [self.complete(sample, text) for sample, text in zip(encoded, completions, strict=True)]
+        return self.collate(samples, padding_side=padding_side, max_length=max_length)
+
+    def _encode_prompts(
+        self, prompts: Sequence[str], media: Sequence[Media], fps: float | Sequence[float]
+    ) -> list[VlmSample]:
+        rates = [fps] * len(prompts) if isinstance(fps, int | float) else fps
+        if not len(prompts) == len(media) == len(rates) > 0:
+            raise PipelineError(
+                f"{len(prompts)} prompts, {len(media)} lists of media and {len(rates)} rates; there must be as many of"
+                " each, and at least one."
+            )
+        each = zip(prompts, media, rates, strict=True)
+        return [self.encode_prompt(prompt, one, fps=float(rate)) for prompt, one, rate in each]
+
+    def collate(
+        self,
+        samples: Sequence[VlmSample],
+        *,
+        padding_side: PaddingSide = "right",
+        length: int | None = None,
+        max_length: int | None = None,
+    ) -> VlmBatch:
+        """Pad samples (to `length`, if that is longer than the longest) into one batch on the model's device.
+
+        Raises:
+            PipelineError: a sample is longer than `max_length`, by default what the model was made for.
+        """
+        text_config = self.network.config.get_text_config()
+        most = max_length or getattr(text_config, "max_position_embeddings", None)
+        for sample in samples:
+            if most is not None and len(sample) > most:
+                vision, said = sum(int(i) in self.vision_ids for i in sample.prompt_ids), len(sample.completion_ids)
+                raise PipelineError(
+                    f"a sample has {len(sample)} tokens ({vision} of vision, {said} of completion) but at most"
+                    f" {most} are allowed; nothing is cut: give fewer frames, smaller pictures or less text."
+                )
+        return collate(samples, self.tokenizer.eos_token_id, padding_side=padding_side, length=length).to(self.device)
+
+    def log_probs(self, batch: VlmBatch) -> tuple[Float[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
+        """Return the log-probability of every completion token, the end token included, and which columns are tokens.
+
+        Column t is the t-th token of each completion, whatever the padding; 0 beyond its end. Differentiable.
+        """
+        logits = self._flat_logits(batch)
+        tokens = batch.input_ids[batch.completion_mask]
+        values = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
+        return self.scored(batch.by_column(values)), batch.token_mask
+
+    def completion_logits(self, batch: VlmBatch) -> Float[Tensor, "batch tokens vocabulary"]:
+        """Return the logits that predict each completion token, laid out as `log_probs` is; for divergences."""
+        return self.scored(batch.by_column(self._flat_logits(batch)))
+
+    def _flat_logits(self, batch: VlmBatch) -> Float[Tensor, "all vocabulary"]:
+        """Logits at completion positions alone, sample after sample; the head sees no other position."""
+        parts: list[Tensor] = [torch.empty(0)] * len(batch)
+        head = self.network.get_output_embeddings()
+        for indices in self._groups(batch):
+            group = batch.select(indices)
+            if self._packs and saves(group):
+                inputs, before = self._packed_inputs(group)
+            else:
+                inputs = self._inputs(group)
+                places = group.completion_mask.roll(-1, 1).nonzero()
+                before = places[:, 0], places[:, 1]
+            hidden = self.network.model(**inputs, use_cache=False).last_hidden_state
+            # The state before a token predicts it.
+            logits = head(hidden[before])
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            for index, part in zip(indices, logits.split(group.completion_mask.sum(1).tolist()), strict=True):
+                parts[index] = part
+        return torch.cat(parts)
+
+    def _groups(self, batch: VlmBatch) -> Iterator[list[int]]:
+        """Yield samples whose pixels can be joined: for families with a frames axis, those of equally many frames."""
+        groups: dict[Any, list[int]] = {}
+        for index, vision in enumerate(batch.vision):
+            groups.setdefault(signature(vision, self.family.axis), []).append(index)
+        yield from groups.values()
+
+    def _inputs(self, batch: VlmBatch) -> dict[str, Tensor]:
+        """Return the arguments of the network, placeholders counted once more."""
+        for ids, mask, vision in zip(batch.input_ids, batch.attention_mask, batch.vision, strict=True):
+            self._check_placeholders(ids[mask.bool()], vision)
+        vision = join(batch.vision, self.family.axis)
+        for name in vision:
+            if name.startswith("pixel_values"):
+                vision[name] = vision[name].to(self.network.dtype)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **vision}
+        if self._takes_types:
+            inputs["mm_token_type_ids"] = self.token_types(batch.input_ids)
+        if not self.family.grid_positions:
+            inputs["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+        return inputs
+
+    def _packed_inputs(self, batch: VlmBatch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """Return the arguments of the network for a row a prompt, and the places of the states that predict tokens."""
+        rows = pack(batch)
+        inputs = self._inputs(rows.batch)
+        positions = (rows.batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+        if self.family.grid_positions and any(name.endswith("_grid_thw") for name in inputs):
+            find = self.network.model.compute_3d_position_ids
+            positions = find(**{name: inputs.get(name) for name in inspect.signature(find).parameters})
+        return {**inputs, "position_ids": positions - rows.back, "attention_mask": rows.reads}, rows.before
+
+    def token_types(self, input_ids: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+        """Return 1 for a placeholder of an image, 2 for one of a video and 0 for text: prompt, completion, padding."""
+        config = self.network.config
+        types = (input_ids == config.image_token_id).long()
+        return types.masked_fill(input_ids == getattr(config, "video_token_id", -1), 2)
+
+    def _check_placeholders(self, ids: Tensor, vision: Any) -> None:
+        """Raise unless one sample's tokens hold exactly as many placeholders as its media make features."""
+        config = self.network.config
+        videos = int((ids == getattr(config, "video_token_id", -1)).sum())
+        held = (int((ids == config.image_token_id).sum()), videos)
+        made = self.family.count(vision, config)
+        if held != made:
+            raise PipelineError(
+                f"a sample holds {held[0]} image and {held[1]} video placeholders, but its media make {made[0]} and"
+                f" {made[1]} features; was it cut, or does its text name a placeholder?"
+            )
+
+    def _separator(self, turns: list[dict[str, Any]], prompt: str) -> str:
+        """Return the blanks that the chat format writes between a prompt and its answer (a space, for some)."""
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "answer"}]}
+        whole = self.processor.apply_chat_template([*turns, answer], tokenize=False)
+        between = whole.removeprefix(prompt).partition("answer")[0] if whole.startswith(prompt) else ""
+        return between if between.isspace() else ""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        media: Sequence[Media],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        fps: float | Sequence[float] = 1.0,
+    ) -> list[str]:
+        """Answer prompts, greedily or (temperature > 0) by chance; never with a token that stands for vision.
+
+        seeds: one a sample, needed for chance; an answer depends on its own seed alone, not on the batch. Settings of
+        the checkpoint's ``generation_config.json`` other than its end tokens are not used. Answers are stripped.
+
+        Raises:
+            PipelineError: seeds and temperature do not go together, or what `encode_prompt` refuses.
+        """
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        if (temperature > 0) != (seeds is not None) or (seeds is not None and len(seeds) != len(prompts)):
+            raise PipelineError(
+                f"temperature={temperature} with {'no' if seeds is None else len(seeds)} seeds for {len(prompts)}"
+                " prompts: greedy answers take temperature=0 and no seeds, sampled ones a seed a prompt."
+            )
+        samples = self._encode_prompts(prompts, media, fps)
+        batch = self.collate(samples, padding_side="left")
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, eos_token_id=self._end_ids, pad_token_id=self.tokenizer.eos_token_id
+        )
+        answers = [""] * len(samples)
+        for indices in self._groups(batch):
+            inputs = self._inputs(batch.select(indices))
+            inputs.pop("position_ids", None)
+            choice = NextToken(
+                self.vision_ids, temperature, top_p, None if seeds is None else [seeds[i] for i in indices]
+            )
+            tokens = self._generate(inputs, settings, LogitsProcessorList([choice]))
+            for index, row in zip(indices, tokens, strict=True):
+                answers[index] = self.tokenizer.decode(row, skip_special_tokens=True).strip()
+        return answers
+
+    def _generate(self, inputs: dict[str, Tensor], settings: Any, choice: Any) -> Tensor:
+        """Return the new tokens, chosen by `choice` alone: the checkpoint's own settings are put aside meanwhile."""
+        kept, self.network.generation_config = self.network.generation_config, settings
+        # A block that keeps no activations keeps no cache either, and generation would go on without its past.
+        training = [module for module in self._checkpointed() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            whole = self.network.generate(**inputs, logits_processor=choice)
+        finally:
+            self.network.generation_config = kept
+            for module in training:
+                module.training = True
+        return whole[:, inputs["input_ids"].shape[1] :]
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the network carries a LoRA."""
+        return adapters.has_adapter(self.network)
+
+    def add_adapter(
+        self, rank: int, alpha: float | None = None, target_modules: Sequence[str] | None = None, seed: int = 0
+    ) -> None:
+        """Add a trainable LoRA (A seeded, B zero) to the language model and freeze everything else, vision too."""
+        layers = vlm_adapters.layers_to_adapt(self.network, self.family.language, target_modules)
+        adapters.add_adapter(self.network, rank, alpha, layers, seed)
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Load an adapter directory and freeze everything else."""
+        vlm_adapters.load_adapter(self.network, path)
+
+    def adapter_disabled(self) -> AbstractContextManager[None]:
+        """Context in which the model is, to the bit, its base: the reference."""
+        if not self.has_adapter:
+            raise PipelineError("the model carries no adapter to switch off; use a frozen copy as the reference.")
+        return adapters.adapter_disabled(adapters.lora_layers(self.network))
+
+    def merge_adapter(self) -> None:
+        """Fold the adapter into the weights, so that the next one starts, and is referred to, from here."""
+        if not self.has_adapter:
+            raise PipelineError("the model carries no adapter to merge.")
+        vlm_adapters.merge_adapter(self.network)
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """Return what training may change: the adapter's weights if there is one, else the whole network's."""
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade compute for memory in the language model's backward pass."""
+        self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self._checkpointed():
+            # Blocks keep their activations unless they train; what is inside them stays without dropout.
+            module.training = True
+
+    def _checkpointed(self) -> list[torch.nn.Module]:
+        blocks = self.network.get_submodule(self.family.language).modules()
+        return [module for module in blocks if getattr(module, "gradient_checkpointing", False)]
+
+    def save(self, path: str | Path) -> None:
+        """Write model and processor in transformers' layout; an adapter is merged into a copy first."""
+        network = self.network
+        if self.has_adapter:
+            network = copy.deepcopy(network)
+            vlm_adapters.merge_adapter(network)
+        with quiet_loading():
+            network.save_pretrained(path)
+        self.processor.save_pretrained(path)
+
+    def save_lora(self, path: str | Path, *, base_model: str | None = None) -> None:
+        """Write the adapter in peft's layout, and ``mmalign.json`` naming the base model."""
+        record = {"base_model": base_model or self.name_or_path, "family": self.network.config.model_type}
+        vlm_adapters.save_adapter(self.network, path, record)

@@ -1,0 +1,1 @@
+"""Models that rewards stand on, and how their weights are loaded."""

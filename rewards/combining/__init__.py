@@ -1,0 +1,1 @@
+"""How several rewards become one: modes, parts, transforms, shaping."""

@@ -1,0 +1,1 @@
+"""What rewards know of English: grammar, contrast prompts, GenEval's tasks."""

@@ -1,0 +1,160 @@
+"""Pairs of answers on disk, what they become, and questions with their videos."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import write_answer_pairs
+from tiny_vlms import build_llava_onevision
+
+from mmalign.config.sections import DataConfig
+from mmalign.core.errors import UserError
+from mmalign.core.io.decode import Frames, decode_video
+from mmalign.core.io.images import encode_png
+from mmalign.core.io.video_files import write_video
+from mmalign.data.encoded.vlm_samples import VlmPairs, read_media
+from mmalign.data.video.question_set import read_asked
+from mmalign.data.vlm_pairs import read_vlm_pairs
+from pipelines import VisionLanguageModel, load_vlm
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageModel:
+    return load_vlm(build_llava_onevision(tmp_path_factory.mktemp("models") / "vlm"), device="cpu")
+
+
+def pairs_of(path: Path, model: VisionLanguageModel, limit: int = 2**30, **changes: Any) -> VlmPairs:
+    data = DataConfig(pairs=str(path), cache=str(path.parent / "cache"), **changes)
+    table = read_vlm_pairs(str(path), data)
+    return VlmPairs(table, model, data, model_id="m", precision="fp32", memory_limit=limit)
+
+
+def test_pairs_are_encoded_as_the_model_encodes_them(model: VisionLanguageModel, tmp_path: Path) -> None:
+    path = write_answer_pairs(tmp_path, 3, own_media=True, margin=[1.0, None, 2.5], aspect=["speed", "order", None])
+    pairs = pairs_of(path, model)
+    batch = pairs.batch([2, 0], 4, 0)
+    assert batch.ids == ["pair-2", "pair-0"] and batch.epoch == 4 and batch.prompts[1] == "what moves in 0?"
+    assert batch.aspects == [None, "speed"]
+    assert batch.margins is not None and batch.margins.tolist() == [2.5, 1.0]
+    shown, rate = decode_video(tmp_path / "2-other.mkv")
+    assert rate == 4.0
+    expected = model.complete(model.encode_prompt("what moves in 2?", [shown], fps=4.0), "a green one")
+    assert torch.equal(batch.rejected[0].completion_ids, expected.completion_ids)
+    assert torch.equal(batch.rejected[0].vision["pixel_values_videos"], expected.vision["pixel_values_videos"])
+    assert torch.equal(batch.media[0]().media[0], decode_video(tmp_path / "2.mkv")[0])
+    assert batch.media[0]().fps == 4.0
+
+
+def test_nothing_is_decoded_twice_while_there_is_room(model: VisionLanguageModel, tmp_path: Path) -> None:
+    path = write_answer_pairs(tmp_path, 2)
+    roomy, tight = pairs_of(path, model), pairs_of(path, model, limit=0)
+    first = [pairs.batch([0], 0, 0).chosen[0] for pairs in (roomy, tight)]
+    roomy.media(0)
+    (tmp_path / "0.mkv").write_bytes(b"no video")
+    assert roomy.batch([0], 1, 0).chosen[0] is first[0]
+    assert roomy.media(0).media[0].shape == (4, 3, 16, 16)
+    with pytest.raises(UserError, match=r"answers.jsonl: pair 'pair-0': unreadable video in .*0.mkv \("):
+        tight.batch([0], 1, 0)
+
+
+def test_the_data_are_known_by_content(model: VisionLanguageModel, tmp_path: Path) -> None:
+    path = write_answer_pairs(tmp_path / "one", 3)
+    found = pairs_of(path, model).data_id
+    moved = shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "one")
+    assert pairs_of(moved / "answers.jsonl", model).data_id == found
+    shutil.copy(moved / "1.mkv", moved / "2.mkv")
+    assert pairs_of(moved / "answers.jsonl", model).data_id != found
+
+
+def test_parquet_holds_media_inside_or_beside(model: VisionLanguageModel, tmp_path: Path) -> None:
+    image = encode_png(torch.rand(3, 16, 16))
+    rows = [
+        {"prompt": "what?", "chosen": "red", "rejected": "blue", "images": [{"bytes": image, "path": None}] * 2,
+         "rejected_image": None},
+        {"prompt": "what?", "chosen": "red", "rejected": "red", "images": [{"bytes": image, "path": None}],
+         "rejected_image": {"bytes": encode_png(torch.zeros(3, 16, 16)), "path": None}},
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "inside.parquet")
+    batch = pairs_of(tmp_path / "inside.parquet", model).batch([0, 1], 0, 0)
+    assert [len(one().media) for one in batch.media] == [2, 1] and batch.ids == ["0", "1"]
+    assert float(batch.rejected[1].vision["pixel_values"].max()) < float(batch.chosen[1].vision["pixel_values"].max())
+
+    (tmp_path / "frames").mkdir()
+    for index in range(6):
+        Image.new("RGB", (16, 16), (40 * index,) * 3).save(tmp_path / "frames" / f"{index}.png")
+    row = {"caption": "what?", "chosen": "red", "rejected": "blue", "video": "frames", "fps": 3.0, "id": "x"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "beside.parquet")
+    found = pairs_of(tmp_path / "beside.parquet", model, frames=3).media(0)
+    # Three of six frames at 3 a second, the first and the last among them: 2.5 frames apart, 1.2 a second.
+    assert found.media[0][:, 0, 0, 0].tolist() == [0, 80, 200] and found.fps == pytest.approx(3 * 2 / 5)
+
+
+def test_rates_are_those_of_the_frames_taken(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mkv", torch.zeros(9, 3, 16, 16, dtype=torch.uint8), 4.0)
+    assert decode_video(tmp_path / "a.mkv")[1] == 4.0
+    assert decode_video(tmp_path / "a.mkv", Frames(fps=2.0))[1] == pytest.approx(2.0)
+    assert decode_video(tmp_path / "a.mkv", Frames(count=3), rate=8.0)[1] == pytest.approx(2.0)
+    assert read_media([tmp_path / "a.mkv"], "video", Frames(count=1), None, "x").fps == 4.0
+
+
+FINE = {"prompt": "what?", "chosen": "red", "rejected": "blue", "video": "0.mkv"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{**FINE, "chosen": " "}], "row 0 has no text in column 'chosen' (' ')"),
+        ([{"prompt": "what?", "chosen": "red", "video": "0.mkv"}], "no column 'rejected'; found 'prompt'"),
+        ([{"prompt": "what?", "chosen": "red", "rejected": "blue"}], "no column 'video'"),
+        ([{**FINE, "rejected": "red "}], "row 0: chosen and rejected are the same answer about the same media"),
+        ([{**FINE, "video": "gone.mkv"}], "gone.mkv does not exist"),
+        ([FINE, {**FINE, "video": None}], "row 1 has no media"),
+        ([{**FINE, "image": "0.png"}], "row 0 has video and image; give one of"),
+        ([{**FINE, "rejected_image": "0.mkv"}], "row 0 has video and rejected_image"),
+        ([{**FINE, "id": "a"}, {**FINE, "id": "a"}], "id 'a' occurs more than once"),
+        ([{**FINE, "fps": 0}], "fps 0; a rate is above 0"),
+        ([{**FINE, "difficulty": 1.5}], "difficulty 1.5; give a whole number"),
+        ([{**FINE, "margin": "much"}], "margin is 'much'; give a number"),
+    ],
+)
+def test_rows_that_are_no_pairs(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    write_video(tmp_path / "0.mkv", torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError) as error:
+        read_vlm_pairs(str(tmp_path / "pairs.jsonl"), DataConfig(pairs="x"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_margins_and_difficulties_choose_pairs(tmp_path: Path) -> None:
+    path = write_answer_pairs(tmp_path, 4, margin=[0.1, 2.0, 0.3, 4.0], difficulty=[16, 8, 8, 2])
+    assert read_vlm_pairs(str(path), DataConfig(min_margin=0.2), difficulties=[8, 16]).ids == ["pair-1", "pair-2"]
+    assert str(read_vlm_pairs(str(path), DataConfig(limit=3)).counts) == "3 pairs of answers, 1 left out"
+    with pytest.raises(UserError, match="no pair is left of 4"):
+        read_vlm_pairs(str(path), DataConfig(), difficulties=[32])
+    with pytest.raises(UserError, match="give a .parquet or .jsonl file"):
+        read_vlm_pairs(str(tmp_path), DataConfig())
+
+
+def test_tempcompass_with_its_videos(tmp_path: Path) -> None:
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "videos").mkdir()
+    questions = {"clip1": {"speed": [{"question": "Fast or slow?\nA. fast\nB. slow", "answer": "A. fast"}]}}
+    (tmp_path / "questions" / "multi-choice.json").write_text(json.dumps(questions))
+    with pytest.raises(UserError, match="1 questions are about videos that are not there, clip1 first"):
+        read_asked(str(tmp_path))
+    write_video(tmp_path / "videos" / "clip1.mp4", torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    (asked,) = read_asked(str(tmp_path))
+    assert asked.question.aspect == "speed" and asked.file == tmp_path / "videos" / "clip1.mp4"
+    with pytest.raises(UserError, match="no question in the formats yes_no"):
+        read_asked(str(tmp_path), ["yes_no"])
+    with pytest.raises(UserError, match="no questions about videos; give a folder that `mmalign shapes videos"):
+        read_asked(str(tmp_path / "videos"))

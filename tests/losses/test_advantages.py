@@ -1,0 +1,147 @@
+"""Advantages by hand and against NumPy: when a prompt's own rewards are used, which are forgotten, what gives 0."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmalign.losses.advantages import PromptStatistics, group_advantages
+
+
+def rewards_of(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def by_numpy(values: list[float], pool: list[float]) -> list[float]:
+    return [(value - np.mean(pool)) / (np.std(pool) + 1e-8) for value in values]
+
+
+def test_a_hand_written_sequence_with_minimum_and_eviction() -> None:
+    statistics = PromptStatistics(buffer_size=4, min_count=3, clip=None)
+    # Two rewards each are too few: both prompts are judged by the batch, mean 3, variance (4 + 1 + 0 + 9) / 4.
+    first = statistics.advantages(["cat", "dog", "cat", "dog"], rewards_of(1.0, 2.0, 3.0, 6.0))
+    assert first.tolist() == pytest.approx([value / math.sqrt(3.5) for value in (-2, -1, 0, 3)], rel=1e-7)
+    # The cat's third and fourth reward count already: 1, 3, 5, 7 have mean 4 and variance 5. The dog holds 2, 6 and
+    # 10: mean 6, variance 32/3. A prompt never met is judged by the batch 5, 7, 10, 2: mean 6, variance 8.5.
+    second = statistics.advantages(["cat", "cat", "dog", "fox"], rewards_of(5.0, 7.0, 10.0, 2.0))
+    expected = [1 / math.sqrt(5), 3 / math.sqrt(5), 4 / math.sqrt(32 / 3), -4 / math.sqrt(8.5)]
+    assert second.tolist() == pytest.approx(expected, rel=1e-7)
+    # The cat's 1 is forgotten: 3, 5, 7, 17 have mean 8 and variance (25 + 9 + 1 + 81) / 4 = 29.
+    third = statistics.advantages(["cat"], rewards_of(17.0))
+    assert third.tolist() == pytest.approx([9 / math.sqrt(29)], rel=1e-7)
+
+
+def test_the_defaults_are_ddpo_s_sixteen_clipped_at_five() -> None:
+    statistics = PromptStatistics()
+    values = np.random.default_rng(0).normal(size=16).tolist()
+    others = np.random.default_rng(1).normal(loc=3.0, size=8).tolist()
+    batch = values[:15] + others
+    early = statistics.advantages(["cat"] * 15 + ["dog"] * 8, rewards_of(*batch))
+    assert early.tolist() == pytest.approx(by_numpy(batch, batch), rel=1e-10)
+    sixteenth = statistics.advantages(["cat", "dog"], rewards_of(values[15], 0.5))
+    expected = by_numpy(values[15:], values) + by_numpy([0.5], [values[15], 0.5])
+    assert sixteenth.tolist() == pytest.approx(expected, rel=1e-10)
+    # The eldest goes. One of 16 lies sqrt(15) = 3.87 deviations away at most: the clip at 5 does not bite here.
+    outlier = statistics.advantages(["cat"], rewards_of(100.0))
+    assert outlier.tolist() == pytest.approx(by_numpy([100.0], values[1:] + [100.0]), rel=1e-10)
+
+
+def test_the_clip_holds_on_both_sides_and_none_switches_it_off() -> None:
+    # One reward away from 63 equal ones: (64 - 1) / sqrt(64 - 1) deviations.
+    values = [1.0] + [0.0] * 63
+    prompts = [f"prompt {i}" for i in range(64)]
+    for sign in (1.0, -1.0):
+        rewards = sign * rewards_of(*values)
+        assert PromptStatistics(clip=None).advantages(prompts, rewards)[0].item() == pytest.approx(
+            sign * math.sqrt(63), rel=1e-6
+        )
+        clipped = PromptStatistics().advantages(prompts, rewards)
+        assert clipped[0].item() == sign * 5.0
+        assert clipped[1].item() == pytest.approx(-sign / math.sqrt(63), rel=1e-6)
+
+
+def test_equal_rewards_give_zero_whatever_rounding_makes_of_their_mean() -> None:
+    # The mean of three 0.1 is not 0.1 in binary; divided by 1e-8 such a rest would be a preference in float32.
+    tenths = torch.full((3,), 0.1)
+    assert group_advantages(["cat"] * 3, tenths).tolist() == [0.0] * 3
+    statistics = PromptStatistics(buffer_size=2, min_count=2, clip=None)
+    assert statistics.advantages(["cat"] * 3, tenths).tolist() == [0.0] * 3
+    # The buffer holds 0.1 twice; the 7 that it has forgotten within the batch has no scale to be judged by.
+    assert statistics.advantages(["cat"] * 3, torch.tensor([7.0, 0.1, 0.1])).tolist() == [0.0] * 3
+
+
+def test_group_advantages_by_hand() -> None:
+    prompts = ["cat", "dog", "cat", "fox", "dog", "cat", "dog"]
+    # cat: 1, 2, 6, mean 3, variance 14/3; dog: equal, no signal; fox: alone.
+    result = group_advantages(prompts, rewards_of(1.0, 0.3, 2.0, 9.0, 0.3, 6.0, 0.3))
+    deviation = math.sqrt(14 / 3)
+    assert result.tolist() == pytest.approx([-2 / deviation, 0, -1 / deviation, 0, 0, 3 / deviation, 0], rel=1e-7)
+    assert result[[1, 3, 4, 6]].tolist() == [0.0] * 4
+    clipped = group_advantages(prompts, rewards_of(1.0, 0.3, 2.0, 9.0, 0.3, 6.0, 0.3), clip=0.5)
+    assert clipped[[0, 2, 5]].tolist() == [-0.5, pytest.approx(-1 / deviation, rel=1e-7), 0.5]
+
+
+def test_group_advantages_have_mean_zero_and_unit_variance_in_every_group() -> None:
+    rewards = torch.randn(24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-3 + 0.21
+    result = group_advantages([f"prompt {i % 4}" for i in range(24)], rewards).view(6, 4)
+    torch.testing.assert_close(result.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(result.var(0, correction=0), torch.ones(4, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+def test_a_resumed_run_goes_on_with_the_same_numbers() -> None:
+    source = np.random.default_rng(2)
+    prompts = ["cat", "dog", "a “fox”\n", "cat"]
+    first, resumed = (PromptStatistics(buffer_size=5, min_count=3) for _ in range(2))
+    for _ in range(4):
+        first.advantages(prompts, torch.from_numpy(source.normal(size=4)))
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert resumed.state_dict() == first.state_dict()
+    rewards = torch.from_numpy(source.normal(size=4))
+    assert torch.equal(first.advantages(prompts, rewards), resumed.advantages(prompts, rewards))
+    shorter = PromptStatistics(buffer_size=2, min_count=2)
+    shorter.load_state_dict(first.state_dict())
+    assert shorter.state_dict()["rewards"]["cat"] == first.state_dict()["rewards"]["cat"][-2:]
+
+
+def test_a_state_is_a_copy() -> None:
+    statistics = PromptStatistics(buffer_size=2, min_count=1)
+    statistics.advantages(["cat"], rewards_of(1.0))
+    state = statistics.state_dict()
+    statistics.advantages(["cat"], rewards_of(2.0))
+    assert state == {"rewards": {"cat": [1.0]}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_precision_is_that_of_the_rewards_but_never_half(dtype: torch.dtype) -> None:
+    rewards = torch.tensor([0.0, 4.0], dtype=dtype, requires_grad=True)
+    for result in (group_advantages(["cat"] * 2, rewards), PromptStatistics().advantages(["cat", "dog"], rewards)):
+        assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert result.tolist() == pytest.approx([-1, 1], abs=1e-7) and not result.requires_grad
+
+
+def test_a_reward_that_is_not_finite_is_refused_before_it_is_remembered() -> None:
+    statistics = PromptStatistics(min_count=1)
+    for broken in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="'dog' is (nan|inf)"):
+            statistics.advantages(["cat", "dog"], rewards_of(1.0, broken))
+        with pytest.raises(ValueError, match="'dog' is (nan|inf)"):
+            group_advantages(["cat", "dog"], rewards_of(1.0, broken))
+    assert statistics.state_dict() == {"rewards": {}}
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="min_count=17.*buffer_size=16"):
+        PromptStatistics(min_count=17)
+    with pytest.raises(ValueError, match="min_count=0"):
+        PromptStatistics(min_count=0)
+    with pytest.raises(ValueError, match="clip=0"):
+        PromptStatistics(clip=0.0)
+    with pytest.raises(ValueError, match="clip=-1"):
+        group_advantages(["cat"], rewards_of(1.0), clip=-1.0)
+    with pytest.raises(ValueError, match=r"2 prompts and rewards of shape \(3,\)"):
+        PromptStatistics().advantages(["cat", "dog"], rewards_of(1.0, 2.0, 3.0))

@@ -1,0 +1,88 @@
+"""The parts of the training loop, one by one: average, data order, schedule, gradients over ranks, load-back check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build_tiny_sd
+from tiny_runs import InMemoryPairs
+
+from mmalign.core.ema import EMA
+from mmalign.data.feed import Feed
+from mmalign.training.export import ExportError, Probe, check_load_back
+from mmalign.training.optim import average_gradients, learning_rate_factor, warmup_steps
+from pipelines import load_generator
+
+
+def test_ema_by_hand_and_swap_is_undone() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    ema = EMA({"w": parameter}, 0.5)
+    expected, value = 0.0, 0.0
+    for updates in range(4):
+        value += 1.0
+        parameter.data.fill_(value)
+        ema.update()
+        decay = min(0.5, (1 + updates) / (10 + updates))
+        expected = decay * expected + (1 - decay) * value
+    assert ema.shadow["w"].item() == pytest.approx(expected)
+    with pytest.raises(KeyError), ema.applied():
+        assert parameter.item() == pytest.approx(expected)
+        raise KeyError
+    assert parameter.item() == 4.0
+
+
+def test_load_back_check_finds_an_export_that_differs(tmp_path: Path) -> None:
+    model = build_tiny_sd(tmp_path / "sd")
+    generator = load_generator(model, device="cpu")
+    cond = generator.encode_prompts(["a red circle"])
+    probe = Probe(torch.randn(1, *generator.latent_shape), torch.tensor([500]), cond)
+    expected = probe.predict(generator)
+
+    def load(path: str) -> Any:
+        return load_generator(path, device="cpu")
+
+    check_load_back(Path(model), load, probe, expected)
+    for wrong in (expected + 0.01, expected * float("nan")):
+        with pytest.raises(ExportError, match="read again"):
+            check_load_back(Path(model), load, probe, wrong)
+
+
+def test_every_pair_is_dealt_once_an_epoch_to_one_rank_in_any_split() -> None:
+    pairs = InMemoryPairs(26)
+
+    def dealt(step: int, **split: int) -> list[str]:
+        world_size = split.get("world_size", 1)
+        feeds = [Feed(pairs, **{**split, "rank": rank}) for rank in range(world_size)]  # type: ignore[arg-type]
+        return [pair for feed in feeds for batch in feed.micro_batches(step) for pair in batch.ids]
+
+    splits = [
+        {"batch_size": 8},
+        {"batch_size": 2, "accumulation": 4},
+        {"batch_size": 2, "accumulation": 2, "world_size": 2},
+    ]
+    for step in range(7):
+        assert len({tuple(sorted(dealt(step, **split))) for split in splits}) == 1
+    epochs = [[pair for step in range(3 * e, 3 * e + 3) for pair in dealt(step, batch_size=8)] for e in range(2)]
+    assert all(len(set(epoch)) == 24 for epoch in epochs) and epochs[0] != epochs[1]
+    assert next(Feed(pairs, batch_size=8).micro_batches(4)).epoch == 1
+
+
+def test_learning_rate_by_hand() -> None:
+    assert [learning_rate_factor(step, 8, 2, "constant") for step in (0, 1, 2, 7)] == [0.5, 1, 1, 1]
+    assert [learning_rate_factor(step, 8, 0.25, "linear") for step in (2, 5, 7)] == [1, 0.5, pytest.approx(1 / 6)]
+    assert learning_rate_factor(4, 8, 0, "cosine") == pytest.approx(0.5)
+    assert learning_rate_factor(0, 8, 0, "constant") == 1
+    assert warmup_steps(0.1, 400) == 40 and warmup_steps(25, 400) == 25 and warmup_steps(0, 400) == 0
+
+
+def test_gradients_are_averaged_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two ranks of which the other holds the same message times three; a parameter without a gradient counts as zero.
+    first, second = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    first.grad = torch.tensor([2.0, 4.0])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(4))
+    average_gradients([first, second], world_size=2)
+    assert first.grad.tolist() == [4.0, 8.0]
+    assert second.grad is not None and second.grad.tolist() == [0.0, 0.0]
