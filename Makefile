@@ -2,12 +2,12 @@
 
 VENV   ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3 python; do $$p -c "" 2>/dev/null && command -v $$p && break; done)
-EXTRAS ?= dev,tensorboard,video
+EXTRAS ?= dev,docs,tensorboard,video
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.mmalign-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all check format bench wheel clean
+.PHONY: help env demo test test-all check format docs bench wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -33,6 +33,9 @@ format: $(READY) ## put the code in the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY) ## build the documentation site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(READY) ## measure speed on this machine
 	$(BIN)/python -m benchmarks
 
@@ -40,7 +43,7 @@ wheel: $(READY) ## build dist/*.whl, with the configs and assets inside
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean: ## delete environments, caches and builds; runs/ stays
-	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* build dist site .pytest_cache .mypy_cache .ruff_cache
 	find mmalign pipelines rewards tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made once, and again when the dependencies change.

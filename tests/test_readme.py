@@ -1,4 +1,4 @@
-"""The examples of README and CONTRIBUTING, run as they stand; the README's table of rewards, held to the registry."""
+"""The examples of the guides, run as they stand; the table of rewards, compared with the registry."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from tiny_models import build_tiny_sd
 from mmalign.cli import main
 from mmalign.compare.config import load_compare_config
 from mmalign.compare.systems.training import plan_trainings
-from mmalign.methods import methods
 from rewards import load_reward
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+GUIDES = ROOT / "docs" / "guides"
 
 
-def example(name: str, text: str = README) -> str:
-    code = re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", text, re.S)
+def example(name: str, guide: str) -> str:
+    code = re.search(rf"<!-- example: {name} -->\n+```python\n(.*?)```", (GUIDES / guide).read_text(), re.S)
     assert code is not None
     return code.group(1)
 
@@ -40,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_comparison_that_trains_is_one_that_compare_takes(folder: Path) -> None:
-    text = re.search(r"```yaml\n(# mmalign compare versus.yaml\n.*?)```", README, re.S)
+    text = re.search(r"```yaml\n(# mmalign compare versus.yaml\n.*?)```", (GUIDES / "compare.md").read_text(), re.S)
     assert text is not None
     (folder / "versus.yaml").write_text(text.group(1))
     config = load_compare_config("versus.yaml")
@@ -52,7 +51,7 @@ def test_the_comparison_that_trains_is_one_that_compare_takes(folder: Path) -> N
 
 
 def test_the_method_trains(folder: Path) -> None:
-    code = example("method")
+    code = example("method", "add-a-method.md")
     assert len(code.splitlines()) < 60
     (folder / "my_methods.py").write_text(code)
     model = build_tiny_sd(folder / "model")
@@ -73,8 +72,8 @@ def test_the_method_trains(folder: Path) -> None:
     assert '"gap"' in (folder / "run" / "metrics.jsonl").read_text()
 
 
-def test_the_online_method_of_the_contributors_guide_trains(folder: Path) -> None:
-    (folder / "my_online.py").write_text(example("reinforce", (ROOT / "CONTRIBUTING.md").read_text()))
+def test_the_online_method_trains(folder: Path) -> None:
+    (folder / "my_online.py").write_text(example("reinforce", "add-a-method.md"))
     (folder / "prompts.txt").write_text("a red square\na blue star\n")
     model = build_tiny_sd(folder / "model", vae="tiny")
     code_out = main(
@@ -90,16 +89,16 @@ def test_the_online_method_of_the_contributors_guide_trains(folder: Path) -> Non
 
 
 def test_the_reward_scores(folder: Path) -> None:
-    (folder / "my_rewards.py").write_text(example("reward"))
+    (folder / "my_rewards.py").write_text(example("reward", "add-a-reward.md"))
     red = torch.zeros(1, 3, 8, 8)
     red[:, 0] = 0.5
     assert load_reward("my_rewards:Warmth")(red).item() == pytest.approx(0.5)
 
 
-def test_the_reward_of_the_contributors_guide(folder: Path) -> None:
+def test_the_reward_with_facts_and_options(folder: Path) -> None:
     from rewards import RewardError
 
-    (folder / "my_rewards.py").write_text(example("contrast", (ROOT / "CONTRIBUTING.md").read_text()))
+    (folder / "my_rewards.py").write_text(example("contrast", "add-a-reward.md"))
     name = "my_rewards:ContrastRms"
     halves = torch.zeros(1, 3, 4, 4)
     halves[..., :2] = 0.8
@@ -119,29 +118,17 @@ def test_the_reward_of_the_contributors_guide(folder: Path) -> None:
     assert "gamma 1" in (folder / "s.csv.meta.json").read_text()
 
 
-def test_every_method_has_its_section_and_every_picture_is_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "methods"]) == 0
-    places = re.findall(r"docs/methods\.md#(\w+)", capsys.readouterr().out)
-    pages = (ROOT / "docs" / "methods.md").read_text()
-    sections = dict(re.findall(r'<a id="(\w+)"></a>\n\n(## .*?)(?=\n<a id|\n## |\Z)', pages, re.S))
-    assert sorted(places) == sorted(methods.names()) and set(places) <= set(sections)
-    for name in places:
-        pictures = re.findall(r"\((images/[^)]*)\)", sections[name])
-        assert pictures or methods.get(name).needs.modality != "image", name
-        assert all((ROOT / "docs" / picture).is_file() for picture in pictures), name
-
-
 def test_the_table_of_rewards_agrees_with_the_registry() -> None:
-    from mmalign.cli.list import bound
     from rewards import Facts, reward_class
     from rewards.registry import BUILTIN
 
-    section = README.partition("## Score anything")[2].partition("\n## ")[0]
+    text = (ROOT / "rewards" / "README.md").read_text()
+    section = text.partition("[start:table] -->")[2].partition("<!-- --8<-- [end:table]")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
     header, *rows = rows
-    assert header == ["reward", "licence", "range", "sees", "misses"]
+    assert header == ["reward", "licence", "range", "sees", "limitations"]
     assert sorted(row[0].strip("`") for row in rows) == [row[0].strip("`") for row in rows] == sorted(BUILTIN)
-    for name, licence, limits, sees, misses in rows:
+    for name, licence, limits, sees, limitations in rows:
         facts = Facts.of(reward_class(name.strip("`")))
-        assert (licence, limits) == (facts.licence, " .. ".join(map(bound, facts.range))), name
-        assert (facts.modality == "video") == sees.startswith("video") and misses
+        assert (licence, limits) == (facts.licence, " .. ".join(f"{bound:g}" for bound in facts.range)), name
+        assert (facts.modality == "video") == sees.startswith("video") and limitations

@@ -87,7 +87,8 @@ class Checkout:
 
     def _missing(self, file: str, what: str) -> UserError:
         return UserError(
-            f"{self.path / file}: found no {what}; needed: {self.repository} at a version like that in docs/methods.md"
+            f"{self.path / file}: found no {what}; needed: {self.repository} at a version like that in "
+            "docs/results/equivalence.md"
         )
 
 

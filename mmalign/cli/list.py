@@ -75,7 +75,7 @@ def _methods() -> Listing:
                 needs.reward,
                 needs.modality,
                 f"arXiv {paper[1]}" if paper else "",
-                f"docs/methods.md#{name}" if method.__module__.startswith("mmalign.methods.") else "",
+                f"docs/methods/{name}.md" if method.__module__.startswith("mmalign.methods.") else "",
                 _first_line(method),
             ]
         )
@@ -169,10 +169,11 @@ def _configs() -> Listing:
 
     rows = []
     for name in list_configs():
-        first = find_config(name).read_text(encoding="utf-8").partition("\n")[0]
-        rows.append([name, first.lstrip("# ") if first.startswith("#") else ""])
-    hint = "Run one as its header says, mostly with `mmalign train NAME`; see it with `mmalign show-config NAME`."
-    return Listing(["config", "header"], rows, hint)
+        text = find_config(name).read_text(encoding="utf-8")
+        header = dict(re.findall(r"^# (Run|Needs|Cost): (.*)", text, re.MULTILINE))
+        rows.append([name, *(header.get(key, "") for key in ("Run", "Needs", "Cost"))])
+    hint = "The first lines of a config say more, such as its result; see its values with `mmalign show-config NAME`."
+    return Listing(["config", "run", "needs", "cost"], rows, hint)
 
 
 def _prompts() -> Listing:

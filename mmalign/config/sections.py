@@ -211,7 +211,7 @@ class EvaluateConfig(StrictModel):
 
 
 class MonitorConfig(StrictModel):
-    """What an online run is watched for (docs/monitors.md); a threshold of null switches its alarm off."""
+    """What an online run is watched for (docs/guides/monitors.md); a threshold of null switches its alarm off."""
 
     action: Literal["off", "warn", "stop"] = "warn"
     """off: nothing is measured; warn: an alarm is a sentence on the terminal; stop: and ends the run"""

@@ -74,7 +74,7 @@ def invert_pairs(run: Run, batch: PairBatch, config: InversionConfig, *, renoise
 
     The target is the noise that leads from the clean image to where the inversion ended, so it differs from image to
     image. `renoise` and `eta` are those of `pipelines.invert`. On the code's grid the images lie at a level below the
-    timestep that the networks are told (arithmetic in `docs/methods.md`); the noise is the one that `add_noise` would
+    timestep that the networks are told (see `docs/methods/smpo.md`); the noise is the one that `add_noise` would
     have needed at that timestep.
     """
     latents, t, cond = _both_sides(run, batch, config)

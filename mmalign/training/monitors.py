@@ -5,7 +5,7 @@ the pictures get worse (Gao et al. 2022, arXiv:2210.10760). So other numbers are
 of their own: held-out rewards against the training reward, three statistics of the sampled images, the importance
 ratios and the distance to the reference. Each is compared with where the run itself started, in units in which 1 is
 its threshold; beyond it for `patience` observations in a row, it raises one alarm, and no second one before it has
-been less than half way to the threshold for as long. docs/monitors.md says what each alarm means.
+been less than half way to the threshold for as long. docs/guides/monitors.md says what each alarm means.
 """
 
 from __future__ import annotations

@@ -1,0 +1,99 @@
+"""The pages: a page a method, the README short and its links good, the headers of configs complete."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmalign.cli import main
+from mmalign.methods import methods
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+KEYS = ["Run", "Needs", "Cost", "Result", "Differs from the paper"]
+READMES = [ROOT / "rewards" / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "assets").rglob("README.md")]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *READMES])
+
+
+def header(text: str) -> dict[str, list[str]]:
+    """Return the lines of each key in the comment that a config begins with."""
+    found: dict[str, list[str]] = {}
+    for line in re.match(r"(#.*\n)*", text)[0].splitlines():  # type: ignore[index]
+        if line.startswith("#   "):
+            found[list(found)[-1]].append(line[4:])
+        else:
+            key, colon, value = line.removeprefix("# ").partition(": ")
+            assert colon and value and key not in found, line
+            found[key] = [value]
+    return found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
+def test_every_config_has_a_complete_header(path: Path) -> None:
+    name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+    found = header(path.read_text(encoding="utf-8"))
+    assert list(found) == KEYS
+    verb = "compare" if name.startswith("compare/") else "train-reward" if path.stem == "latent_reward" else "train"
+    assert found["Run"][0].split()[:3] == ["mmalign", verb, name] and len(found["Run"]) == 1
+    for page in re.findall(r"docs/[\w/-]+\.md", " ".join(sum(found.values(), []))):
+        assert (ROOT / page).is_file(), page
+    for word in re.findall(r"mmalign (?:train|train-reward|compare) ([\w/]+)", " ".join(sum(found.values(), []))):
+        assert (ROOT / "configs" / f"{word}.yaml").is_file(), word
+
+
+def test_list_configs_prints_the_header(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["config", "run", "needs", "cost"]
+    [line] = [line for line in lines if line.startswith("shapes/draft ")]
+    assert re.split(r"\s{2,}", line.strip()) == [
+        "shapes/draft", "mmalign train shapes/draft", "nothing else; 2 GB of memory.", "7 min on 2 CPU cores."
+    ]  # fmt: skip
+
+
+def test_every_method_has_its_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "methods"]) == 0
+    places = re.findall(r"docs/methods/(\w+)\.md", capsys.readouterr().out)
+    assert sorted(places) == sorted(methods.names())
+    overview = (ROOT / "docs" / "methods" / "index.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for name in places:
+        page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+        assert f"]({name}.md)" in overview and f"(docs/methods/{name}.md)" in readme, name
+        assert "\n## Objective\n" in page and "\n## Measured result\n" in page, name
+        files = re.findall(r"`(mmalign/(?:losses|methods)/\w+\.py)`", page)
+        assert files and all((ROOT / file).is_file() for file in files), name
+        facts = page.partition("## Objective")[0].partition("| configs |")[2]
+        configs = re.findall(r"`([\w/]+)`", facts)
+        assert configs and all((ROOT / "configs" / f"{config}.yaml").is_file() for config in configs), name
+        pictures = re.findall(r"\]\(\.\./(images/[^)]*)\)", page)
+        assert pictures or methods.get(name).needs.modality != "image", name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        place = (page.parent / file).resolve() if file else page
+        assert place.exists(), target
+        if anchor:
+            headings = re.findall(r"(?m)^#+ (.*)", place.read_text(encoding="utf-8"))
+            slugs = [re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings]
+            assert anchor in slugs, target
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r"[\w/-]+\.md", text))
+    assert {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")} == listed
+    assert yaml.safe_load(text)["site_name"] == "mmalign"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
