@@ -1,4 +1,4 @@
-"""Evaluate an image generator while it trains: a grid of images of fixed prompts and seeds, the mean of some rewards."""
+"""Evaluate an image generator while it trains: images of fixed prompts and seeds, and the means of some rewards."""
 
 from __future__ import annotations
 

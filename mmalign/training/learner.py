@@ -68,7 +68,7 @@ class Learner(ABC):
     def learn(self, batch: Any) -> Mapping[str, Tensor | float]:
         """Add the gradient of a micro-batch and return its metrics."""
 
-    def after_update(self) -> None:
+    def after_update(self) -> None:  # noqa: B027 (a hook)
         """Do what follows the optimiser's step; by default nothing."""
 
     def between_rounds(self, step: int) -> bool:

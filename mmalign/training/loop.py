@@ -90,7 +90,7 @@ class Loop:
     metrics: Metrics
 
     def __init__(self, learner: Learner, config: Any, callbacks: Sequence[Callback] = ()) -> None:
-        """Prepare to run what `config` says in `output` and in its `trainer` section; nothing is read or written yet."""
+        """Prepare to run what `config` says in `output` and its `trainer` section; nothing is read or written yet."""
         self.learner, self.config, self.callbacks = learner, config, list(callbacks)
         self.settings = config.trainer
         self.output = Path(config.output)

@@ -1,4 +1,4 @@
-"""What a configuration asks for: one training, rounds of them, or stages; the loop itself is `mmalign.training.loop`."""
+"""What a configuration asks for: one training, rounds of them, or stages; the loop is in `mmalign.training.loop`."""
 
 from __future__ import annotations
 

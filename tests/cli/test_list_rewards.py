@@ -82,7 +82,8 @@ def test_wrong_arguments(arguments, message, capsys):
 
 
 def test_no_model_library_is_loaded_for_the_facts():
-    code = "import sys; from mmalign.cli import main; main(['list', 'rewards']); print([m for m in HEAVY if m in sys.modules])"
+    code = "import sys; from mmalign.cli import main; main(['list', 'rewards']); "
+    code += "print([m for m in HEAVY if m in sys.modules])"
     heavy = ("transformers", "open_clip", "diffusers", "torchvision", "rapidocr", "onnxruntime")
     done = subprocess.run(
         [sys.executable, "-c", f"HEAVY = {heavy}\n{code}"], capture_output=True, text=True, check=True

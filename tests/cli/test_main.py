@@ -49,7 +49,8 @@ def test_help_is_quick_and_teaches_every_verb() -> None:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help_without_loading_torch(verb: str) -> None:
-    code = f"import sys\nfrom mmalign.cli import main\ntry: main(['{verb}', '--help'])\nfinally: print('torch' in sys.modules)"
+    run = f"from mmalign.cli import main\ntry: main(['{verb}', '--help'])"
+    code = f"import sys\n{run}\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: mmalign {verb}") and "example:" in done.stdout
