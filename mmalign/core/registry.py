@@ -105,3 +105,13 @@ methods = Registry(
     },
     "mmalign.methods",
 )
+
+question_sets = Registry(
+    "question set", {"shapes": "mmalign.shapes.question_set:ShapesQuestions"}, "mmalign.question_sets"
+)
+"""Classes that satisfy `mmalign.core.io.question_sets.QuestionSet`."""
+
+false_captions = Registry(
+    "language of captions", {"shapes": "mmalign.shapes.perturb:false_captions"}, "mmalign.false_captions"
+)
+"""Functions from a caption to captions that are false wherever it is true, by the kind of edit."""

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
-from mmalign.shapes.facts import STATIC, TOPICS, truth
+from mmalign.core.io.video_questions import STATIC, TOPICS
+from mmalign.shapes.facts import truth
 from mmalign.shapes.questions import ask
 from mmalign.shapes.twins import Family, sample_families
 from mmalign.shapes.video import Track, VideoScene, draw, render, unroll

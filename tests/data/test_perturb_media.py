@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mmalign.core.errors import UserError
+from mmalign.core.io.video_questions import TOPICS
 from mmalign.data.video.operators import OPERATORS, Effect, get_operator, perturb
-from mmalign.shapes.facts import TOPICS, truth
+from mmalign.shapes.facts import truth
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.twins import sample_families
 from mmalign.shapes.video import render, unroll

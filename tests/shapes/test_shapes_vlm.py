@@ -15,11 +15,10 @@ from tiny_vlms import build_llava_onevision
 from mmalign.cli import main
 from mmalign.core.errors import UserError
 from mmalign.core.io.answers import rate
-from mmalign.core.io.video_questions import INSTRUCTIONS
+from mmalign.core.io.video_questions import INSTRUCTIONS, STATIC, TOPICS
 from mmalign.core.resources import resource_root
 from mmalign.shapes import train_vlm as training
 from mmalign.shapes import vlm_probes
-from mmalign.shapes.facts import STATIC, TOPICS
 from mmalign.shapes.questions import ShapesQuestion, ask, judge_caption
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.train_vlm import lesson_loss, train_vlm

@@ -30,9 +30,9 @@ class QuestionConfig(SystemsConfig):
     """One comparison of models that answer, as `mmalign compare` takes it."""
 
     questions: str
-    """a folder that `mmalign shapes videos` wrote, or TempCompass's with questions/ and videos/"""
+    """a folder that `mmalign shapes videos` wrote, TempCompass's with questions/ and videos/, or a set of your own"""
     formats: list[Format] = Field(["multi-choice", "yes_no", "caption_matching"], min_length=1)
-    """formats of the questions that are asked; captioning is judged of Shapes videos alone"""
+    """formats of the questions that are asked; captioning needs a set that judges captions, such as Shapes"""
     frames: int | None = Field(None, ge=1)
     """how many frames of each video are shown, spread evenly; null: see fps"""
     fps: float | None = Field(None, gt=0, allow_inf_nan=False)

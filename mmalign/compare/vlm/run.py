@@ -20,14 +20,14 @@ from mmalign.compare.results.training_seeds import gather_scores, merge_systems,
 from mmalign.compare.run import Outcome, describe_machine
 from mmalign.compare.systems.facts import SystemFacts, read_system
 from mmalign.compare.systems.training import train_systems
-from mmalign.compare.vlm.answers import Sheet, answer_questions, choose_asked, write_answers
+from mmalign.compare.vlm.answers import Sheet, answer_questions, choose_questions, write_answers
 from mmalign.compare.vlm.config import QuestionConfig
 from mmalign.compare.vlm.results import FACTS, families, question_numbers, question_scores
 from mmalign.config.run import dump_config
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.precision import check_precision
 from mmalign.data.prompts import Prompt
-from mmalign.data.video.question_set import AskedVideo
+from mmalign.data.video.items import QuestionItem
 
 
 def compare_questions(config: QuestionConfig, *, train: bool = True, retrain: bool = False) -> Outcome:
@@ -44,32 +44,32 @@ def compare_questions(config: QuestionConfig, *, train: bool = True, retrain: bo
     output = Path(config.output)
     check_output(output, "output")
     check_precision(config.precision, key="precision")
-    asked = choose_asked(config)
+    items = choose_questions(config)
     facts = _read_systems(config, train_systems(config, train=train, retrain=retrain))
-    sheets = {name: answer_questions(config, name, one.model, asked) for name, one in facts.items()}
-    comparison = assemble(config, asked, facts, sheets)
+    sheets = {name: answer_questions(config, name, one.model, items) for name, one in facts.items()}
+    comparison = assemble(config, items, facts, sheets)
     results = build_results(comparison)
-    results["questions"] = question_numbers(comparison, [one.question for one in asked], config.questions)
+    results["questions"] = question_numbers(comparison, [item.question for item in items], config.questions)
     for system in results["systems"].values():
         del system["guidance"], system["adapter_scale"]
     write_scores(comparison, output / "scores.csv")
-    write_answers(asked, sheets, output / "answers.csv")
+    write_answers(items, sheets, output / "answers.csv")
     write_atomically(output / "config.yaml", dump_config(config))
     names = replica_names([*comparison.systems], comparison.replicas)
-    gallery = question_gallery(config, asked, {name: sheets[first] for name, (first, *_) in names.items()})
+    gallery = question_gallery(config, items, {name: sheets[first] for name, (first, *_) in names.items()})
     write_report(comparison, results, dump_config(config), output / "report.html", gallery=gallery)
     write_results(results, output / "results.json")
     return Outcome(results, output / "report.html")
 
 
 def assemble(
-    config: QuestionConfig, asked: list[AskedVideo], facts: dict[str, SystemFacts], sheets: dict[str, Sheet]
+    config: QuestionConfig, items: list[QuestionItem], facts: dict[str, SystemFacts], sheets: dict[str, Sheet]
 ) -> Comparison:
     """Put everything that was measured together; `facts` and `sheets` are by the names of replicas."""
     systems, replicas = merge_systems(config, facts)
     names = replica_names([*systems], replicas)
     scores = gather_scores(question_scores(sheets), names)
-    questions = [one.question for one in asked]
+    questions = [item.question for item in items]
     return Comparison(
         prompts=[Prompt(question.prompt, question.aspect) for question in questions],
         seeds=[0],
