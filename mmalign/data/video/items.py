@@ -7,7 +7,7 @@ optional are `answer` (the right one), `aspect`, `fps` (of a video that does not
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,8 @@ from typing import Any
 from mmalign.core.errors import UserError
 from mmalign.core.io.answers import Judge, rate
 from mmalign.core.io.columns import missing_columns
-from mmalign.core.io.parquet import iterate_columns, open_parquet
 from mmalign.core.io.question_sets import Truth, find_question_set, known_layouts
-from mmalign.core.io.tables import TABLE_SUFFIXES, column, prompt_column, read_rows
+from mmalign.core.io.tables import TABLE_SUFFIXES, Table, column, prompt_column
 from mmalign.core.io.video_questions import FORMATS, READ_BY_RULES, VideoQuestion
 from mmalign.core.resources import find
 from mmalign.core.seeds import derive_seed
@@ -89,7 +88,7 @@ def is_video_source(source: str) -> bool:
         return False
     if find_question_set(path) is not None:
         return True
-    return path.is_file() and path.suffix.lower() in TABLE_SUFFIXES and "video" in _columns(path)
+    return path.is_file() and path.suffix.lower() in TABLE_SUFFIXES and "video" in Table(path).columns
 
 
 def load_video_questions(source: str, formats: Sequence[str] | None = None) -> list[QuestionItem]:
@@ -163,13 +162,14 @@ def _instruction(instructions: Sequence[str], seed: int, name: str) -> str:
 
 
 def _table_items(path: Path, questions: bool, instruct: Instruct) -> Iterator[VideoItem]:
-    found = _columns(path)
+    table = Table(path)
+    found = table.columns
     if "video" not in found:
         raise missing_columns(str(path), ["video"], found)
     asks, names = prompt_column(found), column(found, ID_COLUMNS)
     if questions and asks is None:
         raise missing_columns(str(path), ["prompt"], found, "; or describe the videos: --mode answers")
-    for number, row in enumerate(_rows(path, found)):
+    for number, row in enumerate(table.rows(found)):
         where = f"{path}: row {number}"
         name = str(number if names is None or row.get(names) is None else row[names])
         video, prompt = row.get("video"), None if asks is None else row.get(asks)
@@ -187,20 +187,6 @@ def _table_items(path: Path, questions: bool, instruct: Instruct) -> Iterator[Vi
             aspect=_text(row.get("aspect")),
             fps=_rate(row.get("fps"), where),
         )
-
-
-def _columns(path: Path) -> list[str]:
-    if path.suffix.lower() == ".parquet":
-        return list(open_parquet(path).schema_arrow.names)
-    return list(dict.fromkeys(key for row in read_rows(path) for key in row))
-
-
-def _rows(path: Path, columns: list[str]) -> Iterator[Mapping[str, Any]]:
-    if path.suffix.lower() != ".parquet":
-        yield from read_rows(path)
-        return
-    for batch in iterate_columns(path, columns):
-        yield from batch.to_pylist()
 
 
 def _text(value: Any) -> str | None:
