@@ -67,7 +67,7 @@ def _column(values: Sequence[bool]) -> np.ndarray:
 def question_numbers(comparison: Comparison, questions: Sequence[VideoQuestion], source: str) -> dict[str, Any]:
     """Return what results.json holds as `questions`, beside the accuracies over all and by aspect.
 
-    Temporal are TempCompass's aspects, static those that any frame answers (colour, shape, count).
+    Temporal questions are of TempCompass's aspects; static ones are single-frame questions (colour, shape, count).
     """
     units, scores = comparison.units or [], comparison.scores[ACCURACY]
 
