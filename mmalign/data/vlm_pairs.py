@@ -196,7 +196,7 @@ def _row(number: int, row: Mapping[str, Any], prompt: str, identifier: str | Non
     name = row.get(identifier) if identifier else None
     fps, difficulty = _number(row, "fps", where), _number(row, "difficulty", where)
     if fps is not None and fps <= 0:
-        raise UserError(f"{where}: fps {fps:g}; a rate is above 0")
+        raise UserError(f"{where}: fps {fps:g}; the rate must be above 0")
     if difficulty is not None and difficulty != int(difficulty):
         raise UserError(f"{where}: difficulty {difficulty:g}; give a whole number, such as 16")
     margin = _number(row, "margin", where)

@@ -1,4 +1,4 @@
-"""Comparisons of models that answer: numbers by hand on made-up answers, and the whole way with tiny real models."""
+"""Comparisons of vision-language models: numbers by hand on made-up answers, and the whole way with tiny models."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_mistakes_in_a_config(room: Path, tmp_path: Path) -> None:
     for changes, said in (
         ({"frames": 4, "fps": 2.0}, "frames and fps"),
         ({"systems": [{"name": "a", "model": "a"}]}, "only 'a'"),
-        ({"systems": [{"name": "a", "model": "a", "guidance": 2.0}, {"name": "b", "model": "b"}]}, "models that draw"),
+        ({"systems": [{"name": "a", "model": "a", "guidance": 2.0}, {"name": "b", "model": "b"}]}, "image models"),
         ({"formats": ["yes_no", "yes_no"]}, "different formats"),
         ({"baseline": "c"}, "no system is called 'c'"),
     ):

@@ -121,7 +121,7 @@ FINE = {"prompt": "what?", "chosen": "red", "rejected": "blue", "video": "0.mkv"
         ([{**FINE, "image": "0.png"}], "row 0 has video and image; give one of"),
         ([{**FINE, "rejected_image": "0.mkv"}], "row 0 has video and rejected_image"),
         ([{**FINE, "id": "a"}, {**FINE, "id": "a"}], "id 'a' occurs more than once"),
-        ([{**FINE, "fps": 0}], "fps 0; a rate is above 0"),
+        ([{**FINE, "fps": 0}], "fps 0; the rate must be above 0"),
         ([{**FINE, "difficulty": 1.5}], "difficulty 1.5; give a whole number"),
         ([{**FINE, "margin": "much"}], "margin is 'much'; give a number"),
     ],

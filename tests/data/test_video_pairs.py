@@ -259,7 +259,7 @@ def test_the_command_goes_on_and_writes_what_training_reads(
         (["--operators", "neighbour"], "needs bank"),
         (["--difficulty", "4,1"], "difficulty 1"),
         (["--mode", "answers", "--perturb", "captions", "--operators", "flip"], "'flip' changes pictures"),
-        (["--perturb", "captions"], "no questions"),
+        (["--perturb", "captions"], "use --mode answers"),
         (["--mode", "answers", "--chosen", "truth"], "--mode questions"),
         (["--length-ratio", "2"], "descriptions alone"),
         (["--instruction", "Describe it."], "--instruction: some text, and for descriptions alone"),
@@ -346,7 +346,7 @@ def test_mirrored_pairs_teach_nothing_about_words() -> None:
     assert sorted(given[index] for index in kept) == [("p", "a", "b")] * 2 + [("p", "b", "a")] * 2
     assert kept == sorted(kept) == mirrored(given) and len({tuple(mirrored(given, seed)) for seed in range(9)}) > 1
     assert mirrored(given[:3]) == []
-    with pytest.raises(UserError, match="mirrored pairs are of answers to questions"):
+    with pytest.raises(UserError, match="only answers to questions can be mirrored"):
         settings("reverse", mirrored=True)
 
 

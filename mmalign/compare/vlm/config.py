@@ -27,7 +27,7 @@ Format = Literal["multi-choice", "yes_no", "caption_matching", "captioning"]
 
 
 class QuestionConfig(SystemsConfig):
-    """One comparison of models that answer, as `mmalign compare` takes it."""
+    """One comparison of vision-language models, as `mmalign compare` takes it."""
 
     questions: str
     """a folder that `mmalign shapes videos` wrote, TempCompass's with questions/ and videos/, or a set of your own"""
@@ -58,13 +58,13 @@ class QuestionConfig(SystemsConfig):
         for system in self.systems:
             if system.guidance is not None or system.adapter_scale != 1:
                 raise ValueError(
-                    f"systems: '{system.name}' has guidance or adapter_scale, which only models that draw use"
+                    f"systems: '{system.name}' has guidance or adapter_scale, which only image models use"
                 )
         return self
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig | QuestionConfig:
-    """Read a comparison of either kind from YAML; `questions` in it makes it one of models that answer.
+    """Read a comparison of either kind from YAML; with `questions` in it, it compares vision-language models.
 
     Raises:
         UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.

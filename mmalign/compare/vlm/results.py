@@ -1,4 +1,4 @@
-"""The numbers of a comparison of models that answer: accuracies by format, twin accuracy, shuffle sensitivity.
+"""The numbers of a comparison of vision-language models: accuracies by format, twin accuracy, shuffle sensitivity.
 
 Questions about one video, and about videos that conflict with it, are right or wrong together. What is resampled is
 therefore the *family*: all questions that are linked by a video or by a group of twins. On Shapes that is a family of

@@ -1,4 +1,4 @@
-"""Compare models that answer: same questions, greedy answers, intervals over families of videos, one report.
+"""Compare vision-language models: same questions, greedy answers, intervals over families of videos, one report.
 
     <output>/report.html, results.json, config.yaml
     <output>/scores.csv     right or wrong, of every question and system, and how shuffling the frames changed that

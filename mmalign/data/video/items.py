@@ -201,5 +201,5 @@ def _rate(value: Any, where: str) -> float | None:
     except (TypeError, ValueError):
         rate_given = 0.0
     if not rate_given > 0:
-        raise UserError(f"{where}: fps {value!r}; a rate is a number above 0")
+        raise UserError(f"{where}: fps {value!r}; the rate must be a number above 0")
     return rate_given

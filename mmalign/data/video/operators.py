@@ -1,7 +1,7 @@
 """Perturbations of videos, images and lists of captions, and which questions' answers each of them leaves true.
 
 `perturb("block_shuffle", video, seed=3, ratio=8)` works on media `[F, 3, H, W]` or `[3, H, W]` (floats in [0, 1] or
-uint8) and, where only time is touched, on any list with an item for each clip. The same seed and options give the same
+uint8). A temporal one also works on any list with an item for each clip. The same seed and options give the same
 result everywhere; shapes (number of frames aside) and dtypes are kept and inputs are never changed.
 
 The effects are the oracle label map of procedural video: for every topic of `mmalign.core.io.video_questions.TOPICS`
@@ -54,11 +54,11 @@ def _effects(*, keeps: Sequence[str | tuple[str, str]] = (), changes: Sequence[s
 
 @dataclass(frozen=True)
 class Operator:
-    """One perturbation: on time (`indices` says which items remain, in what order) or on pictures (`change`)."""
+    """One perturbation: temporal (it chooses and orders frames, see `indices`), or of what every frame shows."""
 
     name: str
     function: Callable[..., Any]
-    on_time: bool
+    temporal: bool
     effects: Effects
 
     @property
@@ -83,17 +83,17 @@ class Operator:
         """Which of `count` items remain, and in what order.
 
         Raises:
-            UserError: it does not touch time, or an option is wrong.
+            UserError: it is not temporal, or an option is wrong.
         """
-        if not self.on_time:
-            raise UserError(f"{self.name} changes pictures, not their order")
+        if not self.temporal:
+            raise UserError(f"{self.name} changes pictures, not their order; only temporal operators take a list")
         if count < 1:
             raise UserError(f"{self.name}: there is no frame")
         self._check(options)
         return list(self.function(count, np.random.default_rng([seed, count]), **options))
 
     def __call__(self, media: Tensor | Sequence[Item], *, seed: int = 0, **options: Any) -> Tensor | list[Item]:
-        """Perturb media or, if only time is touched, a list of captions.
+        """Perturb media or, if the operator is temporal, a list of captions.
 
         Raises:
             UserError: an option is wrong, or the operator is not made for what it is given.
@@ -101,7 +101,7 @@ class Operator:
         if not isinstance(media, Tensor):
             return [media[index] for index in self.indices(len(media), seed=seed, **options)]
         _check_media(media, self)
-        if self.on_time:
+        if self.temporal:
             return media[self.indices(len(media), seed=seed, **options)]
         self._check(options)
         # Drawn on the CPU, so that every device gives the same result.
@@ -119,7 +119,7 @@ class Operator:
 def _check_media(media: Tensor, operator: Operator) -> None:
     if media.ndim not in (3, 4) or media.shape[-3] != 3:
         raise UserError(f"{operator.name} takes [F, 3, H, W] or [3, H, W], not {list(media.shape)}")
-    if operator.on_time and media.ndim == 3:
+    if operator.temporal and media.ndim == 3:
         raise UserError(f"{operator.name} re-orders the frames of a video; an image has none")
     if not (media.is_floating_point() or media.dtype == torch.uint8):
         raise UserError(f"{operator.name} takes floats in [0, 1] or uint8, not {media.dtype}")

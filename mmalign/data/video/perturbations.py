@@ -45,10 +45,10 @@ class Perturbation:
         return each
 
     def apply(self, media: Tensor | Sequence[Item], seed: int) -> Any:
-        """Return perturbed media or, of operators on time alone, a perturbed list.
+        """Return perturbed media or, if all operators are temporal, a perturbed list.
 
         Raises:
-            UserError: they do not apply, such as a shuffle to a single frame.
+            UserError: the operators do not apply, such as a shuffle to a single frame.
         """
         changed: Any = media
         for operator, own_seed, options in self._each(seed):
@@ -63,8 +63,8 @@ class Perturbation:
         known, or for all topics of its aspect.
         """
         if isinstance(item, QuestionItem) and item.truth is not None:
-            on_time = all(get_operator(name).on_time for name in self.names)
-            if on_time and frames == item.truth.frames:
+            temporal = all(get_operator(name).temporal for name in self.names)
+            if temporal and frames == item.truth.frames:
                 order = self.apply(list(range(frames)), seed)
                 return _reread(item.question, item.truth.answer(item.question, order))
             return _unless_denied(item.question, self._stated(*item.truth.fact(item.question)))
@@ -105,7 +105,7 @@ def parse_perturbations(names: Sequence[str], difficulties: Sequence[int]) -> li
     """
     low = [difficulty for difficulty in difficulties if difficulty < 2]
     if low:
-        raise UserError(f"difficulty {low[0]}: is a ratio of 2 or more; 1 changes nothing")
+        raise UserError(f"difficulty {low[0]}: a difficulty is a ratio of 2 or more; a ratio of 1 changes nothing")
     made = []
     for given in names:
         chain = tuple(name.strip().replace("-", "_") for name in given.split("+"))
