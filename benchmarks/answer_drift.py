@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mmalign.core.io.decode import Frames
-from mmalign.core.io.video_questions import ASPECTS
+from mmalign.core.io.video_questions import ASPECTS, READ_BY_RULES
 from mmalign.core.progress import track
 from mmalign.core.resources import resolve_model
 from mmalign.data.encoded.vlm_samples import read_media
-from mmalign.data.video.question_set import READ_BY_RULES, AskedVideo, read_asked
+from mmalign.data.video.items import QuestionItem, load_video_questions
 from mmalign.losses import completion_sum, token_kl
 from mmalign.methods.completions import token_log_probs
 from pipelines import VisionLanguageModel, load_vlm
@@ -31,7 +31,7 @@ AT_ONCE = 32
 
 
 @torch.no_grad()
-def measure(base: VisionLanguageModel, model: VisionLanguageModel, asked: Sequence[AskedVideo]) -> np.ndarray:
+def measure(base: VisionLanguageModel, model: VisionLanguageModel, asked: Sequence[QuestionItem]) -> np.ndarray:
     """Return `[questions, 2]`: divergence from the base on the right answer, and the rise of its log-probability."""
     rows = []
     with track(len(asked), "read answers", "questions") as job:
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="what training made of it")
     args = parser.parse_args()
 
-    asked = read_asked(args.questions, READ_BY_RULES)
+    asked = load_video_questions(args.questions, READ_BY_RULES)
     temporal = np.array([one.question.aspect in ASPECTS for one in asked])
     base = load_vlm(resolve_model(args.base), device="cpu", resolve=resolve_model)
     table = Table(box=SIMPLE_HEAD)

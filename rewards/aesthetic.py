@@ -92,8 +92,9 @@ class Aesthetic(Reward):
 
     version: of the head, see above. weights: the head's file, or a directory that holds it; a layer `weight [1, D]`,
     `bias [1]` or a published MLP, whatever the version. encoder: the CLIP, as `weights` of the reward `clip`, or a
-    file of OpenAI's weights; by default open_clip's with the tag `openai`. preprocessing: as in `rewards.backbones.preprocess`.
-    Raises `RewardError` for an unknown version, a head of another layout, and a CLIP of another width.
+    file of OpenAI's weights; by default open_clip's with the tag `openai`. preprocessing: as in
+    `rewards.backbones.preprocess`. Raises `RewardError` for an unknown version, a head of another layout, and a CLIP
+    of another width.
     """
 
     name: ClassVar[str] = "aesthetic"

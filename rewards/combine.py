@@ -9,9 +9,9 @@ In YAML, and alike in Python:
       aesthetic: {weight: 0.3}
 
 A part is a reward's own options and, beside them: `name` (of the reward, where the label is not it), `weight`,
-`transform` (see `rewards.combining.transforms`), `factor` and `offset` (of the transformed score: `factor * score + offset`), or
-`gate` alone: the least score, or the greatest where lower is better, with which the whole is not `closed`. A bare
-number is a weight; a part may be a combination in its turn.
+`transform` (see `rewards.combining.transforms`), `factor` and `offset` (of the transformed score: `factor * score +
+offset`), or `gate` alone: the least score, or the greatest where lower is better, with which the whole is not
+`closed`. A bare number is a weight; a part may be a combination in its turn.
 
 | mode | score | contributions | weights |
 |---|---|---|---|

@@ -35,8 +35,8 @@ class DinoI(ReferenceReward):
     """Likeness of an image to reference images of a subject: mean cosine of DINO embeddings.
 
     weights: a directory in transformers' layout or a hub id of a ViT (DINO) or a DINOv2, by default DINO ViT-S/16.
-    Needs `references`: for each sample a tensor `[R, 3, H, W]`. preprocessing: as in `rewards.backbones.preprocess`. Raises
-    `RewardError` for another kind of model, or an incomplete one.
+    Needs `references`: for each sample a tensor `[R, 3, H, W]`. preprocessing: as in `rewards.backbones.preprocess`.
+    Raises `RewardError` for another kind of model, or an incomplete one.
     """
 
     name: ClassVar[str] = "dino-i"

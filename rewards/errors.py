@@ -17,6 +17,11 @@ def choices(given: str, allowed: Iterable[str]) -> str:
     "did you mean 'clip'? allowed: aesthetic, clip"
     """
     words = sorted(set(allowed))
-    near = difflib.get_close_matches(given, words, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}allowed: {', '.join(words) or '(none)'}"
+    hint = did_you_mean(given, words).removeprefix("; ")
+    return f"{hint}{' ' if hint else ''}allowed: {', '.join(words) or '(none)'}"
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the nearest allowed word, or an empty string: to be appended to a message."""
+    near = difflib.get_close_matches(given, sorted(set(allowed)), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

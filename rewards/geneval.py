@@ -1,8 +1,8 @@
 """GenEval: whether an image shows the objects, numbers, colours and positions that its prompt names.
 
 Source: Ghosh et al. 2023 (arXiv:2310.11513). A detector's boxes are held to the prompt by the rules of
-`rewards.language.geneval_tasks`; colours are read by CLIP, zero-shot, from the box, with what the mask leaves out painted grey.
-Forms, whose numbers do not compare:
+`rewards.language.geneval_tasks`; colours are read by CLIP, zero-shot, from the box, with what the mask leaves out
+painted grey. Forms, whose numbers do not compare:
 
 * `correct`  1 where all is right, else 0; at least as many objects as asked for (more is wrong only for numbers);
 * `strict`   the same with exact numbers, as Flow-GRPO (Liu et al. 2025, arXiv:2505.05470) rewards;
@@ -46,11 +46,11 @@ class GenEval(ObservedReward):
     """Objects, numbers, colours and positions that the prompt asks for, found by a detector: GenEval.
 
     form: `correct` (default), `strict` or `dense`, see above. weights: of the detector, a directory or hub id of
-    transformers, or an .onnx file; detector: one of your own instead (`rewards.backbones.detectors.Detector`). clip: weights of
-    the CLIP that names colours, read when first needed; by default OpenAI's ViT-L/14. metadata: GenEval's JSONL or its
-    rows, for prompts that `parse_task` cannot read. threshold, counting_threshold: boxes must score more, the second
-    where numbers are asked for (lower it for small detectors). max_objects: of each name, the best; max_overlap: of
-    boxes of one name, as intersection over union; 1 keeps all.
+    transformers, or an .onnx file; detector: one of your own instead (`rewards.backbones.detectors.Detector`). clip:
+    weights of the CLIP that names colours, read when first needed; by default OpenAI's ViT-L/14. metadata: GenEval's
+    JSONL or its rows, for prompts that `parse_task` cannot read. threshold, counting_threshold: boxes must score more,
+    the second where numbers are asked for (lower it for small detectors). max_objects: of each name, the best;
+    max_overlap: of boxes of one name, as intersection over union; 1 keeps all.
     """
 
     name: ClassVar[str] = "geneval"

@@ -51,8 +51,8 @@ class HpsV3(CrossEncoderReward):
     directory or hub id of Qwen2-VL-7B-Instruct, for configuration and processor. instruction: what the model was
     trained with, as the authors' data_collator_qwen.py, a text file, or the text with {text_prompt} where the prompt
     goes; by default fetched from the authors' repository, and part of `version` if it is another. preprocessing: as in
-    `rewards.backbones.preprocess`. dtype: bfloat16 by default, as published; the head computes in float32. Raises `RewardError`
-    for weights of another model and for prompts with special tokens of the tokenizer.
+    `rewards.backbones.preprocess`. dtype: bfloat16 by default, as published; the head computes in float32. Raises
+    `RewardError` for weights of another model and for prompts with special tokens of the tokenizer.
     """
 
     name: ClassVar[str] = "hps-v3"

@@ -43,8 +43,8 @@ class ImageReward(CrossEncoderReward):
     weights: the file ImageReward.pt (or .safetensors with the same names), or a directory that holds it; by default
     `THUDM/ImageReward` on the hub. tokenizer: directory or hub id of bert-base-uncased's tokenizer; by default the
     directory of the weights where that has a vocab.txt, else the hub. Prompts are cut at 35 tokens, [CLS] and [SEP]
-    included, as in training, with one warning. preprocessing: as in `rewards.backbones.preprocess`. Raises `RewardError` for
-    weights of another model.
+    included, as in training, with one warning. preprocessing: as in `rewards.backbones.preprocess`. Raises
+    `RewardError` for weights of another model.
     """
 
     name: ClassVar[str] = "image-reward"

@@ -46,7 +46,8 @@ class LambdaHarmonic(Reward):
     rewards for either (a name, or a mapping with `name` and options), such as `dino-i` and `clip`; each must have
     a bounded range, which is mapped to [0, 1]. lambda_validation: weight of the likeness in the score;
     lambda_labels: in `labels` and their probabilities, by default the same. token: the subject's placeholder, taken
-    out of prompts; None leaves them as they are. preprocessing: as in `rewards.backbones.preprocess`, of `weights` alone.
+    out of prompts; None leaves them as they are. preprocessing: as in `rewards.backbones.preprocess`, of `weights`
+    alone.
     """
 
     name: ClassVar[str] = "lambda-harmonic"

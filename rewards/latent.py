@@ -1,8 +1,8 @@
 """A reward that reads noisy latents: half of a diffusion model, trained by `mmalign train-reward`.
 
-Source: Zhang et al. 2025, arXiv:2502.01051; the network and its formula: `rewards.backbones.latent_network`. It scores what a
-sampler is in the midst of, without a decoder and without a guess at the clean image (`score_latents`), and pixels like
-any reward: encoded, and moved to a level of hardly any noise, always by the same noise.
+Source: Zhang et al. 2025, arXiv:2502.01051; the network and its formula: `rewards.backbones.latent_network`. It scores
+what a sampler is in the midst of, without a decoder and without a guess at the clean image (`score_latents`), and
+pixels like any reward: encoded, and moved to a level of hardly any noise, always by the same noise.
 """
 
 from __future__ import annotations

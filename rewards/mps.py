@@ -71,7 +71,8 @@ class Mps(CrossEncoderReward):
     them), or a directory that holds the published one; the authors' own file is a pickled program and is not read.
     tokenizer: directory or hub id of CLIP's. condition: the words of which the prompt's are kept if they are close;
     by default the authors' for overall preference. threshold: how close, relative to the closest. Prompts are cut at
-    77 tokens, with one warning. preprocessing: as in `rewards.backbones.preprocess`. Raises `RewardError` for other weights.
+    77 tokens, with one warning. preprocessing: as in `rewards.backbones.preprocess`. Raises `RewardError` for other
+    weights.
     """
 
     name: ClassVar[str] = "mps"

@@ -9,16 +9,13 @@ Third parties declare theirs in their pyproject.toml; the key equals the `name` 
 from __future__ import annotations
 
 import inspect
-import os
-import sys
 import warnings
 from collections.abc import Mapping
-from functools import lru_cache
-from importlib import import_module, metadata
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from rewards.errors import RewardError, choices
+from rewards.lookup import Lookup
 
 if TYPE_CHECKING:
     import rewards.base
@@ -59,6 +56,7 @@ BUILTIN = {
     "vqa-score": "rewards.vqa_score:VqaScore",
 }
 
+_LOOKUP = Lookup("reward", BUILTIN, ENTRY_POINT_GROUP)
 _registered: dict[str, type[rewards.base.Reward]] = {}
 
 
@@ -115,7 +113,7 @@ def list_rewards() -> list[rewards.base.Facts]:
     from rewards.base import Facts
 
     facts = []
-    for name in sorted({*BUILTIN, *_registered, *_entry_points()}):
+    for name in sorted({*_LOOKUP.names(), *_registered}):
         try:
             facts.append(Facts.of(reward_class(name)))
         except RewardError as error:
@@ -124,51 +122,18 @@ def list_rewards() -> list[rewards.base.Facts]:
 
 
 def reward_class(name: str) -> type[rewards.base.Reward]:
-    """Return the class behind a name or a dotted path, without making a reward."""
-    if ":" in name:
-        return _checked(_import(name, name), name)
-    external = _entry_points()
-    if name not in {*BUILTIN, *_registered, *external}:
-        hint = choices(name, {*BUILTIN, *_registered, *external})
-        raise RewardError(f"unknown reward {name!r}; {hint}, or 'module.path:Class'")
-    targets = {BUILTIN[name]} if name in BUILTIN else set()
-    targets |= external.get(name, set())
-    if len(targets) + (name in _registered) > 1:
-        raise RewardError(f"reward name {name!r} is claimed by {', '.join(sorted(targets))}; uninstall one of them")
+    """Return the class behind a name or a dotted path, without making a reward.
+
+    Raises `RewardError` for an unknown name, one that two rewards claim, and what is no reward of that name.
+    """
     if name in _registered:
+        if name in _LOOKUP:
+            raise RewardError(f"reward name {name!r} is claimed by a package and by {_registered[name]}; rename yours")
         return _registered[name]
-    found = _checked(_import(target := targets.pop(), name), name)
-    if found.name != name:
-        raise RewardError(f"{target} is declared as reward {name!r} but its name is {found.name!r}; make them equal")
+    found = _checked(_LOOKUP.get(name, also=_registered), name)
+    if ":" not in name and found.name != name:
+        raise RewardError(f"{found} is declared as reward {name!r} but its name is {found.name!r}; make them equal")
     return found
-
-
-def _entry_points() -> dict[str, set[str]]:
-    return _entry_points_of(tuple(sys.path))
-
-
-@lru_cache(maxsize=2)
-def _entry_points_of(path: tuple[str, ...]) -> dict[str, set[str]]:
-    """Read the metadata of every installed package, a tenth of a second, once for each search path."""
-    # A set: an editable install and a wheel of the same package may declare the same target twice.
-    found: dict[str, set[str]] = {}
-    for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
-        found.setdefault(point.name, set()).add(point.value)
-    return found
-
-
-def _import(target: str, name: str) -> Any:
-    module, _, attribute = target.partition(":")
-    if name == target and os.getcwd() not in sys.path:
-        # A console script does not search the working directory; last, so that nothing there shadows a package.
-        sys.path.append(os.getcwd())
-    try:
-        return getattr(import_module(module), attribute)
-    except ImportError as error:
-        where = "" if name != target else "; a module of yours must be on PYTHONPATH"
-        raise RewardError(f"reward {name!r}: cannot import {module!r}: {error}{where}") from error
-    except AttributeError as error:
-        raise RewardError(f"reward {name!r}: {error}; write 'module.path:Class'") from error
 
 
 def _checked(found: Any, label: str) -> type[rewards.base.Reward]:

@@ -40,9 +40,10 @@ class TextNorm(Reward):
     """Softmax of any reward of prompts over the true prompt and contrast prompts, in [0, 1].
 
     base: a reward's name, its options as a mapping with `name`, a reward, or a list of these (an ensemble). contrast:
-    where contrast prompts come from, see `rewards.language.contrast.make_contrast`; the true prompt is taken out of its own
-    list. scale: s, one for all bases or one each; scores differ in width, a cosine needs about 100 times the scale
-    of a logit. ensemble: `mean` or `uncertainty`, with `lam` and `spread` (`variance` over the population, or `std`).
+    where contrast prompts come from, see `rewards.language.contrast.make_contrast`; the true prompt is taken out of
+    its own list. scale: s, one for all bases or one each; scores differ in width, a cosine needs about 100 times the
+    scale of a logit. ensemble: `mean` or `uncertainty`, with `lam` and `spread` (`variance` over the population, or
+    `std`).
 
     A base encodes each image once if it can (two towers, or a model that reads an encoded image with a prompt); the
     rest of it runs once for each contrast prompt.

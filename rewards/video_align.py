@@ -67,9 +67,9 @@ class VideoAlign(CrossEncoderReward):
     at least 4); by default all frames are taken, so give them at that rate: fewer or more shift the scores. weights:
     directory or hub id; base: that of Qwen2-VL-2B-Instruct, for configuration, processor, and what the checkpoint
     leaves out. instruction: the authors' prompt_template.py, a text file, or the text with {text_prompt} where the
-    prompt goes; by default fetched from the authors' repository. preprocessing: as in `rewards.backbones.preprocess`. dtype:
-    bfloat16 by default, as published. Raises `RewardError` for a checkpoint trained with other settings than the
-    published one, for weights of another model, videos of one frame, and prompts with special tokens.
+    prompt goes; by default fetched from the authors' repository. preprocessing: as in `rewards.backbones.preprocess`.
+    dtype: bfloat16 by default, as published. Raises `RewardError` for a checkpoint trained with other settings than
+    the published one, for weights of another model, videos of one frame, and prompts with special tokens.
     """
 
     name: ClassVar[str] = "video-align"

@@ -67,8 +67,8 @@ class VideoScore(CrossEncoderReward):
     averaged, by default all; the authors report each for itself, as `parts` does. weights: directory or hub id of the
     model with its processor. instruction: what the model was trained with, as the authors' run_videoscore.py, a text
     file, or the text with {text_prompt} where the prompt goes; by default fetched from the authors' repository, and
-    part of `version` if it is another. preprocessing: as in `rewards.backbones.preprocess`. dtype: bfloat16 by default, as
-    published. Raises `RewardError` for weights of another model and for prompts with special tokens.
+    part of `version` if it is another. preprocessing: as in `rewards.backbones.preprocess`. dtype: bfloat16 by
+    default, as published. Raises `RewardError` for weights of another model and for prompts with special tokens.
     """
 
     name: ClassVar[str] = "video-score"

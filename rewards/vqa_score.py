@@ -58,9 +58,10 @@ class VqaScore(CrossEncoderReward):
     `zhiqiulin/clip-flant5-xl` has 3 B) or Qwen2.5-VL-7B-Instruct. question: template with one `{}` for the prompt;
     answer: its first token (vlm) or all of it (clip-flant5) is scored. tokenizer, vision_tower: directories or hub
     ids, of clip-flant5 alone, by default google/flan-t5-xxl (or the weights' own directory where that has a tokenizer)
-    and what the weights' config.json names. preprocessing: as in `rewards.backbones.preprocess`, of clip-flant5 alone; `vlm`
-    leaves it to the model's processor and is not differentiable. dtype: bfloat16 by default, as published. Raises
-    `RewardError` for weights of another model, and for prompts that contain one of the tokenizer's special tokens.
+    and what the weights' config.json names. preprocessing: as in `rewards.backbones.preprocess`, of clip-flant5 alone;
+    `vlm` leaves it to the model's processor and is not differentiable. dtype: bfloat16 by default, as published.
+    Raises `RewardError` for weights of another model, and for prompts that contain one of the tokenizer's special
+    tokens.
     """
 
     name: ClassVar[str] = "vqa-score"

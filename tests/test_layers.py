@@ -25,7 +25,13 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-APART = {("shapes", "config"), ("config", "losses"), ("core", "losses")}
+APART = {
+    ("shapes", "config"),
+    ("config", "losses"),
+    ("core", "losses"),
+    # Shapes joins by the tables of `mmalign.core.registry`, as anybody's videos, captions and rewards would.
+    *((room, "shapes") for room in ("scoring", "data", "methods", "training", "compare")),
+}
 """Rooms that do not import each other though their floors would let them."""
 
 

@@ -11,15 +11,9 @@ Systems that are trained here lie where their configs say. Run again, it trains,
 
 from __future__ import annotations
 
-import platform
-import shlex
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import mmalign
 from mmalign.compare.config import (
     CompareConfig,
     GuidanceControl,
@@ -32,14 +26,11 @@ from mmalign.compare.images.draw import ModelHolder, draw_system
 from mmalign.compare.images.guidance_control import control_prompts, run_control
 from mmalign.compare.images.scoring import score_all
 from mmalign.compare.images.store import ImageStore
-from mmalign.compare.results.results import Comparison, build_results, write_results, write_scores
+from mmalign.compare.results.results import Comparison, build_results
 from mmalign.compare.results.training_seeds import gather_scores, merge_systems, replica_names
-from mmalign.compare.systems.config import SystemConfig
+from mmalign.compare.shared import Outcome, check_config, described, train_and_read, write_outcome
+from mmalign.compare.systems.config import Replica, SystemConfig
 from mmalign.compare.systems.facts import SystemFacts, read_system
-from mmalign.compare.systems.training import train_systems
-from mmalign.config.run import dump_config
-from mmalign.core.files import check_output, write_atomically
-from mmalign.core.precision import check_precision
 from mmalign.core.progress import note
 from mmalign.data.prompts import Prompt, load_prompts
 from mmalign.scoring.checks import check_reward
@@ -56,14 +47,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a comparison found (`results` is the content of results.json) and where its report lies."""
-
-    results: dict[str, Any]
-    report: Path
-
-
 def compare(config: CompareConfig, *, train: bool = True, retrain: bool = False) -> Outcome:
     """Draw, score and compare all systems of `config`, and write report, results and scores into its output.
 
@@ -73,30 +56,20 @@ def compare(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     Raises:
         UserError, PipelineError, RewardError: a model, reward or prompt set is not what the config takes it for.
     """
-    from mmalign.compare.report.page import write_report
-
-    output = Path(config.output)
     comparison = measure(config, train=train, retrain=retrain)
-    results = build_results(comparison)
-    write_scores(comparison, output / "scores.csv")
-    write_atomically(output / "config.yaml", dump_config(config))
-    write_report(comparison, results, dump_config(config), output / "report.html")
-    write_results(results, output / "results.json")
-    return Outcome(results, output / "report.html")
+    return write_outcome(comparison, build_results(comparison), config)
 
 
 def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False) -> Comparison:
     """Train, draw and score what a comparison takes, and return what was measured; see `compare`."""
-    output = Path(config.output)
-    check_output(output, "output")
-    check_precision(config.precision, key="precision")
+    check_config(config)
     prompts = load_prompts(config.prompts, config.limit)
     for reward in config.rewards:
         check_reward(reward.name, reward.options, [prompt.text for prompt in prompts])
     if config.diversity is not None:
         check_diversity(config.diversity)
     validation = control_prompts(config)
-    facts = _read_replicas(config, train_systems(config, train=train, retrain=retrain))
+    facts = train_and_read(config, partial(_read, config), train=train, retrain=retrain)
     systems, replicas = merge_systems(config, facts)
     models = ModelHolder(config.precision)
     sweep = None
@@ -107,16 +80,15 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
         facts[control.name] = control
     stores = _draw(config, facts, prompts, models)
     models.close()
-    names = replica_names([*systems], replicas)
+    names, cache = replica_names([*systems], replicas), Path(config.output) / "cache"
     ordered = {name: stores[name] for held in names.values() for name in held}
-    scores, rewards = score_all(config.rewards, ordered, output / "cache")
+    scores, rewards = score_all(config.rewards, ordered, cache)
     if config.diversity is not None:
         entry = config.diversity.named("diversity")
-        scores[entry.title], rewards[entry.title] = measure_diversity(entry, ordered, output / "cache")
+        scores[entry.title], rewards[entry.title] = measure_diversity(entry, ordered, cache)
     return Comparison(
         prompts=prompts,
         seeds=config.seeds,
-        baseline=config.baseline_name,
         systems=systems,
         replicas=replicas,
         rewards=rewards,
@@ -125,53 +97,18 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
             name: [[stores[name].path(i, seed) for seed in config.seeds] for i in range(len(prompts))]
             for name in systems
         },
-        settings=describe_settings(config),
         sweep=sweep,
-        command=f"mmalign compare {shlex.quote(str(output / 'config.yaml'))}",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        resamples=config.resamples,
+        **described(config, "prompts", "limit", "steps", "guidance", "solver"),
     )
 
 
-def describe_settings(config: CompareConfig) -> dict[str, Any]:
-    """Return what besides the models decides the numbers, as the report's header and results.json show it."""
-    return {
-        "prompts": config.prompts,
-        "limit": config.limit,
-        "steps": config.steps,
-        "guidance": config.guidance,
-        "budget": config.budget.model_dump(exclude_none=True) if config.budget else None,
-        "solver": config.solver,
-        "precision": config.precision,
-        "resamples": config.resamples,
-        **describe_machine(),
-    }
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return the device and the versions of what computed on it."""
-    import torch
-
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {
-            "mmalign": mmalign.__version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "diffusers", "transformers")},
-        },
-    }
-
-
-def _read_replicas(config: CompareConfig, models: dict[str, str]) -> dict[str, SystemFacts]:
-    """Read the facts of all replicas, whose models are given by name; those of the baseline come first."""
-    found: dict[str, SystemFacts] = {}
-    for replica in sorted(config.replicas, key=lambda one: one.system.name != config.baseline_name):
-        system, name = replica.system, replica.name
-        guidance = config.guidance if system.guidance is None else system.guidance
-        facts = found[name] = read_system(name, models[name], guidance, system.trained_on, system.adapter_scale)
-        if facts.remark and name == system.name:
-            note(f"{name}: {facts.remark}; state it as trained_on if it was one of the rewards compared")
-    return found
+def _read(config: CompareConfig, replica: Replica, model: str) -> SystemFacts:
+    system, name = replica.system, replica.name
+    guidance = config.guidance if system.guidance is None else system.guidance
+    facts = read_system(name, model, guidance, system.trained_on, system.adapter_scale)
+    if facts.remark and name == system.name:
+        note(f"{name}: {facts.remark}; state it as trained_on if it was one of the rewards compared")
+    return facts
 
 
 def _draw(
@@ -193,10 +130,3 @@ def _insert_after(systems: dict[str, SystemFacts], name: str, new: SystemFacts) 
         if key == name:
             ordered[new.name] = new
     return ordered
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

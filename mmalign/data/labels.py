@@ -17,8 +17,7 @@ from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
-from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
-from mmalign.core.io.tables import TABLE_SUFFIXES, column, file_columns, read_rows
+from mmalign.core.io.tables import TABLE_SUFFIXES, Table, column, file_columns
 from mmalign.core.resources import find
 from mmalign.data.pairs import PairTable, read_pairs
 from mmalign.data.readers.source import choose_caption_column
@@ -147,19 +146,11 @@ def _open(source: str, config: DataConfig, good_only: bool) -> _Labels:
     suffix = Path(source).suffix.lower()
     if suffix not in TABLE_SUFFIXES:
         return _pair_labels(source, config, good_only)
-    path = find(source)
-    found = _columns(path)
-    labelled = LABEL_COLUMN in found or REJECTED_COLUMN in found
+    table = Table(find(source))
+    labelled = LABEL_COLUMN in table.columns or REJECTED_COLUMN in table.columns
     if not labelled and suffix in (".parquet", ".jsonl"):  # in which pairs come too
         return _pair_labels(source, config, good_only)
-    columns = _Columns(found, config.caption_column, str(path))
-    return _ParquetLabels(path, columns) if suffix == ".parquet" else _ListedLabels(path, columns)
-
-
-def _columns(path: Path) -> Sequence[str]:
-    if path.suffix.lower() == ".parquet":
-        return list(open_parquet(path).schema_arrow.names)
-    return list(next(iter(read_rows(path)), {}))
+    return _TableLabels(table, _Columns(table.columns, config.caption_column, str(table.path)))
 
 
 class _Columns:
@@ -195,34 +186,17 @@ def _word(label: object) -> str:
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip().lower()
 
 
-class _ParquetLabels:
-    def __init__(self, path: Path, columns: _Columns) -> None:
-        self.name, self._path, self._columns = str(path), path, columns
-        self._reader = ForwardReader(path, [columns.image])
+class _TableLabels:
+    def __init__(self, table: Table, columns: _Columns) -> None:
+        self.name, self._table, self._columns = str(table.path), table, columns
+        self._cells = table.cells([columns.image])
 
     def rows(self) -> Iterator[_Row]:
-        number = 0
-        for batch in iterate_columns(self._path, self._columns.small):
-            for record in batch.to_pylist():
-                yield self._columns.row(number, record)
-                number += 1
+        return (self._columns.row(number, row) for number, row in enumerate(self._table.rows(self._columns.small)))
 
     def image(self, row: int) -> Media:
-        cell = self._reader.row(row)[self._columns.image]
-        return as_media(cell, self._path.parent, f"{self.name}: row {row}, {self._columns.image}")
-
-
-class _ListedLabels:
-    def __init__(self, path: Path, columns: _Columns) -> None:
-        self.name, self._path, self._columns = str(path), path, columns
-        self._records = list(read_rows(path))
-
-    def rows(self) -> Iterator[_Row]:
-        return (self._columns.row(number, record) for number, record in enumerate(self._records))
-
-    def image(self, row: int) -> Media:
-        cell = self._records[row].get(self._columns.image)
-        return as_media(cell, self._path.parent, f"{self.name}: row {row}, {self._columns.image}")
+        cell = self._cells(row).get(self._columns.image)
+        return as_media(cell, self._table.path.parent, f"{self.name}: row {row}, {self._columns.image}")
 
 
 def _pair_labels(source: str, config: DataConfig, good_only: bool) -> _PairLabels:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mmalign.core.errors import UserError, nearest
 from mmalign.core.io.columns import PROMPT_COLUMNS
+from mmalign.core.io.tables import column, json_lines, prompt_column, read_text
 from mmalign.core.progress import note
 from mmalign.core.resources import resource_root, shipped
 
@@ -48,13 +49,7 @@ def load_prompts(name_or_path: str | Path, limit: int | None = None) -> list[Pro
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: must be at least 1")
     path = _locate(name_or_path)
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    prompts = _parse(path, content)
+    prompts = _parse(path, read_text(path))
     if not prompts:
         raise UserError(f"{path}: holds no prompt")
     prompts = prompts[:limit]
@@ -90,7 +85,7 @@ def _parse(path: Path, content: str) -> list[Prompt]:
         case ".tsv":
             return _from_rows(path, _tsv_rows(content))
         case ".jsonl":
-            return _from_objects(path, _json_lines(path, content))
+            return _from_objects(path, [value for _, value in json_lines(path, content.split("\n"))])
         case ".json":
             return _from_objects(path, _json_list(path, content))
         case ".txt":
@@ -119,17 +114,18 @@ def _from_rows(path: Path, rows: list[list[str]]) -> list[Prompt]:
     if not rows:
         return []
     header = [cell.strip() for cell in rows[0]]
-    text_at = _column(header, PROMPT_COLUMNS)
-    if text_at is None:
+    text_column, category_column = prompt_column(header), column(header, CATEGORY_COLUMNS)
+    if text_column is None:
         raise UserError(
             f"{path}: no prompt column; found {_listed(header)}, expected one of {', '.join(PROMPT_COLUMNS)} "
             "(any case) in the first line"
         )
-    category_at = _column(header, CATEGORY_COLUMNS)
+    text_at = header.index(text_column)
+    category_at = None if category_column is None else header.index(category_column)
     prompts = []
     for number, row in enumerate(rows[1:], start=2):
         if len(row) <= text_at or not row[text_at].strip():
-            raise UserError(f"{path}: record {number} has no prompt in column '{header[text_at]}'")
+            raise UserError(f"{path}: record {number} has no prompt in column '{text_column}'")
         if any(cell.strip() for cell in row[len(header) :]):
             raise UserError(
                 f"{path}: record {number} has {len(row)} fields for {len(header)} columns; "
@@ -140,24 +136,8 @@ def _from_rows(path: Path, rows: list[list[str]]) -> list[Prompt]:
     return prompts
 
 
-def _column(header: list[str], names: Iterable[str]) -> int | None:
-    lowered = [name.lower() for name in header]
-    return next((lowered.index(name) for name in names if name in lowered), None)
-
-
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names) or "no columns"
-
-
-def _json_lines(path: Path, content: str) -> list[object]:
-    objects = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            try:
-                objects.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {number} is not JSON ({error.msg})") from None
-    return objects
 
 
 def _json_list(path: Path, content: str) -> list[object]:
@@ -177,15 +157,14 @@ def _from_objects(path: Path, objects: list[object]) -> list[Prompt]:
             entry = {"prompt": entry}
         if not isinstance(entry, dict):
             raise UserError(f"{path}: record {number} is a {type(entry).__name__}; expected an object with 'prompt'")
-        keys = list(entry)
-        text_at, category_at = _column(keys, PROMPT_COLUMNS), _column(keys, CATEGORY_COLUMNS)
-        text = entry[keys[text_at]] if text_at is not None else None
+        text_at, category_at = prompt_column(entry), column(entry, CATEGORY_COLUMNS)
+        text = entry[text_at] if text_at is not None else None
         if not isinstance(text, str) or not text.strip():
             raise UserError(
-                f"{path}: record {number} has no prompt text; found {_listed(keys)}, "
+                f"{path}: record {number} has no prompt text; found {_listed(entry)}, "
                 f"expected one of {', '.join(PROMPT_COLUMNS)}"
             )
-        category = entry[keys[category_at]] if category_at is not None else ""
+        category = entry[category_at] if category_at is not None else ""
         prompts.append(Prompt(text.strip(), str(category)))
     return prompts
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +20,7 @@ from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError, did_you_mean
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
-from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
-from mmalign.core.io.tables import read_rows
+from mmalign.core.io.tables import Table
 from mmalign.core.resources import find
 from mmalign.data.readers.source import choose_caption_column
 from mmalign.data.readers.tabular import ID_COLUMNS, as_media
@@ -147,7 +146,8 @@ def read_vlm_pairs(source: str, config: DataConfig, difficulties: Collection[int
     path = find(source)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{source}: pairs of answers come in a table; give a {' or '.join(SUFFIXES)} file")
-    columns, rows, media = _open(path)
+    table = Table(path)
+    columns = table.columns
     prompt = choose_caption_column(columns, config.caption_column, source)
     lacking = [name for name in ANSWERS if name not in columns]
     if lacking:
@@ -155,6 +155,8 @@ def read_vlm_pairs(source: str, config: DataConfig, difficulties: Collection[int
     if not any(name in columns for name in MEDIA):
         raise missing_columns(source, [next(iter(MEDIA))], columns, f"; media are in {', '.join(MEDIA)}")
     identifier = next((name for name in ID_COLUMNS if name in columns), None)
+    media = [name for name in columns if name in {*MEDIA, *MEDIA.values()}]
+    rows = table.rows([name for name in columns if name not in media])
     read = [_row(number, row, prompt, identifier, f"{source}: row {number}") for number, row in enumerate(rows)]
     kept = [row for row in read if not difficulties or row.difficulty in difficulties]
     if config.min_margin is not None:
@@ -162,14 +164,14 @@ def read_vlm_pairs(source: str, config: DataConfig, difficulties: Collection[int
         if unknown is not None:
             raise UserError(f"data.min_margin: {source} gives no margin for pair '{unknown.id}'; remove min_margin")
         kept = [row for row in kept if row.margin >= config.min_margin]
-    table = VlmPairTable(source, kept[: config.limit], media, path.parent)
-    table.left_out = len(read) - len(table)
-    if not len(table):
+    pairs = VlmPairTable(source, kept[: config.limit], table.cells(media), path.parent)
+    pairs.left_out = len(read) - len(pairs)
+    if not len(pairs):
         raise UserError(f"{source}: no pair is left of {len(read)}")
-    twice = [name for name, count in Counter(table.ids).items() if count > 1]
+    twice = [name for name, count in Counter(pairs.ids).items() if count > 1]
     if twice:
         raise UserError(f"{source}: id '{twice[0]}' occurs more than once, and ids seed what is drawn at random")
-    return table
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def _row(number: int, row: Mapping[str, Any], prompt: str, identifier: str | Non
     name = row.get(identifier) if identifier else None
     fps, difficulty = _number(row, "fps", where), _number(row, "difficulty", where)
     if fps is not None and fps <= 0:
-        raise UserError(f"{where}: fps {fps:g}; a rate is above 0")
+        raise UserError(f"{where}: fps {fps:g}; the rate must be above 0")
     if difficulty is not None and difficulty != int(difficulty):
         raise UserError(f"{where}: difficulty {difficulty:g}; give a whole number, such as 16")
     margin = _number(row, "margin", where)
@@ -226,18 +228,6 @@ def _media_column(cells: Mapping[str, Any], where: str) -> str:
     if own:
         raise UserError(f"{where} has {filled[0]} and {own[0]}{did_you_mean(own[0], [MEDIA[filled[0]]])}")
     return filled[0]
-
-
-def _open(path: Path) -> tuple[list[str], Iterator[Mapping[str, Any]], Callable[[int], Mapping[str, Any]]]:
-    """Return a table's columns, its rows without media, and what returns the media cells of a row."""
-    if path.suffix.lower() == ".jsonl":
-        records = list(read_rows(path))
-        return list(dict.fromkeys(key for row in records for key in row)), iter(records), records.__getitem__
-    columns: Sequence[str] = open_parquet(path).schema_arrow.names
-    media = [name for name in columns if name in {*MEDIA, *MEDIA.values()}]
-    small = [name for name in columns if name not in media]
-    rows = (row for batch in iterate_columns(path, small) for row in batch.to_pylist())
-    return list(columns), rows, ForwardReader(path, media).row
 
 
 def media_digest(media: Media) -> str:

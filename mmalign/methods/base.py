@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 from torch import Tensor
 
 from mmalign.core.errors import UserError
 from mmalign.data.batches import LabelBatch, PairBatch, PromptBatch
+from mmalign.losses.pair_loss import LossType
 from pipelines.noise import NoiseProcess
 
 __all__ = ["LabelBatch", "LossOutput", "Method", "MethodConfig", "Needs", "PairBatch", "PromptBatch", "TimestepRange"]
@@ -51,6 +52,24 @@ class MethodConfig(BaseModel):
     """Base of every method's configuration: unknown keys are errors, values do not change once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PairLossConfig(MethodConfig):
+    """Base of configurations whose loss of a pair is `mmalign.losses.pair_loss`."""
+
+    loss_type: LossType = "sigmoid"
+    """sigmoid: DPO; robust: unbiased under wrong labels; ipo: regression to a margin; hinge: flat beyond logit 1"""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """assumed probability that a label is wrong"""
+
+    @model_validator(mode="after")
+    def _robust_needs_a_rate(self) -> PairLossConfig:
+        if self.loss_type == "robust" and not self.label_smoothing:
+            raise ValueError(
+                "loss_type robust corrects for label_smoothing, the share of wrong labels, which is 0; "
+                "give it, such as 0.1, or take loss_type sigmoid"
+            )
+        return self
 
 
 class TimestepRange(MethodConfig):

@@ -7,39 +7,25 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mmalign.losses import diffusion_dpo, diffusion_dpo_logit
-from mmalign.losses.pair_loss import LossType
-from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, TimestepRange
+from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, PairLossConfig, TimestepRange
 from mmalign.methods.noising import noise_pairs, pair_metrics
 from mmalign.methods.run import Run
 
 
-class DiffusionDPOConfig(TimestepRange):
+class DiffusionDPOConfig(PairLossConfig, TimestepRange):
     """Configuration of `diffusion_dpo`; conventions as printed in the log: errors are means, the half factor is on."""
 
     beta: float = Field(2000.0, gt=0)
     """how closely the policy is held to the reference (errors are means over latent dimensions)"""
-    loss_type: LossType = "sigmoid"
-    """sigmoid: DPO; robust: unbiased under wrong labels; ipo: regression to a margin; hinge: flat beyond logit 1"""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """assumed probability that a label is wrong"""
     discount: float = Field(1.0, gt=0, le=1)
     """dense reward: a timestep's probability falls by this factor for each sampling step away from pure noise"""
     discount_steps: int = Field(50, ge=1)
     """sampling steps that the schedule has for `discount`"""
     sft_weight: float = Field(0.0, ge=0)
     """adds this many times the policy's error on the chosen image, against likelihood displacement"""
-
-    @model_validator(mode="after")
-    def _robust_needs_a_rate(self) -> DiffusionDPOConfig:
-        if self.loss_type == "robust" and not self.label_smoothing:
-            raise ValueError(
-                "loss_type robust corrects for label_smoothing, the share of wrong labels, which is 0; "
-                "give it, such as 0.1, or take loss_type sigmoid"
-            )
-        return self
 
 
 class DiffusionDPO(Method[DiffusionDPOConfig]):

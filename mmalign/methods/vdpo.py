@@ -61,7 +61,7 @@ class VDPO(Method[VDPOConfig]):
                 raise UserError(
                     "vdpo: the operator neighbour needs other media; rdpo with unseen: retrieved does that"
                 )
-            if operator.on_time and image is not None:
+            if operator.temporal and image is not None:
                 raise UserError(f"vdpo: {operator.name} re-orders frames, and pair '{image}' is about an image")
 
     def describe(self) -> str:

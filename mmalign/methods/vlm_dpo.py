@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from mmalign.core.errors import UserError
 from mmalign.data.batches import VlmPairBatch
 from mmalign.losses import beta_of_gap, chosen_anchor, dpo, dpo_logit, sft
-from mmalign.losses.pair_loss import LossType
-from mmalign.methods.base import LossOutput, Needs
+from mmalign.methods.base import LossOutput, Needs, PairLossConfig
 from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics
 from mmalign.methods.run import VlmRun
 from pipelines.vlm.batch import VlmSample
 
 
-class VlmDPOConfig(FixedSidesConfig):
+class VlmDPOConfig(PairLossConfig, FixedSidesConfig):
     """Configuration of `vlm_dpo`; log-probabilities are sums over the tokens of an answer, the end token included."""
 
     beta: float = Field(0.1, gt=0)
     """how closely the policy is held to the reference"""
-    loss_type: LossType = "sigmoid"
-    """sigmoid: DPO; robust: unbiased under wrong labels; ipo: regression to a margin; hinge: flat beyond logit 1"""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """assumed probability that a label is wrong"""
     length_normalised: bool = False
     """means over tokens in place of sums, for which a beta ten times as large or more is usual"""
     sft_weight: float = Field(0.0, ge=0)
@@ -36,15 +31,6 @@ class VlmDPOConfig(FixedSidesConfig):
     """MM-DPO's beta of each pair: up to (1 + this) times beta for a large `margin` of the data (published: 0.5)"""
     margin_slope: float = Field(0.5, gt=0)
     """how fast beta rises with the margin, where `margin_rise` is given"""
-
-    @model_validator(mode="after")
-    def _robust_needs_a_rate(self) -> VlmDPOConfig:
-        if self.loss_type == "robust" and not self.label_smoothing:
-            raise ValueError(
-                "loss_type robust corrects for label_smoothing, the share of wrong labels, which is 0; "
-                "give it, such as 0.1, or take loss_type sigmoid"
-            )
-        return self
 
 
 class VlmDPO(FixedSides):

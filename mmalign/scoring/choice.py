@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Score = TypeVar("Score", float, "Tensor")
 
 TOTAL = "total"
 """The column of the weighted sum."""
@@ -29,8 +36,11 @@ class WeightedReward:
     reward: Any
 
 
-def weighted_total(scores: Mapping[str, float], rewards: Sequence[WeightedReward]) -> float:
-    """Return the sum of weight x score; a reward for which lower is better counts negatively."""
-    return sum(
-        entry.weight * (1.0 if entry.reward.higher_is_better else -1.0) * scores[entry.name] for entry in rewards
-    )
+def weighted_total(scores: Mapping[str, Score], rewards: Sequence[WeightedReward]) -> Score:
+    """Return the sum of weight x score, numbers or tensors; a reward for which lower is better counts negatively.
+
+    Raises:
+        TypeError: there is no reward.
+    """
+    signs = (1.0 if entry.reward.higher_is_better else -1.0 for entry in rewards)
+    return reduce(add, (entry.weight * sign * scores[entry.name] for entry, sign in zip(rewards, signs, strict=True)))

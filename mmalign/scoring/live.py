@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmalign.core.cost import Cost
 from mmalign.core.errors import UserError
-from mmalign.scoring.choice import WeightedReward
+from mmalign.scoring.choice import WeightedReward, weighted_total
 
 REMEMBERED = 65_536
 """Scores kept in memory; the oldest are forgotten first."""
@@ -52,11 +52,7 @@ class LiveRewards:
                     "nothing can be learned from that: leave out this reward or this prompt"
                 )
             parts[entry.name] = score
-        signed = [
-            entry.weight * (1.0 if entry.reward.higher_is_better else -1.0) * parts[entry.name]
-            for entry in self.rewards
-        ]
-        return Scores(torch.stack(signed).sum(0), {name: score.detach() for name, score in parts.items()})
+        return Scores(weighted_total(parts, self.rewards), {name: score.detach() for name, score in parts.items()})
 
     def _call(self, entry: WeightedReward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         self._cost.add(reward_calls=len(images))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image
 
 from mmalign.core.io.grid import image_grid
-from mmalign.shapes.facts import STATIC, TOPICS
+from mmalign.core.io.video_questions import STATIC, TOPICS
 from mmalign.shapes.questions import ask
 from mmalign.shapes.twins import sample_families
 from mmalign.shapes.video import render

@@ -12,21 +12,6 @@ import numpy as np
 
 from mmalign.shapes.video import Track
 
-TOPICS = {
-    "direction": "direction",
-    "speed": "speed",
-    "first": "order",
-    "last": "order",
-    "growth": "attribute_change",
-    "recolouring": "attribute_change",
-    "motion": "action",
-    "presence": "action",
-    "colour": "colour",
-    "shape": "shape",
-    "count": "count",
-}
-"""What can be asked, and its aspect: TempCompass's five, and three that any frame answers."""
-STATIC = ("colour", "shape", "count")
 NUMBERS = ("one", "two", "three")
 
 _STILL, _STEP = 0.12, 0.2

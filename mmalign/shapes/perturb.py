@@ -1,8 +1,8 @@
 """Captions of Shapes made false by one small edit, in the wording of the original.
 
-The edits are those of `rewards.language.contrast_rules`. One counts only if no picture that the original describes completely
-could be described by the result too: exchanging the colours of "a red and a blue circle" is none, nor is "above" in
-place of "left of".
+The edits are those of `rewards.language.contrast_rules`. One counts only if no picture that the original describes
+completely could be described by the result too: exchanging the colours of "a red and a blue circle" is none, nor is
+"above" in place of "left of".
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from itertools import permutations
 
 from mmalign.shapes.language import Group, PromptError, Query, parse
 from mmalign.shapes.world import INVERSE
-from rewards.language.contrast_rules import rule_contrast
+from rewards.language.contrast_rules import FALSE_KINDS, rule_contrast
 
-KINDS = ("counts", "objects", "attributes", "relations", "swap")
 _EVERY = 10_000
 
 
@@ -25,7 +24,8 @@ def false_captions(caption: str) -> dict[str, list[str]]:
     """
     original = parse(caption)
     found = {
-        kind: [one for one in rule_contrast(caption, (kind,), _EVERY) if _is_false(original, one)] for kind in KINDS
+        kind: [one for one in rule_contrast(caption, (kind,), _EVERY) if _is_false(original, one)]
+        for kind in FALSE_KINDS
     }
     return {kind: captions for kind, captions in found.items() if captions}
 

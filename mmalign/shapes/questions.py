@@ -14,8 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from mmalign.core.io.video_questions import FORMATS, VideoQuestion, label_of
-from mmalign.shapes.facts import TOPICS, truth
+from mmalign.core.io.video_questions import FORMATS, TOPICS, VideoQuestion, label_of
+from mmalign.shapes.facts import truth
 from mmalign.shapes.twins import Family
 from mmalign.shapes.video import Track
 from mmalign.shapes.wording import QUESTIONS, Said, name_of, say
@@ -146,6 +146,17 @@ _MAKERS = {
 }  # fmt: skip
 
 
+def as_shapes_question(question: VideoQuestion) -> ShapesQuestion:
+    """Return a question as one about a Shapes video.
+
+    Raises:
+        TypeError: it is of another set.
+    """
+    if not isinstance(question, ShapesQuestion):
+        raise TypeError(f"question '{question.id}' is not about a Shapes video; the rules of Shapes do not know it")
+    return question
+
+
 def judge_caption(question: VideoQuestion, caption: str) -> bool:
     """Answer the question from the caption alone, as TempCompass's judge does, but by exact rules.
 
@@ -154,8 +165,7 @@ def judge_caption(question: VideoQuestion, caption: str) -> bool:
     what is no caption: an answer in another format that its rules cannot read, such as one option's label before the
     words of another.
     """
-    if not isinstance(question, ShapesQuestion):
-        raise TypeError("only captions of Shapes videos can be judged by rules")
+    question = as_shapes_question(question)
     if question.format != "captioning":
         return False
     clauses = re.split(r"[.;,\n]|\bwhile\b|\band then\b|\bthen\b|\band(?= (?:the|a|an|there)\b)", caption.lower())

@@ -39,7 +39,7 @@ PRIOR_STEPS = 120
 MATRIX_FACTOR = 5
 """How much faster than everything else the inner matrices of the language model learn, with Muon."""
 PROBE_WEIGHT = 0.5
-TOLD_EVERY = 4
+HINT_EVERY = 4
 """Of the steps of looking, lest reading be forgotten."""
 SNAPSHOT_SECONDS, LOG_STEPS = 300, 50
 
@@ -160,7 +160,7 @@ def learn_to_read(
     model = network.model.language_model
 
     def loss_of(step: int) -> tuple[Tensor, Marks]:
-        return lesson_loss(network, lessons.batch(rows, questions, told=True), probes)
+        return lesson_loss(network, lessons.batch(rows, questions, with_hint=True), probes)
 
     _learn("read", [model, probes], loss_of, steps, READ_RATE, log, matrices=_inner_matrices(model))
 
@@ -184,8 +184,8 @@ def learn_to_look(
     model, names = network.model.language_model, probes.names.ids.tolist()
 
     def loss_of(step: int) -> tuple[Tensor, Marks]:
-        if step % TOLD_EVERY == 0:
-            return lesson_loss(network, lessons.batch(rows, questions, told=True), probes)
+        if step % HINT_EVERY == 0:
+            return lesson_loss(network, lessons.batch(rows, questions, with_hint=True), probes)
         return lesson_loss(network, lessons.looks(4 * rows, names), probes)
 
     seeing = (network.model.vision_tower, network.model.multi_modal_projector)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mmalign.shapes.facts import NUMBERS, TOPICS
+from mmalign.core.io.video_questions import TOPICS
+from mmalign.shapes.facts import NUMBERS
 from mmalign.shapes.language import split_of
 from mmalign.shapes.video import DIRECTIONS, OPPOSITE, Actor, VideoScene, reverse, snap
 from mmalign.shapes.world import BACKGROUNDS, COLOURS, HELD_OUT_OBJECTS, SHAPES

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
-from mmalign.shapes.facts import STATIC, TOPICS, truth
+from mmalign.core.io.video_questions import STATIC, TOPICS
+from mmalign.shapes.facts import truth
 from mmalign.shapes.questions import ask
 from mmalign.shapes.twins import Family, sample_families
 from mmalign.shapes.video import Track, VideoScene, draw, render, unroll
@@ -55,11 +56,11 @@ def describe(tracks: Sequence[Track], size: int) -> str:
     told = [say("count", str(number), (), ()).statement]
     first = {next(s for s in track if s): track.index(next(s for s in track if s)) for track in tracks if any(track)}
     for seen in sorted(first, key=lambda s: (first[s], s.colour, s.shape)):
-        told.append(_deed(seen.shape, f"the {seen.colour} {seen.shape}", tracks, size))
+        told.append(_statement_of(seen.shape, f"the {seen.colour} {seen.shape}", tracks, size))
     return " ".join(told)
 
 
-def _deed(shape: str, name: str, tracks: Sequence[Track], size: int) -> str:
+def _statement_of(shape: str, name: str, tracks: Sequence[Track], size: int) -> str:
     subject, names = (shape,), (name,)
     for topic, nothing in _EVENTS:
         value = truth(topic, subject, tracks, size)
@@ -94,7 +95,7 @@ class Batch(NamedTuple):
     """Rows for training: a video each, its lessons in blocks after it, and which tokens are answers."""
 
     videos: UInt8[Tensor, "rows frames 3 size size"] | None
-    """None where each question is told what answers it instead."""
+    """None where each question comes after a hint, the statement that answers it, instead."""
     ids: Int[Tensor, "rows length"]
     positions: Int[Tensor, "rows length"]
     sees: Bool[Tensor, "rows 1 length length"]
@@ -151,10 +152,10 @@ class Lessons:
         videos, tracks = torch.stack([render(scene) for scene in scenes]), [unroll(scene) for scene in scenes]
         return Batch(videos, *self._pack(laid), [[] for _ in scenes], tracks)
 
-    def batch(self, rows: int, most: int, *, told: bool = False) -> Batch:
+    def batch(self, rows: int, most: int, *, with_hint: bool = False) -> Batch:
         """The next videos, by twos of a family, each with its description and, by chance, `most` of its questions.
 
-        told: questions alone, each after the sentence that answers it; the videos are not drawn. (The space between
+        with_hint: questions alone, each after the statement that answers it; no video is drawn. (The space between
         them makes the question's first word fall into its bytes: the tokenizer knows it at the start alone.)
         """
         taken: list[tuple[VideoScene, list[Lesson]]] = []
@@ -165,11 +166,11 @@ class Lessons:
             members = self._rng.permutation(len(asked))[: min(2, rows - len(taken))]
             taken += [(family.scenes[member], asked[member]) for member in members]
         chosen = [[*(asked[i] for i in self._rng.permutation(len(asked) - 1)[:most]), asked[-1]] for _, asked in taken]
-        if told:
+        if with_hint:
             chosen = [[one._replace(prompt=f"{one.statement} {one.prompt}") for one in row[:-1]] for row in chosen]
         tracks = [unroll(scene) for scene, _ in taken]
-        videos = None if told else torch.stack([render(scene) for scene, _ in taken])
-        before = self._user if told else self._before
+        videos = None if with_hint else torch.stack([render(scene) for scene, _ in taken])
+        before = self._user if with_hint else self._before
         laid = [self._lay_out(before, [self._tokens(lesson) for lesson in row]) for row in chosen]
         return Batch(videos, *self._pack(laid), chosen, tracks)
 

@@ -26,7 +26,7 @@ from mmalign.shapes.world import COLOURS, SHAPES
 GRID = -(-SIDE // 2)
 """Features a side that the language model is given of each frame."""
 CELL = SIZE / GRID
-DEEDS = {
+MOTION_LABELS = {
     "direction": ("left", "right", "up", "down", "still"),
     "motion": ("straight", "bounces", "shakes", "still"),
     "growth": ("grows", "shrinks", "same"),
@@ -35,7 +35,8 @@ DEEDS = {
 PRESENCE = ("always", "appears", "disappears", "hides", "flashes")
 VALUES = tuple(
     dict.fromkeys(
-        [value for values in DEEDS.values() for value in values] + [*PRESENCE, "equal", *COLOURS, *SHAPES, *NUMBERS]
+        [value for values in MOTION_LABELS.values() for value in values]
+        + [*PRESENCE, "equal", *COLOURS, *SHAPES, *NUMBERS]
     )
 )
 """What the truth of any question can be; of a change of colour the colour after it."""
@@ -88,18 +89,19 @@ def steps(tracks: Sequence[tuple[Track, ...]]) -> Float[Tensor, "rows frames pla
     return found
 
 
-def deeds(tracks: Sequence[tuple[Track, ...]]) -> Tensor:
-    """What each shape did, of the `DEEDS` in turn, `[rows, frames, places, 3]`, where and when it is seen last.
+def motion_labels(tracks: Sequence[tuple[Track, ...]]) -> Tensor:
+    """Return the label of each shape's motion, topic by topic of `MOTION_LABELS`, `[rows, frames, places, 3]`.
 
-    Numbers of values; `UNKNOWN` everywhere else, and where the frames show no answer.
+    Labels are numbers of values, at the place and frame where the shape is seen last; `UNKNOWN` everywhere else, and
+    where the frames show no answer.
     """
-    found = torch.full((len(tracks), len(tracks[0][0]), GRID**2, len(DEEDS)), UNKNOWN)
+    found = torch.full((len(tracks), len(tracks[0][0]), GRID**2, len(MOTION_LABELS)), UNKNOWN)
     for row, video in enumerate(tracks):
         for track in video:
             if not any(track):
                 continue
             frame, seen = [(frame, seen) for frame, seen in enumerate(track) if seen][-1]
-            found[row, frame, place_of(seen)] = torch.tensor(_numbers(track, seen.shape, DEEDS))
+            found[row, frame, place_of(seen)] = torch.tensor(_numbers(track, seen.shape, MOTION_LABELS))
     return found
 
 
@@ -158,22 +160,22 @@ class Sight(torch.nn.Module):
 
 
 class Motion(torch.nn.Module):
-    """Linear readings of one state, layer-normed: the step since the frame before, and the deeds."""
+    """Linear readings of one state, layer-normed: the step since the frame before, and the motion labels."""
 
     def __init__(self, width: int) -> None:
         """Make the readings for states of this width."""
         super().__init__()
-        self.sizes = (3, *(len(values) for values in DEEDS.values()))
+        self.sizes = (3, *(len(values) for values in MOTION_LABELS.values()))
         self.read = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes)))
 
     def forward(
         self, states: Float[Tensor, "rows tokens width"], tracks: Sequence[tuple[Track, ...]]
     ) -> tuple[Tensor, Marks]:
-        """Return the loss and of every deed whether it is read right; a state for every part of every frame."""
+        """Return the loss, and whether every motion label is read right; one state for each place of each frame."""
         step, *named = self.read(states.float()).flatten(0, 1).split(self.sizes, 1)
-        target, done = steps(tracks).flatten(0, 2), deeds(tracks).flatten(0, 2)
+        target, done = steps(tracks).flatten(0, 2), motion_labels(tracks).flatten(0, 2)
         known = target[:, 3] > 0
-        loss, marks = _read_numbers(named, done, DEEDS, "()")
+        loss, marks = _read_numbers(named, done, MOTION_LABELS, "()")
         return F.mse_loss(step[known], target[known, :3]) + loss, marks
 
 
@@ -204,7 +206,8 @@ class Value(torch.nn.Module):
 class Names(torch.nn.Module):
     """Linear readings of the state at a word for a shape or a colour: what the video shows of the shape so called.
 
-    At a shape's name its colour, its deeds and presence, and when and how fast; at a colour's the shape that has it.
+    At a shape's name its colour, its motion labels and presence, when it is seen, and how fast it moves; at a colour's
+    name the shape that has it.
     Colours are those in which a shape is seen last: of "red to blue" red names nothing.
     """
 
@@ -214,8 +217,8 @@ class Names(torch.nn.Module):
         tokens = tokenizer([f" {name}" for name in _NAMES], add_special_tokens=False)["input_ids"]
         self.names = {token: name for (token,), name in zip(tokens, _NAMES, strict=True)}
         self.ids = torch.tensor(list(self.names))
-        self.deeds = {**DEEDS, "presence": PRESENCE}
-        self.sizes = (len(_NAMES) + 1, 3, *(len(values) for values in self.deeds.values()))
+        self.labels = {**MOTION_LABELS, "presence": PRESENCE}
+        self.sizes = (len(_NAMES) + 1, 3, *(len(values) for values in self.labels.values()))
         self.read = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.sizes)))
 
     def forward(
@@ -237,12 +240,12 @@ class Names(torch.nn.Module):
         there = torch.tensor([bool(one[1]) for one in told])
         if there.any():
             loss = loss + F.mse_loss(when[there], torch.tensor([one[1] for one in told if one[1]]))
-        read, right = _read_numbers(named, torch.tensor([one[2] for one in told]), self.deeds, "{}")
+        read, right = _read_numbers(named, torch.tensor([one[2] for one in told]), self.labels, "{}")
         return loss + read, {**marks, **right}
 
     def _of(self, video: tuple[Track, ...]) -> dict[str, tuple[int, list[float], list[int]]]:
-        """By name: the number of the other name or 0; when first and last seen and how fast; numbers of deeds."""
-        nothing: tuple[int, list[float], list[int]] = (0, [], [UNKNOWN] * len(self.deeds))
+        """By name: number of the other name or 0; when first and last seen, and speed; numbers of motion labels."""
+        nothing: tuple[int, list[float], list[int]] = (0, [], [UNKNOWN] * len(self.labels))
         told = dict.fromkeys(_NAMES, nothing)
         for track in video:
             frames = [frame for frame, seen in enumerate(track) if seen]
@@ -252,7 +255,7 @@ class Names(torch.nn.Module):
             moved = steps([(track,)])[0].flatten(0, 1)
             pace = moved[moved[:, 3] > 0, :2].norm(dim=1)
             when = [frames[0] / 4, frames[-1] / 4, float(pace.mean()) if len(pace) else 0.0]
-            told[last.shape] = (_NAMES.index(last.colour) + 1, when, _numbers(track, last.shape, self.deeds))
+            told[last.shape] = (_NAMES.index(last.colour) + 1, when, _numbers(track, last.shape, self.labels))
             told[last.colour] = (_NAMES.index(last.shape) + 1, *nothing[1:])
         return told
 

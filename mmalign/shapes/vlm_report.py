@@ -20,9 +20,8 @@ from torch import Tensor
 
 from mmalign.core.files import write_atomically
 from mmalign.core.io.answers import accuracy_by, micro_accuracy, rate, shuffle_sensitivity, twin_accuracy
-from mmalign.core.io.video_questions import FORMATS
+from mmalign.core.io.video_questions import FORMATS, TOPICS
 from mmalign.core.progress import track
-from mmalign.shapes.facts import TOPICS
 from mmalign.shapes.questions import ShapesQuestion, ask, judge_caption
 from mmalign.shapes.twins import sample_families
 from mmalign.shapes.video import render

@@ -9,8 +9,9 @@ import torch
 from mmalign.core.errors import UserError
 from mmalign.core.io.answers import accuracy_by, micro_accuracy, rate
 from mmalign.core.io.decode import Frames
+from mmalign.core.io.video_questions import READ_BY_RULES
 from mmalign.data.encoded.vlm_samples import read_media
-from mmalign.data.video.question_set import READ_BY_RULES, AskedVideo, read_asked
+from mmalign.data.video.items import QuestionItem, load_video_questions
 from mmalign.training.evaluation import Evaluated
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 AT_ONCE = 8
 
 
-def choose_questions(config: EvaluateConfig) -> list[AskedVideo]:
+def choose_questions(config: EvaluateConfig) -> list[QuestionItem]:
     """Return `config.limit` questions spread evenly over all that rules can mark (captions would need a judge).
 
     Raises:
@@ -28,7 +29,7 @@ def choose_questions(config: EvaluateConfig) -> list[AskedVideo]:
     """
     if config.questions is None:
         raise UserError("evaluate.questions: missing; give a folder of videos with questions")
-    asked = read_asked(config.questions, READ_BY_RULES)
+    asked = load_video_questions(config.questions, READ_BY_RULES)
     return [asked[index] for index in Frames(count=config.limit).choose(len(asked), None)]
 
 

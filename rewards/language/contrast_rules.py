@@ -34,6 +34,8 @@ from rewards.language.english import (
 )
 
 KINDS = ("counts", "drop", "objects", "attributes", "relations", "swap")
+FALSE_KINDS = tuple(kind for kind in KINDS if kind != "drop")
+"""Kinds of which an edit may be false of the image: without one of its things a caption is still true."""
 LIMIT = 24
 
 # The first of each family is what others are replaced by; its other members are synonyms, so no contrast to it.

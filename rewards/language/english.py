@@ -22,12 +22,14 @@ _IRREGULAR = dict(
     piano="pianos", photo="photos", snowman="snowmen", fireman="firemen", policeman="policemen", cactus="cacti",
     canvas="canvases",
 )  # fmt: skip
-_SAME = frozenset("sheep fish deer moose aircraft scissors skis broccoli bison salmon shrimp".split())
+_SAME = frozenset(
+    "sheep fish deer moose aircraft scissors skis broccoli bison salmon shrimp series species news".split()
+)
 _SINGULAR = {plural: singular for singular, plural in _IRREGULAR.items()}
 _PLURAL_ENDINGS = ("sses", "shes", "ches", "xes", "zes", "uses", "oes")
 
 _AN_ANYWAY = re.compile(r"(?:hour|honest|honou?r|heir)", re.I)
-_A_ANYWAY = re.compile(r"(?:uni(?!n|m)|use|usual|uk|ura|uri|euro|one\b|once|ewe)", re.I)
+_A_ANYWAY = re.compile(r"(?:uni(?!n|m)|use|usual|uk|ura|uri|ut[eio]|euro|one\b|once|ewe)", re.I)
 
 _BREAKS = frozenset(
     "and or but nor with without of in on at to from by for into onto against over under above below beneath "

@@ -1,4 +1,4 @@
-"""Comparisons of models that answer: numbers by hand on made-up answers, and the whole way with tiny real models."""
+"""Comparisons of vision-language models: numbers by hand on made-up answers, and the whole way with tiny models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmalign.compare.results.results import Comparison, build_results
 from mmalign.compare.stats import compare_paired, mean_interval, summarise
 from mmalign.compare.systems.config import check_values
 from mmalign.compare.systems.facts import SystemFacts
-from mmalign.compare.vlm.answers import Sheet, choose_asked, write_answers
+from mmalign.compare.vlm.answers import Sheet, choose_questions, write_answers
 from mmalign.compare.vlm.config import QuestionConfig, load_comparison
 from mmalign.compare.vlm.gallery import question_gallery, strip
 from mmalign.compare.vlm.results import families, question_numbers
@@ -28,7 +28,7 @@ from mmalign.compare.vlm.run import assemble, compare_questions
 from mmalign.core.errors import UserError
 from mmalign.core.io.video_files import write_video
 from mmalign.core.io.video_questions import VideoQuestion
-from mmalign.data.video.question_set import AskedVideo
+from mmalign.data.video.items import QuestionItem
 from mmalign.shapes.video_set import write_video_set
 from pipelines import fingerprint_vlm, load_vlm
 
@@ -66,13 +66,13 @@ RIGHT = {"base": [1, 0, 1, 1, 1, 0], "one": [1, 1, 1, 0, 1, 0], "one-seed1": [1,
 SHUFFLED = {"base": [1, 0, 1, 1, 1, 0], "one": [0, 0, 1, 0, 1, 0], "one-seed1": [0, 1, 0, 1, 1, 1]}
 
 
-def made_up(tmp_path: Path) -> tuple[QuestionConfig, list[AskedVideo], dict[str, Sheet], Comparison]:
+def made_up(tmp_path: Path) -> tuple[QuestionConfig, list[QuestionItem], dict[str, Sheet], Comparison]:
     """Two systems, one trained from two seeds, whose answers are given."""
     import torch
 
     for number in range(5):
         write_video(tmp_path / f"v{number}.mkv", torch.full((10, 3, 16, 16), 40 * number, dtype=torch.uint8))
-    asked = [AskedVideo(one, tmp_path / f"{one.video}.mkv") for one in QUESTIONS]
+    asked = [QuestionItem(one.id, tmp_path / f"{one.video}.mkv", one.prompt, question=one) for one in QUESTIONS]
     systems = [{"name": "base", "model": "b"}, {"name": "one", "train": "x"}]
     values = {"systems": systems, "questions": "set", "output": str(tmp_path), "training_seeds": [0, 1]}
     config = check_values(QuestionConfig, values | {"resamples": 200})
@@ -92,7 +92,7 @@ def test_families_are_linked_by_videos_and_twins() -> None:
 
 
 def test_families_of_shapes_are_those_that_drew_it(room: Path, tmp_path: Path) -> None:
-    asked = choose_asked(config_of(room, tmp_path))
+    asked = choose_questions(config_of(room, tmp_path))
     drawn = [one.question.video.rpartition("-")[0] for one in asked]
     found = families([one.question for one in asked])
     assert len(set(found)) == len(set(drawn)) > 1 and len(set(zip(found, drawn, strict=True))) == len(set(drawn))
@@ -208,9 +208,9 @@ def test_a_second_call_asks_nothing_and_limits_keep_twins_whole(
     room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(room, tmp_path, limit=10, max_new_tokens=4)
-    asked = choose_asked(config)
+    asked = choose_questions(config)
     groups = [one.question.group for one in asked]
-    everything = [one.question.group for one in choose_asked(config_of(room, tmp_path))]
+    everything = [one.question.group for one in choose_questions(config_of(room, tmp_path))]
     assert 0 < len(asked) <= 10 and all(groups.count(group) == everything.count(group) for group in groups)
     first = compare_questions(config).results
     monkeypatch.setattr("mmalign.data.video.answering.open_vlm", None)
@@ -219,7 +219,7 @@ def test_a_second_call_asks_nothing_and_limits_keep_twins_whole(
     assert json.loads(json.dumps(first)) == json.loads(json.dumps(second))
     assert load_comparison(tmp_path / "config.yaml") == config
     with pytest.raises(UserError, match="limit 1: the first group of twins has"):
-        choose_asked(config_of(room, tmp_path, limit=1))
+        choose_questions(config_of(room, tmp_path, limit=1))
 
 
 def test_a_trained_system_with_an_adapter_takes_part(
@@ -269,7 +269,7 @@ def test_mistakes_in_a_config(room: Path, tmp_path: Path) -> None:
     for changes, said in (
         ({"frames": 4, "fps": 2.0}, "frames and fps"),
         ({"systems": [{"name": "a", "model": "a"}]}, "only 'a'"),
-        ({"systems": [{"name": "a", "model": "a", "guidance": 2.0}, {"name": "b", "model": "b"}]}, "models that draw"),
+        ({"systems": [{"name": "a", "model": "a", "guidance": 2.0}, {"name": "b", "model": "b"}]}, "image models"),
         ({"formats": ["yes_no", "yes_no"]}, "different formats"),
         ({"baseline": "c"}, "no system is called 'c'"),
     ):

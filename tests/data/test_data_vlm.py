@@ -21,7 +21,7 @@ from mmalign.core.io.decode import Frames, decode_video
 from mmalign.core.io.images import encode_png
 from mmalign.core.io.video_files import write_video
 from mmalign.data.encoded.vlm_samples import VlmPairs, read_media
-from mmalign.data.video.question_set import read_asked
+from mmalign.data.video.items import load_video_questions
 from mmalign.data.vlm_pairs import read_vlm_pairs
 from pipelines import VisionLanguageModel, load_vlm
 
@@ -121,7 +121,7 @@ FINE = {"prompt": "what?", "chosen": "red", "rejected": "blue", "video": "0.mkv"
         ([{**FINE, "image": "0.png"}], "row 0 has video and image; give one of"),
         ([{**FINE, "rejected_image": "0.mkv"}], "row 0 has video and rejected_image"),
         ([{**FINE, "id": "a"}, {**FINE, "id": "a"}], "id 'a' occurs more than once"),
-        ([{**FINE, "fps": 0}], "fps 0; a rate is above 0"),
+        ([{**FINE, "fps": 0}], "fps 0; the rate must be above 0"),
         ([{**FINE, "difficulty": 1.5}], "difficulty 1.5; give a whole number"),
         ([{**FINE, "margin": "much"}], "margin is 'much'; give a number"),
     ],
@@ -150,11 +150,11 @@ def test_tempcompass_with_its_videos(tmp_path: Path) -> None:
     questions = {"clip1": {"speed": [{"question": "Fast or slow?\nA. fast\nB. slow", "answer": "A. fast"}]}}
     (tmp_path / "questions" / "multi-choice.json").write_text(json.dumps(questions))
     with pytest.raises(UserError, match="1 questions are about videos that are not there, clip1 first"):
-        read_asked(str(tmp_path))
+        load_video_questions(str(tmp_path))
     write_video(tmp_path / "videos" / "clip1.mp4", torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
-    (asked,) = read_asked(str(tmp_path))
-    assert asked.question.aspect == "speed" and asked.file == tmp_path / "videos" / "clip1.mp4"
+    (item,) = load_video_questions(str(tmp_path))
+    assert item.question.aspect == "speed" and item.file == tmp_path / "videos" / "clip1.mp4"
     with pytest.raises(UserError, match="no question in the formats yes_no"):
-        read_asked(str(tmp_path), ["yes_no"])
+        load_video_questions(str(tmp_path), ["yes_no"])
     with pytest.raises(UserError, match="no questions about videos; give a folder that `mmalign shapes videos"):
-        read_asked(str(tmp_path / "videos"))
+        load_video_questions(str(tmp_path / "videos"))

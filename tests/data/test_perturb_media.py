@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from mmalign.core.errors import UserError
+from mmalign.core.io.video_questions import TOPICS
 from mmalign.data.video.operators import OPERATORS, Effect, get_operator, perturb
-from mmalign.shapes.facts import TOPICS, truth
+from mmalign.shapes.facts import truth
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.twins import sample_families
 from mmalign.shapes.video import render, unroll
 
-TIME = [name for name, operator in OPERATORS.items() if operator.on_time]
-PICTURE = [name for name, operator in OPERATORS.items() if not operator.on_time]
+TIME = [name for name, operator in OPERATORS.items() if operator.temporal]
+PICTURE = [name for name, operator in OPERATORS.items() if not operator.temporal]
 DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -119,7 +120,7 @@ def test_dtype_and_shape_stay_and_the_input_does_too(name: str, dtype: torch.dty
     before, options = video.clone(), options_of(name, video)
     changed = perturb(name, video, seed=1, **options)
     assert changed.dtype == dtype and changed.shape[1:] == video.shape[1:]
-    if not get_operator(name).on_time or name not in ("drop", "subsample"):
+    if not get_operator(name).temporal or name not in ("drop", "subsample"):
         assert changed.shape == video.shape
     assert not torch.equal(changed, video) and torch.equal(video, before)
     assert changed.double().min() >= 0 and changed.double().max() <= (255 if dtype == torch.uint8 else 1)

@@ -22,13 +22,14 @@ from mmalign.core.errors import UserError
 from mmalign.core.io.decode import ALL_FRAMES, decode
 from mmalign.core.seeds import derive_seed
 from mmalign.data.video.answering import Answerer, Decoding, Request
-from mmalign.data.video.events import clip_lengths, clips, scene_states, shot_states
-from mmalign.data.video.items import VideoItem, is_video_source, read_video_items
+from mmalign.data.video.events import clip_lengths, clips, shot_states
+from mmalign.data.video.items import QuestionItem, VideoItem, is_video_source, load_video_questions, read_video_items
 from mmalign.data.video.operators import Effect
 from mmalign.data.video.pairs import VideoPairSettings, mirrored, refuse, write_video_pairs
 from mmalign.data.video.perturbations import Perturbation, parse_perturbations
 from mmalign.data.video.reading import VideoReader
 from mmalign.data.vlm_pairs import read_vlm_pairs
+from mmalign.shapes.question_set import SceneTruth, scene_states
 from mmalign.shapes.questions import ShapesQuestion
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.video import Actor, VideoScene, unroll
@@ -90,18 +91,17 @@ def test_states_of_a_scene_graph() -> None:
     assert clip_lengths(states) == [3, 1, 2, 2]
 
 
-def items_of(folder: Path, aspect: str, format_: str) -> list[VideoItem]:
-    return [one for one in read_video_items(str(folder), questions=True)
-            if one.question is not None and (one.aspect, one.question.format) == (aspect, format_)]  # fmt: skip
+def items_of(folder: Path, aspect: str, format_: str) -> list[QuestionItem]:
+    return [one for one in load_video_questions(str(folder), [format_]) if one.aspect == aspect]
 
 
 def test_the_scene_graph_decides_what_a_perturbation_leaves_true(videos: Path) -> None:
     for item in items_of(videos, "direction", "multi-choice"):
-        still = item.question is not None and "not move" in item.question.answer
+        still = "not move" in item.question.answer
         assert REVERSE.fate(item, 8, 0) is (Effect.KEEPS if still else Effect.CHANGES)
         # Without all frames the label map speaks, which says the same of the true direction.
         assert REVERSE.fate(item, 4, 0) is (Effect.KEEPS if still else Effect.CHANGES)
-        sideways = any(word in str(item.question and item.question.answer) for word in ("left", "right"))
+        sideways = any(word in item.question.answer for word in ("left", "right"))
         assert Perturbation(("flip",)).fate(item, 8, 0) is (Effect.CHANGES if sideways else Effect.KEEPS)
         assert Perturbation(("flip", "reverse")).fate(item, 8, 0) is not (Effect.CHANGES if sideways else Effect.KEEPS)
     for item in items_of(videos, "colour", "yes_no"):
@@ -153,14 +153,14 @@ def test_answers_of_a_table_are_checked_without_case_and_stop() -> None:
 
 
 def test_an_oracle_gives_a_pair_wherever_the_answer_changes(videos: Path, model: str, tmp_path: Path) -> None:
-    items = [one for one in read_video_items(str(videos), questions=True) if "/multi-choice/" in one.id]
+    items = load_video_questions(str(videos), ["multi-choice"])
     answerer = Answerer(model, Decoding(8), None, open_model=lambda: Oracle(videos))
     counts = write_video_pairs(items, tmp_path / "pairs.parquet", settings("reverse", questions=True), answerer)
     expected = {}
     for item in items:
         question = item.question
-        assert isinstance(question, ShapesQuestion) and item.scene is not None
-        backwards = [track[::-1] for track in unroll(item.scene)]
+        assert isinstance(question, ShapesQuestion) and isinstance(item.truth, SceneTruth)
+        backwards = [track[::-1] for track in unroll(item.truth.scene)]
         answer = question.answer_of(backwards, 32)
         if answer != question.answer and (answer is not None or question.answer != "no"):
             expected[f"{item.id}/reverse"] = (question.answer, answer or "unclear")
@@ -259,7 +259,7 @@ def test_the_command_goes_on_and_writes_what_training_reads(
         (["--operators", "neighbour"], "needs bank"),
         (["--difficulty", "4,1"], "difficulty 1"),
         (["--mode", "answers", "--perturb", "captions", "--operators", "flip"], "'flip' changes pictures"),
-        (["--perturb", "captions"], "no questions"),
+        (["--perturb", "captions"], "use --mode answers"),
         (["--mode", "answers", "--chosen", "truth"], "--mode questions"),
         (["--length-ratio", "2"], "descriptions alone"),
         (["--instruction", "Describe it."], "--instruction: some text, and for descriptions alone"),
@@ -337,7 +337,7 @@ def test_questions_of_tempcompass_go_by_the_label_map(videos: Path, tmp_path: Pa
     }
     assert [item.id for item in read_video_items(str(tmp_path), questions=False)] == ["7", "7_reverse"]
     # One video and what was made from it, whatever is asked about them.
-    assert len(set(families([item.question for item in items if item.question is not None]))) == 1
+    assert len(set(families([item.question for item in items if isinstance(item, QuestionItem)]))) == 1
 
 
 def test_mirrored_pairs_teach_nothing_about_words() -> None:
@@ -346,7 +346,7 @@ def test_mirrored_pairs_teach_nothing_about_words() -> None:
     assert sorted(given[index] for index in kept) == [("p", "a", "b")] * 2 + [("p", "b", "a")] * 2
     assert kept == sorted(kept) == mirrored(given) and len({tuple(mirrored(given, seed)) for seed in range(9)}) > 1
     assert mirrored(given[:3]) == []
-    with pytest.raises(UserError, match="mirrored pairs are of answers to questions"):
+    with pytest.raises(UserError, match="only answers to questions can be mirrored"):
         settings("reverse", mirrored=True)
 
 

@@ -163,7 +163,8 @@ def test_english():
     ]
     assert [plural(noun) for noun in nouns] == many and [singular(noun) for noun in many] == nouns
     assert plural("teddy bear") == "teddy bears" and singular("wine glasses") == "wine glass"
-    words = ["orange", "hour", "unicorn", "umbrella", "uniform", "uninvited", "ukulele", "one", "eel", "circle"]
+    assert [singular(noun) for noun in ("species", "series", "canvases")] == ["species", "series", "canvas"]
+    words = ["orange", "hour", "unicorn", "umbrella", "uniform", "uninvited", "ukulele", "one", "eel", "utensil"]
     assert [article(word) for word in words] == ["an", "an", "a", "an", "a", "an", "a", "a", "an", "a"]
     assert with_right_articles("An cat, a owl and a an hour") == "A cat, an owl and an an hour"
     assert [number(word) for word in ("one", "Twelve", "3", "many", "1000")] == [1, 12, 3, None, None]

@@ -7,8 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from mmalign.core.io.answers import rate
-from mmalign.core.io.video_questions import FORMATS
-from mmalign.shapes.facts import TOPICS
+from mmalign.core.io.video_questions import FORMATS, TOPICS
 from mmalign.shapes.questions import ShapesQuestion, ask, judge_caption
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.twins import Family, sample_families

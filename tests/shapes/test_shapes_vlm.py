@@ -15,11 +15,10 @@ from tiny_vlms import build_llava_onevision
 from mmalign.cli import main
 from mmalign.core.errors import UserError
 from mmalign.core.io.answers import rate
-from mmalign.core.io.video_questions import INSTRUCTIONS
+from mmalign.core.io.video_questions import INSTRUCTIONS, STATIC, TOPICS
 from mmalign.core.resources import resource_root
 from mmalign.shapes import train_vlm as training
 from mmalign.shapes import vlm_probes
-from mmalign.shapes.facts import STATIC, TOPICS
 from mmalign.shapes.questions import ShapesQuestion, ask, judge_caption
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.train_vlm import lesson_loss, train_vlm
@@ -27,7 +26,19 @@ from mmalign.shapes.twins import sample_families
 from mmalign.shapes.video import Actor, Track, VideoScene, render, unroll
 from mmalign.shapes.vlm_lessons import DESCRIBE, Lesson, Lessons, describe, lessons_of
 from mmalign.shapes.vlm_model import build_network, build_processor
-from mmalign.shapes.vlm_probes import DEEDS, UNKNOWN, VALUES, Motion, Names, Probes, Sight, Value, deeds, sights, steps
+from mmalign.shapes.vlm_probes import (
+    MOTION_LABELS,
+    UNKNOWN,
+    VALUES,
+    Motion,
+    Names,
+    Probes,
+    Sight,
+    Value,
+    motion_labels,
+    sights,
+    steps,
+)
 from mmalign.shapes.vlm_report import as_table, measure, write_report
 from mmalign.shapes.wording import say
 from mmalign.shapes.world import COLOURS, SHAPES
@@ -120,11 +131,11 @@ def test_sights_say_what_lies_in_which_part() -> None:
     assert seen[0, 5, 7, 5] == 1 and seen[0, 6, 8, 5] == 1 and seen[0, 6, 8, 2] == 32
 
 
-def test_steps_and_deeds_say_what_a_shape_did_where_it_is() -> None:
+def test_steps_and_motion_labels_say_what_a_shape_did_where_it_is() -> None:
     ring = Actor("ring", "red", 5.5, 40.0, 47.0, "right", 2.0, shown=((0, 3), (4, 7)))
     cross = Actor("cross", "blue", 4.0, 20.0, 8.0, end_radius=7.5)
     tracks = [unroll(VideoScene((ring, cross), "black", 8, 48))]
-    moved, done = steps(tracks), deeds(tracks)
+    moved, done = steps(tracks), motion_labels(tracks)
     # Frames 1, 2, 5 and 6 of the ring have one before them; in frame 5 it has wrapped round to x = 2.
     assert moved[0, :, :, 3].sum(1).tolist() == [0, 2, 2, 1, 1, 2, 2, 1]
     assert moved[0, 5, 6].tolist() == [2.0, 0.0, 0.0, 1.0]
@@ -132,7 +143,7 @@ def test_steps_and_deeds_say_what_a_shape_did_where_it_is() -> None:
     assert (done != UNKNOWN).any(3).nonzero().tolist() == [[0, 6, 6], [0, 7, 1]]
     for place, values in (((6, 6), ["right", "straight", "same"]), ((7, 1), ["still", "still", "grows"])):
         numbers = done[0][place].tolist()
-        assert [named[number] for named, number in zip(DEEDS.values(), numbers, strict=True)] == values
+        assert [named[number] for named, number in zip(MOTION_LABELS.values(), numbers, strict=True)] == values
 
 
 def test_probes_learn_what_states_hold() -> None:
@@ -172,7 +183,7 @@ def test_names_and_truths_are_read_where_they_are_asked_for(processor) -> None:
                      (("ring", "red"), ("red", "ring"), ("cross", "green"), ("green", "cross"))}  # fmt: skip
     assert told["ring"][1] == pytest.approx([0.0, 0.75, 2.0]) and told["red"][1] == []
     said = [
-        values[i] if i != UNKNOWN else None for values, i in zip(names.deeds.values(), told["ring"][2], strict=True)
+        values[i] if i != UNKNOWN else None for values, i in zip(names.labels.values(), told["ring"][2], strict=True)
     ]
     assert said == ["right", "straight", "same", "disappears"]
     torch.manual_seed(0)
@@ -196,7 +207,7 @@ def test_lessons_of_one_row_are_answered_as_if_each_had_been_asked_alone(process
         monkeypatch.setattr(vlm_probes, layer, 1)
     with torch.no_grad():
         packed, right = lesson_loss(network, batch)
-        told = lessons(processor).batch(2, 2, told=True)
+        told = lessons(processor).batch(2, 2, with_hint=True)
         assert told.videos is None and lesson_loss(network, told)[0] > 0
         read, more = lesson_loss(network, batch, Probes(64, processor.tokenizer))
     assert sum(len(marks) for marks in right.values()) == 6 and len(right["described"]) == 2

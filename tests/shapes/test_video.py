@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmalign.shapes.facts import STATIC, TOPICS, truth
+from mmalign.core.io.video_questions import STATIC, TOPICS
+from mmalign.shapes.facts import truth
 from mmalign.shapes.language import split_of
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.twins import Family, kinds_of, sample_families, sample_family

@@ -13,7 +13,7 @@ from mmalign.cli import main
 from mmalign.core.errors import UserError
 from mmalign.core.io.decode import Frames, decode
 from mmalign.core.io.video_files import write_video
-from mmalign.shapes.facts import TOPICS
+from mmalign.core.io.video_questions import TOPICS
 from mmalign.shapes.tracking import follow
 from mmalign.shapes.video import Actor, VideoScene, render, unroll
 from mmalign.shapes.video_set import read_questions, read_videos, write_video_set

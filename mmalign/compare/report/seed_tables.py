@@ -90,7 +90,8 @@ def _questions(document: dict[str, Any]) -> PlainTable:
             delta = describe_delta(versus, 3) if versus else ABSENT
             rows.append([measure, system, f"{one['mean']:.3f}{interval or ''}", delta])
     note = (
-        "Static questions are those that any frame answers. Twin accuracy: the share of groups of conflicting "
+        "Temporal questions need several frames; static ones are single-frame questions, about colour, shape and "
+        "number. Twin accuracy: the share of groups of conflicting "
         "questions in which every answer is right."
     )
     head = ["measure", "system", "accuracy", f"Δ vs {document['baseline']}"]

@@ -12,15 +12,12 @@ from pathlib import Path
 from mmalign.compare.vlm.config import QuestionConfig
 from mmalign.core.errors import UserError
 from mmalign.core.files import write_atomically
-from mmalign.core.io.answers import rate
 from mmalign.core.io.decode import Frames
 from mmalign.core.seeds import derive_seed
 from mmalign.data.video.answering import Answerer, Decoding, Request
-from mmalign.data.video.items import VideoItem
+from mmalign.data.video.items import QuestionItem, load_video_questions
 from mmalign.data.video.perturbations import Perturbation
-from mmalign.data.video.question_set import AskedVideo, read_asked
 from mmalign.data.video.reading import VideoReader
-from mmalign.shapes.questions import ShapesQuestion, judge_caption
 
 _SINGLE_FRAMES = Perturbation(("block_shuffle",), 2**20)  # blocks of one frame each, however long the video
 
@@ -35,19 +32,19 @@ class Sheet:
     right_shuffled: list[bool] | None = None
 
 
-def choose_asked(config: QuestionConfig) -> list[AskedVideo]:
+def choose_questions(config: QuestionConfig) -> list[QuestionItem]:
     """Return the questions of a comparison: at most `limit`, and never a part of a group of twins.
 
     Raises:
         UserError: there are none, the limit is smaller than the first group, or captions that nobody can judge.
     """
-    asked = read_asked(config.questions, config.formats)
-    if "captioning" in config.formats and not isinstance(asked[0].question, ShapesQuestion):
-        raise UserError("formats: captioning needs a judge, and rules judge captions of Shapes alone; leave it out")
-    groups: dict[str, list[AskedVideo]] = {}
-    for one in asked:
-        groups.setdefault(one.question.group, []).append(one)
-    chosen: list[AskedVideo] = []
+    items = load_video_questions(config.questions, config.formats)
+    if "captioning" in config.formats and items[0].judge is None:
+        raise UserError(f"formats: captioning needs a judge, and {config.questions} has none; leave it out")
+    groups: dict[str, list[QuestionItem]] = {}
+    for item in items:
+        groups.setdefault(item.question.group, []).append(item)
+    chosen: list[QuestionItem] = []
     for group in groups.values():
         if config.limit is not None and len(chosen) + len(group) > config.limit:
             break
@@ -63,12 +60,7 @@ def video_reader(config: QuestionConfig) -> VideoReader:
     return VideoReader(Frames(config.frames, config.fps))
 
 
-def item_of(asked: AskedVideo) -> VideoItem:
-    """Return a question in the form in which videos are read."""
-    return VideoItem(asked.question.id, asked.file, asked.question.prompt, question=asked.question)
-
-
-def answer_questions(config: QuestionConfig, name: str, model: str, asked: Sequence[AskedVideo]) -> Sheet:
+def answer_questions(config: QuestionConfig, name: str, model: str, items: Sequence[QuestionItem]) -> Sheet:
     """Let one model answer, greedily; its answers are kept in `<output>/answers` by model and content.
 
     The frames of a video are shuffled by (seed, video), alike for every question about it and every model, and never
@@ -77,47 +69,43 @@ def answer_questions(config: QuestionConfig, name: str, model: str, asked: Seque
     decoding = Decoding(config.max_new_tokens, precision=config.precision)
     answerer = Answerer(model, decoding, Path(config.output) / "answers", batch_size=config.batch_size)
     reader = video_reader(config)
-    answers = _answer(reader, answerer, asked, f"ask {name}", None)
+    answers = _answer(reader, answerer, items, f"ask {name}", None)
     shuffled = None
     if config.shuffle_seed is not None:
-        shuffled = _answer(reader, answerer, asked, f"ask {name}, shuffled", config.shuffle_seed)
+        shuffled = _answer(reader, answerer, items, f"ask {name}, shuffled", config.shuffle_seed)
     answerer.close()
-    return Sheet(answers, mark(asked, answers), shuffled, None if shuffled is None else mark(asked, shuffled))
+    right_shuffled = None if shuffled is None else _rate_all(items, shuffled)
+    return Sheet(answers, _rate_all(items, answers), shuffled, right_shuffled)
 
 
 def _answer(
-    reader: VideoReader, answerer: Answerer, asked: Sequence[AskedVideo], label: str, shuffle: int | None
+    reader: VideoReader, answerer: Answerer, items: Sequence[QuestionItem], label: str, shuffle: int | None
 ) -> list[str]:
-    return answerer.answer([_request(reader, one, shuffle) for one in asked], label)
+    return answerer.answer([_request(reader, one, shuffle) for one in items], label)
 
 
-def _request(reader: VideoReader, asked: AskedVideo, shuffle: int | None) -> Request:
-    item = item_of(asked)
+def _request(reader: VideoReader, item: QuestionItem, shuffle: int | None) -> Request:
     media_id = reader.media_id(item)
     if shuffle is None:
         return Request(item.prompt, media_id, partial(reader.show, item))
-    seed = derive_seed(shuffle, "shuffle", asked.question.video)
+    seed = derive_seed(shuffle, "shuffle", item.question.video)
     show = partial(reader.show, item, _SINGLE_FRAMES, seed)
     return Request(item.prompt, f"{media_id}+{_SINGLE_FRAMES}+{seed}", show)
 
 
-def mark(asked: Sequence[AskedVideo], answers: Sequence[str]) -> list[bool]:
-    """Tell which answers are right: TempCompass's rules, and exact ones for captions of Shapes videos."""
-    return [
-        rate(one.question, answer, judge_caption if isinstance(one.question, ShapesQuestion) else None).right
-        for one, answer in zip(asked, answers, strict=True)
-    ]
+def _rate_all(items: Sequence[QuestionItem], answers: Sequence[str]) -> list[bool]:
+    return [item.right(answer) for item, answer in zip(items, answers, strict=True)]
 
 
-def write_answers(asked: Sequence[AskedVideo], sheets: dict[str, Sheet], path: Path) -> None:
+def write_answers(items: Sequence[QuestionItem], sheets: dict[str, Sheet], path: Path) -> None:
     """Write every answer as CSV: a row for each question and model, `system` being `NAME` or `NAME-seed<k>`."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    asked_columns = ["id", "video", "aspect", "format", "group", "question", "answer"]
-    writer.writerow([*asked_columns, "system", "given", "right", "given_shuffled", "right_shuffled"])
+    columns = ["id", "video", "aspect", "format", "group", "question", "answer"]
+    writer.writerow([*columns, "system", "given", "right", "given_shuffled", "right_shuffled"])
     for name, sheet in sheets.items():
-        for index, one in enumerate(asked):
-            q = one.question
+        for index, item in enumerate(items):
+            q = item.question
             after = ["", ""]
             if sheet.shuffled is not None and sheet.right_shuffled is not None:
                 after = [sheet.shuffled[index], str(int(sheet.right_shuffled[index]))]

@@ -27,12 +27,12 @@ Format = Literal["multi-choice", "yes_no", "caption_matching", "captioning"]
 
 
 class QuestionConfig(SystemsConfig):
-    """One comparison of models that answer, as `mmalign compare` takes it."""
+    """One comparison of vision-language models, as `mmalign compare` takes it."""
 
     questions: str
-    """a folder that `mmalign shapes videos` wrote, or TempCompass's with questions/ and videos/"""
+    """a folder that `mmalign shapes videos` wrote, TempCompass's with questions/ and videos/, or a set of your own"""
     formats: list[Format] = Field(["multi-choice", "yes_no", "caption_matching"], min_length=1)
-    """formats of the questions that are asked; captioning is judged of Shapes videos alone"""
+    """formats of the questions that are asked; captioning needs a set that judges captions, such as Shapes"""
     frames: int | None = Field(None, ge=1)
     """how many frames of each video are shown, spread evenly; null: see fps"""
     fps: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -58,13 +58,13 @@ class QuestionConfig(SystemsConfig):
         for system in self.systems:
             if system.guidance is not None or system.adapter_scale != 1:
                 raise ValueError(
-                    f"systems: '{system.name}' has guidance or adapter_scale, which only models that draw use"
+                    f"systems: '{system.name}' has guidance or adapter_scale, which only image models use"
                 )
         return self
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig | QuestionConfig:
-    """Read a comparison of either kind from YAML; `questions` in it makes it one of models that answer.
+    """Read a comparison of either kind from YAML; with `questions` in it, it compares vision-language models.
 
     Raises:
         UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.

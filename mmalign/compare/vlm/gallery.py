@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.compare.report.thumbnails import PIXEL_ART_SIDE, Thumbnail, choose_prompts
-from mmalign.compare.vlm.answers import Sheet, item_of, video_reader
+from mmalign.compare.vlm.answers import Sheet, video_reader
 from mmalign.compare.vlm.config import QuestionConfig
 from mmalign.compare.vlm.results import ACCURACY
 from mmalign.core.io.decode import Frames
-from mmalign.data.video.question_set import AskedVideo
+from mmalign.data.video.items import QuestionItem
 
 MOST_QUESTIONS = 300
 """More questions than this and only some are shown, evenly spaced and never picked by who answers them right."""
@@ -27,25 +27,25 @@ _GAP = 2
 
 
 def question_gallery(
-    config: QuestionConfig, asked: Sequence[AskedVideo], sheets: Mapping[str, Sheet]
+    config: QuestionConfig, items: Sequence[QuestionItem], sheets: Mapping[str, Sheet]
 ) -> dict[str, Any]:
     """Return the cards of the questions; `sheets` are those that are shown, by system."""
-    shown = choose_prompts(len(asked), 1, MOST_QUESTIONS)
+    shown = choose_prompts(len(items), 1, MOST_QUESTIONS)
     reader, strips, cards = video_reader(config), {}, []
     for position, index in enumerate(shown):
-        one = asked[index]
-        if one.file not in strips:
-            strips[one.file] = strip(reader.show(item_of(one)).media[0])
+        item = items[index]
+        if item.file not in strips:
+            strips[item.file] = strip(reader.show(item).media[0])
         answers = {name: {"text": sheet.answers[index], "right": sheet.right[index]} for name, sheet in sheets.items()}
-        question = one.question
+        question = item.question
         cards.append(
             {"position": position, "number": index + 1, "prompt": question.text, "category": question.aspect,
-             "format": question.format, "truth": question.answer, "strip": strips[one.file], "answers": answers}
+             "format": question.format, "truth": question.answer, "strip": strips[item.file], "answers": answers}
         )  # fmt: skip
     notes = []
-    if len(shown) < len(asked):
+    if len(shown) < len(items):
         notes.append(
-            f"Shown: {len(shown)} of {len(asked)} questions, evenly spaced over the set and not picked by answers, to "
+            f"Shown: {len(shown)} of {len(items)} questions, evenly spaced over the set and not picked by answers, to "
             "keep the page light; all answers are in answers.csv beside this page."
         )
     words = {ACCURACY: {"0": "wrong", "1": "right"}}

@@ -1,4 +1,4 @@
-"""The numbers of a comparison of models that answer: accuracies by format, twin accuracy, shuffle sensitivity.
+"""The numbers of a comparison of vision-language models: accuracies by format, twin accuracy, shuffle sensitivity.
 
 Questions about one video, and about videos that conflict with it, are right or wrong together. What is resampled is
 therefore the *family*: all questions that are linked by a video or by a group of twins. On Shapes that is a family of
@@ -67,7 +67,7 @@ def _column(values: Sequence[bool]) -> np.ndarray:
 def question_numbers(comparison: Comparison, questions: Sequence[VideoQuestion], source: str) -> dict[str, Any]:
     """Return what results.json holds as `questions`, beside the accuracies over all and by aspect.
 
-    Temporal are TempCompass's aspects, static those that any frame answers (colour, shape, count).
+    Temporal questions are of TempCompass's aspects; static ones are single-frame questions (colour, shape, count).
     """
     units, scores = comparison.units or [], comparison.scores[ACCURACY]
 

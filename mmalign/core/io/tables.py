@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,62 @@ def table_items(path: Path, modality: str) -> Iterator[Item]:
         yield _path_item(path, number, row[media_at], None if text_at is None else row[text_at])
 
 
+class Table:
+    """The rows of a JSONL, CSV, TSV or parquet file; of parquet, media are only read when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Find the columns: of rows that are objects, every key that occurs.
+
+        Raises:
+            UserError: the file is malformed.
+        """
+        self.path = path
+        self._parquet = path.suffix.lower() == ".parquet"
+        self._rows = [] if self._parquet else list(read_rows(path))
+        keys = open_parquet(path).schema_arrow.names if self._parquet else (key for row in self._rows for key in row)
+        self.columns: list[str] = list(dict.fromkeys(keys))
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        """Yield every row, with these columns at least where it has them."""
+        if not self._parquet:
+            yield from self._rows
+        elif columns:
+            for batch in iterate_columns(self.path, columns):
+                yield from batch.to_pylist()
+
+    def cells(self, columns: Sequence[str]) -> Callable[[int], Mapping[str, Any]]:
+        """Return what gives these columns of a row by its number; rising numbers are the cheap order."""
+        return ForwardReader(self.path, columns).row if self._parquet else self._rows.__getitem__
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8, with a byte order mark or without.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    """Yield the number, from 1, and the value of every line of JSONL that is not blank; `path` is for messages.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{path}: line {number} is not JSON ({getattr(error, 'msg', error)})") from None
+
+
 def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of a JSONL, CSV or TSV file.
 
@@ -62,13 +118,7 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is not JSON ({getattr(error, 'msg', error)})") from None
+    for number, row in json_lines(path, lines):
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number} is a {type(row).__name__}; expected an object")
         yield row

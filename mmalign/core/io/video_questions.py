@@ -14,7 +14,26 @@ from pathlib import Path
 from mmalign.core.errors import UserError, did_you_mean
 
 FORMATS = ("multi-choice", "yes_no", "caption_matching", "captioning")
+READ_BY_RULES = tuple(name for name in FORMATS if name != "captioning")
+"""Formats whose answers are rated without a judge."""
 ASPECTS = ("action", "direction", "speed", "order", "attribute_change")
+"""TempCompass's aspects, all of them temporal: no single frame answers such a question."""
+STATIC = ("colour", "shape", "count")
+"""Aspects of single-frame questions."""
+TOPICS = {
+    "direction": "direction",
+    "speed": "speed",
+    "first": "order",
+    "last": "order",
+    "growth": "attribute_change",
+    "recolouring": "attribute_change",
+    "motion": "action",
+    "presence": "action",
+    "colour": "colour",
+    "shape": "shape",
+    "count": "count",
+}
+"""What a question is about, more finely than its aspect -> that aspect."""
 INSTRUCTIONS = {
     "multi-choice": "\nPlease directly give the best option:",
     "yes_no": "\nPlease answer yes or no:",

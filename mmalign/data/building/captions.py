@@ -1,4 +1,8 @@
-"""Give images captions that do not fit them: by the rules of Shapes, or by any source of contrast prompts."""
+"""Give images captions that do not fit them: by a language that knows them false, or by a source of contrasts.
+
+A third party's language joins by an entry point in the group `mmalign.false_captions`. It names a function from a
+caption to captions that are false wherever it is true, by the kind of edit.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +21,11 @@ import pyarrow as pa
 from mmalign.core.errors import UserError
 from mmalign.core.io.images import read_bytes
 from mmalign.core.io.parquet import atomic_parquet
+from mmalign.core.registry import false_captions
 from mmalign.core.seeds import derive_seed
 from mmalign.data.labels import LabelRecord, LabelTable
-from mmalign.shapes.language import PromptError
-from mmalign.shapes.perturb import KINDS, false_captions
 from rewards.language.contrast import make_contrast
+from rewards.language.contrast_rules import FALSE_KINDS
 
 SCHEMA = pa.schema(
     [
@@ -59,20 +64,20 @@ class PerturbCounts:
 def edits_of(source: Any) -> tuple[Edits, int]:
     """Return a source of rejected captions, and how many captions it may be asked about at a time.
 
-    `source` is "shapes", which checks that an edited caption cannot be true as well, or what
-    `rewards.language.contrast.make_contrast` takes: "rules" of English, a file, or an endpoint. Of the rules, `drop`
-    is left out: a caption without one of its things is still true.
+    `source` names a language of `mmalign.core.registry.false_captions`, such as "shapes", which checks that an edited
+    caption cannot be true as well; or is what `rewards.language.contrast.make_contrast` takes: "rules" of English, a
+    file, or an endpoint. Of the rules, `drop` is left out: a caption without one of its things is still true.
     """
-    if source == "shapes":
-        return _shapes_edits, 1
-    contrast = make_contrast({"rules": {"kinds": list(KINDS)}} if source == "rules" else source)
+    if isinstance(source, str) and source in false_captions:
+        return partial(_edits_in, false_captions.get(source)), 1
+    contrast = make_contrast({"rules": {"kinds": list(FALSE_KINDS)}} if source == "rules" else source)
     return lambda caption: {"contrast": contrast(caption)}, getattr(contrast, "concurrency", 1)
 
 
-def _shapes_edits(caption: str) -> Mapping[str, Sequence[str]]:
+def _edits_in(language: Edits, caption: str) -> Mapping[str, Sequence[str]]:
     try:
-        return false_captions(caption)
-    except PromptError as error:
+        return language(caption)
+    except UserError as error:
         raise UserError(f"{error}; for other captions give --contrast rules, or --endpoint and --llm") from None
 
 

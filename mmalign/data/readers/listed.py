@@ -11,6 +11,7 @@ from typing import Any
 from mmalign.core.errors import UserError
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
+from mmalign.core.io.tables import json_lines, read_text
 from mmalign.data.readers.source import Candidate, choose_caption_column
 
 IMAGE_LISTS = ("image_path", "images", "file_path")
@@ -102,24 +103,15 @@ def _path(listing: Path, given: Any, where: str) -> Path:
 
 
 def _records(path: Path) -> Iterator[Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    text = read_text(path)
     if path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield _parse_json(path, line, number)
+        yield from (value for _, value in json_lines(path, text.split("\n")))
     elif text.strip():
-        loaded = _parse_json(path, text)
+        try:
+            loaded = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
         yield from loaded if isinstance(loaded, list) else [loaded]
-
-
-def _parse_json(path: Path, text: str, line: int | None = None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {line or error.lineno} is not JSON ({error.msg})") from None
 
 
 def paired_folders(folder: Path) -> tuple[Path, Path] | None:

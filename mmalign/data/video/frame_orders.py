@@ -1,4 +1,4 @@
-"""Which frames (or captions of clips) remain, and in what order: the operators on time, as lists of indices.
+"""Which frames (or captions of clips) remain, and in what order: the temporal operators, as lists of indices.
 
 Block operators follow TEMPLE (arXiv 2503.16929): for n items and a ratio r the block length is max(1, n // r), so a
 larger ratio re-orders more finely and drops more. TEMPLE's own shuffle may leave the order as it was (half of the

@@ -1,4 +1,4 @@
-"""Videos that a model is to be asked about: from a Shapes set, TempCompass's folder, or a table.
+"""Videos that a model is to be asked about: from a set of videos with questions, or a table.
 
 A table (parquet, JSONL, CSV or TSV) has `video`, a path relative to it, and where questions are asked `prompt`;
 optional are `answer` (the right one), `aspect`, `fps` (of a video that does not say, or says it wrongly) and `id`.
@@ -7,26 +7,21 @@ optional are `answer` (the right one), `aspect`, `fps` (of a video that does not
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmalign.core.errors import UserError
-from mmalign.core.io.answers import rate
+from mmalign.core.io.answers import Judge, rate
 from mmalign.core.io.columns import missing_columns
-from mmalign.core.io.decode import CONTAINER_SUFFIXES
-from mmalign.core.io.parquet import iterate_columns, open_parquet
-from mmalign.core.io.tables import TABLE_SUFFIXES, column, prompt_column, read_rows
-from mmalign.core.io.video_questions import FORMATS, VideoQuestion
+from mmalign.core.io.question_sets import Truth, find_question_set, known_layouts
+from mmalign.core.io.tables import TABLE_SUFFIXES, Table, column, prompt_column
+from mmalign.core.io.video_questions import FORMATS, READ_BY_RULES, VideoQuestion
 from mmalign.core.resources import find
 from mmalign.core.seeds import derive_seed
 from mmalign.data.readers.tabular import ID_COLUMNS
-from mmalign.data.video.question_set import READ_BY_RULES, read_asked
-from mmalign.shapes.questions import ShapesQuestion, judge_caption
-from mmalign.shapes.video import VideoScene
-from mmalign.shapes.video_set import QUESTIONS, read_videos
 
 INSTRUCTIONS = (
     "Describe the video.",
@@ -44,34 +39,41 @@ Instruct = Callable[[str], str]
 
 @dataclass(frozen=True)
 class VideoItem:
-    """Something to be asked about a video.
+    """A video and what a model is asked about it.
 
-    `question` and `answer` are None where the right answer is unknown; `scene` is the scene graph of a Shapes video;
-    `fps` that of a file that does not say.
+    `answer` is the right one as a model is to give it, None where it is unknown; `fps` the rate of a file that does
+    not say; `truth` what is known to be true of the video.
     """
 
     id: str
     file: Path
     prompt: str
-    question: VideoQuestion | None = None
     answer: str | None = None
     aspect: str | None = None
     fps: float | None = None
-    scene: VideoScene | None = None
+    truth: Truth | None = None
 
     def right(self, given: str) -> bool | None:
         """Tell whether an answer is right; None if nobody knows.
 
-        Questions are marked by the rules of their format, and captions of Shapes by exact rules; an answer of a table
-        is right if it is the table's but for case, blanks and a full stop, or the letter of the table's option.
+        It is right if it is `answer` but for case, blanks and a full stop, or the letter of an `answer` "B. ...".
         """
-        if self.question is not None:
-            judge = judge_caption if isinstance(self.question, ShapesQuestion) else None
-            return rate(self.question, given, judge).right
         if self.answer is None:
             return None
         said, wanted = _plain(given), _plain(self.answer)
         return said == wanted or (bool(re.match(r"[a-d][.)] ", wanted)) and said.rstrip(")") == wanted[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionItem(VideoItem):
+    """A question of a set, whose answers are rated by the rules of its format, or else by `judge`."""
+
+    question: VideoQuestion
+    judge: Judge | None = None
+
+    def right(self, given: str) -> bool:
+        """Tell whether an answer is right; one that no rule can read is wrong without a judge."""
+        return rate(self.question, given, self.judge).right
 
 
 def _plain(text: str) -> str:
@@ -79,14 +81,42 @@ def _plain(text: str) -> str:
 
 
 def is_video_source(source: str) -> bool:
-    """Tell whether a source holds videos: a folder of questions and videos, or a table with a column `video`."""
+    """Tell whether a source holds videos: a set of videos with questions, or a table with a column `video`."""
     try:
         path = find(source)
     except UserError:
         return False
-    if path.is_dir():
-        return (path / QUESTIONS).is_file() or (path / "videos").is_dir()
-    return path.suffix.lower() in TABLE_SUFFIXES and "video" in _columns(path)
+    if find_question_set(path) is not None:
+        return True
+    return path.is_file() and path.suffix.lower() in TABLE_SUFFIXES and "video" in Table(path).columns
+
+
+def load_video_questions(source: str, formats: Sequence[str] | None = None) -> list[QuestionItem]:
+    """Return the questions of a set in these formats, or in all whose answers it can rate.
+
+    `source` is the path of a set of any kind that `mmalign.core.io.question_sets` knows.
+
+    Raises:
+        UserError: no such set, a question whose video is missing, or no question left.
+    """
+    found = find_question_set(find(source))
+    if found is None:
+        raise UserError(f"{source}: no questions about videos; give {known_layouts()}")
+    if formats is None:
+        formats = READ_BY_RULES if found.judge is None else FORMATS
+    videos = {video.name: video for video in found.videos() if video.file.is_file()}
+    kept = [question for question in found.questions() if question.format in formats]
+    missing = [question.video for question in kept if question.video not in videos]
+    if missing:
+        raise UserError(f"{source}: {len(missing)} questions are about videos that are not there, {missing[0]} first")
+    if not kept:
+        raise UserError(f"{source}: no question in the formats {', '.join(formats)}")
+    return [
+        QuestionItem(one.id, video.file, one.prompt, one.label, one.aspect, None, video.truth,
+                     question=one, judge=found.judge)
+        for one in kept
+        for video in [videos[one.video]]
+    ]  # fmt: skip
 
 
 def read_video_items(
@@ -99,15 +129,22 @@ def read_video_items(
 ) -> list[VideoItem]:
     """Return what is asked about the videos of a source: its questions, or one of `instructions` about every video.
 
-    Questions that ask for a caption are only asked of Shapes videos, where captions can be judged.
+    Questions that ask for a caption are only asked where the set has a judge of captions.
 
     Raises:
         UserError: no such source, a malformed table, a video that is not there, an id that occurs twice.
     """
     path = find(source)
     instruct = partial(_instruction, instructions, seed)
-    items = list(_folder_items(path, source, questions, instruct) if path.is_dir() else
-                 _table_items(path, questions, instruct))[:limit]  # fmt: skip
+    found = find_question_set(path)
+    items: list[VideoItem]
+    if found is None and path.is_file():
+        items = list(_table_items(path, questions, instruct))
+    elif found is None or questions:
+        items = list(load_video_questions(source))  # or the error that no set is here
+    else:
+        items = [VideoItem(one.name, one.file, instruct(one.name), truth=one.truth) for one in found.videos()]
+    items = items[:limit]
     if not items:
         raise UserError(f"{source}: holds no videos")
     seen: set[str] = set()
@@ -120,35 +157,19 @@ def read_video_items(
     return items
 
 
-def _folder_items(folder: Path, source: str, questions: bool, instruct: Instruct) -> Iterator[VideoItem]:
-    shapes = (folder / QUESTIONS).is_file()
-    scenes = {row.video: row for row in read_videos(folder)} if shapes else {}
-    if questions:
-        for asked in read_asked(source, FORMATS if shapes else READ_BY_RULES):
-            one = asked.question
-            scene = scenes[one.video].scene if shapes else None
-            yield VideoItem(one.id, asked.file, one.prompt, one, one.label, one.aspect, scene=scene)
-    elif shapes:
-        for row in scenes.values():
-            yield VideoItem(row.video, row.file, instruct(row.video), scene=row.scene)
-    else:
-        for file in sorted((folder / "videos").iterdir()):
-            if file.suffix.lower() in CONTAINER_SUFFIXES:
-                yield VideoItem(file.stem, file, instruct(file.stem))
-
-
 def _instruction(instructions: Sequence[str], seed: int, name: str) -> str:
     return instructions[derive_seed(seed, "instruction", name) % len(instructions)]
 
 
 def _table_items(path: Path, questions: bool, instruct: Instruct) -> Iterator[VideoItem]:
-    found = _columns(path)
+    table = Table(path)
+    found = table.columns
     if "video" not in found:
         raise missing_columns(str(path), ["video"], found)
     asks, names = prompt_column(found), column(found, ID_COLUMNS)
     if questions and asks is None:
         raise missing_columns(str(path), ["prompt"], found, "; or describe the videos: --mode answers")
-    for number, row in enumerate(_rows(path, found)):
+    for number, row in enumerate(table.rows(found)):
         where = f"{path}: row {number}"
         name = str(number if names is None or row.get(names) is None else row[names])
         video, prompt = row.get("video"), None if asks is None else row.get(asks)
@@ -168,20 +189,6 @@ def _table_items(path: Path, questions: bool, instruct: Instruct) -> Iterator[Vi
         )
 
 
-def _columns(path: Path) -> list[str]:
-    if path.suffix.lower() == ".parquet":
-        return list(open_parquet(path).schema_arrow.names)
-    return list(dict.fromkeys(key for row in read_rows(path) for key in row))
-
-
-def _rows(path: Path, columns: list[str]) -> Iterator[Mapping[str, Any]]:
-    if path.suffix.lower() != ".parquet":
-        yield from read_rows(path)
-        return
-    for batch in iterate_columns(path, columns):
-        yield from batch.to_pylist()
-
-
 def _text(value: Any) -> str | None:
     return None if value is None or value == "" else str(value)
 
@@ -194,5 +201,5 @@ def _rate(value: Any, where: str) -> float | None:
     except (TypeError, ValueError):
         rate_given = 0.0
     if not rate_given > 0:
-        raise UserError(f"{where}: fps {value!r}; a rate is a number above 0")
+        raise UserError(f"{where}: fps {value!r}; the rate must be a number above 0")
     return rate_given

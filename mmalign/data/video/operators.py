@@ -1,12 +1,12 @@
 """Perturbations of videos, images and lists of captions, and which questions' answers each of them leaves true.
 
 `perturb("block_shuffle", video, seed=3, ratio=8)` works on media `[F, 3, H, W]` or `[3, H, W]` (floats in [0, 1] or
-uint8) and, where only time is touched, on any list with an item for each clip. The same seed and options give the same
+uint8). A temporal one also works on any list with an item for each clip. The same seed and options give the same
 result everywhere; shapes (number of frames aside) and dtypes are kept and inputs are never changed.
 
-The effects are the oracle label map of procedural video: for every topic of :data:`mmalign.shapes.facts.TOPICS` (and,
-where it matters, for single answers), whether the answer stays, becomes false, or has to be read anew. They hold for
-default options, and the tests hold them against re-rendered Shapes videos.
+The effects are the oracle label map of procedural video: for every topic of `mmalign.core.io.video_questions.TOPICS`
+(and, where it matters, for single answers), whether the answer stays, becomes false, or has to be read anew. They hold
+for default options; the tests compare them with re-rendered Shapes videos.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.io.video_questions import STATIC, TOPICS
 from mmalign.core.seeds import derive_seed
 from mmalign.data.video import frame_changes as picture_changes
 from mmalign.data.video import frame_orders
@@ -37,9 +38,7 @@ class Effect(StrEnum):
     DEPENDS = "depends"
 
 
-_STATIC = ("colour", "shape", "count")
 _ORDER = ("first", "last")
-_TOPICS = (*_STATIC, "direction", "speed", *_ORDER, "growth", "recolouring", "motion", "presence")
 _UNCHANGING = (("direction", "still"), ("motion", "still"), ("growth", "same"), ("recolouring", "same"),
                ("presence", "always"))  # fmt: skip
 """Answers that say that nothing happens: no order of the same frames makes them false."""
@@ -49,17 +48,17 @@ Effects = Mapping[str | tuple[str, str], Effect]
 
 def _effects(*, keeps: Sequence[str | tuple[str, str]] = (), changes: Sequence[str | tuple[str, str]] = ()) -> Effects:
     """A label map; topics that are not named depend on the instance."""
-    stated: dict[str | tuple[str, str], Effect] = dict.fromkeys(_TOPICS, Effect.DEPENDS)
+    stated: dict[str | tuple[str, str], Effect] = dict.fromkeys(TOPICS, Effect.DEPENDS)
     return stated | dict.fromkeys(changes, Effect.CHANGES) | dict.fromkeys(keeps, Effect.KEEPS)
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One perturbation: on time (`indices` says which items remain, in what order) or on pictures (`change`)."""
+    """One perturbation: temporal (it chooses and orders frames, see `indices`), or of what every frame shows."""
 
     name: str
     function: Callable[..., Any]
-    on_time: bool
+    temporal: bool
     effects: Effects
 
     @property
@@ -73,8 +72,8 @@ class Operator:
         Raises:
             UserError: no such topic.
         """
-        if topic not in _TOPICS:
-            raise UserError(f"unknown topic '{topic}'{did_you_mean(topic, _TOPICS)} ({', '.join(_TOPICS)})")
+        if topic not in TOPICS:
+            raise UserError(f"unknown topic '{topic}'{did_you_mean(topic, TOPICS)} ({', '.join(TOPICS)})")
         if answer is not None:
             return self.effects.get((topic, answer), self.effects[topic])
         all_answers = {effect for key, effect in self.effects.items() if key == topic or key[0] == topic}
@@ -84,17 +83,17 @@ class Operator:
         """Which of `count` items remain, and in what order.
 
         Raises:
-            UserError: it does not touch time, or an option is wrong.
+            UserError: it is not temporal, or an option is wrong.
         """
-        if not self.on_time:
-            raise UserError(f"{self.name} changes pictures, not their order")
+        if not self.temporal:
+            raise UserError(f"{self.name} changes pictures, not their order; only temporal operators take a list")
         if count < 1:
             raise UserError(f"{self.name}: there is no frame")
         self._check(options)
         return list(self.function(count, np.random.default_rng([seed, count]), **options))
 
     def __call__(self, media: Tensor | Sequence[Item], *, seed: int = 0, **options: Any) -> Tensor | list[Item]:
-        """Perturb media or, if only time is touched, a list of captions.
+        """Perturb media or, if the operator is temporal, a list of captions.
 
         Raises:
             UserError: an option is wrong, or the operator is not made for what it is given.
@@ -102,7 +101,7 @@ class Operator:
         if not isinstance(media, Tensor):
             return [media[index] for index in self.indices(len(media), seed=seed, **options)]
         _check_media(media, self)
-        if self.on_time:
+        if self.temporal:
             return media[self.indices(len(media), seed=seed, **options)]
         self._check(options)
         # Drawn on the CPU, so that every device gives the same result.
@@ -120,13 +119,13 @@ class Operator:
 def _check_media(media: Tensor, operator: Operator) -> None:
     if media.ndim not in (3, 4) or media.shape[-3] != 3:
         raise UserError(f"{operator.name} takes [F, 3, H, W] or [3, H, W], not {list(media.shape)}")
-    if operator.on_time and media.ndim == 3:
+    if operator.temporal and media.ndim == 3:
         raise UserError(f"{operator.name} re-orders the frames of a video; an image has none")
     if not (media.is_floating_point() or media.dtype == torch.uint8):
         raise UserError(f"{operator.name} takes floats in [0, 1] or uint8, not {media.dtype}")
 
 
-_REORDERED = _effects(keeps=(*_STATIC, *_UNCHANGING))
+_REORDERED = _effects(keeps=(*STATIC, *_UNCHANGING))
 
 OPERATORS: dict[str, Operator] = {
     function.__name__: Operator(function.__name__, function, function.__module__ == frame_orders.__name__, effects)
@@ -138,7 +137,7 @@ OPERATORS: dict[str, Operator] = {
         (
             frame_orders.reverse,
             _effects(
-                keeps=(*_STATIC, "speed", "motion", *_UNCHANGING, ("presence", "hides"), ("presence", "flashes")),
+                keeps=(*STATIC, "speed", "motion", *_UNCHANGING, ("presence", "hides"), ("presence", "flashes")),
                 changes=("direction", *_ORDER, "growth", "recolouring", "presence"),
             ),
         ),
@@ -152,13 +151,13 @@ OPERATORS: dict[str, Operator] = {
         (
             frame_orders.subsample,
             _effects(
-                keeps=(*_STATIC, "direction", "speed", *_ORDER, "growth", "recolouring", "presence", *_UNCHANGING)
+                keeps=(*STATIC, "direction", "speed", *_ORDER, "growth", "recolouring", "presence", *_UNCHANGING)
             ),
         ),
         (
             frame_orders.event_swap,
             _effects(
-                keeps=(*_STATIC, *_UNCHANGING),
+                keeps=(*STATIC, *_UNCHANGING),
                 changes=(*_ORDER, "growth", "recolouring", "presence"),
             ),
         ),
@@ -183,14 +182,14 @@ OPERATORS: dict[str, Operator] = {
         (
             picture_changes.flip,
             _effects(
-                keeps=[topic for topic in _TOPICS if topic != "direction"]
+                keeps=[topic for topic in TOPICS if topic != "direction"]
                 + [("direction", way) for way in ("up", "down", "still")],
                 changes=("direction",),
             ),
         ),
         (picture_changes.frame_noise, _effects()),
         (picture_changes.diffusion_noise, _effects()),
-        (picture_changes.black, _effects(changes=_TOPICS)),
+        (picture_changes.black, _effects(changes=tuple(TOPICS))),
         (picture_changes.neighbour, _effects()),
     )
 }

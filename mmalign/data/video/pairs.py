@@ -47,7 +47,7 @@ REASONS = {
     "empty": "empty answers",
     "equal": "equal answers",
     "substring": "chosen answers that are part of the rejected one",
-    "length": "answers of unlike lengths",
+    "length": "answers whose lengths differ too much",
     "right": "rejected answers that are right",
     "effect": "perturbations that hardly move the model's preference",
     "mirror": "pairs without an opposite",
@@ -81,29 +81,27 @@ class VideoPairSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together.
+        """Refuse settings that contradict each other.
 
         Raises:
-            UserError: it does not.
+            UserError: they do.
         """
         if self.captions:
-            pictures = [name for one in self.perturbations for name in one.names if not get_operator(name).on_time]
+            pictures = [name for one in self.perturbations for name in one.names if not get_operator(name).temporal]
             if pictures:
                 raise UserError(f"operator '{pictures[0]}' changes pictures, and captions have none; leave it out")
             if self.questions or self.rejected != "answers":
-                raise UserError("captions of clips make descriptions: no questions, and no videos as rejected side")
+                raise UserError("captions of clips become descriptions; use --mode answers, --rejected answers")
             if self.min_events < 2:
                 raise UserError(f"min_events {self.min_events}: one caption cannot be re-ordered; use 2 or more")
         if self.mirrored and not (self.questions and self.rejected == "answers"):
             raise UserError(
-                "mirrored pairs are of answers to questions; no descriptions, and no videos as rejected side"
+                "only answers to questions can be mirrored; use --mode questions and --rejected answers, or omit it"
             )
         if self.min_effect is not None and (self.captions or self.rejected != "answers"):
-            raise UserError(
-                "min_effect is of perturbed videos on answers; no captions, and no videos as rejected side"
-            )
+            raise UserError("min_effect needs answers to compare; use --rejected answers, and no captions of clips")
         if self.chosen == "truth" and not self.questions:
-            raise UserError("the truth is known of questions alone; add --mode questions, or let the model answer")
+            raise UserError("only questions have a known right answer; use --mode questions, or --chosen model")
 
     @property
     def asks_rejected(self) -> bool:
@@ -156,7 +154,7 @@ def write_video_pairs(
         UserError: no pair is left, no model where one is needed, or a video that cannot be read or perturbed.
     """
     if answerer is None and (settings.asks_rejected or settings.chosen == "model"):
-        raise UserError("a model must answer: give one, or choose the truth and reject videos")
+        raise UserError("no model to answer the questions; give one, or use --chosen truth and --rejected videos")
     counts = VideoPairCounts()
     pipeline = _Pipeline(settings, answerer, VideoReader(settings.frames), counts)
     pairs = pipeline.from_captions(items) if settings.captions else pipeline.from_videos(items)
@@ -220,8 +218,8 @@ def refuse(
 def mirrored(preferences: Sequence[tuple[str, str, str]], seed: int = 0) -> list[int]:
     """Return which of (prompt, chosen, rejected) to keep so that each comes as often as with both answers swapped.
 
-    What is left out is drawn from `seed`. Whatever looks at the words alone then prefers the chosen answer to as many
-    pairs as the rejected one: there is no prior to be learned, or unlearned too far.
+    What is left out is drawn from `seed`. A model that reads the words alone is then right about as many pairs as
+    it is wrong about: there is no language prior to learn, or to unlearn too far.
     """
     found: dict[tuple[str, str, str], list[int]] = {}
     for index in np.random.default_rng(seed).permutation(len(preferences)).tolist():

@@ -14,12 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from mmalign.core.errors import UserError
+from mmalign.core.io.video_questions import TOPICS, VideoQuestion
 from mmalign.core.seeds import derive_seed
-from mmalign.data.video.items import VideoItem
+from mmalign.data.video.items import QuestionItem, VideoItem
 from mmalign.data.video.operators import Effect, Item, Operator, get_operator
-from mmalign.shapes.facts import TOPICS, truth
-from mmalign.shapes.questions import ShapesQuestion
-from mmalign.shapes.video import unroll
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,10 @@ class Perturbation:
         return each
 
     def apply(self, media: Tensor | Sequence[Item], seed: int) -> Any:
-        """Return perturbed media or, of operators on time alone, a perturbed list.
+        """Return perturbed media or, if all operators are temporal, a perturbed list.
 
         Raises:
-            UserError: they do not apply, such as a shuffle to a single frame.
+            UserError: the operators do not apply, such as a shuffle to a single frame.
         """
         changed: Any = media
         for operator, own_seed, options in self._each(seed):
@@ -58,20 +56,18 @@ class Perturbation:
         return changed
 
     def fate(self, item: VideoItem, frames: int | None, seed: int) -> Effect:
-        """What becomes of the right answer to an item, of whose video `frames` are taken (None: not known).
+        """Return what becomes of the right answer to an item, of whose video `frames` are taken (None: not known).
 
-        Where only time is touched, the answer is read anew from the scene graph of a Shapes video, if all its frames
-        are taken; else the label maps of the operators decide, for what is asked or for all that its aspect may ask.
+        Where only the order of frames changes and the truth of the video is known, the answer is read anew from that,
+        if all frames are taken. Else the label maps of the operators decide, for the topic of the question if it is
+        known, or for all topics of its aspect.
         """
-        on_time = all(get_operator(name).on_time for name in self.names)
-        question, scene = item.question, item.scene
-        if isinstance(question, ShapesQuestion) and scene is not None:
-            if on_time and frames == scene.frames:
+        if isinstance(item, QuestionItem) and item.truth is not None:
+            temporal = all(get_operator(name).temporal for name in self.names)
+            if temporal and frames == item.truth.frames:
                 order = self.apply(list(range(frames)), seed)
-                tracks = [tuple(track[index] for index in order) for track in unroll(scene)]
-                return _reread(question, question.answer_of(tracks, scene.size))
-            value = truth(question.topic, question.subject, unroll(scene), scene.size)
-            return _unless_denied(question, self._stated(question.topic, value))
+                return _reread(item.question, item.truth.answer(item.question, order))
+            return _unless_denied(item.question, self._stated(*item.truth.fact(item.question)))
         topics = [topic for topic, aspect in TOPICS.items() if aspect == item.aspect]
         stated = {self._stated(topic, None) for topic in topics}
         return stated.pop() if len(stated) == 1 else Effect.DEPENDS
@@ -85,14 +81,14 @@ class Perturbation:
         return Effect.CHANGES if changes == 1 and Effect.DEPENDS not in effects else Effect.DEPENDS
 
 
-def _reread(question: ShapesQuestion, found: str | None) -> Effect:
+def _reread(question: VideoQuestion, found: str | None) -> Effect:
     if found == question.answer:
         return Effect.KEEPS
     # To a question about what can no longer be seen, "no" is no mistake.
     return Effect.DEPENDS if found is None and question.answer == "no" else Effect.CHANGES
 
 
-def _unless_denied(question: ShapesQuestion, stated: Effect) -> Effect:
+def _unless_denied(question: VideoQuestion, stated: Effect) -> Effect:
     """Another truth may be denied just as rightly: of "no", a change is only possible."""
     return Effect.DEPENDS if stated is Effect.CHANGES and question.answer == "no" else stated
 
@@ -109,7 +105,7 @@ def parse_perturbations(names: Sequence[str], difficulties: Sequence[int]) -> li
     """
     low = [difficulty for difficulty in difficulties if difficulty < 2]
     if low:
-        raise UserError(f"difficulty {low[0]}: is a ratio of 2 or more; 1 changes nothing")
+        raise UserError(f"difficulty {low[0]}: a difficulty is a ratio of 2 or more; a ratio of 1 changes nothing")
     made = []
     for given in names:
         chain = tuple(name.strip().replace("-", "_") for name in given.split("+"))

@@ -8,11 +8,10 @@ from mmalign.core.errors import UserError
 from mmalign.core.io.decode import Frames
 from mmalign.data.batches import TimedMedia
 from mmalign.data.encoded.vlm_samples import read_media
-from mmalign.data.video.events import clips, scene_states, shot_states
+from mmalign.data.video.events import clips, shot_states
 from mmalign.data.video.items import VideoItem
 from mmalign.data.video.perturbations import Perturbation
 from mmalign.data.vlm_pairs import media_digest
-from mmalign.shapes.video import unroll
 
 
 class VideoReader:
@@ -49,20 +48,19 @@ class VideoReader:
         return f"{self._digests[item.file]}+{self.frames!r}+{item.fps}"
 
     def count(self, item: VideoItem) -> int | None:
-        """Return how many frames of a Shapes video are taken; None where that is not known without decoding."""
-        if item.scene is None or self.frames.fps is not None:
+        """Return how many frames of a video are taken; None where that is not known without decoding."""
+        if item.truth is None or self.frames.fps is not None:
             return None
-        return len(self.frames.choose(item.scene.frames, None))
+        return len(self.frames.choose(item.truth.frames, None))
 
     def states(self, item: VideoItem) -> list[Hashable]:
-        """Return what goes on in each frame: from the scene graph if all its frames are taken, else by shots."""
+        """Return the state of each frame: from the truth, if it is known and all frames are taken, else from cuts."""
         key = (item.file, item.fps)  # which frames are taken may depend on the rate
         if key not in self._states:
-            if item.scene is not None and self.count(item) == item.scene.frames:
-                states = scene_states(unroll(item.scene), item.scene.size)
+            if item.truth is not None and self.count(item) == item.truth.frames:
+                self._states[key] = item.truth.states()
             else:
-                states = shot_states(self.show(item).media[0])
-            self._states[key] = states
+                self._states[key] = shot_states(self.show(item).media[0])
         return self._states[key]
 
     def show_clip(self, item: VideoItem, number: int) -> TimedMedia:
