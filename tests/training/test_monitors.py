@@ -50,7 +50,7 @@ def grey(distance: float) -> Tensor:
     return levels.view(4, 1, 1, 1).expand(4, 3, 32, 32)
 
 
-def test_over_optimisation_is_said_at_the_third_look_below() -> None:
+def test_over_optimisation_is_said_at_the_third_evaluation_below() -> None:
     monitors = make(action="stop")
     learn(monitors)
     # The margin is 0.2 of a quarter of 0.78, so 0.039; the median step of the looks is 0.
@@ -64,7 +64,7 @@ def test_over_optimisation_is_said_at_the_third_look_below() -> None:
             # 17 lines of 0.8 after a start of 0.6: the running mean is 0.8 - 0.2 * 0.7^17 = 0.7995.
             assert alarms[0].sentence.startswith(
                 "step 100: the training reward shapes-clip rose from 0.6 to 0.8 while the held-out "
-                "shapes-correctness fell from 0.78 to 0.73 (3 looks in a row): over-optimisation"
+                "shapes-correctness fell from 0.78 to 0.73 (3 evaluations in a row): over-optimisation"
             )
 
 
