@@ -26,14 +26,43 @@ class Registry:
         self.kind = kind
         self.entry_point_group = entry_point_group
         self._builtin = dict(builtin)
+        self._registered: dict[str, Any] = {}
+
+    def register(self, target: Any) -> Any:
+        """Make a class known under its `name` in this process, for one that no other could import; a decorator too.
+
+        A class that is defined again at the same place, as by running a notebook's cell twice, replaces the earlier.
+
+        Raises:
+            UserError: it has no `name`, or another class goes by it.
+        """
+        name = getattr(target, "name", None)
+        if not isinstance(target, type) or not isinstance(name, str) or not name or ":" in name:
+            raise UserError(f"{target!r} is no {self.kind}: register a class with an attribute `name`, without ':'")
+        held = self._registered.get(name)
+        if name in self._builtin or name in self._plugins() or (held and not is_redefined(held, target)):
+            raise UserError(f"{self.kind} name '{name}' is taken; give {target.__qualname__} a name of its own")
+        self._registered[name] = target
+        return target
+
+    def name_of(self, target: type) -> str:
+        """Return how a configuration names a class: by its name, by its dotted path, or else registered here.
+
+        Raises:
+            UserError: see `register`.
+        """
+        name = getattr(target, "name", "")
+        if name in self and self.get(name) is target:
+            return str(name)
+        return dotted_path(target) or str(self.register(target).name)
 
     def names(self) -> list[str]:
         """Return every name that `get` knows, sorted; a dotted path is always understood besides."""
-        return sorted({*self._builtin, *self._plugins()})
+        return sorted({*self._builtin, *self._registered, *self._plugins()})
 
     def __contains__(self, name: str) -> bool:
         """Tell whether `name` is a known name (a dotted path is not)."""
-        return name in self._builtin or name in self._plugins()
+        return name in self._builtin or name in self._registered or name in self._plugins()
 
     def get(self, name: str) -> Any:
         """Import and return what `name` stands for; a built-in wins over a plug-in of the same name.
@@ -43,6 +72,8 @@ class Registry:
         """
         if name in self._builtin:
             return self._load(name, self._builtin[name])
+        if name in self._registered:
+            return self._registered[name]
         plugin = self._plugins().get(name)
         if plugin is not None:
             return self._load(name, plugin.value)
@@ -76,6 +107,19 @@ class Registry:
             raise UserError(
                 f"{self.kind} '{name}': {module_name} has no '{attribute}'{did_you_mean(attribute, offered)}"
             ) from None
+
+
+def dotted_path(target: type) -> str | None:
+    """Return "module:Class" if another process finds the class by it, None for one of a notebook or a function."""
+    found = sys.modules.get(target.__module__)
+    if target.__module__ == "__main__" or getattr(found, target.__qualname__, None) is not target:
+        return None
+    return f"{target.__module__}:{target.__qualname__}"
+
+
+def is_redefined(old: type, new: type) -> bool:
+    """Tell whether `new` is what the definition of `old` has become, as after a notebook's cell has run again."""
+    return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
 
 
 methods = Registry(

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -146,10 +147,30 @@ def fingerprint_reward(reward: Any, neighbours: bool = False) -> list[str]:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(picked.double().cpu().numpy().tobytes())
     classes = [cls for cls in type(reward).__mro__ if issubclass(cls, torch.nn.Module) and cls is not torch.nn.Module]
-    files = {Path(file) for cls in classes if (file := inspect.getsourcefile(cls)) is not None}
+    files = {cls: _source_file(cls) for cls in classes}
+    paths = {path for path in files.values() if path is not None}
     if neighbours:
-        files |= {beside for path in files for beside in path.parent.glob("*.py")}
+        paths |= {beside for path in paths for beside in path.parent.glob("*.py")}
     code = hashlib.blake2b(digest_size=16)
-    for path in sorted(files):
+    for path in sorted(paths):
         code.update(path.read_bytes())
+    for cls in (cls for cls, path in files.items() if path is None):
+        for name, function in sorted((name, part) for name, part in vars(cls).items() if inspect.isfunction(part)):
+            code.update(repr((name, _instructions(function.__code__))).encode())
     return [digest.hexdigest(), code.hexdigest()]
+
+
+def _instructions(code: CodeType) -> tuple[Any, ...]:
+    """Return what a function does, without the place where it stands."""
+    inner = (_instructions(one) if isinstance(one, CodeType) else one for one in code.co_consts)
+    constants = (sorted(map(repr, one)) if isinstance(one, frozenset) else one for one in inner)  # in a stable order
+    return code.co_code, code.co_names, code.co_varnames, *constants
+
+
+def _source_file(cls: type) -> Path | None:
+    """Return the file that defines a class; None for one of a notebook's cell or of an interactive session."""
+    try:
+        file = inspect.getsourcefile(cls)
+    except (TypeError, OSError):  # its module has no file
+        return None
+    return Path(file) if file is not None and Path(file).is_file() else None
