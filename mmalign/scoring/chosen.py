@@ -42,7 +42,7 @@ def parse_choices(text: str) -> list[Choice]:
                 raise UserError(f"reward '{part.strip()}': '{tail}' is no weight; write NAME or NAME:0.5") from None
         if not name or name in chosen:
             raise UserError(f"rewards '{text}': {'repeats ' + repr(name) if name else 'has an empty name'}")
-        _check_weight(part.strip(), weight)
+        check_weight(part.strip(), weight)
         chosen[name] = Choice(name, name, weight)
     return list(chosen.values())
 
@@ -60,15 +60,24 @@ def read_choices(text: str, options: Sequence[str] = ()) -> list[Choice]:
 
         chosen = read_yaml(text)
         for choice in chosen:
-            _check_weight(choice.label, choice.weight)
+            check_weight(choice.label, choice.weight)
     else:
         chosen = parse_choices(text)
+    check_labels(chosen)
+    return _with_options(chosen, options)
+
+
+def check_labels(chosen: Sequence[Choice]) -> None:
+    """Refuse labels that are given twice, or taken by the weighted sum.
+
+    Raises:
+        UserError: see above.
+    """
     repeated = [label for label, count in Counter(choice.label for choice in chosen).items() if count > 1]
     if repeated:
         raise UserError(f"rewards: '{repeated[0]}' occurs more than once; give each its own label")
     if TOTAL in {choice.label for choice in chosen}:
         raise UserError(f"rewards: '{TOTAL}' is the name of the weighted sum; choose another label")
-    return _with_options(chosen, options)
 
 
 def _with_options(chosen: Sequence[Choice], options: Sequence[str]) -> list[Choice]:
@@ -89,7 +98,12 @@ def _with_options(chosen: Sequence[Choice], options: Sequence[str]) -> list[Choi
     ]
 
 
-def _check_weight(name: str, weight: float | None) -> None:
+def check_weight(name: str, weight: float | None) -> None:
+    """Refuse a weight that is 0 or not finite.
+
+    Raises:
+        UserError: see above.
+    """
     if weight is not None and (not math.isfinite(weight) or weight == 0):
         raise UserError(f"reward '{name}': the weight must be a finite number other than 0")
 
