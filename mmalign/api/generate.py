@@ -219,6 +219,7 @@ def generate(
         UserError, PipelineError: an option cannot work, or there is no such model.
     """
     from mmalign.core.io.images import tensor_to_image
+    from mmalign.scoring.checks import check_device
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     numbers = [seeds] if isinstance(seeds, int) else [int(seed) for seed in seeds]
@@ -228,11 +229,19 @@ def generate(
         raise UserError(f"seeds {numbers}: must be different whole numbers of at least 0")
     name = None if hasattr(model, "encode_prompts") else os.fspath(model)
     options = Sampling(
-        name or "", steps, guidance, eta, solver, precision, os.fspath(adapter) if adapter else None, adapter_scale
+        name or "",
+        steps,
+        float(guidance),
+        float(eta),
+        solver,
+        precision,
+        os.fspath(adapter) if adapter else None,
+        adapter_scale,
     )
     if name is None and (adapter is not None or adapter_scale != 1 or precision != "fp32" or device is not None):
         raise UserError("adapter, adapter_scale, precision and device belong to load_generator, which made this model")
     options.check()
+    check_device(device)
     with track(len(texts) * len(numbers), "generate") as job:
         generator = model if name is None else options.open(device)
         drawn = options.draw(generator, texts, numbers, batch_size, job.advance)

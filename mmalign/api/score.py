@@ -130,6 +130,9 @@ def score(
     Raises:
         UserError, RewardError: there is no such reward, a prompt is missing, or something cannot be scored.
     """
+    from mmalign.scoring.checks import check_device
+
+    check_device(device)
     chosen = _choices(rewards)
     made = {choice.label: reward for choice, reward in chosen if reward is not None}
     choices = [choice for choice, _ in chosen]

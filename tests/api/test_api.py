@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from tiny_models import build_tiny_sd
 from tiny_runs import Brightness, losses, run_config, write_pairs
 
 import mmalign
+from mmalign.api.train import TrainResult
 from mmalign.core.errors import UserError
 from mmalign.core.registry import methods
 from mmalign.methods.base import LossOutput
@@ -42,6 +44,14 @@ def values_of(world: dict[str, Any], output: Path) -> dict[str, Any]:
     values = run_config(world["sd"], world["pairs"], output).model_dump(mode="json", exclude_none=True)
     values["data"] = {"cache": str(output.parent / "cache")}
     return values
+
+
+@pytest.fixture(scope="module")
+def tuned(world: dict[str, Any]) -> TrainResult:
+    """A short run in a folder whose name must be escaped."""
+    values = values_of(world, world["folder"] / "a<b")
+    rows = image_pairs(world["pairs"])
+    return mmalign.train(values, pairs=rows, method={"name": "sft"}, trainer={"learning_rate": 0.1})
 
 
 class Strict(HTMLParser):
@@ -95,9 +105,8 @@ def test_objects_train_the_same_run_as_files_and_again_goes_on(world: dict[str, 
     assert {s: losses(again.path)[s] for s in (1, 2, 3, 4)} == losses(by_files)
 
 
-def test_a_result_draws_and_shows_itself(world: dict[str, Any], tmp_path: Path) -> None:
-    rows = image_pairs(world["pairs"])
-    result = mmalign.train(values_of(world, tmp_path / "a<b"), pairs=rows, method={"name": "sft"})
+def test_a_result_draws_and_shows_itself(tuned: TrainResult) -> None:
+    result = tuned
     assert result.config.method_name == "sft" and [step for step, _ in result.curve()] == [1, 2, 3, 4]
     page = Strict(result._repr_html_())
     assert {"table", "svg", "polyline"} <= set(page.tags) and "b" not in page.tags
@@ -119,7 +128,8 @@ def test_drawing_is_what_the_command_line_draws(world: dict[str, Any], tmp_path:
         (image,) = mmalign.generate(model, "a red star", steps=2)
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "00000-0.png")))
     for options, message in [
-        ({"guidance": -1}, "guidance -1: must be a number of at least 0"),
+        ({"device": "cdua"}, "device cdua: Expected one of"),
+        ({"guidance": -1}, "guidance -1.0: must be a number of at least 0"),
         ({"solver": "dimm"}, "solver 'dimm'; allowed: ddim, dpm.*did you mean 'ddim'"),
         ({"seeds": [1, 1]}, "must be different whole numbers"),
         ({"adapter_scale": 0.5}, "adapter_scale 0.5 needs an adapter"),
@@ -296,14 +306,13 @@ class TestScore:
             scores["clip"]
 
 
-def test_compare_by_name_shows_the_table_of_the_report(world: dict[str, Any], tmp_path: Path) -> None:
-    rows = image_pairs(world["pairs"])
-    result = mmalign.train(
-        values_of(world, tmp_path / "sft"), pairs=rows, method="sft", trainer={"learning_rate": 0.1}
-    )
+def test_compare_by_name_shows_the_table_of_the_report(
+    world: dict[str, Any], tuned: TrainResult, tmp_path: Path
+) -> None:
+    result = shutil.copytree(tuned, tmp_path / "sft")
     options: dict[str, Any] = {"prompts": ["a <b>red</b> star", "two"], "rewards": [Brightness], "steps": 2}
     outcome = mmalign.compare(
-        {"base": world["sd"], "sft": result}, "seeds=[0]", output=tmp_path / "compare", resamples=100, **options
+        {"base": world["sd"], "sft": tuned}, "seeds=[0]", output=tmp_path / "compare", resamples=100, **options
     )
     document = json.loads((tmp_path / "compare" / "results.json").read_text())
     assert json.loads(json.dumps(outcome.results, default=str)) == document and outcome.report.is_file()
