@@ -22,6 +22,7 @@ FLOORS = (
     {"methods"},
     {"training"},
     {"compare"},
+    {"api"},
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.cli.train import end_training_well
@@ -102,13 +100,13 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
     Raises:
         UserError: options are missing, or do not go together.
     """
-    from mmalign.compare.config import make_compare_config
+    from mmalign.compare.config import is_comparison, make_compare_config, name_models
     from mmalign.compare.systems.config import check_values
     from mmalign.compare.vlm.config import QuestionConfig, load_comparison
 
     options = _given(args, _CONFIG_KEYS)
     control = _given(args, _CONTROL_KEYS)
-    if _is_config(args.inputs[0]):
+    if is_comparison(args.inputs[0]):
         if args.names:
             raise UserError("--names is for models given one by one; a config names its systems itself")
         options |= {f"guidance_control.{key}": value for key, value in control.items()}
@@ -126,7 +124,7 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
                 "validation prompts to choose by"
             )
         options["guidance_control"] = {"rewards": options["rewards"][:1], **control}
-    names = args.names or _folder_names(args.inputs)
+    names = args.names or name_models(args.inputs)
     if len(names) != len(args.inputs):
         raise UserError(f"--names gives {len(names)} names for {len(args.inputs)} models; give one each")
     systems = [{"name": name, "model": model} for name, model in zip(names, args.inputs, strict=True)]
@@ -147,22 +145,6 @@ def _refuse_drawing(options: Iterable[str]) -> None:
 def _given(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
     values = {key: getattr(args, argument) for argument, key in keys.items()}
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _is_config(text: str) -> bool:
-    from mmalign.config.yaml import list_configs
-
-    return Path(text).suffix in (".yaml", ".yml") or (not Path(text).exists() and text in list_configs())
-
-
-def _folder_names(models: list[str]) -> list[str]:
-    """Name models by their last path component; where that is not unique, by the last two."""
-    short = [Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2] for model in models]
-    count = Counter(short)
-    return [
-        f"{Path(model).resolve().parent.name}-{name}" if count[name] > 1 else name
-        for model, name in zip(models, short, strict=True)
-    ]
 
 
 def _words(text: str) -> list[str]:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.progress import track
-from mmalign.core.resources import find, resolve_model
 
 if TYPE_CHECKING:
+    from mmalign.api.generate import Sampling
     from mmalign.data.prompts import Prompt
 
 METADATA_FILE = "metadata.jsonl"
@@ -77,67 +77,30 @@ def read_prompts(given: str, limit: int | None) -> list[Prompt]:
         raise UserError(f"{error}; for a prompt of one word write --prompts {TEXT_PREFIX}{given}") from None
 
 
-def check_sampling(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before a model is read.
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    """Return which model draws, and how, after refusing what cannot work before a model is read.
 
     Raises:
         UserError: options are out of range or exclude each other.
     """
-    if not 0 <= args.guidance < math.inf:
-        raise UserError(f"--guidance {args.guidance}: must be a number of at least 0 (1: none, 0: without the prompt)")
-    if not 0 <= args.eta <= 1:
-        raise UserError(f"--eta {args.eta}: must lie between 0 and 1")
-    if args.eta and args.solver != "ddim":
-        raise UserError(f"--eta {args.eta} needs --solver ddim; '{args.solver}' is deterministic")
-    if not 0 <= args.adapter_scale < math.inf:
-        raise UserError(f"--adapter-scale {args.adapter_scale}: must be a number of at least 0 (0: the base)")
-    if args.adapter_scale != 1 and not args.adapter:
-        from mmalign.training.models import require_adapter
+    from mmalign.api.generate import Sampling
 
-        require_adapter(
-            args.model, f"--adapter-scale {args.adapter_scale:g}", "give --adapter PATH or a MODEL that is one"
-        )
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    sampling.check(lambda name: f"--{name.replace('_', '-')}")
     check_output(args.out)
-    from mmalign.core.precision import check_precision
-
-    check_precision(args.precision, key="--precision")
-
-
-def open_generator(args: argparse.Namespace) -> Any:
-    """Load the model that the arguments name, with its adapter."""
-    from pipelines import load_generator
-
-    adapter = find(args.adapter) if args.adapter else None
-    model = resolve_model(args.model)
-    generator = load_generator(model, dtype=args.precision, adapter=adapter, resolve=resolve_model)
-    if args.adapter_scale != 1:
-        generator.set_adapter_scale(args.adapter_scale)
-    return generator
-
-
-def model_identity(args: argparse.Namespace) -> tuple[str, str]:
-    """Return the model's name for people and a fingerprint of its weights, an extra adapter's included.
-
-    Raises:
-        UserError, PipelineError: there is no such model or adapter.
-    """
-    from pipelines import fingerprint_model
-
-    adapter = find(args.adapter) if args.adapter else None
-    identity = fingerprint_model(resolve_model(args.model), adapter=adapter, resolve=resolve_model)
-    return f"{args.model} + {args.adapter}" if adapter else args.model, identity
+    return sampling
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the images and say where they lie."""
-    check_sampling(args)
+    sampling = read_sampling(args)
     prompts = read_prompts(args.prompts, args.limit)
     folder = _Folder(args.out, prompts, args.seeds)
-    folder.check_settings(_settings(args))
+    folder.check_settings(_settings(sampling))
     missing = folder.missing()
     total, new = len(prompts) * len(args.seeds), sum(map(len, missing.values()))
     if new:
-        _draw(args, folder, missing, total)
+        _draw(sampling, args.batch_size, folder, missing, total)
     folder.write_metadata()
     print(f"{total} images ({new} new) of {len(prompts)} prompts: {args.out}")
     if args.grid:
@@ -145,28 +108,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _settings(sampling: Sampling) -> dict[str, Any]:
     names = ("steps", "guidance", "eta", "solver", "precision", "adapter_scale")
-    model, identity = model_identity(args)
-    return {"model": model, "fingerprint": identity, **{name: getattr(args, name) for name in names}}
+    model, identity = sampling.identity()
+    return {"model": model, "fingerprint": identity, **{name: getattr(sampling, name) for name in names}}
 
 
-def _draw(args: argparse.Namespace, folder: _Folder, missing: dict[int, list[int]], total: int) -> None:
-    from mmalign.data.building.generation import generate_images
-
+def _draw(sampling: Sampling, batch_size: int, folder: _Folder, missing: dict[int, list[int]], total: int) -> None:
     with track(total, "generate", initial=total - sum(map(len, missing.values()))) as job:
-        generator = open_generator(args)
+        generator = sampling.open()
         indices = list(missing)
-        images = generate_images(
-            generator,
-            [folder.prompts[index] for index in indices],
-            seeds=list(missing.values()),
-            steps=args.steps,
-            guidance=args.guidance,
-            eta=args.eta,
-            solver=args.solver,
-            batch_size=args.batch_size,
-            progress=job.advance,
+        images = sampling.draw(
+            generator, [folder.prompts[index] for index in indices], list(missing.values()), batch_size, job.advance
         )
         for item in images:
             folder.put(indices[item.prompt_index], item.seed, item.image)

@@ -44,6 +44,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "merge an adapter into its base: one model, to train further or to share",
         "mmalign merge runs/first --out runs/first-merged",
     ),
+    "push": (
+        "upload a finished run to the Hugging Face Hub",
+        "mmalign push runs/first my-name/first --private --dry-run",
+    ),
     "pairs": (
         "build preference data: sample images, then label them",
         "mmalign pairs sample assets/shapes-sd --prompts shapes-train --out runs/samples",

@@ -12,12 +12,10 @@ from pathlib import Path
 
 from mmalign.cli.generate import (
     add_sampling_arguments,
-    check_sampling,
-    model_identity,
     not_negative,
-    open_generator,
     positive,
     read_prompts,
+    read_sampling,
 )
 from mmalign.cli.perturb_videos import add_video_arguments, perturb_videos, refuse_video_options
 from mmalign.core.errors import UserError
@@ -76,25 +74,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    check_sampling(args)
+    sampling = read_sampling(args)
     prompts = read_prompts(args.prompts, args.limit)
-    model, fingerprint = model_identity(args)
+    model, fingerprint = sampling.identity()
 
     from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
 
     settings = SampleSettings(
         model=model,
         fingerprint=fingerprint,
-        steps=args.steps,
-        guidance=args.guidance,
-        eta=args.eta,
-        solver=args.solver,
-        precision=args.precision,
-        adapter_scale=args.adapter_scale,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        eta=sampling.eta,
+        solver=sampling.solver,
+        precision=sampling.precision,
+        adapter_scale=sampling.adapter_scale,
         seed=args.seed,
     )
     counts = sample_images(
-        lambda: open_generator(args),
+        sampling.open,
         prompts,
         args.out,
         settings,

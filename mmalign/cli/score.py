@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--fps {args.fps}: must be a number above 0")
 
     from mmalign.core.io.decode import Frames
+    from mmalign.scoring.checks import check_device
     from mmalign.scoring.chosen import read_choices
     from mmalign.scoring.run import ScoreSettings, score_files
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         skip_bad=args.skip_bad,
         batch_size=args.batch_size,
         workers=args.workers,
-        device=_device(args.device),
+        device=check_device(args.device, "--device"),
         dtype=args.dtype,
         frames=Frames(args.frames, args.fps),
     )
@@ -86,18 +87,6 @@ def run(args: argparse.Namespace) -> int:
         write_picture(outcome, args.grid, settings.frames)
         print(f"best and worst: {args.grid}")
     return 0 if all(row.is_complete for row in outcome.rows) else INCOMPLETE
-
-
-def _device(given: str | None) -> str | None:
-    """Check a device before anything is read."""
-    if given is not None:
-        import torch
-
-        try:
-            torch.empty(0, device=given)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {given}: {str(error).splitlines()[0]}") from None
-    return given
 
 
 def _print_summary(outcome: Outcome) -> None:

@@ -24,6 +24,7 @@ With `training_seeds: [0, 1, 2]` each of them is trained once from each seed, an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from pydantic import Field, field_validator, model_validator
 from mmalign.compare.systems.config import SystemsConfig, check_values, different_seeds, no_duplicates
 from mmalign.config.run import load_schema
 from mmalign.config.sections import Guidance, StrictModel
+from mmalign.config.yaml import list_configs
 from mmalign.core.errors import did_you_mean
 
 
@@ -124,6 +126,21 @@ class CompareConfig(SystemsConfig):
         label = self.diversity.named("diversity").label
         if label in titles:
             raise ValueError(f"diversity: a reward is called '{label}' too; give either another label")
+
+
+def is_comparison(text: str) -> bool:
+    """Tell whether text names a config rather than a model: a YAML file, or a shipped name."""
+    return Path(text).suffix in (".yaml", ".yml") or (not Path(text).exists() and text in list_configs())
+
+
+def name_models(models: Sequence[str]) -> list[str]:
+    """Name models by their last path component; where that is not unique, by the last two."""
+    short = [Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2] for model in models]
+    count = Counter(short)
+    return [
+        f"{Path(model).resolve().parent.name}-{name}" if count[name] > 1 else name
+        for model, name in zip(models, short, strict=True)
+    ]
 
 
 def load_compare_config(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:

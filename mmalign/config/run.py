@@ -8,6 +8,7 @@ to the same run.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +28,8 @@ from mmalign.config.sections import (
 from mmalign.config.yaml import Faults, Tree, dotted, read_tree, write_yaml
 
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
+Source = str | Path | Mapping[str, Any]
+"""Where a configuration comes from: a YAML file, a shipped name, or the values themselves."""
 
 
 class RunConfig(StrictModel):
@@ -71,41 +74,51 @@ class RunConfig(StrictModel):
         return {key: value for key, value in self.method.items() if key != "name"}
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def load_config(
+    source: Source, overrides: Sequence[str] | None = None, sections: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Read, merge and check the configuration of a run.
 
     Args:
-        path: a YAML file, or the name of a shipped config such as "shapes/diffusion_dpo".
+        source: a YAML file, the name of a shipped config such as "shapes/diffusion_dpo", or the values themselves.
         overrides: `key.path=value`, values in YAML: `method.beta=2000`, `rewards.0.weight=2`, `evaluate=null`.
+        sections: values merged over those of the source, before the overrides: {"trainer": {"steps": 100}}.
 
     Raises:
         UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.
     """
-    return load_with_tree(path, overrides)[0]
+    return load_with_tree(source, overrides, sections)[0]
 
 
-def load_with_tree(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Tree]:
+def load_with_tree(
+    source: Source, overrides: Sequence[str] | None = None, sections: Mapping[str, Any] | None = None
+) -> tuple[RunConfig, Tree]:
     """Like `load_config`, with the merged values and their origins as `mmalign show-config` prints them."""
-    tree = read_tree(path, overrides or [], expand_short_forms)
+    tree = read_tree(source, overrides or (), expand_short_forms, sections)
     config, faults = _validate(RunConfig, tree.values)
     method, method_faults = _validate_method(tree.values.get("method"))
     faults += method_faults
     faults += check_recipe(tree.values)
     if faults or config is None:
-        raise _report(faults, tree, path)
+        raise _report(faults, tree, source)
     return config.model_copy(update={"method": method}), tree
 
 
-def load_schema(schema: type[SchemaT], path: str | Path, overrides: list[str] | None = None) -> SchemaT:
+def load_schema(
+    schema: type[SchemaT],
+    source: Source,
+    overrides: Sequence[str] | None = None,
+    sections: Mapping[str, Any] | None = None,
+) -> SchemaT:
     """Read any other configuration (such as that of `mmalign compare`) by the same rules, with the same messages.
 
     Raises:
         UserError: see `load_config`.
     """
-    tree = read_tree(path, overrides or [], expand_short_forms)
+    tree = read_tree(source, overrides or (), expand_short_forms, sections)
     config, faults = _validate(schema, tree.values)
     if faults or config is None:
-        raise _report(faults, tree, path)
+        raise _report(faults, tree, source)
     return config
 
 
@@ -145,9 +158,9 @@ def _validate_method(values: Any) -> tuple[dict[str, Any], list[Fault]]:
     return {"name": values["name"], **config.model_dump(mode="json")}, []
 
 
-def _report(faults: list[Fault], tree: Tree, path: str | Path) -> Faults:
-    lines = []
+def _report(faults: list[Fault], tree: Tree, source: Source) -> Faults:
+    lines, name = [], "the config given" if isinstance(source, Mapping) else source
     for fault in faults:
         key = f"{dotted(fault.path)}: " if fault.path else ""
-        lines.append(f"{tree.origin(fault.path) or path}: {key}{fault.message}")
+        lines.append(f"{tree.origin(fault.path) or name}: {key}{fault.message}")
     return Faults(lines)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from mmalign.core.errors import did_you_mean
 
 
 class StrictModel(BaseModel):
@@ -153,8 +163,30 @@ class TrainerConfig(StrictModel):
     """older checkpoints are deleted"""
     log_every: int = Field(10, ge=1)
     """steps between two lines of metrics"""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """where metrics go besides metrics.jsonl"""
+    trackers: list[str] = []
+    """where metrics go besides metrics.jsonl: names of accelerate's trackers, such as tensorboard, wandb or trackio"""
+    tracker_project: str = Field("mmalign", min_length=1)
+    """the project that trackers file the run under"""
+    tracker_run: str | None = Field(None, min_length=1)
+    """what trackers call the run; null: the name of the output's folder"""
+
+    @field_validator("trackers")
+    @classmethod
+    def _known_trackers(cls, names: list[str]) -> list[str]:
+        if not names:
+            return names
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # torch comes with it, and few recipes name a tracker
+
+        for name in names:
+            if name not in LOGGER_TYPE_TO_CLASS:
+                known = sorted(LOGGER_TYPE_TO_CLASS)
+                raise ValueError(f"given the text '{name}'; allowed: {', '.join(known)}{did_you_mean(name, known)}")
+        return names
+
+    @model_serializer(mode="wrap")
+    def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        idle = () if self.trackers else ("tracker_project", "tracker_run")
+        return {key: value for key, value in write(self).items() if key not in idle}
 
 
 class EarlyStop(StrictModel):

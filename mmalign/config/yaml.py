@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,15 +60,28 @@ class Tree:
 Normalise = Callable[[dict[str, Any]], None]
 
 
-def read_tree(path: str | Path, overrides: list[str], normalise: Normalise = lambda values: None) -> Tree:
-    """Read a config file with everything it extends and apply the overrides `key.path=value` to it.
+def read_tree(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    normalise: Normalise = lambda values: None,
+    sections: Mapping[str, Any] | None = None,
+) -> Tree:
+    """Read a config file with everything it extends, or take its values, and apply the overrides `key.path=value`.
 
-    `normalise` rewrites short forms in place (such as `method: sft`) in every layer before it is merged.
+    `sections` is one more layer, merged over the file's before the overrides. `normalise` rewrites short forms in
+    place (such as `method: sft`) in every layer before it is merged.
 
     Raises:
         UserError: a file is missing or not YAML; or (as `Faults`) overrides that cannot be applied.
     """
-    tree = _read_layers(find_config(path), normalise, ())
+    if isinstance(source, Mapping):
+        tree = _on_its_bases(_layer_of(source, "the config given"), "the config given", None, normalise, ())
+    else:
+        tree = _read_layers(find_config(source), normalise, ())
+    if sections:
+        layer = _layer_of(sections, "the arguments")
+        normalise(layer.values)
+        _merge(tree, layer)
     _apply_overrides(tree, overrides, normalise)
     return tree
 
@@ -197,14 +210,22 @@ def _read_layers(path: Path, normalise: Normalise, chain: tuple[Path, ...]) -> T
     """Read a file on top of what it extends; `chain` is the files that led here."""
     if path.resolve() in chain:
         raise UserError(f"{path}: extends itself, by way of {', '.join(map(str, chain))}; remove one `extends`")
-    layer = _read_file(path)
+    return _on_its_bases(_read_file(path), str(path), path.parent, normalise, (*chain, path.resolve()))
+
+
+def _layer_of(values: Mapping[str, Any], origin: str) -> Tree:
+    return Tree(copy.deepcopy(dict(values)), {(key,): origin for key in values})
+
+
+def _on_its_bases(layer: Tree, name: str, folder: Path | None, normalise: Normalise, chain: tuple[Path, ...]) -> Tree:
+    """Put a layer on top of what it extends; `chain` is the files that led here, its own the last."""
     bases = layer.values.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(f"{path}: extends: give the name of a config file or a list of names, not {bases!r}")
+        raise UserError(f"{name}: extends: give the name of a config file or a list of names, not {bases!r}")
     tree = Tree()
     for base in bases:
-        _merge(tree, _read_layers(find_config(base, path.parent), normalise, (*chain, path.resolve())))
+        _merge(tree, _read_layers(find_config(base, folder), normalise, chain))
     normalise(layer.values)
     _merge(tree, layer)
     return tree
@@ -270,7 +291,7 @@ def _forget(tree: Tree, path: KeyPath) -> None:
         del tree.origins[known]
 
 
-def _apply_overrides(tree: Tree, overrides: list[str], normalise: Normalise) -> None:
+def _apply_overrides(tree: Tree, overrides: Sequence[str], normalise: Normalise) -> None:
     faults: list[str] = []
     parsed: dict[str, Any] = {}
     for text in overrides:

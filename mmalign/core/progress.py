@@ -1,13 +1,14 @@
-"""Progress for every long job: a rich bar on a terminal, plain lines elsewhere, silence on ranks other than 0."""
+"""Progress for every long job: a bar on a terminal or in a notebook, plain lines elsewhere, silence on other ranks."""
 
 from __future__ import annotations
 
 import contextlib
+import html
 import os
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -27,6 +28,9 @@ from rich.text import Text
 PLAIN_INTERVAL = 15.0
 """Seconds between two plain lines when standard error is not a terminal."""
 
+NOTEBOOK_INTERVAL = 0.2
+"""Seconds between two updates of a bar in a notebook, each of which is a message to the browser."""
+
 _live: list[Progress] = []  # the one rich display; a job inside a job (evaluation while training) adds a line to it
 
 
@@ -41,8 +45,17 @@ def note(text: str) -> None:
         return
     if _live:
         _live[0].console.print(text, markup=False, highlight=False, soft_wrap=True)
+    elif in_notebook():
+        print(text, flush=True)  # what goes to standard error is shown on red there
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+def in_notebook() -> bool:
+    """Tell whether this process is the kernel of a notebook, whose output is shown by a browser."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and hasattr(shell, "kernel")
 
 
 def memory_gigabytes() -> tuple[float, bool]:
@@ -96,6 +109,7 @@ class Track:
         self.started = self._last_line = time.monotonic()
         self._task: TaskID | None = None
         self._owns_display = False
+        self._cell: Any = None  # the place of the bar in a notebook
 
     def __enter__(self) -> Self:
         """Start the clock and, on a terminal, the bar."""
@@ -106,6 +120,10 @@ class Track:
                 _live[0].start()
                 self._owns_display = True
             self._task = _live[0].add_task(self.label, total=self.total, completed=self.initial, stats="")
+        elif is_main_process() and in_notebook():
+            from IPython.display import HTML, display
+
+            self._cell = display(HTML(self._bar()), display_id=True)
         return self
 
     def advance(self, n: int = 1, **stats: float | str) -> None:
@@ -114,6 +132,9 @@ class Track:
         self.stats |= {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in stats.items()}
         if self._task is not None and _live:
             _live[0].update(self._task, completed=self.done, stats=self._describe())
+        elif self._cell is not None:
+            if time.monotonic() - self._last_line >= NOTEBOOK_INTERVAL:
+                self._update_cell(self._bar())
         elif time.monotonic() - self._last_line >= PLAIN_INTERVAL:
             self._plain_line()
 
@@ -130,23 +151,39 @@ class Track:
             _live[0].remove_task(self._task)
             if self._owns_display:
                 _live.pop().stop()
-        if self.done > self.initial or kind is None:
+        if self._cell is not None:
+            self._update_cell(f"<pre>{html.escape(self._line(closing=True))}</pre>")
+        elif self.done > self.initial or kind is None:
             self._plain_line(closing=True)
 
     def _describe(self) -> str:
         parts = [f"{self.rate:.3g} {self.unit}/s", memory_used(), *(f"{k} {v}" for k, v in self.stats.items())]
         return " · ".join(part for part in parts if part)
 
+    def _bar(self) -> str:
+        share = f' max="{self.total}" value="{self.done}"' if self.total is not None else ""
+        return f"<div><progress{share}></progress> {html.escape(self._line())}</div>"
+
+    def _update_cell(self, content: str) -> None:
+        from IPython.display import HTML
+
+        self._last_line = time.monotonic()
+        self._cell.update(HTML(content))
+
     def _plain_line(self, *, closing: bool = False) -> None:
         self._last_line = time.monotonic()
+        note(self._line(closing=closing))
+
+    def _line(self, *, closing: bool = False) -> str:
+        now = time.monotonic()
         count = f"{self.done}/{self.total}" if self.total is not None else str(self.done)
         if closing:
-            clock = f"in {_duration(self._last_line - self.started)}"
+            clock = f"in {_duration(now - self.started)}"
         elif self.total is not None and self.rate > 0:
             clock = f"{_duration((self.total - self.done) / self.rate)} left"
         else:
-            clock = f"{_duration(self._last_line - self.started)} so far"
-        note(f"{self.label}: {count} {self.unit}, {clock} · {self._describe()}")
+            clock = f"{_duration(now - self.started)} so far"
+        return f"{self.label}: {count} {self.unit}, {clock} · {self._describe()}"
 
 
 class _PlainText(ProgressColumn):

@@ -51,14 +51,19 @@ def resolve_model(name: str) -> str:
     Raises:
         UserError: `name` is neither an existing path nor shaped like a hub id.
     """
-    given = Path(name).expanduser()
-    lies_nowhere = not given.exists() and shipped(given) is None and not Path(given.parts[0]).is_dir()
-    if lies_nowhere and _HUB_ID.fullmatch(name):
+    if is_hub_id(name):
         return name
     try:
-        return str(find(given))
+        return str(find(name))
     except UserError as error:
         raise UserError(f"model {error} (give a model directory or a hub id 'organisation/name')") from None
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name is shaped like a hub id, `org/name[@revision]`, and is no path here; see `resolve_model`."""
+    given = Path(name).expanduser()
+    lies_nowhere = not given.exists() and shipped(given) is None and not Path(given.parts[0]).is_dir()
+    return lies_nowhere and _HUB_ID.fullmatch(name) is not None
 
 
 def _path_hint(missing: Path) -> str:

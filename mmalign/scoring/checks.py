@@ -25,6 +25,22 @@ def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str], 
     reward.check_prompts(prompts)
 
 
+def check_device(given: str | None, key: str = "device") -> str | None:
+    """Return a device that is there, None for the default; `key` is what the user set.
+
+    Raises:
+        UserError: torch knows no such device, or it is not there.
+    """
+    if given is not None:
+        import torch
+
+        try:
+            torch.empty(0, device=given)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"{key} {given}: {str(error).splitlines()[0]}") from None
+    return given
+
+
 def check_usable(facts: Facts, name: str, modality: str = "image") -> None:
     """Check that a reward scores single images (or videos) by themselves.
 

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def parse_choices(text: str) -> list[Choice]:
                 raise UserError(f"reward '{part.strip()}': '{tail}' is no weight; write NAME or NAME:0.5") from None
         if not name or name in chosen:
             raise UserError(f"rewards '{text}': {'repeats ' + repr(name) if name else 'has an empty name'}")
-        _check_weight(part.strip(), weight)
+        check_weight(part.strip(), weight)
         chosen[name] = Choice(name, name, weight)
     return list(chosen.values())
 
@@ -59,15 +60,24 @@ def read_choices(text: str, options: Sequence[str] = ()) -> list[Choice]:
 
         chosen = read_yaml(text)
         for choice in chosen:
-            _check_weight(choice.label, choice.weight)
+            check_weight(choice.label, choice.weight)
     else:
         chosen = parse_choices(text)
+    check_labels(chosen)
+    return _with_options(chosen, options)
+
+
+def check_labels(chosen: Sequence[Choice]) -> None:
+    """Refuse labels that are given twice, or taken by the weighted sum.
+
+    Raises:
+        UserError: see above.
+    """
     repeated = [label for label, count in Counter(choice.label for choice in chosen).items() if count > 1]
     if repeated:
         raise UserError(f"rewards: '{repeated[0]}' occurs more than once; give each its own label")
     if TOTAL in {choice.label for choice in chosen}:
         raise UserError(f"rewards: '{TOTAL}' is the name of the weighted sum; choose another label")
-    return _with_options(chosen, options)
 
 
 def _with_options(chosen: Sequence[Choice], options: Sequence[str]) -> list[Choice]:
@@ -88,7 +98,12 @@ def _with_options(chosen: Sequence[Choice], options: Sequence[str]) -> list[Choi
     ]
 
 
-def _check_weight(name: str, weight: float | None) -> None:
+def check_weight(name: str, weight: float | None) -> None:
+    """Refuse a weight that is 0 or not finite.
+
+    Raises:
+        UserError: see above.
+    """
     if weight is not None and (not math.isfinite(weight) or weight == 0):
         raise UserError(f"reward '{name}': the weight must be a finite number other than 0")
 
@@ -146,10 +161,30 @@ def fingerprint_reward(reward: Any, neighbours: bool = False) -> list[str]:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(picked.double().cpu().numpy().tobytes())
     classes = [cls for cls in type(reward).__mro__ if issubclass(cls, torch.nn.Module) and cls is not torch.nn.Module]
-    files = {Path(file) for cls in classes if (file := inspect.getsourcefile(cls)) is not None}
+    files = {cls: _source_file(cls) for cls in classes}
+    paths = {path for path in files.values() if path is not None}
     if neighbours:
-        files |= {beside for path in files for beside in path.parent.glob("*.py")}
+        paths |= {beside for path in paths for beside in path.parent.glob("*.py")}
     code = hashlib.blake2b(digest_size=16)
-    for path in sorted(files):
+    for path in sorted(paths):
         code.update(path.read_bytes())
+    for cls in (cls for cls, path in files.items() if path is None):
+        for name, function in sorted((name, part) for name, part in vars(cls).items() if inspect.isfunction(part)):
+            code.update(repr((name, _instructions(function.__code__))).encode())
     return [digest.hexdigest(), code.hexdigest()]
+
+
+def _instructions(code: CodeType) -> tuple[Any, ...]:
+    """Return what a function does, without the place where it stands."""
+    inner = (_instructions(one) if isinstance(one, CodeType) else one for one in code.co_consts)
+    constants = (sorted(map(repr, one)) if isinstance(one, frozenset) else one for one in inner)  # in a stable order
+    return code.co_code, code.co_names, code.co_varnames, *constants
+
+
+def _source_file(cls: type) -> Path | None:
+    """Return the file that defines a class; None for one of a notebook's cell or of an interactive session."""
+    try:
+        file = inspect.getsourcefile(cls)
+    except (TypeError, OSError):  # its module has no file
+        return None
+    return Path(file) if file is not None and Path(file).is_file() else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,23 +75,67 @@ def score_files(inputs: Sequence[str], chosen: Sequence[Choice], out: Path, sett
         UserError, RewardError: an input, a reward or an option is wrong, `out` holds the scores of other rewards, or
             an item cannot be scored and `skip_bad` is off; what was scored until then is kept for the next run.
     """
-    modality = _common_modality(chosen)
+    from rewards import reward_class
+
+    modality = common_modality(chosen)
     items = find_items(inputs, modality, settings.prompt).items
-    _check_prompts(items, chosen, settings.skip_bad)
+    needing = [choice.label for choice in chosen if "prompts" in reward_class(choice.name).needs]
+    fix = "give a column 'prompt', metadata.jsonl or NAME.txt beside the files, or --prompt TEXT"
+    _check_prompts(items, needing, settings.skip_bad, fix)
     prompts = list(dict.fromkeys(item.prompt for item in items if item.prompt is not None))
     rewards = load_choices(chosen, prompts, modality=modality, device=settings.device, dtype=settings.dtype)
-    columns = [choice.label for choice in chosen] + [TOTAL] * _has_total(chosen)
-    results = Results(out, columns, _metadata(chosen, rewards, settings))
+    results = Results(out, _columns(chosen), _metadata(chosen, rewards, settings))
     results.check_items(items)
     todo = [item for item in items if results.find(item) is None]
+
+    def advice(done: int) -> str:
+        return (
+            f"{done} are scored and kept in {results.parts}; mend it, or add --skip-bad to the same command to go on "
+            "without such items"
+        )
+
     if todo:
-        _score(todo, len(items), rewards, results, modality, settings)
+        try:
+            for row in _score(todo, len(items), rewards, results.columns, modality, settings, advice):
+                results.add(row)
+        finally:  # an error or Ctrl-C too keeps what is done
+            results.flush()
     rows = results.finish(items)
-    return Outcome(modality, items, rows, columns, rewards, len(todo), results.metadata)
+    return Outcome(modality, items, rows, results.columns, rewards, len(todo), results.metadata)
 
 
-def _common_modality(chosen: Sequence[Choice]) -> str:
-    """Return what all rewards judge, after checking that they exist and take their options."""
+def score_in_memory(
+    items: Sequence[Item],
+    chosen: Sequence[Choice],
+    rewards: Sequence[WeightedReward],
+    modality: str,
+    settings: ScoreSettings,
+) -> Outcome:
+    """Score items by rewards that are loaded already, `chosen` in the same order; nothing is written or looked up.
+
+    Raises:
+        UserError, RewardError: an item lacks the prompt that a reward needs, or cannot be scored; unless `skip_bad`.
+    """
+    needing = [entry.name for entry in rewards if "prompts" in entry.reward.needs]
+    _check_prompts(items, needing, settings.skip_bad, "give prompts, one for all or one for each")
+    columns = _columns(chosen)
+    advice = "mend it, or give skip_bad=True to go on without such items"
+    rows = list(_score(items, len(items), rewards, columns, modality, settings, lambda done: advice))
+    return Outcome(
+        modality, list(items), rows, columns, list(rewards), len(rows), _metadata(chosen, rewards, settings)
+    )
+
+
+def _columns(chosen: Sequence[Choice]) -> list[str]:
+    return [choice.label for choice in chosen] + [TOTAL] * _has_total(chosen)
+
+
+def common_modality(chosen: Sequence[Choice]) -> str:
+    """Return what all rewards judge, after checking that they exist and take their options.
+
+    Raises:
+        UserError, RewardError: one cannot score single media, or two judge different kinds.
+    """
     from rewards import check_options
 
     kinds = {choice.label: check_options(choice.name, choice.options).modality for choice in chosen}
@@ -105,15 +149,13 @@ def _common_modality(chosen: Sequence[Choice]) -> str:
     return modality
 
 
-def _check_prompts(items: Sequence[Item], chosen: Sequence[Choice], skip_bad: bool) -> None:
-    from rewards import reward_class
-
+def _check_prompts(items: Sequence[Item], needing: Sequence[str], skip_bad: bool, fix: str) -> None:
+    """Refuse items without a prompt if rewards are `needing` one; `fix` says where prompts are given."""
     lacking = [item.name for item in items if item.prompt is None]
-    needing = [choice.label for choice in chosen if "prompts" in reward_class(choice.name).needs]
     if lacking and needing and (not skip_bad or len(lacking) == len(items)):
         raise UserError(
             f"{len(lacking)} of {len(items)} inputs have no prompt, and reward '{needing[0]}' needs one (first: "
-            f"{lacking[0]}); give a column 'prompt', metadata.jsonl or NAME.txt beside the files, or --prompt TEXT"
+            f"{lacking[0]}); {fix}"
         )
 
 
@@ -161,10 +203,12 @@ def _score(
     todo: Sequence[Item],
     total: int,
     rewards: Sequence[WeightedReward],
-    results: Results,
+    columns: Sequence[str],
     modality: str,
     settings: ScoreSettings,
-) -> None:
+    advice: Callable[[int], str],
+) -> Iterator[Row]:
+    """Yield the rows of `todo` in order; `advice` says, of so many that are done, what to do where one is bad."""
     if (done := total - len(todo)) > 0:
         note(f"{done} of {total} {modality}s are scored already")
     stream = score_items(
@@ -181,21 +225,17 @@ def _score(
             for scored in stream:
                 if scored.error:
                     faults += 1
-                    _report(scored, faults, job.done, results, settings.skip_bad)
-                results.add(_row(scored, rewards, results.columns))
+                    _report(scored, faults, advice(job.done), settings.skip_bad)
+                yield _row(scored, rewards, columns)
                 job.advance(1, **({"bad": faults} if faults else {}))
-        finally:  # an error or Ctrl-C too keeps what is done
+        finally:
             stream.close()
-            results.flush()
 
 
-def _report(scored: Scored, faults: int, done: int, results: Results, skip_bad: bool) -> None:
+def _report(scored: Scored, faults: int, advice: str, skip_bad: bool) -> None:
     """Say that an item is bad; the end of the run unless bad ones are to be skipped."""
     if not skip_bad:
-        raise UserError(
-            f"{scored.item.name}: {scored.error}; {done} are scored and kept in {results.parts}; mend it, or add "
-            "--skip-bad to the same command to go on without such items"
-        )
+        raise UserError(f"{scored.item.name}: {scored.error}; {advice}")
     if faults <= SHOWN_FAULTS:
         note(f"bad: {scored.item.name}: {scored.error}")
     elif faults == SHOWN_FAULTS + 1:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from mmalign import __version__
 from mmalign.config.run import RunConfig, dump_config
 from mmalign.core.files import write_atomically
+from mmalign.core.io.tables import TABLE_SUFFIXES
+from mmalign.core.resources import is_hub_id
 from mmalign.training.output import CARD_FILE
 from mmalign.training.tasks import task_of
 from mmalign.training.tracking import read_metrics
@@ -20,25 +23,27 @@ def write_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> None:
 
 
 def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
-    """Return the model card: Hugging Face front matter, then base, data, method, numbers, seeds and how to load it.
+    """Return the model card: the Hub's metadata, then base, data, method, numbers, seeds and how to load it.
 
-    `facts` are further rows of the table of facts, name -> value.
+    `facts` are further rows of the table of facts, name -> value. The metadata names base model and data only where
+    they are the Hub's: a path would be no valid id there; the table of facts names them as they were given.
     """
     method, lora = config.method_name, config.adapter.kind == "lora"
     task = task_of(config)
-    tags = ["mmalign", method, task.card.pipeline_tag, *(["lora"] if lora else [])]
-    front = {
-        "base_model": config.model,
-        "library_name": task.card.library,
-        "pipeline_tag": task.card.pipeline_tag,
-        "license": "other",
-        "license_name": "as-base-model",
-        "tags": tags,
-    }
+    data = config.data.pairs or config.data.labels or config.data.prompts
+    metadata = ModelCardData(
+        base_model=config.model.partition("@")[0] if is_hub_id(config.model) else None,
+        datasets=_hub_data(data),
+        library_name=task.card.library,
+        pipeline_tag=task.card.pipeline_tag,
+        license="other",
+        license_name="as-base-model",
+        tags=["mmalign", method, task.card.pipeline_tag, *(["lora"] if lora else [])],
+    )
     rows = {
         "base model": f"`{config.model}`",
         "method": f"`{method}`, {_options(config.method_options)}",
-        "data": f"`{config.data.pairs or config.data.labels or config.data.prompts}`",
+        "data": f"`{data}`",
         "trained": f"LoRA, rank {config.adapter.rank}" if lora else task.card.all_weights,
         "exported weights": f"moving average ({config.trainer.ema:g})" if config.trainer.ema else "last step",
         "seed": config.trainer.seed,
@@ -46,10 +51,10 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
         "licence": "that of the base model, as far as it and the data allow; state it here before publishing",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return "\n".join(
+    text = "\n".join(
         [
             "---",
-            *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
+            metadata.to_yaml(),
             "---",
             "",
             f"# {output.name}",
@@ -73,6 +78,14 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
             "",
         ]
     )
+    return str(ModelCard(text).content)  # which reads the metadata again, and refuses what is not valid
+
+
+def _hub_data(source: str | None) -> list[str] | None:
+    """Return the hub id of a source of data, without its split; None for files and built-in sets."""
+    name = (source or "").partition(":")[0]
+    is_table = Path(name).suffix.lower() in {*TABLE_SUFFIXES, ".json", ".txt"}
+    return [name] if name and not is_table and is_hub_id(name) else None
 
 
 def _options(options: dict[str, Any]) -> str:

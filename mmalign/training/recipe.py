@@ -51,8 +51,10 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
     values = config.model_dump(mode="json", exclude={"output", "evaluate", "monitors", "attention", "rounds"})
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "labels", "prompts", "cache")}
     trainer = values["trainer"]
-    for key in ("budget", "log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
+    for key in ("budget", "log_every", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"):
         del trainer[key]
+    for key in ("trackers", "tracker_project", "tracker_run"):  # the last two stand beside trackers alone
+        trainer.pop(key, None)
     per_step = trainer.pop("batch_size") * trainer.pop("gradient_accumulation") * world_size
     if trainer["schedule"] == "constant":
         # After the warm-up no learning rate depends on `steps`. A warm-up that is a fraction of them does, so what is

@@ -1,23 +1,29 @@
-"""Metrics of a run: always as JSON lines in <output>/metrics.jsonl, and TensorBoard, W&B or trackio if asked for."""
+"""Metrics of a run: always as JSON lines in <output>/metrics.jsonl, and in the trackers that `trainer.trackers` names.
+
+A run that goes on from a checkpoint goes on in the same run of its trackers (TensorBoard, W&B and trackio); one that
+starts from the beginning starts a new one. What tells a tracker's run apart is kept in <output>/tracking.json.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor
 
+from mmalign.config.run import RunConfig, dump_config
+from mmalign.config.yaml import flatten
 from mmalign.core.errors import UserError
 from mmalign.core.files import write_atomically
 
 FILE = "metrics.jsonl"
-_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+IDENTITY_FILE = "tracking.json"
+_TAKE_PICTURES = ("wandb", "swanlab")
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -26,8 +32,14 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         UserError: names the package to install.
     """
+    if not names:
+        return
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    available = {str(name) for name in get_available_trackers()}
     for name in names:
-        if not any(importlib.util.find_spec(package) for package in _PACKAGES.get(name, (name,))):
+        if name in LoggerType and name not in available:
             raise UserError(
                 f"trainer.trackers asks for {name}, which is not installed: pip install {name}, or leave it out "
                 f"(the same numbers are always in {FILE})"
@@ -58,15 +70,13 @@ class MetricBuffer:
 class Metrics:
     """Writes each line of metrics once, on the main process, to the file and to the trackers of an accelerator."""
 
-    def __init__(self, output: Path, config: BaseModel, accelerator: Any, start_step: int) -> None:
+    def __init__(self, output: Path, config: RunConfig, accelerator: Any, start_step: int) -> None:
         """Open the trackers and the file, dropping what was logged beyond `start_step` (all, if it is 0)."""
         self.path = output / FILE
         self.accelerator = accelerator
         if accelerator.is_main_process:
             _truncate(self.path, start_step)
-        details = {"config": config.model_dump(mode="json")}
-        options = {"wandb": {**details, "name": output.name, "dir": str(output)}, "trackio": details}
-        accelerator.init_trackers("mmalign", init_kwargs=options)
+            _open_trackers(output, config, accelerator, start_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Add one line `{"step": ..., name: value}`; a value that is not finite becomes null, as JSON requires."""
@@ -84,8 +94,48 @@ class Metrics:
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: numpy.asarray(picture)[None]}, step=step, dataformats="NHWC")
-            elif tracker.name == "wandb":
+            elif tracker.name in _TAKE_PICTURES:
                 tracker.log_images({name: [picture]}, step=step)
+
+
+def _open_trackers(output: Path, config: RunConfig, accelerator: Any, start_step: int) -> None:
+    """Start every tracker, in the run that it had if this one goes on from a checkpoint, and tell it the config."""
+    if not config.trainer.trackers:
+        return
+    values = config.model_dump(mode="json")
+    name = config.trainer.tracker_run or output.resolve().name
+    identity = _identity(output / IDENTITY_FILE, name, new=start_step == 0)
+    accelerator.init_trackers(
+        config.trainer.tracker_project,
+        init_kwargs={
+            # What a run that broke off logged beyond its checkpoint is hidden, since it comes again.
+            "tensorboard": {"purge_step": start_step + (start_step > 0)},
+            "wandb": {"config": values, "name": name, "id": identity["wandb"], "resume": "allow", "dir": str(output)},
+            "trackio": {"config": values, "name": identity["trackio"], "resume": "allow", "embed": False},
+        },
+    )
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            text = "\n".join(f"    {line}" for line in dump_config(config).splitlines())  # Markdown's code
+            tracker.tracker.add_text("config", text, global_step=start_step)
+        elif tracker.name not in ("wandb", "trackio"):
+            tracker.store_init_configuration({key: _plain(value) for key, value in flatten(values).items()})
+
+
+def _identity(path: Path, name: str, *, new: bool) -> dict[str, str]:
+    """Return what tells the run apart in each tracker, kept from call to call unless it is to be a `new` one."""
+    if not new and path.is_file():
+        kept: dict[str, str] = json.loads(path.read_text())
+        return kept
+    key = secrets.token_hex(4)
+    # trackio knows a run by its name alone, and two outputs may be called alike.
+    identity = {"wandb": key, "trackio": f"{name}-{key}"}
+    write_atomically(path, json.dumps(identity, indent=2) + "\n")
+    return identity
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:

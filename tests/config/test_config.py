@@ -346,3 +346,19 @@ def test_every_shipped_config_has_a_header_and_is_yaml(name: str) -> None:
 
     assert find_config(name).read_text().startswith("# ")
     read_tree(name, [])
+
+
+def test_values_and_sections_given_in_python_are_read_by_the_same_rules() -> None:
+    base = {"extends": "shapes/diffusion_dpo", "output": "runs/mine"}
+    config = load_config(base, ["trainer.seed=3"], {"trainer": {"steps": 7}, "method": "sft"})
+    shipped = load_config("shapes/diffusion_dpo")
+    assert (config.output, config.trainer.steps, config.trainer.seed) == ("runs/mine", 7, 3)
+    assert config.model == shipped.model and config.trainer.learning_rate == shipped.trainer.learning_rate
+    assert config.method_name == "sft" and "beta" not in config.method_options
+    assert base == {"extends": "shapes/diffusion_dpo", "output": "runs/mine"}
+    with pytest.raises(UserError) as error:
+        load_config({"modle": "m"}, sections={"trainer": {"stpes": 7}})
+    assert "the config given: modle: unknown key; did you mean 'model'?" in str(error.value)
+    assert "the arguments: trainer.stpes: unknown key; did you mean 'steps'?" in str(error.value)
+    with pytest.raises(UserError, match="the config given: extends: give the name"):
+        load_config({"extends": 3})

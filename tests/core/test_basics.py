@@ -114,6 +114,25 @@ class TestRegistry:
         assert "pytest" in plugins
         assert plugins.get("pytest").__name__.endswith("console_main")
 
+    def test_classes_of_this_process(self) -> None:
+        kinds = Registry("kind", {"path": "pathlib:Path"})
+
+        def define(**values: object) -> type:
+            return type("Mine", (), {"name": "mine", "__module__": "__main__", "__qualname__": "Mine", **values})
+
+        first = kinds.register(define())
+        assert kinds.get("mine") is first and "mine" in kinds and kinds.names() == ["mine", "path"]
+        second = define()  # the cell of a notebook, run again
+        assert kinds.name_of(second) == "mine" and kinds.get("mine") is second
+        assert kinds.name_of(Registry) == "mmalign.core.registry:Registry"
+        assert kinds.name_of(Path) == f"{Path.__module__}:Path"
+        with pytest.raises(UserError, match="kind name 'mine' is taken; give Other a name of its own"):
+            kinds.register(define(__qualname__="Other"))
+        with pytest.raises(UserError, match="kind name 'path' is taken"):
+            kinds.register(define(name="path"))
+        with pytest.raises(UserError, match="is no kind: register a class with an attribute `name`"):
+            kinds.register(define(name=""))
+
     def test_own_module_in_the_working_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "lonely_module.py").write_text("class Thing: pass\n")
         monkeypatch.chdir(tmp_path)

@@ -128,6 +128,10 @@ def test_register_in_process(monkeypatch):
     assert load_reward("constant")(torch.rand(2, 3, 4, 4)).tolist() == [1.0, 1.0]
     assert "constant" in [fact.name for fact in list_rewards()]
     register(Constant)
+    place = {"__module__": Constant.__module__, "__qualname__": Constant.__qualname__}
+    again = type("Constant", (Constant,), place)  # a notebook's cell, run again
+    register(again)
+    assert registry_module.reward_class("constant") is again
     with pytest.raises(RewardError, match="name 'constant' is taken"):
         register(type("Other", (Constant,), {"name": "constant"}))
     with pytest.raises(RewardError, match="name 'clip' is taken"):

@@ -67,3 +67,17 @@ def test_rewards_on_a_cpu_share_with_decoding_only_the_cores_they_spare(monkeypa
     assert [one.scores["r"] for one in scored] == pytest.approx([number / 255 for number in range(10)])
     in_turn = ["decode"] * 4 + ["score"] + ["decode"] * 4 + ["score"] + ["decode"] * 2 + ["score"]
     assert (events == in_turn) == (spare == 0)
+
+
+def test_the_code_of_a_reward_without_a_file_counts_by_what_it_does() -> None:
+    from mmalign.scoring.chosen import fingerprint_reward
+    from rewards import Reward
+
+    def define(factor: str, lines: str = "") -> Reward:
+        source = f"{lines}class Mine(Reward):\n    name = 'mine'\n    def score(self, media, prompts, references):\n"
+        space = {"Reward": Reward, "__name__": "cell"}
+        exec(compile(f"{source}        return {factor} * media.mean((1, 2, 3))\n", "/no/such/cell.py", "exec"), space)
+        return space["Mine"]()
+
+    assert fingerprint_reward(define("2")) == fingerprint_reward(define("2", lines="\n\n"))
+    assert fingerprint_reward(define("2")) != fingerprint_reward(define("3"))

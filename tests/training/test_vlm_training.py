@@ -84,7 +84,7 @@ def test_a_stopped_run_goes_on_to_the_bit_and_the_export_loads_back(
     model = load_vlm(whole, device="cpu")  # that it gives the trained model's logits, `train` has checked itself
     assert model.has_adapter == (kind == "lora")
     card = (whole / "README.md").read_text()
-    assert 'library_name: "transformers"' in card and "AutoModelForImageTextToText" in card
+    assert "library_name: transformers" in card and "AutoModelForImageTextToText" in card
     assert ("load_adapter" in card) == (kind == "lora")
     with pytest.raises(UserError, match="another adapter.kind"):
         other = {"kind": "full"} if kind == "lora" else {"kind": "lora"}

@@ -60,9 +60,8 @@ def config_differences(comparison: Comparison) -> dict[str, Any] | None:
 
 def as_markdown(comparison: Comparison, blocks: list[dict[str, Any]], more: Iterable[PlainTable] = ()) -> str:
     """Write the summary as a Markdown table, and more tables after it."""
-    spreads = ["sd of Δ"] if has_spread(blocks) else []
-    head = [comparison.measure, "system", "mean [95 % CI]", f"Δ vs {comparison.baseline} [95 % CI]", *spreads]
-    lines = [*_markdown_rows([*head, "win rate [95 % CI]"], _flat_rows(blocks)), "", _caption(comparison)]
+    head = summary_head(comparison.measure, comparison.baseline, blocks)
+    lines = [*_markdown_rows(head, flat_rows(blocks)), "", _caption(comparison)]
     for table in more:
         lines += ["", f"**{table.title}**", "", *_markdown_rows(table.head, table.rows), "", table.note]
     return "\n".join(lines)
@@ -79,7 +78,7 @@ def as_latex(comparison: Comparison, blocks: list[dict[str, Any]], more: Iterabl
         *spreads,
         "win rate",
     ]
-    lines = [*_latex_rows(head, name_once(_flat_rows(blocks))), f"% {_caption(comparison)}"]
+    lines = [*_latex_rows(head, name_once(flat_rows(blocks))), f"% {_caption(comparison)}"]
     for table in more:
         lines += [
             "",
@@ -111,7 +110,14 @@ def _latex_rows(head: list[str], rows: list[list[str]]) -> list[str]:
     return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
-def _flat_rows(blocks: list[dict[str, Any]]) -> list[list[str]]:
+def summary_head(measure: str, baseline: str, blocks: list[dict[str, Any]]) -> list[str]:
+    """Return the head of the rows that `flat_rows` returns."""
+    spreads = ["sd of Δ"] if has_spread(blocks) else []
+    return [measure, "system", "mean [95 % CI]", f"Δ vs {baseline} [95 % CI]", *spreads, "win rate [95 % CI]"]
+
+
+def flat_rows(blocks: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the summary as rows of text, one for each reward and system."""
     rows, with_spread = [], has_spread(blocks)
     for block in blocks:
         for row in block["rows"]:

@@ -12,15 +12,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mmalign.compare.config import CompareConfig
 from mmalign.compare.systems.config import SystemsConfig
-from mmalign.config.run import expand_short_forms, load_schema
+from mmalign.config.run import Source, expand_short_forms, load_schema
 from mmalign.config.yaml import read_tree
 
 Format = Literal["multi-choice", "yes_no", "caption_matching", "captioning"]
@@ -63,12 +62,14 @@ class QuestionConfig(SystemsConfig):
         return self
 
 
-def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig | QuestionConfig:
-    """Read a comparison of either kind from YAML; with `questions` in it, it compares vision-language models.
+def load_comparison(
+    source: Source, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None
+) -> CompareConfig | QuestionConfig:
+    """Read a comparison of either kind as `load_config` does; `questions` in it: of vision-language models.
 
     Raises:
         UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.
     """
-    if "questions" in read_tree(path, list(overrides), expand_short_forms).values:
-        return load_schema(QuestionConfig, path, list(overrides))
-    return load_schema(CompareConfig, path, list(overrides))
+    if "questions" in read_tree(source, overrides, expand_short_forms, sections).values:
+        return load_schema(QuestionConfig, source, overrides, sections)
+    return load_schema(CompareConfig, source, overrides, sections)
