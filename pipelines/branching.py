@@ -51,7 +51,7 @@ class Branching:
 
 def step_stds(process: NoiseProcess, etas: Sequence[float]) -> list[float]:
     """Return the standard deviation of each step of the sampling grid with as many steps as there are etas."""
-    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    nothing = torch.zeros(1, 1, dtype=torch.float64)
     grid, next_grid = process.schedule(len(etas))
     levels = zip(grid.tolist(), next_grid.tolist(), etas, strict=True)
     return [float(process.reverse_step(nothing, nothing, t, t_next, eta)[1]) for t, t_next, eta in levels]

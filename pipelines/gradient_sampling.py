@@ -26,7 +26,7 @@ class GradientSample:
     """Latents with a graph, and where it begins.
 
     latents
-        ``[repeats * batch, channels, height, width]``, all prompts of the batch in order, then all of them again, so
+        ``[repeats * batch, *latent]``, all prompts of the batch in order, then all of them again, so
         that ``prompts * repeats`` go with them and ``reward.reshape(repeats, batch)`` is a row for each repeat.
     repeats
         Images a prompt: 1, and ``1 + n`` for DRaFT-LV, of which the first is the sampled one.
@@ -34,7 +34,7 @@ class GradientSample:
         The sampling steps whose prediction is trained, ascending.
     """
 
-    latents: Float[Tensor, "images channels height width"]
+    latents: Float[Tensor, "images *latent"]
     repeats: int
     grad_steps: tuple[int, ...]
 

@@ -64,31 +64,31 @@ class NoiseProcess(ABC):
             )
         return DiffusionProcess(ddim, clip_range=float(ddim.config.clip_sample_range) if clip else None)
 
-    def alpha(self, t: Timestep, *, ndim: int = 4) -> Float[Tensor, " ..."]:
-        """Return the factor of the clean media at `t`, shaped ``[batch, 1, 1, 1]`` (float32, on the device of `t`)."""
-        return self._coefficients(t, _blank(t, ndim))[0]
+    def alpha(self, t: Timestep) -> Float[Tensor, " batch"]:
+        """Return the factor of the clean media at `t`, ``[batch]`` (float32, on the device of `t`)."""
+        return self.coefficients(t, _blank(t))[0]
 
-    def sigma(self, t: Timestep, *, ndim: int = 4) -> Float[Tensor, " ..."]:
-        """Return the standard deviation of the noise at `t`, shaped ``[batch, 1, 1, 1]``."""
-        return self._coefficients(t, _blank(t, ndim))[1]
+    def sigma(self, t: Timestep) -> Float[Tensor, " batch"]:
+        """Return the standard deviation of the noise at `t`, ``[batch]`` (float32, on the device of `t`)."""
+        return self.coefficients(t, _blank(t))[1]
 
     def add_noise(
-        self, x0: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x0: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return ``x_t = alpha(t) * x0 + sigma(t) * noise``."""
-        alpha, sigma = self._coefficients(t, x0)
+        alpha, sigma = self.coefficients(t, x0)
         return alpha * x0 + sigma * noise
 
     def implied_noise(
-        self, x0: Float[Tensor, "batch *dims"], x_t: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x0: Float[Tensor, "batch *latent"], x_t: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return the noise for which ``add_noise(x0, noise, t)`` is `x_t`; `t` must not be clean (sigma > 0)."""
-        alpha, sigma = self._coefficients(t, x0)
+        alpha, sigma = self.coefficients(t, x0)
         return (x_t - alpha * x0) / sigma
 
     def target(
-        self, x0: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x0: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return what the network should output for ``add_noise(x0, noise, t)``."""
         match self.prediction:
             case "epsilon":
@@ -98,14 +98,14 @@ class NoiseProcess(ABC):
             case "flow":
                 return noise - x0
             case "v_prediction":
-                alpha, sigma = self._coefficients(t, x0)
+                alpha, sigma = self.coefficients(t, x0)
                 return alpha * noise - sigma * x0
 
     def to_x0(
-        self, x_t: Float[Tensor, "batch *dims"], output: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x_t: Float[Tensor, "batch *latent"], output: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return the clean media that the network's output implies."""
-        alpha, sigma = self._coefficients(t, x_t)
+        alpha, sigma = self.coefficients(t, x_t)
         match self.prediction:
             case "epsilon":
                 return (x_t - sigma * output) / alpha
@@ -117,17 +117,17 @@ class NoiseProcess(ABC):
                 return alpha * x_t - sigma * output
 
     def clean(
-        self, x_t: Float[Tensor, "batch *dims"], output: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x_t: Float[Tensor, "batch *latent"], output: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return `to_x0`, within ``-clip_range..clip_range`` where the scheduler clips, as the sampler takes it."""
         x0 = self.to_x0(x_t, output, t)
         return x0 if self.clip_range is None else x0.clamp(-self.clip_range, self.clip_range)
 
     def to_noise(
-        self, x_t: Float[Tensor, "batch *dims"], output: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x_t: Float[Tensor, "batch *latent"], output: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return the noise that the network's output implies."""
-        alpha, sigma = self._coefficients(t, x_t)
+        alpha, sigma = self.coefficients(t, x_t)
         match self.prediction:
             case "epsilon":
                 return output
@@ -140,32 +140,32 @@ class NoiseProcess(ABC):
 
     def reverse_step(
         self,
-        x_t: Float[Tensor, "batch *dims"],
-        output: Float[Tensor, "batch *dims"],
+        x_t: Float[Tensor, "batch *latent"],
+        output: Float[Tensor, "batch *latent"],
         t: Timestep,
         t_next: Timestep,
         eta: float = 0.0,
-    ) -> tuple[Float[Tensor, "batch *dims"], Float[Tensor, " ..."]]:
+    ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, " ..."]]:
         """Return mean and std of ``p(x_next | x_t)`` for eta-DDIM from `t` to the less noisy `t_next`.
 
         arXiv 2010.02502 eqs. 12 and 16, written so that it holds for every ``(alpha, sigma)``:
         ``std = eta * sigma'/sigma * sqrt(sigma^2 - (alpha/alpha')^2 sigma'^2)`` and
         ``mean = alpha' * x0 + sqrt(sigma'^2 - std^2) * noise``. ``eta=0`` is deterministic (std 0), ``eta=1``
-        ancestral sampling. Shapes: mean as `x_t`; std ``[batch or 1, 1, 1, 1]``. `t_next=-1` is the final step.
+        ancestral sampling. Shapes: mean as `x_t`; std ``[batch or 1, 1, ...]``. `t_next=-1` is the final step.
         """
-        alpha, sigma = self._coefficients(t, x_t)
-        alpha_next, sigma_next = self._coefficients(t_next, x_t)
+        alpha, sigma = self.coefficients(t, x_t)
+        alpha_next, sigma_next = self.coefficients(t_next, x_t)
         removed = (sigma.square() - (alpha / alpha_next * sigma_next).square()).clamp_min(0.0)
         std = eta * sigma_next / sigma * removed.sqrt()
         direction = (sigma_next.square() - std.square()).clamp_min(0.0).sqrt()
         return alpha_next * self.clean(x_t, output, t) + direction * self.to_noise(x_t, output, t), std
 
     def forward_step(
-        self, x_s: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], s: Timestep, t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x_s: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], s: Timestep, t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Move from `s` up to the noisier `t` along the given noise: the inverse of `reverse_step` at ``eta=0``."""
-        alpha_s, sigma_s = self._coefficients(s, x_s)
-        alpha, sigma = self._coefficients(t, x_s)
+        alpha_s, sigma_s = self.coefficients(s, x_s)
+        alpha, sigma = self.coefficients(t, x_s)
         return alpha / alpha_s * (x_s - sigma_s * noise) + sigma * noise
 
     def timesteps(self, steps: int) -> Shaped[Tensor, " steps"]:
@@ -208,8 +208,8 @@ class NoiseProcess(ABC):
             raise PipelineError(f"steps must lie in 1..{self.num_train_timesteps}, got {steps}.")
 
     @abstractmethod
-    def _coefficients(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha and sigma at `t`, shaped to broadcast against `like`."""
+    def coefficients(self, t: Timestep, like: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at `t`, each ``[batch or 1, 1, ...]`` to broadcast against latents `like`."""
 
 
 class DiffusionProcess(NoiseProcess):
@@ -237,7 +237,8 @@ class DiffusionProcess(NoiseProcess):
         grid = self._scheduler.timesteps.clone()
         return grid, (grid - self.num_train_timesteps // steps).clamp_min(-1)
 
-    def _coefficients(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Timestep, like: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at `t`, to broadcast against `like`."""
         dtype = like.dtype if like.dtype == torch.float64 else torch.float32
         key = (like.device, dtype)
         if key not in self._placed:
@@ -278,7 +279,8 @@ class FlowProcess(NoiseProcess):
         index = super().sample_timesteps(n, generator=generator, low=low, high=high, discount=discount)
         return self._levels.to(index.device)[index]
 
-    def _coefficients(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Timestep, like: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at `t`, to broadcast against `like`."""
         dtype = like.dtype if like.dtype == torch.float64 else torch.float32
         level = (
             t.to(like.device, dtype) if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=like.device)
@@ -291,5 +293,5 @@ def _shaped(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _blank(t: Timestep, ndim: int) -> Tensor:
-    return torch.empty((1,) * ndim, device=t.device if isinstance(t, Tensor) else None)
+def _blank(t: Timestep) -> Tensor:
+    return torch.empty(1, device=t.device if isinstance(t, Tensor) else None)

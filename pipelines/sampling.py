@@ -32,7 +32,7 @@ class Trajectory:
     """What sampling returned; all tensors are float32 (float64 if the network is).
 
     latents
-        The clean latents, ``[batch, channels, height, width]``.
+        The clean latents, ``[batch, *latent]``.
     timesteps, next_timesteps
         The level each step started from and led to (-1 at the end), ``[steps]``, on the CPU.
     states, means, stds, log_probs
@@ -42,11 +42,11 @@ class Trajectory:
         ``[steps, batch]`` twice. Means and log-probs of the steps in ``grad_steps`` carry gradients, states never do.
     """
 
-    latents: Float[Tensor, "batch channels height width"]
+    latents: Float[Tensor, "batch *latent"]
     timesteps: Shaped[Tensor, " steps"]
     next_timesteps: Shaped[Tensor, " steps"]
-    states: Float[Tensor, "states batch channels height width"] | None = None
-    means: Float[Tensor, "steps batch channels height width"] | None = None
+    states: Float[Tensor, "states batch *latent"] | None = None
+    means: Float[Tensor, "steps batch *latent"] | None = None
     stds: Float[Tensor, "steps batch"] | None = None
     log_probs: Float[Tensor, "steps batch"] | None = None
 
@@ -113,7 +113,7 @@ def sample(
     seeds: Sequence[int] | None = None,
     solver: str = "ddim",
     negative: Conditioning | None = None,
-    latents: Float[Tensor, "batch channels height width"] | None = None,
+    latents: Float[Tensor, "batch *latent"] | None = None,
     start_step: int = 0,
     exit_step: int | None = None,
     record: bool = False,
@@ -223,7 +223,7 @@ def _ddim(
         with torch.set_grad_enabled(index >= first):
             t, t_next = grid[index].item(), next_grid[index].item()
             if index == plan.exit_step:
-                mean, std = process.clean(x, output, t), torch.zeros_like(x[:1, :1, :1, :1])
+                mean, std = process.clean(x, output, t), x.new_zeros((1,) * x.ndim)
             else:
                 mean, std = process.reverse_step(x, output, t, t_next, plan.etas[index])
             x = mean if noise is None else mean + std * next(noise)
@@ -313,7 +313,7 @@ def inversion_grid(
 def invert(
     generator: Generator,
     cond: Conditioning,
-    latents: Float[Tensor, "batch channels height width"],
+    latents: Float[Tensor, "batch *latent"],
     *,
     t: int | Shaped[Tensor, " batch"] | None = None,
     steps: int = 50,
@@ -324,7 +324,7 @@ def invert(
     eta: float = 0.0,
     seeds: Sequence[int] | None = None,
     autocast: Autocast = nullcontext,
-) -> Float[Tensor, "batch channels height width"]:
+) -> Float[Tensor, "batch *latent"]:
     """Return the noisy latents at `t` from which deterministic DDIM leads back to `latents` (no gradients).
 
     DDIM inversion (arXiv 2010.02502): each step assumes that the noise predicted at its end point is the one predicted
@@ -381,7 +381,14 @@ def _check_batch(
             raise PipelineError(f"sample needs one of {name} for each of {len(cond)} prompts, got {len(given)}.")
     if batch_size is not None and batch_size < 1:
         raise PipelineError(f"batch_size must be at least 1, got {batch_size}.")
-    if latents is not None and latents.shape[1] != generator.latent_shape[0]:
-        raise PipelineError(
-            f"latents must have {generator.latent_shape[0]} channels for this model, got {list(latents.shape)}."
-        )
+    if latents is None:
+        return
+    expected = generator.latent_shape
+    if latents.ndim != 1 + len(expected):
+        raise PipelineError(f"latents of this model are [batch, {_listed(expected)}], got {list(latents.shape)}.")
+    if len(expected) > 2 and latents.shape[1] != expected[0]:
+        raise PipelineError(f"latents must have {expected[0]} channels for this model, got {list(latents.shape)}.")
+
+
+def _listed(shape: Sequence[int]) -> str:
+    return ", ".join(map(str, shape))

@@ -121,7 +121,7 @@ class SamplingMethod(Method[SamplingT]):
                 f"method.eta is 0, and {self.name} needs a random sampler: without noise a step has no density; "
                 "set method.eta to 1"
             )
-        levels, nothing = process.schedule(self.config.sampling_steps), torch.zeros(1, 1, 1, 1)
+        levels, nothing = process.schedule(self.config.sampling_steps), torch.zeros(1, 1)
         steps = zip(*(level.tolist() for level in levels), self.etas(), strict=True)
         if not any(float(process.reverse_step(nothing, nothing, t, t_next, eta)[1]) for t, t_next, eta in steps):
             raise UserError(

@@ -70,9 +70,9 @@ def test_floor_grid_is_that_of_the_published_codes(sd15: Generator, steps: int, 
     assert targets[-1].tolist() == [1 + (level - 2) // (1000 // steps) * (1000 // steps) for level in t.tolist()]
     assert torch.equal(sources[1:], targets[:-1]) and (sources[0] == -1).all()
     # what is labelled t is a' x0 + b' noise with these means over t
-    alpha, sigma = sd15.process.alpha(t).flatten().double(), sd15.process.sigma(t).flatten().double()
+    alpha, sigma = sd15.process.alpha(t).double(), sd15.process.sigma(t).double()
     reached = targets[-1]
-    at, st = sd15.process.alpha(reached).flatten().double(), sd15.process.sigma(reached).flatten().double()
+    at, st = sd15.process.alpha(reached).double(), sd15.process.sigma(reached).double()
     assert (st / sigma).mean().item() == pytest.approx(noise, abs=0.006)
     assert ((at - alpha) / sigma).mean().item() == pytest.approx(image, abs=0.006)
 
