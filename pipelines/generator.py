@@ -31,7 +31,18 @@ class Generator(ABC):
     """A text-to-media model from a diffusers directory.
 
     The denoiser (`network`) and the scheduler are loaded at once; the autoencoder and the text encoders when they are
-    first used, and `free_encoders` drops them again. Latents are float32 everywhere outside the network.
+    first used, and `free_encoders` drops them again. Latents are float32 everywhere outside the network, and
+    ``[batch, *latent]`` with the shape `latent_shape`; media are in [0, 1].
+
+    >>> from pipelines import load_generator
+    >>> generator = load_generator("assets/shapes-sd", device="cpu")
+    >>> generator.latent_shape, generator.process.prediction
+    ((4, 16, 16), 'v_prediction')
+    >>> x0 = generator.encode(torch.rand(1, 3, 32, 32))
+    >>> noise, t = torch.randn_like(x0), torch.tensor([500])
+    >>> output = generator.predict(generator.process.add_noise(x0, noise, t), t, generator.encode_prompts(["a star"]))
+    >>> output.shape == generator.process.target(x0, noise, t).shape == x0.shape
+    True
 
     Attributes: `name_or_path` as the user gave it (the base model, when an adapter was named); `root` the local
     directory; `process` the noise process; `attention` what attention kernel runs.

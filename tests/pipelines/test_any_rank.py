@@ -9,7 +9,16 @@ import torch
 from ideal_denoiser import IdealGenerator, level, posterior
 from torch import Tensor
 
-from pipelines import PipelineError, Truncation, guided_predictor, invert, sample, sample_with_gradient, seeded_noise
+from pipelines import (
+    PipelineError,
+    Truncation,
+    ddim,
+    guided_predictor,
+    invert,
+    sample,
+    sample_with_gradient,
+    seeded_noise,
+)
 from pipelines.branching import Branching, sample_branching
 from pipelines.sampling import noise_stream, replay_step
 
@@ -101,7 +110,7 @@ def test_candidates_differ_by_their_noise_alone(shape: tuple[int, ...], kind: st
     generator = IdealGenerator(kind, shape)
     seen: list[Branching] = []
     latents = sample_branching(
-        generator, generator.encode_prompts(["1", "-2"]), etas=[1.0] * STEPS, candidates=2, seeds=SEEDS,
+        generator, generator.encode_prompts(["1", "-2"]), kernel=ddim(1.0), steps=STEPS, candidates=2, seeds=SEEDS,
         visit=seen.append, guidance=1.0,
     )  # fmt: skip
     assert latents.shape == (2, *shape) and seen[0].candidates.shape == (2, 2, *shape)
@@ -141,7 +150,7 @@ def test_replayed_steps_are_the_recorded_ones(shape: tuple[int, ...], kind: str)
     recorded = sample(generator, cond, steps=STEPS, guidance=2.0, eta=0.7, seeds=SEEDS, record=True)
     predict = guided_predictor(generator, cond, 2.0)
     for index in range(STEPS):
-        mean, std, log_prob = replay_step(generator.process, recorded, index, predict, eta=0.7)
+        mean, std, log_prob = replay_step(generator.process, recorded, index, predict)
         assert torch.equal(mean, recorded.means[index]) and torch.equal(std, recorded.stds[index])
         assert torch.equal(log_prob, recorded.log_probs[index])
 
