@@ -7,6 +7,7 @@ Each setting runs in a process of its own, so that what one of them leaves in th
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -79,8 +80,8 @@ def measure(settings: Settings) -> list[MemoryReport]:
         # The cheap side first: where memory is short, the other one stops by itself.
         for side in (CHECKPOINTED, PLAIN):
             _measure_side(report, side, model, settings)
-        channels, height, width = load_generator(model).latent_shape
-    report.facts["latents of one step"] = f"{settings.batch * channels * height * width * 4 / MIB:.2f} MiB"
+        latent = math.prod(load_generator(model).latent_shape)
+    report.facts["latents of one step"] = f"{settings.batch * latent * 4 / MIB:.2f} MiB"
     return [report]
 
 

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from pipelines.generator import Generator
     from pipelines.gradient_sampling import GradientSample, sample_with_gradient
     from pipelines.guidance import guided_predictor
+    from pipelines.inversion import invert
+    from pipelines.kernels import KERNELS, Kernel, cps, ddim, flow_sde, named_kernel, ode
     from pipelines.load import fingerprint_model, load_generator
-    from pipelines.noise import NoiseProcess
-    from pipelines.sampling import Trajectory, gaussian_log_prob, invert, sample, seeded_noise
+    from pipelines.noise import NoiseProcess, Schedule
+    from pipelines.sampling import Segment, Trajectory, gaussian_log_prob, sample, seeded_noise
     from pipelines.truncation import Truncation
     from pipelines.vlm.batch import VlmBatch, VlmSample
     from pipelines.vlm.features import media_features
@@ -25,24 +27,33 @@ if TYPE_CHECKING:
     from pipelines.vlm.model import VisionLanguageModel
 
 __all__ = [
+    "KERNELS",
     "Conditioning",
     "Generator",
     "GradientSample",
+    "Kernel",
     "NoiseProcess",
     "PipelineError",
+    "Schedule",
+    "Segment",
     "Trajectory",
     "Truncation",
     "VisionLanguageModel",
     "VlmBatch",
     "VlmSample",
+    "cps",
+    "ddim",
     "fingerprint_model",
     "fingerprint_vlm",
+    "flow_sde",
     "gaussian_log_prob",
     "guided_predictor",
     "invert",
     "load_generator",
     "load_vlm",
     "media_features",
+    "named_kernel",
+    "ode",
     "sample",
     "sample_with_gradient",
     "seeded_noise",
@@ -54,6 +65,7 @@ _HOMES = {
     "GradientSample": "gradient_sampling",
     "NoiseProcess": "noise",
     "PipelineError": "errors",
+    "Schedule": "noise",
     "Truncation": "truncation",
     "VisionLanguageModel": "vlm.model",
     "VlmBatch": "vlm.batch",
@@ -61,11 +73,12 @@ _HOMES = {
     "fingerprint_model": "load",
     "fingerprint_vlm": "vlm.load",
     "guided_predictor": "guidance",
+    "invert": "inversion",
     "load_generator": "load",
     "load_vlm": "vlm.load",
     "media_features": "vlm.features",
     "sample_with_gradient": "gradient_sampling",
-}
+} | dict.fromkeys(("KERNELS", "Kernel", "cps", "ddim", "flow_sde", "named_kernel", "ode"), "kernels")
 
 
 def __getattr__(name: str) -> Any:

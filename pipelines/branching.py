@@ -21,13 +21,13 @@ from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.generator import Generator
 from pipelines.guidance import Autocast, guided_predictor
-from pipelines.noise import NoiseProcess
-from pipelines.sampling import noise_stream
+from pipelines.kernels import Kernel
+from pipelines.sampling import latent_dtype, noise_stream
 
 
 @dataclass(frozen=True)
 class Branching:
-    """A random sampling step from level `t` to `t_next`: where it started, and what could have come of it.
+    """A random sampling step from level `t` to `t_next` by `kernel`: where it started, and what could have come of it.
 
     `clean` are the clean latents predicted from each candidate, None where they were not asked for; `std` is that of
     the step, the same for all samples.
@@ -35,7 +35,7 @@ class Branching:
 
     t: int | float
     t_next: int | float
-    eta: float
+    kernel: Kernel
     std: float
     state: Float[Tensor, "batch *latent"]
     candidates: Float[Tensor, "candidates batch *latent"]
@@ -49,20 +49,13 @@ class Branching:
         return replace(self, candidates=self.candidates[index, rows], clean=clean)
 
 
-def step_stds(process: NoiseProcess, etas: Sequence[float]) -> list[float]:
-    """Return the standard deviation of each step of the sampling grid with as many steps as there are etas."""
-    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    grid, next_grid = process.schedule(len(etas))
-    levels = zip(grid.tolist(), next_grid.tolist(), etas, strict=True)
-    return [float(process.reverse_step(nothing, nothing, t, t_next, eta)[1]) for t, t_next, eta in levels]
-
-
 @torch.no_grad()
 def sample_branching(
     generator: Generator,
     cond: Conditioning,
     *,
-    etas: Sequence[float],
+    kernel: Kernel,
+    steps: int,
     candidates: int,
     seeds: Sequence[int],
     visit: Callable[[Branching], None],
@@ -70,26 +63,27 @@ def sample_branching(
     guidance: float = 7.5,
     autocast: Autocast = nullcontext,
 ) -> Float[Tensor, "batch *latent"]:
-    """Sample latents by eta-DDIM, `etas` being the noise of each step, and show each random step to `visit`.
+    """Sample latents by `kernel` in so many steps, and show each random step to `visit`.
 
     With one candidate the result is that of `pipelines.sample`, to the bit where batches of one size are computed.
     With `predict_clean` a random step costs `candidates` network calls for each sample; without, like a deterministic
-    one, a single call.
+    one, a single call. `guidance` and `autocast` are those of `guided_predictor`. Raises `PipelineError` for less than
+    one candidate, and for a kernel that does not fit the model or the number of steps.
     """
     if candidates < 1:
         raise PipelineError(f"candidates must be at least 1, got {candidates}.")
-    process, count, steps = generator.process, len(seeds), len(etas)
+    process, count, kernels = generator.process, len(seeds), kernel.for_steps(steps)
     predictors = {
         times: guided_predictor(generator, Conditioning.cat([cond] * times), guidance, autocast=autocast)
         for times in {1, candidates if predict_clean else 1}
     }
-    noise, stds = noise_stream(seeds, generator.latent_shape, generator.device), step_stds(process, etas)
+    noise, stds = noise_stream(seeds, generator.latent_shape, generator.device), kernel.stds(process, steps)
     grid, next_grid = process.schedule(steps)
     on_device, levels = grid.to(generator.device), grid.tolist()
-    x = next(noise).to(torch.float64 if generator.dtype == torch.float64 else torch.float32)
+    x = next(noise).to(latent_dtype(generator))
     output = predictors[1](x, on_device[0].expand(count))
     for index, (t, t_next) in enumerate(zip(levels, next_grid.tolist(), strict=True)):
-        mean, std = process.reverse_step(x, output, t, t_next, etas[index])
+        mean, std = kernels[index](process, x, output, t, t_next)
         times = candidates if stds[index] else 1
         drawn = clean = torch.stack([mean + std * z for z in itertools.islice(noise, times)])
         if index + 1 < steps:
@@ -99,6 +93,6 @@ def sample_branching(
             clean = process.clean(flat, outputs, levels[index + 1]).view_as(looked_at)
             output = outputs[:count]
         if stds[index]:
-            visit(Branching(t, t_next, etas[index], stds[index], x, drawn, clean if predict_clean else None))
+            visit(Branching(t, t_next, kernels[index], stds[index], x, drawn, clean if predict_clean else None))
         x = drawn[0]
     return x

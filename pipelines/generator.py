@@ -31,7 +31,18 @@ class Generator(ABC):
     """A text-to-media model from a diffusers directory.
 
     The denoiser (`network`) and the scheduler are loaded at once; the autoencoder and the text encoders when they are
-    first used, and `free_encoders` drops them again. Latents are float32 everywhere outside the network.
+    first used, and `free_encoders` drops them again. Latents are float32 everywhere outside the network, and
+    ``[batch, *latent]`` with the shape `latent_shape`; media are in [0, 1].
+
+    >>> from pipelines import load_generator
+    >>> generator = load_generator("assets/shapes-sd", device="cpu")
+    >>> generator.latent_shape, generator.process.prediction
+    ((4, 16, 16), 'v_prediction')
+    >>> x0 = generator.encode(torch.rand(1, 3, 32, 32))
+    >>> noise, t = torch.randn_like(x0), torch.tensor([500])
+    >>> output = generator.predict(generator.process.add_noise(x0, noise, t), t, generator.encode_prompts(["a star"]))
+    >>> output.shape == generator.process.target(x0, noise, t).shape == x0.shape
+    True
 
     Attributes: `name_or_path` as the user gave it (the base model, when an adapter was named); `root` the local
     directory; `process` the noise process; `attention` what attention kernel runs.
@@ -67,8 +78,12 @@ class Generator(ABC):
 
     @property
     @abstractmethod
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the latents of one image at the model's own size."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's latents at the model's own size, channels first.
+
+        An image is (channels, height, width), a video (channels, frames, height, width); a family that packs them
+        into (tokens, channels) for its network does so inside `predict`, or has latents of that shape.
+        """
 
     @property
     @abstractmethod
@@ -77,27 +92,27 @@ class Generator(ABC):
 
     @abstractmethod
     def predict(
-        self, x_t: Float[Tensor, "batch channels height width"], t: Shaped[Tensor, " batch"], cond: Conditioning
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, x_t: Float[Tensor, "batch *latent"], t: Shaped[Tensor, " batch"], cond: Conditioning
+    ) -> Float[Tensor, "batch *latent"]:
         """Run the denoiser once, without guidance; differentiable; the output is float32."""
 
     @abstractmethod
-    def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
+    def encode(self, media: Float[Tensor, "batch *media"]) -> Float[Tensor, "batch *latent"]:
         """Return the (mean) latents of media in [0, 1], scaled for the denoiser."""
 
     @abstractmethod
     def encode_posterior(
-        self, media: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
+        self, media: Float[Tensor, "batch *media"]
+    ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, "batch *latent"]]:
         """Return mean and standard deviation of the latents' posterior, scaled (std 0 where there is none)."""
 
     @abstractmethod
-    def decode(self, latents: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 height width"]:
+    def decode(self, latents: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch *media"]:
         """Return the media in [0, 1]; differentiable."""
 
     def decode_checkpointed(
-        self, latents: Float[Tensor, "batch channels h w"], batch_size: int | None = None
-    ) -> Float[Tensor, "batch 3 height width"]:
+        self, latents: Float[Tensor, "batch *latent"], batch_size: int | None = None
+    ) -> Float[Tensor, "batch *media"]:
         """Decode as `decode` does, keeping no activations: the backward pass computes them again, a slice at a time.
 
         `batch_size` is the size of the slices (default: the batch in one), and so what the peak of memory grows with.

@@ -17,7 +17,8 @@ from torch import Tensor
 from pipelines.conditioning import Conditioning
 from pipelines.generator import Generator
 from pipelines.guidance import Autocast
-from pipelines.sampling import noise_stream, sample
+from pipelines.kernels import Kernel, pick_kernel
+from pipelines.sampling import Segment, noise_stream, sample
 from pipelines.truncation import Truncation
 
 
@@ -26,7 +27,7 @@ class GradientSample:
     """Latents with a graph, and where it begins.
 
     latents
-        ``[repeats * batch, channels, height, width]``, all prompts of the batch in order, then all of them again, so
+        ``[repeats * batch, *latent]``, all prompts of the batch in order, then all of them again, so
         that ``prompts * repeats`` go with them and ``reward.reshape(repeats, batch)`` is a row for each repeat.
     repeats
         Images a prompt: 1, and ``1 + n`` for DRaFT-LV, of which the first is the sampled one.
@@ -34,7 +35,7 @@ class GradientSample:
         The sampling steps whose prediction is trained, ascending.
     """
 
-    latents: Float[Tensor, "images channels height width"]
+    latents: Float[Tensor, "images *latent"]
     repeats: int
     grad_steps: tuple[int, ...]
 
@@ -48,7 +49,8 @@ def sample_with_gradient(
     seeds: Sequence[int],
     steps: int = 50,
     guidance: float = 7.5,
-    eta: float = 0.0,
+    kernel: Kernel | str | None = None,
+    eta: float | Sequence[float] | None = None,
     negative: Conditioning | None = None,
     checkpoint: bool = True,
     autocast: Autocast = nullcontext,
@@ -60,25 +62,23 @@ def sample_with_gradient(
     which Adam does not see. For ReFL the latents are the clean ones predicted at the trained step.
 
     `rng` (on the CPU) draws the steps, once a call, and nothing else; noise is that of `seeds`, one a prompt. The rest
-    is as for `sample`; with `checkpoint` memory grows with the trained steps by no more than their latents.
+    is as for `sample`, errors included; with `checkpoint` memory grows with the trained steps by no more than their
+    latents.
     """
-    grad_steps = truncation.draw(steps, rng)
+    grad_steps, chosen = truncation.draw(steps, rng), pick_kernel(kernel, eta)
     exit_step = grad_steps[0] if truncation.mode == "refl" else None
 
-    def rollout(copies: int = 1, latents: Tensor | None = None, start_step: int = 0) -> Tensor:
+    def rollout(copies: int = 1, latents: Tensor | None = None, start: int = 0) -> Tensor:
         return sample(
             generator,
             _copies(cond, copies),
             steps=steps,
             guidance=guidance,
-            eta=eta,
+            kernel=chosen,
             seeds=list(seeds) * copies,
             negative=negative if negative is None or len(negative) == 1 else _copies(negative, copies),
             latents=latents,
-            start_step=start_step,
-            exit_step=exit_step,
-            grad_steps=grad_steps,
-            checkpoint=checkpoint,
+            segment=Segment(start, exit_step, grad_steps, checkpoint),
             autocast=autocast,
         ).latents
 
@@ -95,7 +95,7 @@ def _renoised(generator: Generator, x0: Tensor, seeds: Sequence[int], steps: int
 
     Each sample's noise follows in its own stream upon the ``1 + steps`` draws that `sample` may have taken.
     """
-    level = generator.process.schedule(steps)[0][-1].item()
+    level = generator.process.schedule(steps).levels[-1].item()
     stream = islice(noise_stream(seeds, x0.shape[1:], x0.device), 1 + steps, 1 + steps + repeats)
     return torch.cat([generator.process.add_noise(x0, noise.to(x0.dtype), level) for noise in stream])
 

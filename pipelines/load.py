@@ -40,7 +40,11 @@ def load_generator(
 
     `name_or_path` is a diffusers directory, a Hub id ``org/name[@revision]``, or what `Generator.save_lora` wrote,
     which names its own base model (found by way of `resolve`). `adapter` is a LoRA file or directory to load on top.
-    `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``.
+    `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``. Raises `PipelineError`
+    for what is no model of a supported kind, `MissingModelError` for what is not there.
+
+    >>> load_generator("assets/shapes-sd", device="cpu").family
+    'sd'
     """
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, PROCESSORS)

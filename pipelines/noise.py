@@ -7,7 +7,8 @@ network is asked to predict. Methods and samplers use `NoiseProcess` alone and n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Shaped
@@ -20,16 +21,31 @@ Timestep = int | float | Shaped[Tensor, " batch"] | Shaped[Tensor, ""]
 PREDICTIONS: tuple[str, ...] = ("epsilon", "v_prediction", "sample", "flow")
 
 
+class Schedule(NamedTuple):
+    """The levels of a sampling run, on the CPU: step i goes from ``levels[i]`` to ``next_levels[i]``, -1 the end."""
+
+    levels: Shaped[Tensor, " steps"]
+    next_levels: Shaped[Tensor, " steps"]
+
+
 class NoiseProcess(ABC):
     """How clean media become noise and come back; `from_scheduler` picks the kind.
 
-    Sources: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), eta-DDIM (arXiv 2010.02502, eqs. 12 and 16),
-    rectified flow (arXiv 2209.03003). A timestep is a number, or a tensor ``[batch]`` with one level a sample; ``-1``
-    means the level at which sampling ends. Coefficients have the dtype of the latents, float32 at least.
+    Sources: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), rectified flow (arXiv 2209.03003). A timestep
+    is a number, or a tensor ``[batch]`` with one level a sample; ``-1`` means the level at which sampling ends.
+    Latents are ``[batch, *latent]``, of any rank. Coefficients have the dtype of the latents, float32 at least.
+
+    >>> from diffusers import FlowMatchEulerDiscreteScheduler
+    >>> process = NoiseProcess.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    >>> x0, noise = torch.zeros(1, 16, 3, 8, 8), torch.ones(1, 16, 3, 8, 8)  # a video: channels, frames, height, width
+    >>> float(process.add_noise(x0, noise, 250).mean())  # (1 - 0.25) * 0 + 0.25 * 1
+    0.25
+    >>> process.schedule(2, sigmas=[1.0, 0.5]).levels.tolist()  # 3 * 0.5 / (1 + 2 * 0.5) = 0.75
+    [1000.0, 750.0]
     """
 
     def __init__(self, prediction: str, scheduler: Any, *, clip_range: float | None = None) -> None:
-        """Keep what all processes share; `clip_range` bounds the predicted x0 in `clean` and `reverse_step`."""
+        """Keep what all processes share; `clip_range` bounds the predicted x0 in `clean`."""
         self.prediction = cast(Prediction, choose("prediction type", prediction, PREDICTIONS))
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
         self.clip_range = clip_range
@@ -39,18 +55,15 @@ class NoiseProcess(ABC):
     def from_scheduler(cls, scheduler: Any) -> NoiseProcess:
         """Build from any diffusers scheduler of the DDPM or flow-matching kind, by its configuration.
 
-        Raises `PipelineError` for settings no sampler of ours reproduces (dynamic thresholding, resolution-dependent
-        shifting, epsilon prediction with zero terminal signal).
+        Raises `PipelineError` for settings no sampler of ours reproduces (dynamic thresholding, inverted levels,
+        epsilon prediction with zero terminal signal).
         """
         from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
         config = scheduler.config
         if "FlowMatch" in type(scheduler).__name__:
-            if config.get("use_dynamic_shifting"):
-                raise PipelineError(
-                    "the scheduler shifts its noise levels by image size (use_dynamic_shifting), which is not"
-                    " supported; set use_dynamic_shifting to false and shift to a fixed value."
-                )
+            if config.get("invert_sigmas"):
+                raise PipelineError("the scheduler counts its noise levels backwards (invert_sigmas); turn it off.")
             return FlowProcess(FlowMatchEulerDiscreteScheduler.from_config(config))
         if config.get("thresholding"):
             raise PipelineError("the scheduler thresholds its predictions, which is for pixel models; turn it off.")
@@ -64,31 +77,31 @@ class NoiseProcess(ABC):
             )
         return DiffusionProcess(ddim, clip_range=float(ddim.config.clip_sample_range) if clip else None)
 
-    def alpha(self, t: Timestep, *, ndim: int = 4) -> Float[Tensor, " ..."]:
-        """Return the factor of the clean media at `t`, shaped ``[batch, 1, 1, 1]`` (float32, on the device of `t`)."""
-        return self._coefficients(t, _blank(t, ndim))[0]
+    def alpha(self, t: Timestep) -> Float[Tensor, " batch"]:
+        """Return the factor of the clean media at `t`, ``[batch]`` (float32, on the device of `t`)."""
+        return self.coefficients(t, _blank(t))[0]
 
-    def sigma(self, t: Timestep, *, ndim: int = 4) -> Float[Tensor, " ..."]:
-        """Return the standard deviation of the noise at `t`, shaped ``[batch, 1, 1, 1]``."""
-        return self._coefficients(t, _blank(t, ndim))[1]
+    def sigma(self, t: Timestep) -> Float[Tensor, " batch"]:
+        """Return the standard deviation of the noise at `t`, ``[batch]`` (float32, on the device of `t`)."""
+        return self.coefficients(t, _blank(t))[1]
 
     def add_noise(
-        self, x0: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x0: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return ``x_t = alpha(t) * x0 + sigma(t) * noise``."""
-        alpha, sigma = self._coefficients(t, x0)
+        alpha, sigma = self.coefficients(t, x0)
         return alpha * x0 + sigma * noise
 
     def implied_noise(
-        self, x0: Float[Tensor, "batch *dims"], x_t: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x0: Float[Tensor, "batch *latent"], x_t: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return the noise for which ``add_noise(x0, noise, t)`` is `x_t`; `t` must not be clean (sigma > 0)."""
-        alpha, sigma = self._coefficients(t, x0)
+        alpha, sigma = self.coefficients(t, x0)
         return (x_t - alpha * x0) / sigma
 
     def target(
-        self, x0: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x0: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return what the network should output for ``add_noise(x0, noise, t)``."""
         match self.prediction:
             case "epsilon":
@@ -98,14 +111,14 @@ class NoiseProcess(ABC):
             case "flow":
                 return noise - x0
             case "v_prediction":
-                alpha, sigma = self._coefficients(t, x0)
+                alpha, sigma = self.coefficients(t, x0)
                 return alpha * noise - sigma * x0
 
     def to_x0(
-        self, x_t: Float[Tensor, "batch *dims"], output: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x_t: Float[Tensor, "batch *latent"], output: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return the clean media that the network's output implies."""
-        alpha, sigma = self._coefficients(t, x_t)
+        alpha, sigma = self.coefficients(t, x_t)
         match self.prediction:
             case "epsilon":
                 return (x_t - sigma * output) / alpha
@@ -117,17 +130,17 @@ class NoiseProcess(ABC):
                 return alpha * x_t - sigma * output
 
     def clean(
-        self, x_t: Float[Tensor, "batch *dims"], output: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x_t: Float[Tensor, "batch *latent"], output: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return `to_x0`, within ``-clip_range..clip_range`` where the scheduler clips, as the sampler takes it."""
         x0 = self.to_x0(x_t, output, t)
         return x0 if self.clip_range is None else x0.clamp(-self.clip_range, self.clip_range)
 
     def to_noise(
-        self, x_t: Float[Tensor, "batch *dims"], output: Float[Tensor, "batch *dims"], t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
+        self, x_t: Float[Tensor, "batch *latent"], output: Float[Tensor, "batch *latent"], t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
         """Return the noise that the network's output implies."""
-        alpha, sigma = self._coefficients(t, x_t)
+        alpha, sigma = self.coefficients(t, x_t)
         match self.prediction:
             case "epsilon":
                 return output
@@ -138,34 +151,12 @@ class NoiseProcess(ABC):
             case "v_prediction":
                 return sigma * x_t + alpha * output
 
-    def reverse_step(
-        self,
-        x_t: Float[Tensor, "batch *dims"],
-        output: Float[Tensor, "batch *dims"],
-        t: Timestep,
-        t_next: Timestep,
-        eta: float = 0.0,
-    ) -> tuple[Float[Tensor, "batch *dims"], Float[Tensor, " ..."]]:
-        """Return mean and std of ``p(x_next | x_t)`` for eta-DDIM from `t` to the less noisy `t_next`.
-
-        arXiv 2010.02502 eqs. 12 and 16, written so that it holds for every ``(alpha, sigma)``:
-        ``std = eta * sigma'/sigma * sqrt(sigma^2 - (alpha/alpha')^2 sigma'^2)`` and
-        ``mean = alpha' * x0 + sqrt(sigma'^2 - std^2) * noise``. ``eta=0`` is deterministic (std 0), ``eta=1``
-        ancestral sampling. Shapes: mean as `x_t`; std ``[batch or 1, 1, 1, 1]``. `t_next=-1` is the final step.
-        """
-        alpha, sigma = self._coefficients(t, x_t)
-        alpha_next, sigma_next = self._coefficients(t_next, x_t)
-        removed = (sigma.square() - (alpha / alpha_next * sigma_next).square()).clamp_min(0.0)
-        std = eta * sigma_next / sigma * removed.sqrt()
-        direction = (sigma_next.square() - std.square()).clamp_min(0.0).sqrt()
-        return alpha_next * self.clean(x_t, output, t) + direction * self.to_noise(x_t, output, t), std
-
     def forward_step(
-        self, x_s: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], s: Timestep, t: Timestep
-    ) -> Float[Tensor, "batch *dims"]:
-        """Move from `s` up to the noisier `t` along the given noise: the inverse of `reverse_step` at ``eta=0``."""
-        alpha_s, sigma_s = self._coefficients(s, x_s)
-        alpha, sigma = self._coefficients(t, x_s)
+        self, x_s: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], s: Timestep, t: Timestep
+    ) -> Float[Tensor, "batch *latent"]:
+        """Move from `s` up to the noisier `t` along the given noise: the inverse of `kernels.ode`."""
+        alpha_s, sigma_s = self.coefficients(s, x_s)
+        alpha, sigma = self.coefficients(t, x_s)
         return alpha / alpha_s * (x_s - sigma_s * noise) + sigma * noise
 
     def timesteps(self, steps: int) -> Shaped[Tensor, " steps"]:
@@ -173,8 +164,19 @@ class NoiseProcess(ABC):
         return self.schedule(steps)[0]
 
     @abstractmethod
-    def schedule(self, steps: int) -> tuple[Shaped[Tensor, " steps"], Shaped[Tensor, " steps"]]:
-        """Return the sampling grid and the level each step leads to, ``-1`` for the end (both on the CPU)."""
+    def schedule(
+        self,
+        steps: int,
+        *,
+        shift: float | None = None,
+        mu: float | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> Schedule:
+        """Return the levels of a sampling run of `steps`, descending, as diffusers places them.
+
+        `shift`, `mu` and `sigmas` are for flow matching: see `FlowProcess.schedule`. Raises `PipelineError` for more
+        steps than the process has levels.
+        """
 
     def sample_timesteps(
         self,
@@ -208,8 +210,8 @@ class NoiseProcess(ABC):
             raise PipelineError(f"steps must lie in 1..{self.num_train_timesteps}, got {steps}.")
 
     @abstractmethod
-    def _coefficients(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha and sigma at `t`, shaped to broadcast against `like`."""
+    def coefficients(self, t: Timestep, like: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at `t`, each ``[batch or 1, 1, ...]`` to broadcast against latents `like`."""
 
 
 class DiffusionProcess(NoiseProcess):
@@ -226,18 +228,28 @@ class DiffusionProcess(NoiseProcess):
         self._table = torch.stack([squared.sqrt(), (1.0 - squared).sqrt()])
         self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def schedule(self, steps: int) -> tuple[Shaped[Tensor, " steps"], Shaped[Tensor, " steps"]]:
+    def schedule(
+        self,
+        steps: int,
+        *,
+        shift: float | None = None,
+        mu: float | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> Schedule:
         """Return the sampling grid and the level each step leads to, ``-1`` for anything below 0.
 
         As in diffusers' DDIM a step leads ``T // steps`` levels down, whatever the spacing: to the next point of the
         grid for "leading" and (where `steps` divides T) "trailing", to a level near it otherwise.
         """
+        if (shift, mu, sigmas) != (None, None, None):
+            raise PipelineError(f"shift, mu and sigmas are for flow matching; this model predicts {self.prediction}.")
         self.check_steps(steps)
         self._scheduler.set_timesteps(steps)
         grid = self._scheduler.timesteps.clone()
-        return grid, (grid - self.num_train_timesteps // steps).clamp_min(-1)
+        return Schedule(grid, (grid - self.num_train_timesteps // steps).clamp_min(-1))
 
-    def _coefficients(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Timestep, like: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at `t`, to broadcast against `like`."""
         dtype = like.dtype if like.dtype == torch.float64 else torch.float32
         key = (like.device, dtype)
         if key not in self._placed:
@@ -256,14 +268,64 @@ class FlowProcess(NoiseProcess):
     def __init__(self, scheduler: Any) -> None:
         """Take the (shifted) noise levels from a ``FlowMatchEulerDiscreteScheduler``."""
         super().__init__("flow", scheduler)
+        self.mu: float | None = None
         self._levels = scheduler.timesteps.flip(0).clone()
 
-    def schedule(self, steps: int) -> tuple[Shaped[Tensor, " steps"], Shaped[Tensor, " steps"]]:
-        """Return the scheduler's grid and the level each step leads to: the next point, ``-1`` for the last."""
+    def schedule(
+        self,
+        steps: int,
+        *,
+        shift: float | None = None,
+        mu: float | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> Schedule:
+        """Return the scheduler's grid; each step leads to its next point, the last to the end.
+
+        shift
+            In place of the scheduler's own, for one with a fixed shift: ``s sigma / (1 + (s - 1) sigma)``, above 0.
+        mu
+            For a scheduler that shifts by the size of the latents (``use_dynamic_shifting``): ``e^mu / (e^mu + 1/sigma
+            - 1)``, or with ``time_shift_type: linear`` mu in the place of e^mu. Default: `mu`, which must then be set;
+            `mu_for` gives it for a number of tokens.
+        sigmas
+            The noise levels before the shift, one a step, descending in (0, 1]: by default evenly spaced from the top
+            of the training levels to their end. diffusers' pipelines of models with dynamic shifting give
+            ``linspace(1, 1 / steps, steps)``.
+
+        The levels equal those of ``FlowMatchEulerDiscreteScheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)``, the
+        stretching to a terminal level included. Raises `PipelineError` for arguments that the scheduler cannot take.
+        """
         self.check_steps(steps)
-        self._scheduler.set_timesteps(steps)
-        grid = self._scheduler.timesteps.clone()
-        return grid, torch.cat([grid[1:], grid.new_tensor([-1.0])])
+        scheduler, mu = self._scheduler, self.mu if mu is None else mu
+        if sigmas is not None and len(sigmas) != steps:
+            raise PipelineError(f"sigmas must be one for each of {steps} steps, got {len(sigmas)}.")
+        if scheduler.config.use_dynamic_shifting:
+            if mu is None or shift is not None:
+                raise PipelineError(
+                    "this scheduler shifts its levels by the size of the latents (use_dynamic_shifting): give mu, such"
+                    " as process.mu_for(tokens), and no shift."
+                )
+        elif mu is not None:
+            raise PipelineError(
+                f"mu is for schedulers with use_dynamic_shifting; this one shifts by {scheduler.shift}: give shift."
+            )
+        elif shift is not None:
+            if not shift > 0:
+                raise PipelineError(f"shift must be above 0 (1: none), got {shift}.")
+            scheduler = type(scheduler).from_config(scheduler.config, shift=shift)
+        scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
+        grid = scheduler.timesteps.clone()
+        return Schedule(grid, torch.cat([grid[1:], grid.new_tensor([-1.0])]))
+
+    def mu_for(self, tokens: int) -> float:
+        """Return the shift for latents that the network sees as so many tokens, linear as in FLUX.1's pipeline.
+
+        From ``base_shift`` at ``base_image_seq_len`` to ``max_shift`` at ``max_image_seq_len`` of the scheduler, and
+        beyond: 0.5 at 256 to 1.15 at 4096 tokens for FLUX.1, where a token is 16 x 16 pixels.
+        """
+        config = self._scheduler.config
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
 
     def sample_timesteps(
         self,
@@ -278,7 +340,8 @@ class FlowProcess(NoiseProcess):
         index = super().sample_timesteps(n, generator=generator, low=low, high=high, discount=discount)
         return self._levels.to(index.device)[index]
 
-    def _coefficients(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Timestep, like: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at `t`, to broadcast against `like`."""
         dtype = like.dtype if like.dtype == torch.float64 else torch.float32
         level = (
             t.to(like.device, dtype) if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=like.device)
@@ -291,5 +354,5 @@ def _shaped(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _blank(t: Timestep, ndim: int) -> Tensor:
-    return torch.empty((1,) * ndim, device=t.device if isinstance(t, Tensor) else None)
+def _blank(t: Timestep) -> Tensor:
+    return torch.empty(1, device=t.device if isinstance(t, Tensor) else None)

@@ -1,17 +1,16 @@
-"""Samplers as pure functions: eta-DDIM with recording and gradients, DPM-Solver++, DDIM inversion.
+"""Sample latents step by step with any kernel, recorded, replayed or with a gradient; or by DPM-Solver++.
 
-eta-DDIM: arXiv 2010.02502; DPM-Solver++: arXiv 2211.01095 (diffusers' scheduler, inference only); ReNoise inversion:
-arXiv 2403.14602. How a gradient through the sampler is cut short: `pipelines.gradient_sampling`.
+What a step does: `pipelines.kernels`. DPM-Solver++: arXiv 2211.01095 (diffusers' scheduler, inference only). How a
+gradient through the sampler is cut short: `pipelines.gradient_sampling`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -21,10 +20,10 @@ from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError, choose
 from pipelines.generator import Generator
 from pipelines.guidance import Autocast, Predictor, guided_predictor
-from pipelines.noise import NoiseProcess
+from pipelines.kernels import CLEAN, Kernel, pick_kernel
+from pipelines.noise import NoiseProcess, Schedule
 
 SOLVERS = ("ddim", "dpm++")
-GRIDS = ("exact", "floor")
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Trajectory:
     """What sampling returned; all tensors are float32 (float64 if the network is).
 
     latents
-        The clean latents, ``[batch, channels, height, width]``.
+        The clean latents, ``[batch, *latent]``.
     timesteps, next_timesteps
         The level each step started from and led to (-1 at the end), ``[steps]``, on the CPU.
     states, means, stds, log_probs
@@ -40,15 +39,18 @@ class Trajectory:
         ``stds[i]`` are the Gaussian that ``states[i + 1]`` was drawn from; ``log_probs[i]`` is its log-density there,
         the MEAN over latent dimensions (nats). Shapes ``[steps + 1, batch, ...]``, ``[steps, batch, ...]`` and
         ``[steps, batch]`` twice. Means and log-probs of the steps in ``grad_steps`` carry gradients, states never do.
+    kernels
+        With ``record``: the kernel of each step, for `replay_step`.
     """
 
-    latents: Float[Tensor, "batch channels height width"]
+    latents: Float[Tensor, "batch *latent"]
     timesteps: Shaped[Tensor, " steps"]
     next_timesteps: Shaped[Tensor, " steps"]
-    states: Float[Tensor, "states batch channels height width"] | None = None
-    means: Float[Tensor, "steps batch channels height width"] | None = None
+    states: Float[Tensor, "states batch *latent"] | None = None
+    means: Float[Tensor, "steps batch *latent"] | None = None
     stds: Float[Tensor, "steps batch"] | None = None
     log_probs: Float[Tensor, "steps batch"] | None = None
+    kernels: tuple[Kernel, ...] = ()
 
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
@@ -58,7 +60,46 @@ class Trajectory:
         for name in ("states", "means", "stds", "log_probs"):
             if getattr(first, name) is not None:
                 joined[name] = torch.cat([getattr(part, name) for part in parts], dim=1)
-        return Trajectory(torch.cat([part.latents for part in parts]), first.timesteps, first.next_timesteps, **joined)
+        latents = torch.cat([part.latents for part in parts])
+        return Trajectory(latents, first.timesteps, first.next_timesteps, **joined, kernels=first.kernels)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Which steps of a sampling grid run, and which of them carry a gradient; by default all, and none.
+
+    start
+        Index of the first step; the latents given are at its level.
+    exit
+        Index of the last step, which then ends in the clean latents that its prediction implies; None: the whole way.
+    grad_steps
+        Indices of the steps whose network call keeps its graph; the predictions of other steps are constants, while
+        the linear path from step to step carries the gradient on from the first of them. Nothing before it has a
+        graph.
+    checkpoint
+        Keep no activations of those calls: the backward pass computes them again (`guided_predictor`).
+    """
+
+    start: int = 0
+    exit: int | None = None
+    grad_steps: Collection[int] = ()
+    checkpoint: bool = False
+
+    def span(self, steps: int) -> range:
+        """Return the indices of a grid of `steps` that run; raises `PipelineError` for what does not lie in it."""
+        for name, index in (("start", self.start), ("exit", self.exit)):
+            if index is not None and not 0 <= index < steps:
+                raise PipelineError(f"{name} of a segment must lie in 0..{steps - 1} for {steps} steps, got {index}.")
+        span = range(self.start, steps if self.exit is None else self.exit + 1)
+        if not span:
+            raise PipelineError(f"exit {self.exit} of a segment comes before its start {self.start}; swap them.")
+        outside = sorted(index for index in self.grad_steps if index not in span)
+        if outside:
+            raise PipelineError(f"grad_steps must lie in {span[0]}..{span[-1]} for {steps} steps, got {outside}.")
+        return span
+
+
+WHOLE = Segment()
 
 
 def gaussian_log_prob(
@@ -107,40 +148,47 @@ def sample(
     generator: Generator,
     cond: Conditioning,
     *,
-    steps: int = 50,
+    steps: int | Schedule = 50,
     guidance: float = 7.5,
-    eta: float | Sequence[float] = 0.0,
-    seeds: Sequence[int] | None = None,
+    kernel: Kernel | str | None = None,
+    eta: float | Sequence[float] | None = None,
     solver: str = "ddim",
+    seeds: Sequence[int] | None = None,
     negative: Conditioning | None = None,
-    latents: Float[Tensor, "batch channels height width"] | None = None,
-    start_step: int = 0,
-    exit_step: int | None = None,
+    latents: Float[Tensor, "batch *latent"] | None = None,
+    segment: Segment = WHOLE,
     record: bool = False,
-    grad_steps: Collection[int] = (),
-    checkpoint: bool = False,
     autocast: Autocast = nullcontext,
     batch_size: int | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> Trajectory:
     """Sample latents for a batch of prompts; decode them with ``generator.decode(trajectory.latents)``.
 
-    With ``eta=0`` the result is that of diffusers' own pipeline with `DDIMScheduler`; `eta` may be a number for each
-    step. Each sample depends on its seed and prompt alone. `latents` replaces the initial noise; seeds are then needed
-    for ``eta > 0`` only. `start_step` begins at a later step of the grid, at whose level `latents` are; `exit_step`
-    ends at an earlier one with the clean latents that its prediction implies (`NoiseProcess.clean`). `record` keeps
-    states and per-step log-probabilities.
+    `steps` is their number, or the levels themselves (`NoiseProcess.schedule`). `kernel` says what a step does, an
+    object or a name in `KERNELS`; `eta` is short for ``kernel=ddim(eta)``, and 0 by default: the result is then that
+    of diffusers' own pipeline with `DDIMScheduler` (Euler's for flow matching). ``solver="dpm++"`` has no kernel and
+    is for inference only.
 
-    `grad_steps` are the step indices whose network call keeps its graph; the predictions of other steps are constants,
-    while the linear path from step to step carries the gradient on from the first of them. Nothing before it has a
-    graph, and without `grad_steps` nothing at all. `checkpoint` and `autocast` are those of `guided_predictor`.
-    ``solver="dpm++"`` is for inference only. `batch_size` splits the work; `progress` is called with the number of
-    samples finished after each part.
+    Each sample depends on its seed and prompt alone. `latents` replaces the initial noise; seeds are then needed by a
+    random kernel only. `segment` runs a part of the grid, or keeps a graph; nothing has one otherwise. `record` keeps
+    states and per-step log-probabilities. `guidance`, `negative` and `autocast` are those of `guided_predictor`.
+    `batch_size` splits the work. Raises `PipelineError` for what does not fit the model, the prompts or each other.
+
+    >>> from pipelines import load_generator
+    >>> generator = load_generator("assets/shapes-sd")
+    >>> cond = generator.encode_prompts(["a red circle", "two blue stars"])
+    >>> drawn = sample(generator, cond, steps=4, guidance=3.0, eta=1.0, seeds=[1, 2], record=True)
+    >>> drawn.latents.shape == (2, *generator.latent_shape), drawn.log_probs.shape
+    (True, torch.Size([4, 2]))
     """
-    etas = (float(eta),) * steps if isinstance(eta, int | float) else tuple(eta)
-    plan = _Plan(steps, etas, start_step, exit_step, record, frozenset(grad_steps))
-    plan.check(generator, choose("solver", solver, SOLVERS), begins=latents is not None)
-    _check_batch(generator, cond, any(etas), seeds, latents, batch_size)
+    schedule = steps if isinstance(steps, Schedule) else generator.process.schedule(steps)
+    chosen = pick_kernel(kernel, eta)
+    chosen.check(generator.process)
+    plan = _Plan(schedule, chosen.for_steps(len(schedule.levels)), segment, record)
+    if choose("solver", solver, SOLVERS) == "dpm++" and (kernel or chosen.random or record or segment != WHOLE):
+        raise PipelineError("solver 'dpm++' is for inference only; kernel, eta, record and segment need 'ddim'.")
+    _check_batch(generator, cond, chosen.random, seeds, latents, batch_size)
+    if segment.start and latents is None:
+        raise PipelineError(f"a segment from step {segment.start} on needs latents at the level of that step.")
     parts = []
     for start in range(0, len(cond), batch_size or len(cond)):
         part = slice(start, start + (batch_size or len(cond)))
@@ -150,82 +198,43 @@ def sample(
         drawn = None if noise is None else next(noise)
         x = drawn if latents is None else latents[part]
         assert x is not None
-        x = x.to(generator.device, _precision(generator))
+        x = x.to(generator.device, latent_dtype(generator))
         against = negative if negative is None or len(negative) == 1 else negative[part]
-        predict = guided_predictor(generator, cond[part], guidance, against, autocast=autocast, checkpoint=checkpoint)
+        predict = guided_predictor(
+            generator, cond[part], guidance, against, autocast=autocast, checkpoint=segment.checkpoint
+        )
         if solver == "dpm++":
-            parts.append(_dpm_solver(generator, predict, x, steps))
+            parts.append(_dpm_solver(generator, predict, x, schedule))
         else:
-            parts.append(_ddim(generator.process, predict, x, noise if any(etas) else None, plan))
-        if progress is not None:
-            progress(len(x))
+            parts.append(_run(generator.process, predict, x, noise if chosen.random else None, plan))
     return parts[0] if len(parts) == 1 else Trajectory.cat(parts)
 
 
-@dataclass(frozen=True)
 class _Plan:
-    """The steps of a grid of `steps` that run, from `start_step` to `exit_step` or the end, and what is kept."""
+    """What each step of a grid does, which of them run, and whether they are recorded."""
 
-    steps: int
-    etas: tuple[float, ...]
-    start_step: int
-    exit_step: int | None
-    record: bool
-    grad_steps: frozenset[int]
-
-    @property
-    def span(self) -> range:
-        return range(self.start_step, self.steps if self.exit_step is None else self.exit_step + 1)
-
-    def check(self, generator: Generator, solver: str, *, begins: bool) -> None:
-        """Raise `PipelineError` unless `solver` can go through it; `begins` says that latents to begin with exist."""
-        generator.process.check_steps(self.steps)
-        if len(self.etas) != self.steps:
-            raise PipelineError(
-                f"eta must be one number, or one for each of {self.steps} steps; got {len(self.etas)}."
-            )
-        wrong = [eta for eta in self.etas if not 0.0 <= eta <= 1.0]
-        if wrong:
-            raise PipelineError(f"eta must lie in 0..1 (0 deterministic DDIM, 1 ancestral), got {wrong[0]}.")
-        for name, index in (("start_step", self.start_step), ("exit_step", self.exit_step)):
-            if index is not None and not 0 <= index < self.steps:
-                raise PipelineError(f"{name} must lie in 0..{self.steps - 1} for {self.steps} steps, got {index}.")
-        if not self.span:
-            raise PipelineError(f"exit_step {self.exit_step} comes before start_step {self.start_step}; swap them.")
-        if self.start_step and not begins:
-            raise PipelineError(f"start_step {self.start_step} needs latents at the level of that step; give latents.")
-        outside = sorted(index for index in self.grad_steps if index not in self.span)
-        if outside:
-            allowed = f"{self.span[0]}..{self.span[-1]}"
-            raise PipelineError(f"grad_steps must lie in {allowed} for {self.steps} steps, got {outside}.")
-        partial = self.start_step or self.exit_step is not None
-        if solver == "dpm++" and (any(self.etas) or self.record or self.grad_steps or partial):
-            raise PipelineError(
-                "solver 'dpm++' is for inference only; eta, record, grad_steps, start_step and exit_step need solver"
-                " 'ddim'."
-            )
+    def __init__(self, schedule: Schedule, kernels: Sequence[Kernel], segment: Segment, record: bool) -> None:
+        self.levels, self.next_levels = schedule.levels, schedule.next_levels.clone()
+        self.kernels, self.segment, self.record = list(kernels), segment, record
+        self.span = segment.span(len(self.levels))
+        if segment.exit is not None:
+            self.next_levels[segment.exit], self.kernels[segment.exit] = -1, CLEAN
 
 
-def _ddim(
+def _run(
     process: NoiseProcess, predict: Predictor, x: Tensor, noise: Iterator[Tensor] | None, plan: _Plan
 ) -> Trajectory:
-    grid, next_grid = process.schedule(plan.steps)
-    if plan.exit_step is not None:
-        next_grid[plan.exit_step] = -1
-    on_device = grid.to(x.device)
-    first = min(plan.grad_steps, default=plan.steps)
+    on_device = plan.levels.to(x.device)
+    first = min(plan.segment.grad_steps, default=len(plan.levels))
     if noise is not None:
-        noise = itertools.islice(noise, plan.start_step, None)
+        noise = itertools.islice(noise, plan.segment.start, None)
     states, means, stds, log_probs = [x.detach()], [], [], []
     for index in plan.span:
-        with torch.set_grad_enabled(index in plan.grad_steps):
+        with torch.set_grad_enabled(index in plan.segment.grad_steps):
             output = predict(x, on_device[index].expand(len(x)))
         with torch.set_grad_enabled(index >= first):
-            t, t_next = grid[index].item(), next_grid[index].item()
-            if index == plan.exit_step:
-                mean, std = process.clean(x, output, t), torch.zeros_like(x[:1, :1, :1, :1])
-            else:
-                mean, std = process.reverse_step(x, output, t, t_next, plan.etas[index])
+            level, next_level = plan.levels[index].item(), plan.next_levels[index].item()
+            mean, std = plan.kernels[index](process, x, output, level, next_level)
             x = mean if noise is None else mean + std * next(noise)
             if plan.record:
                 states.append(x.detach())
@@ -233,8 +242,11 @@ def _ddim(
                 stds.append(std.reshape(-1).expand(len(x)))
                 log_probs.append(gaussian_log_prob(x.detach(), mean, std))
     ran = slice(plan.span[0], plan.span[-1] + 1)
-    recorded = [torch.stack(kept) for kept in (states, means, stds, log_probs)] if plan.record else []
-    return Trajectory(x, grid[ran], next_grid[ran], *recorded)
+    if not plan.record:
+        return Trajectory(x, plan.levels[ran], plan.next_levels[ran])
+    kept = {"states": states, "means": means, "stds": stds, "log_probs": log_probs}
+    stacked = {name: torch.stack(each) for name, each in kept.items()}
+    return Trajectory(x, plan.levels[ran], plan.next_levels[ran], **stacked, kernels=tuple(plan.kernels[ran]))
 
 
 def replay_step(
@@ -243,28 +255,29 @@ def replay_step(
     index: int,
     predict: Predictor,
     *,
-    eta: float,
     rows: Int[Tensor, " rows"] | None = None,
-) -> tuple[Float[Tensor, "rows ..."], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+) -> tuple[Float[Tensor, "rows *latent"], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
     """Return mean, std and log-prob of step `index` of a recorded trajectory under the network behind `predict`.
 
-    With the network, guidance and `eta` that drew it, these are the recorded ones; the mean and the log-prob carry
-    the gradient of the network. `rows` picks samples (all by default); `predict` must be made for those.
+    With the network and guidance that drew it, these are the recorded ones, since the kernel is the one that drew it;
+    the mean and the log-prob carry the gradient of the network. `rows` picks samples (all by default); `predict` must
+    be made for those.
     """
     assert trajectory.states is not None, "the trajectory was sampled without record=True"
     x, x_next = trajectory.states[index], trajectory.states[index + 1]
     if rows is not None:
         x, x_next = x[rows], x_next[rows]
     t, t_next = trajectory.timesteps[index], trajectory.next_timesteps[index]
-    mean, std = process.reverse_step(x, predict(x, t.to(x.device).expand(len(x))), t.item(), t_next.item(), eta)
+    output = predict(x, t.to(x.device).expand(len(x)))
+    mean, std = trajectory.kernels[index](process, x, output, t.item(), t_next.item())
     std = std.reshape(-1).expand(len(x))
     return mean, std, gaussian_log_prob(x_next, mean, std)
 
 
-def _dpm_solver(generator: Generator, predict: Predictor, x: Tensor, steps: int) -> Trajectory:
+def _dpm_solver(generator: Generator, predict: Predictor, x: Tensor, schedule: Schedule) -> Trajectory:
     from diffusers import DPMSolverMultistepScheduler
 
-    process = generator.process
+    process, steps = generator.process, len(schedule.levels)
     if process.prediction == "flow":
         raise PipelineError("solver 'dpm++' is for diffusion models; use solver 'ddim' for a flow model.")
     scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config, algorithm_type="dpmsolver++")
@@ -281,87 +294,8 @@ def _dpm_solver(generator: Generator, predict: Predictor, x: Tensor, steps: int)
     return Trajectory(x, grid, torch.cat([grid[1:], grid.new_tensor([-1])]))
 
 
-def inversion_grid(
-    process: Any, steps: int, t: int | Tensor | None = None, grid: Literal["exact", "floor"] = "exact"
-) -> tuple[Tensor, Tensor]:
-    """Return the ascending levels that `invert` leaves from and goes to, each ``[steps]`` or ``[steps, batch]``.
-
-    Without `t` this is the sampler's own grid turned round. With `t` the levels are spread evenly from clean (-1) and
-    end exactly at `t`; with a tensor of timesteps each sample has its own grid. With ``grid="floor"`` they are those
-    of the sampler's grid below `t`, and stay at the last of them.
-    """
-    if t is None:
-        levels, next_levels = process.schedule(steps)
-        return next_levels.flip(0), levels.flip(0)
-    if steps < 1:
-        raise PipelineError(f"steps must be at least 1, got {steps}.")
-    end = torch.as_tensor(t).double().cpu()
-    if bool((end < 0).any()) or bool((end >= process.num_train_timesteps + (process.prediction == "flow")).any()):
-        raise PipelineError(f"t must lie in 0..{process.num_train_timesteps - 1}, got {t}.")
-    if choose("grid", grid, GRIDS) == "floor":
-        sources, targets = (levels.reshape(-1, *[1] * end.ndim) for levels in inversion_grid(process, steps))
-        floor = torch.where(targets < end, targets, -1).amax(0)
-        return torch.minimum(sources, floor), torch.minimum(targets, floor)
-    fraction = (torch.arange(steps + 1, dtype=torch.float64) / steps).reshape(-1, *[1] * end.ndim)
-    if process.prediction == "flow":
-        levels = end * fraction
-    else:
-        levels = ((end + 1.0) * fraction - 1.0).round().long()
-    return levels[:-1], levels[1:]
-
-
-def invert(
-    generator: Generator,
-    cond: Conditioning,
-    latents: Float[Tensor, "batch channels height width"],
-    *,
-    t: int | Shaped[Tensor, " batch"] | None = None,
-    steps: int = 50,
-    renoise: int = 0,
-    guidance: float = 1.0,
-    negative: Conditioning | None = None,
-    grid: Literal["exact", "floor"] = "exact",
-    eta: float = 0.0,
-    seeds: Sequence[int] | None = None,
-    autocast: Autocast = nullcontext,
-) -> Float[Tensor, "batch channels height width"]:
-    """Return the noisy latents at `t` from which deterministic DDIM leads back to `latents` (no gradients).
-
-    DDIM inversion (arXiv 2010.02502): each step assumes that the noise predicted at its end point is the one predicted
-    at its start, so the error falls as `steps` grow. `renoise` repeats a step that often with the mean of the
-    predictions at its start and at its successive end points, all at the target timestep (ReNoise, arXiv 2403.14602;
-    ``renoise=1`` is what SmPO does). The last level is exactly `t` (default: the top of the sampler's grid), or with
-    ``grid="floor"`` the sampler's highest below `t`, as in the published codes of SmPO and InPO with diffusers from
-    0.22 on (before that, the scheduler they use led to the level above).
-
-    `eta` adds to each step that many times the noise that the sampler's step back would add, drawn from `seeds`, one
-    a sample. `autocast` makes the context of each network call.
-    """
-    if renoise < 0:
-        raise PipelineError(f"renoise must be 0 or more, got {renoise}.")
-    if len(latents) != len(cond):
-        raise PipelineError(f"invert got {len(latents)} latents but {len(cond)} prompts.")
-    if eta and (seeds is None or len(seeds) != len(latents)):
-        raise PipelineError(f"invert with eta {eta} needs seeds, one integer a sample.")
-    process = generator.process
-    sources, targets = inversion_grid(process, steps, t, grid)
-    predict = guided_predictor(generator, cond, guidance, negative, autocast=autocast)
-    x = latents.to(generator.device, _precision(generator))
-    draws = noise_stream(seeds, latents.shape[1:], x.device) if eta and seeds is not None else None
-    sources, targets = (levels.to(x.device).reshape(steps, -1).expand(-1, len(x)) for levels in (sources, targets))
-    with torch.no_grad():
-        for source, target in zip(sources, targets, strict=True):
-            guess, total, seen = x, torch.zeros_like(x), target.clamp_min(0)
-            for repeat in range(renoise + 1):
-                total = total + process.to_noise(guess, predict(guess, seen), target)
-                guess = process.forward_step(x, total / (repeat + 1), source, target)
-            if draws is not None:
-                guess = guess + process.reverse_step(guess, total, target, source, eta)[1] * next(draws)
-            x = torch.where((target > source).reshape(-1, *[1] * (x.ndim - 1)), guess, x)
-    return x
-
-
-def _precision(generator: Generator) -> torch.dtype:
+def latent_dtype(generator: Generator) -> torch.dtype:
+    """Return the dtype of latents outside of the network: float32, or float64 for a float64 network."""
     return torch.float64 if generator.dtype == torch.float64 else torch.float32
 
 
@@ -375,13 +309,22 @@ def _check_batch(
 ) -> None:
     """Raise `PipelineError` unless seeds and latents go with the prompts and the model."""
     if seeds is None and (latents is None or random):
-        raise PipelineError("sample needs seeds, one integer a prompt, unless latents are given and eta is 0.")
+        raise PipelineError(
+            "sample needs seeds, one integer a prompt, unless latents are given and no step adds noise (eta 0)."
+        )
     for name, given in (("seeds", seeds), ("latents", latents)):
         if given is not None and len(given) != len(cond):
             raise PipelineError(f"sample needs one of {name} for each of {len(cond)} prompts, got {len(given)}.")
     if batch_size is not None and batch_size < 1:
         raise PipelineError(f"batch_size must be at least 1, got {batch_size}.")
-    if latents is not None and latents.shape[1] != generator.latent_shape[0]:
-        raise PipelineError(
-            f"latents must have {generator.latent_shape[0]} channels for this model, got {list(latents.shape)}."
-        )
+    if latents is None:
+        return
+    expected = generator.latent_shape
+    if latents.ndim != 1 + len(expected):
+        raise PipelineError(f"latents of this model are [batch, {_listed(expected)}], got {list(latents.shape)}.")
+    if len(expected) > 2 and latents.shape[1] != expected[0]:
+        raise PipelineError(f"latents must have {expected[0]} channels for this model, got {list(latents.shape)}.")
+
+
+def _listed(shape: Sequence[int]) -> str:
+    return ", ".join(map(str, shape))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.equivalence.checkout import Checkout, Fragment
 from benchmarks.equivalence.comparing import SHAPE, Comparison, World, losses
-from pipelines import sample
+from pipelines import Segment, sample
 from pipelines.conditioning import Conditioning
 
 REPOSITORY = "mihirp1998/AlignProp"
@@ -65,7 +65,7 @@ def through_sampler(file: str, loop: Fragment, trained: tuple[int, ...], *, step
             guidance=GUIDANCE,
             negative=Conditioning(negative),
             latents=noise,
-            grad_steps=trained,
+            segment=Segment(grad_steps=trained),
         )
         return (weights * drawn.latents).sum()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.equivalence.checkout import Checkout, Fragment
 from benchmarks.equivalence.comparing import SCHEDULE, Comparison, World, losses, values
 from mmalign.losses import denoising_error, smpo
-from pipelines import invert
+from pipelines import ddim, invert
 from pipelines.conditioning import Conditioning
 
 FILE = "train.py"
@@ -154,7 +154,7 @@ class Script:
             # Schedulers that begin below 0 are told where a step begins, the others where it ends.
             end = told[-1] + (1000 // self.steps if told[0] < 0 else 0)
             below = max(end - 1000 // self.steps, -1)
-            ours.append(eta * world.process.reverse_step(world.latents, world.latents, end, below, 1.0)[1].max())
+            ours.append(eta * ddim(1.0)(world.process, world.latents, world.latents, end, below)[1].max())
         what = f"noise added where the inversion to t = {', '.join(map(str, TIMESTEPS))} ends, in standard deviations"
         return values(FILE, what, f"inversion_eta: {eta:g}", torch.stack(theirs), torch.stack(ours))
 

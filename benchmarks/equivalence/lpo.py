@@ -8,7 +8,7 @@ from benchmarks.equivalence.checkout import Checkout
 from benchmarks.equivalence.comparing import Comparison, World, values
 from benchmarks.equivalence.spo import STEPS, step_loss
 from mmalign.losses import dynamic_threshold, step_preference
-from pipelines.branching import step_stds
+from pipelines import ddim
 
 REPOSITORY = "Kwai-Kolors/LPO"
 FILE = "lpo/lpo/preference_models/compare_funcs.py"
@@ -20,7 +20,7 @@ def compare(checkout: Checkout) -> list[Comparison]:
     tables = checkout.statements(FILE, r"sigma_tensor = ", r"max_timesteps = ").run()
     functions = checkout.functions(FILE, "dynamic_threshold_sigma", "preference_score_compare")
     world = World()
-    stds = step_stds(world.process, [1.0] * STEPS)
+    stds = ddim(1.0).stds(world.process, STEPS)
     ours = [dynamic_threshold(std, (min(stds), max(stds)), THRESHOLDS) for std in stds]
     t = world.process.timesteps(STEPS)
     low, high = THRESHOLDS

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.equivalence.checkout import Checkout
 from benchmarks.equivalence.comparing import SHAPE, Comparison, World, losses, values
 from mmalign.losses import spo, step_preference
+from pipelines import ddim
 from pipelines.conditioning import Conditioning
 from pipelines.guidance import guided_predictor
 from pipelines.sampling import gaussian_log_prob
@@ -49,7 +50,7 @@ def step_loss(checkout: Checkout, script: str, package: str, *, beta: float) -> 
     predict = guided_predictor(world, Conditioning(states), GUIDANCE, Conditioning(negative))  # type: ignore[arg-type]
 
     def step() -> tuple[Tensor, Tensor]:
-        mean, std = world.process.reverse_step(state, predict(state, t), t, (t - 50).clamp_min(-1), 1.0)
+        mean, std = ddim(1.0)(world.process, state, predict(state, t), t, (t - 50).clamp_min(-1))
         return mean, std.reshape(-1)
 
     def reference_step() -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.equivalence.comparing import SHAPE, World
+from pipelines import ddim
 from pipelines.conditioning import Conditioning
 from pipelines.guidance import guided_predictor
 from pipelines.sampling import gaussian_log_prob
@@ -41,7 +42,7 @@ class Steps:
         with torch.set_grad_enabled(not reference):
             output = predict(self.states, self.t)
         world.network.adapter = True
-        mean, std = world.process.reverse_step(self.states, output, self.t, self.below, 1.0)
+        mean, std = ddim(1.0)(world.process, self.states, output, self.t, self.below)
         return mean, std.reshape(-1)
 
     def log_probs(self, next_states: Tensor, *, reference: bool = False) -> Tensor:

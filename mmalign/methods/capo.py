@@ -57,7 +57,7 @@ class CaPO(Method[CaPOConfig]):
         weight = None
         if c.level_bias is not None:
             t = noised.t[: len(batch)]
-            alpha, sigma = run.process.alpha(t).flatten(), run.process.sigma(t).flatten()
+            alpha, sigma = run.process.alpha(t), run.process.sigma(t)
             weight = noise_level_weight(alpha, sigma, bias=c.level_bias)
         policy, reference = noised.pair_errors(run.predict), noised.pair_errors(run.reference.predict)
         loss = capo(*policy, *reference, batch.margins, beta=c.beta, weight=weight).mean()

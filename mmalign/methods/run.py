@@ -113,7 +113,7 @@ class Run(BaseRun[Generator]):
             return self.generator.predict(x_t, t, cond).float()
 
     def decode(
-        self, latents: Float[Tensor, "batch channels h w"], *, checkpoint: bool = False
+        self, latents: Float[Tensor, "batch *latent"], *, checkpoint: bool = False
     ) -> Float[Tensor, "batch 3 height width"]:
         """Return the images of latents that the policy has sampled.
 

@@ -22,7 +22,7 @@ from mmalign.methods.base import LossOutput, Needs
 from mmalign.methods.noising import pair_accuracy
 from mmalign.methods.run import Run
 from mmalign.methods.trajectory import RandomSamplingConfig, SamplingMethod
-from pipelines.branching import Branching, sample_branching, step_stds
+from pipelines.branching import Branching, sample_branching
 from pipelines.guidance import guided_predictor
 from pipelines.sampling import gaussian_log_prob
 
@@ -101,8 +101,8 @@ class SPO(SamplingMethod[SPOConfig]):
 
     @torch.no_grad()
     def _draw(self, run: Run, samples: PromptBatch) -> list[StepPairs]:
-        c, etas = self.config, self.etas()
-        stds = [std for std in step_stds(run.process, etas) if std > 0]
+        c, kernel = self.config, self.kernel()
+        stds = [std for std in kernel.stds(run.process, c.sampling_steps) if std > 0]
         found: list[tuple[Branching, Tensor]] = []
 
         def judge(step: Branching) -> None:
@@ -113,7 +113,8 @@ class SPO(SamplingMethod[SPOConfig]):
         latents = sample_branching(
             run.generator,
             samples.cond,
-            etas=etas,
+            kernel=kernel,
+            steps=c.sampling_steps,
             candidates=c.candidates,
             seeds=run.seeds(samples.ids, samples.epoch),
             visit=judge,
@@ -153,4 +154,4 @@ class SPO(SamplingMethod[SPOConfig]):
         step = batch.step
         predict = guided_predictor(run.generator, batch.samples.cond, self.config.guidance, autocast=run.autocast)
         output = predict(step.state, torch.as_tensor(step.t, device=step.state.device).expand(len(step.state)))
-        return run.process.reverse_step(step.state, output, step.t, step.t_next, step.eta)[0]
+        return step.kernel(run.process, step.state, output, step.t, step.t_next)[0]

@@ -24,7 +24,7 @@ from mmalign.data.batches import PromptBatch
 from mmalign.losses import gaussian_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.run import Run
-from pipelines import sample
+from pipelines import Kernel, ddim, sample
 from pipelines.guidance import guided_predictor
 from pipelines.noise import NoiseProcess
 from pipelines.sampling import Trajectory, replay_step
@@ -121,19 +121,17 @@ class SamplingMethod(Method[SamplingT]):
                 f"method.eta is 0, and {self.name} needs a random sampler: without noise a step has no density; "
                 "set method.eta to 1"
             )
-        levels, nothing = process.schedule(self.config.sampling_steps), torch.zeros(1, 1, 1, 1)
-        steps = zip(*(level.tolist() for level in levels), self.etas(), strict=True)
-        if not any(float(process.reverse_step(nothing, nothing, t, t_next, eta)[1]) for t, t_next, eta in steps):
+        if not any(self.kernel().stds(process, self.config.sampling_steps)):
             raise UserError(
                 f"method.random_steps {list(self.config.random_steps)} holds none of the {self.config.sampling_steps} "
                 "steps that have noise; 0 <= start < end <= 1 is needed, such as [0.0, 0.5] (the last may have none)"
             )
 
-    def etas(self) -> list[float]:
-        """Return the noise of each sampling step: eta in the random part, 0 elsewhere."""
+    def kernel(self) -> Kernel:
+        """Return the kernel of the sampling: DDIM of noise eta in the random part, 0 elsewhere."""
         c = self.config
         low, high = (round(share * c.sampling_steps) for share in c.random_steps)
-        return [c.eta if low <= index < high else 0.0 for index in range(c.sampling_steps)]
+        return ddim([c.eta if low <= index < high else 0.0 for index in range(c.sampling_steps)])
 
 
 class TrajectoryMethod(SamplingMethod[ConfigT]):
@@ -164,7 +162,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
                 samples.cond,
                 steps=c.sampling_steps,
                 guidance=c.guidance,
-                eta=self.etas(),
+                kernel=self.kernel(),
                 seeds=run.seeds(samples.ids, samples.epoch),
                 record=True,
                 autocast=run.autocast,
@@ -241,7 +239,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
         """Return mean, std and log-prob of a recorded step (of some rows) under the network as it is now."""
         cond = batch.samples.cond if rows is None else batch.samples.cond[rows.cpu()]
         predict = guided_predictor(run.generator, cond, self.config.guidance, autocast=run.autocast)
-        return replay_step(run.process, batch.trajectory, index, predict, eta=self.etas()[index], rows=rows)
+        return replay_step(run.process, batch.trajectory, index, predict, rows=rows)
 
     @torch.no_grad()
     def replay_all(

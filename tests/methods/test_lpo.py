@@ -18,7 +18,7 @@ from mmalign.methods.run import Run
 from mmalign.training.latent_reward.config import LatentRewardConfig
 from mmalign.training.latent_reward.training import make_parts
 from mmalign.training.train import train
-from pipelines import load_generator, sample
+from pipelines import ddim, load_generator, sample
 from pipelines.branching import Branching, sample_branching
 from rewards import RewardError
 from rewards.latent import LatentReward
@@ -56,7 +56,7 @@ def begun(models: dict[str, tuple[str, Path]], scale: float = 0.05, **options: A
 
 def test_chain_is_the_samplers_and_the_candidates_are_those_of_spo(models: dict[str, tuple[str, Path]]) -> None:
     run, _, batch = begun(models)
-    common: dict[str, Any] = {"etas": [1.0] * 3, "seeds": [3, 4], "guidance": 2.0}
+    common: dict[str, Any] = {"kernel": ddim(1.0), "steps": 3, "seeds": [3, 4], "guidance": 2.0}
     seen: dict[bool, list[Branching]] = {True: [], False: []}
     ends = {
         clean: sample_branching(
@@ -91,7 +91,8 @@ def test_best_and_worst_by_the_latent_reward_at_the_level(
     sample_branching(
         run.generator,
         batch.cond,
-        etas=[1.0] * 3,
+        kernel=ddim(1.0),
+        steps=3,
         candidates=3,
         seeds=run.seeds(batch.repeat(1).ids, 0),
         visit=drawn.append,

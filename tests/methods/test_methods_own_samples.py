@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from mmalign.methods.dense_dpo import spaced
 from mmalign.methods.run import Run
 from mmalign.scoring.choice import WeightedReward
 from mmalign.training.train import train
-from pipelines import sample
-from pipelines.branching import Branching, sample_branching, step_stds
+from pipelines import ddim, sample
+from pipelines.branching import Branching, sample_branching
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +171,15 @@ def test_discount_of_one_is_diffusion_dpo_to_the_bit_and_less_prefers_noise(mode
 # SPO
 
 
-def branches(run: Run, etas: list[float], candidates: int, guidance: float = 1.0) -> tuple[Tensor, list[Branching]]:
+def branches(
+    run: Run, etas: Sequence[float], candidates: int, guidance: float = 1.0
+) -> tuple[Tensor, list[Branching]]:
     seen: list[Branching] = []
     batch = prompts(run, "a red circle", "a star")
     latents = sample_branching(
-        run.generator, batch.cond, etas=etas, candidates=candidates, seeds=[7, 8], visit=seen.append, guidance=guidance
-    )
+        run.generator, batch.cond, kernel=ddim(etas), steps=len(etas), candidates=candidates, seeds=[7, 8],
+        visit=seen.append, guidance=guidance,
+    )  # fmt: skip
     return latents, seen
 
 
@@ -185,13 +189,13 @@ def test_one_candidate_is_the_ordinary_sampler(model: str) -> None:
     batch = prompts(run, "a red circle", "a star")
     plain = sample(run.generator, batch.cond, steps=4, guidance=2.0, eta=etas, seeds=[7, 8], record=True)
     torch.testing.assert_close(latents, plain.latents, rtol=0, atol=0)
-    stds = step_stds(run.process, etas)
+    stds = ddim(etas).stds(run.process, 4)
     torch.testing.assert_close(torch.tensor(stds, dtype=torch.float64), plain.stds[:, 0].double(), rtol=1e-6, atol=0)
     random_steps = [index for index, std in enumerate(stds) if std > 0]
     assert random_steps[:2] == [0, 1] and 2 not in random_steps
     for index, step in zip(random_steps, seen, strict=True):
         torch.testing.assert_close(step.state, plain.states[index], rtol=0, atol=0)
-        assert (step.t, step.eta) == (plain.timesteps[index].item(), etas[index])
+        assert (step.t, step.kernel) == (plain.timesteps[index].item(), ddim(etas[index]))
 
 
 def test_candidates_are_draws_of_the_steps_gaussian_and_the_chain_goes_on_from_one_of_them(model: str) -> None:
@@ -200,7 +204,7 @@ def test_candidates_are_draws_of_the_steps_gaussian_and_the_chain_goes_on_from_o
     first, second = seen[:2]
     batch = prompts(run, "a red circle", "a star")
     output = run.generator.predict(first.state, torch.full((2,), first.t), batch.cond)
-    mean, std = run.process.reverse_step(first.state, output, first.t, first.t_next, 1.0)
+    mean, std = first.kernel(run.process, first.state, output, first.t, first.t_next)
     z = ((first.candidates - mean) / std).detach()
     assert float(std.detach()) == pytest.approx(first.std, rel=1e-12)
     assert abs(float(z.mean())) < 4 / math.sqrt(z.numel()) and abs(float(z.var()) - 1) < 4 * math.sqrt(2 / z.numel())
@@ -220,7 +224,7 @@ def test_spo_prefers_the_candidate_whose_clean_image_scores_best(model: str) -> 
     run = make_run(model, 0.0)
     method = make_method("spo", **SPO, images_per_prompt=2)
     collected = list(method.collect(run, [prompts(run, "a red circle", "a star")]))
-    _, seen = branches(run, method.etas(), 3)
+    _, seen = branches(run, method.kernel().amount, 3)
     assert len(collected) == len(seen) and {len(batch.step.candidates) for batch in collected} == {2}
     for batch in collected:
         best, worst = (run.generator.decode(clean).mean((1, 2, 3)) for clean in batch.step.clean)

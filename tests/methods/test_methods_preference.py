@@ -141,7 +141,7 @@ def test_inverted_pairs_learn_the_noise_of_their_own_trajectory(model: str, fide
     assert torch.equal(t[:3], run.timesteps(batch)) and torch.equal(t[:3], t[3:])
     assert not noised.x_t.requires_grad
     # v-prediction: x0 and noise are rotations of x_t and target, at the timestep that the network is told
-    alpha, sigma = run.process.alpha(t).double(), run.process.sigma(t).double()
+    alpha, sigma = run.process.coefficients(t, latents)
     torch.testing.assert_close(alpha * noised.x_t - sigma * noised.target, latents, rtol=0, atol=1e-5)
     grid = "exact" if fidelity == "paper" else "floor"
     cond = Conditioning.cat([batch.cond, batch.cond])
@@ -180,7 +180,7 @@ def test_capo_is_its_formula_and_takes_calibrated_scores_alone(model: str, tmp_p
     output = make_method("capo", beta=5.0, level_bias=0.5).loss(run, batch)
     policy, reference = (errors_by_hand(run, batch, predict) for predict in (run.predict, run.reference.predict))
     t = run.timesteps(batch)
-    snr = (run.process.alpha(t) / run.process.sigma(t)).flatten().double() ** 2
+    snr = (run.process.alpha(t) / run.process.sigma(t)).double() ** 2
     z = 2.5 * ((reference[0] - policy[0]) - (reference[1] - policy[1])) / (1 + snr * math.exp(-0.5))
     assert output.loss.item() == pytest.approx((batch.margins - z).square().mean().item(), rel=1e-6)
     plain = make_method("capo").loss(exact_run(model, 0.0), batch)

@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines import Conditioning, Generator, PipelineError, Truncation, load_generator, sample, sample_with_gradient
+from pipelines import (
+    Conditioning,
+    Generator,
+    PipelineError,
+    Segment,
+    Truncation,
+    load_generator,
+    sample,
+    sample_with_gradient,
+)
 from pipelines.truncation import MODES
 
 bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -97,7 +106,7 @@ def test_weights_trained_in_full_get_gradients_after_steps_without(
     def last_of_three(within: AbstractContextManager[Any], autocast: Any) -> list[Tensor]:
         with within:
             latents = sample(
-                sd15, cond, steps=3, guidance=3.0, seeds=[3, 4], grad_steps=[2], autocast=autocast
+                sd15, cond, steps=3, guidance=3.0, seeds=[3, 4], segment=Segment(grad_steps=[2]), autocast=autocast
             ).latents
         return gradients(sd15, latents.square().sum())
 

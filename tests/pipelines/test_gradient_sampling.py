@@ -15,6 +15,7 @@ from pipelines import (
     Generator,
     GradientSample,
     NoiseProcess,
+    Segment,
     Truncation,
     guided_predictor,
     load_generator,
@@ -143,7 +144,7 @@ def test_the_gradient_is_the_sum_of_the_kept_steps_along_the_linear_path(
             through, *parts = torch.autograd.grad(output, [state, *weights], by_epsilon * adjoint)
             expected = [total + part for total, part in zip(expected, parts, strict=True)]
         adjoint = linear * adjoint + through
-    trained = sample(generator, cond, steps=4, guidance=3.0, eta=eta, seeds=SEEDS, grad_steps=kept)
+    trained = sample(generator, cond, steps=4, guidance=3.0, eta=eta, seeds=SEEDS, segment=Segment(grad_steps=kept))
     assert torch.equal(trained.latents, path.latents)
     assert_same(weight_gradients(generator, reward(trained.latents)), expected)
     if kept == (3,):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines import Generator, PipelineError, invert, sample
-from pipelines.sampling import inversion_grid
+from pipelines import Generator, PipelineError, invert, ode, sample
+from pipelines.inversion import inversion_grid
 
 PROMPTS = ["a red circle", "two blue stars"]
 
@@ -48,7 +48,7 @@ def test_partial_inversion_comes_back_along_its_own_grid(generator: Generator, c
         sources, targets = inversion_grid(generator.process, steps, t)
         with torch.no_grad():
             for source, target in zip(sources.flip(0), targets.flip(0), strict=True):
-                x, _ = generator.process.reverse_step(x, generator.predict(x, target, cond), target, source)
+                x, _ = ode()(generator.process, x, generator.predict(x, target, cond), target, source)
         errors.append(((x - clean).norm() / clean.norm()).item())
     assert errors[1] < errors[0] / 3
 
@@ -70,9 +70,9 @@ def test_floor_grid_is_that_of_the_published_codes(sd15: Generator, steps: int, 
     assert targets[-1].tolist() == [1 + (level - 2) // (1000 // steps) * (1000 // steps) for level in t.tolist()]
     assert torch.equal(sources[1:], targets[:-1]) and (sources[0] == -1).all()
     # what is labelled t is a' x0 + b' noise with these means over t
-    alpha, sigma = sd15.process.alpha(t).flatten().double(), sd15.process.sigma(t).flatten().double()
+    alpha, sigma = sd15.process.alpha(t).double(), sd15.process.sigma(t).double()
     reached = targets[-1]
-    at, st = sd15.process.alpha(reached).flatten().double(), sd15.process.sigma(reached).flatten().double()
+    at, st = sd15.process.alpha(reached).double(), sd15.process.sigma(reached).double()
     assert (st / sigma).mean().item() == pytest.approx(noise, abs=0.006)
     assert ((at - alpha) / sigma).mean().item() == pytest.approx(image, abs=0.006)
 

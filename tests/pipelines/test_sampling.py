@@ -8,7 +8,17 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from pipelines import Generator, PipelineError, gaussian_log_prob, guided_predictor, sample, seeded_noise
+from pipelines import (
+    Generator,
+    PipelineError,
+    Segment,
+    cps,
+    ddim,
+    gaussian_log_prob,
+    guided_predictor,
+    sample,
+    seeded_noise,
+)
 from pipelines.sampling import replay_step
 
 PROMPTS = ["a red circle", "two blue stars above the green square"]
@@ -64,9 +74,7 @@ def test_an_image_depends_on_seed_and_prompt_alone(generator: Generator, eta: fl
     seeds = [11, 12, 2**40 + 5, 14, 15]
     cond = generator.encode_prompts(prompts)
     together = generator.decode(sample(generator, cond, steps=6, eta=eta, seeds=seeds).latents)
-    finished: list[int] = []
-    parts = sample(generator, cond, steps=6, eta=eta, seeds=seeds, batch_size=2, progress=finished.append)
-    assert finished == [2, 2, 1]
+    parts = sample(generator, cond, steps=6, eta=eta, seeds=seeds, batch_size=2)
     assert (generator.decode(parts.latents) - together).abs().max() < 1e-5
     for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         alone = sample(generator, generator.encode_prompts([prompt]), steps=6, eta=eta, seeds=[seed])
@@ -118,7 +126,7 @@ def test_record_keeps_a_consistent_trajectory(generator: Generator) -> None:
         for step, (t, t_next) in enumerate(zip(whole.timesteps, whole.next_timesteps, strict=True)):
             state = whole.states[step]
             output = predict(state, t.expand(2))
-            mean, std = generator.process.reverse_step(state, output, t.expand(2), t_next.expand(2), 1.0)
+            mean, std = ddim(1.0)(generator.process, state, output, t.expand(2), t_next.expand(2))
             assert torch.allclose(mean, whole.means[step], atol=1e-4)
             log_prob = gaussian_log_prob(whole.states[step + 1], whole.means[step], whole.stds[step])
             assert torch.allclose(log_prob, whole.log_probs[step], atol=1e-5)
@@ -132,10 +140,10 @@ def test_a_later_start_goes_on_and_an_early_exit_ends_in_the_predicted_clean_lat
     cond = generator.encode_prompts(PROMPTS)
     options = {"steps": 5, "guidance": 3.0, "eta": eta, "seeds": [1, 2], "record": True}
     whole = sample(generator, cond, **options)
-    later = sample(generator, cond, start_step=3, latents=whole.states[3], **options)
+    later = sample(generator, cond, segment=Segment(start=3), latents=whole.states[3], **options)
     assert torch.equal(later.latents, whole.latents) and torch.equal(later.timesteps, whole.timesteps[3:])
     assert torch.equal(later.means, whole.means[3:]) and torch.equal(later.stds, whole.stds[3:])
-    early = sample(generator, cond, exit_step=2, **options)
+    early = sample(generator, cond, segment=Segment(exit=2), **options)
     output = guided_predictor(generator, cond, 3.0)(whole.states[2], whole.timesteps[2].expand(2))
     clean = generator.process.to_x0(whole.states[2], output, whole.timesteps[2])
     assert torch.allclose(early.latents, clean, atol=1e-5) and torch.equal(early.states[:3], whole.states[:3])
@@ -151,7 +159,7 @@ def test_noise_can_differ_from_step_to_step(generator: Generator) -> None:
     assert mixed.states is not None and random.states is not None and mixed.stds is not None
     torch.testing.assert_close(mixed.states[:3], random.states[:3], rtol=0, atol=0)
     assert (mixed.stds > 0).all(1).tolist() == [True, True, False, False]
-    tail = sample(generator, cond, steps=4, guidance=2.0, latents=mixed.states[2], start_step=2)
+    tail = sample(generator, cond, steps=4, guidance=2.0, latents=mixed.states[2], segment=Segment(2))
     torch.testing.assert_close(mixed.latents, tail.latents, rtol=0, atol=1e-6)
 
 
@@ -162,10 +170,10 @@ def test_replayed_steps_are_the_recorded_ones(generator: Generator) -> None:
     predict = guided_predictor(generator, cond, 2.0)
     with torch.no_grad():
         for index in range(3):
-            mean, _, log_prob = replay_step(generator.process, recorded, index, predict, eta=0.7)
+            mean, _, log_prob = replay_step(generator.process, recorded, index, predict)
             assert torch.equal(mean, recorded.means[index]) and torch.equal(log_prob, recorded.log_probs[index])
         second = guided_predictor(generator, cond[[1]], 2.0)
-        mean, _, _ = replay_step(generator.process, recorded, 1, second, eta=0.7, rows=torch.tensor([1]))
+        mean, _, _ = replay_step(generator.process, recorded, 1, second, rows=torch.tensor([1]))
     torch.testing.assert_close(mean, recorded.means[1, [1]], rtol=1e-5, atol=1e-6)
 
 
@@ -197,7 +205,8 @@ def test_gradient_through_chosen_steps_equals_finite_differences(sd15: Generator
     weight = torch.randn(1, *sd15.latent_shape, generator=torch.Generator().manual_seed(0))
 
     def value(steps: tuple[int, ...]) -> Tensor:
-        return (sample(sd15, cond, steps=3, guidance=guidance, seeds=[7], grad_steps=steps).latents * weight).sum()
+        segment = Segment(grad_steps=steps)
+        return (sample(sd15, cond, steps=3, guidance=guidance, seeds=[7], segment=segment).latents * weight).sum()
 
     gradients = {steps: torch.autograd.grad(value(steps), bias)[0] for steps in [(0,), (1,), (2,), (0, 1, 2)]}
     step = 1e-2
@@ -222,7 +231,13 @@ def test_gradient_through_chosen_steps_equals_finite_differences(sd15: Generator
 
 def test_log_probs_of_chosen_steps_carry_gradients(sd15: Generator) -> None:
     trajectory = sample(
-        sd15, sd15.encode_prompts(PROMPTS), steps=3, eta=1.0, seeds=[1, 2], record=True, grad_steps=[2]
+        sd15,
+        sd15.encode_prompts(PROMPTS),
+        steps=3,
+        eta=1.0,
+        seeds=[1, 2],
+        record=True,
+        segment=Segment(grad_steps=[2]),
     )
     assert not trajectory.states.requires_grad
     (gradient,) = torch.autograd.grad(trajectory.log_probs[2].sum(), sd15.network.conv_out.bias)
@@ -236,12 +251,17 @@ def test_log_probs_of_chosen_steps_carry_gradients(sd15: Generator) -> None:
         ({"seeds": [1]}, "one of seeds for each of 2"),
         ({"solver": "dpm+"}, "Did you mean 'dpm\\+\\+'"),
         ({"solver": "dpm++", "eta": 1.0}, "inference only"),
-        ({"grad_steps": [4]}, r"grad_steps must lie in 0\.\.3"),
-        ({"grad_steps": [3], "exit_step": 2}, r"grad_steps must lie in 0\.\.2"),
-        ({"start_step": 4, "latents": torch.zeros(2, 4, 8, 8)}, r"start_step must lie in 0\.\.3"),
-        ({"start_step": 1}, "start_step 1 needs latents"),
-        ({"start_step": 3, "exit_step": 1, "latents": torch.zeros(2, 4, 8, 8)}, "comes before start_step 3"),
-        ({"solver": "dpm++", "exit_step": 1}, "inference only"),
+        ({"segment": Segment(grad_steps=[4])}, r"grad_steps must lie in 0\.\.3"),
+        ({"segment": Segment(exit=2, grad_steps=[3])}, r"grad_steps must lie in 0\.\.2"),
+        ({"segment": Segment(4), "latents": torch.zeros(2, 4, 8, 8)}, r"start of a segment must lie in 0\.\.3"),
+        ({"segment": Segment(1)}, "from step 1 on needs latents"),
+        ({"segment": Segment(3, 1), "latents": torch.zeros(2, 4, 8, 8)}, "comes before its start 3"),
+        ({"solver": "dpm++", "segment": Segment(exit=1)}, "inference only"),
+        ({"solver": "dpm++", "kernel": cps(0.0)}, "inference only"),
+        ({"kernel": cps(), "eta": 1.0}, "kernel or eta, not both"),
+        ({"kernel": "flow_cps"}, "kernel 'flow_cps' is unknown.*Did you mean"),
+        ({"kernel": "flow_sde"}, "for flow matching, and this model predicts 'epsilon'"),
+        ({"eta": [1.0, 0.0]}, "ddim must be given one number, or one for each of 4 steps; got 2"),
         ({"eta": -1.0}, "eta must lie"),
         ({"batch_size": 0}, "batch_size"),
         ({"steps": 1001}, "steps must lie"),

@@ -72,7 +72,7 @@ def test_gradient_in_parts_is_that_of_the_whole_objective(model: str) -> None:
     found = [parameter.grad.clone() for parameter in parameters]
 
     predict = guided_predictor(run.generator, rollout.samples.cond, 2.0)
-    steps = [replay_step(run.process, rollout.trajectory, i, predict, eta=1.0) for i in range(3)]
+    steps = [replay_step(run.process, rollout.trajectory, i, predict) for i in range(3)]
     rollout.log_probs = torch.stack([log_prob for _, _, log_prob in steps])
     whole = method.loss(run, rollout).loss
     kl = torch.stack(
