@@ -48,8 +48,12 @@ class LossOutput:
 
 
 class MethodConfig(BaseModel):
-    """Base of every method's configuration: unknown keys are errors, values do not change once read."""
+    """Base of every method's configuration: unknown keys are errors, values do not change once read.
 
+    A key that gets another name is declared in `renamed`, old name -> new name; the old one is then still read.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 

@@ -61,14 +61,14 @@ def answer_metrics(
     return {"accuracy": pair_accuracy(logit.detach()), "logit": logit.detach().mean(), **means}
 
 
-class FixedSidesConfig(MethodConfig):
+class OfflinePairConfig(MethodConfig):
     """Base of the configurations of methods that compare the same answers about the same media in every epoch."""
 
     reference: Literal["live", "precomputed"] = "live"
     """live: the reference answers at every step; precomputed: once before training, kept on disk"""
 
 
-class FixedSides(Method[Any]):
+class OfflinePairMethod(Method[Any]):
     """Base of such methods, for which the reference may answer once, so that no second network is kept."""
 
     _stored: dict[str, Float[Tensor, " sides"]] | None = None

@@ -19,14 +19,14 @@ from mmalign.data.batches import VlmPairBatch
 from mmalign.data.encoded.vlm_samples import VlmPairs
 from mmalign.losses import dpo_logit, rdpo
 from mmalign.methods.base import LossOutput, Needs
-from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics, with_answers
+from mmalign.methods.completions import OfflinePairConfig, OfflinePairMethod, answer_metrics, with_answers
 from mmalign.methods.noising import pair_accuracy
 from mmalign.methods.run import VlmRun
 from pipelines import media_features
 from pipelines.vlm.batch import VlmSample
 
 
-class RDPOConfig(FixedSidesConfig):
+class RDPOConfig(OfflinePairConfig):
     """Configuration of `rdpo`; log-probabilities are sums over tokens."""
 
     beta: float = Field(0.1, gt=0)
@@ -40,7 +40,7 @@ class RDPOConfig(FixedSidesConfig):
     features, or the data's rejected_video or rejected_image"""
 
 
-class RDPO(FixedSides):
+class RDPO(OfflinePairMethod):
     """Prefer the chosen answer over the rejected one, and given its own media over given similar ones."""
 
     name: ClassVar[str] = "rdpo"

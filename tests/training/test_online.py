@@ -14,7 +14,7 @@ from tiny_runs import BRIGHTNESS, Brightness, losses, online_config
 
 from mmalign.config.run import RunConfig, load_config
 from mmalign.config.sections import DataConfig
-from mmalign.config.yaml import Faults
+from mmalign.config.yaml import ConfigIssues
 from mmalign.core.cost import Cost
 from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.data.batches import PromptBatch
@@ -389,7 +389,7 @@ def test_reward_without_a_gradient_is_refused_before_anything_loads(tmp_path: Pa
             }
         )
     )
-    with pytest.raises(Faults, match="'shapes-correctness' has no gradient, which method 'align_prop' needs"):
+    with pytest.raises(ConfigIssues, match="'shapes-correctness' has no gradient, which method 'align_prop' needs"):
         load_config(path)
 
 
