@@ -17,7 +17,7 @@ from mmalign.methods.run import Run
 
 
 class DiffusionDPOConfig(TimestepRange):
-    """Configuration of `diffusion_dpo`; conventions as printed in the log: errors are means, the half factor is on."""
+    """Configuration of `diffusion_dpo`; conventions as in the log: errors are means, the half factor is on."""
 
     beta: float = Field(2000.0, gt=0)
     """how closely the policy is held to the reference (errors are means over latent dimensions)"""
@@ -28,7 +28,7 @@ class DiffusionDPOConfig(TimestepRange):
     discount: float = Field(1.0, gt=0, le=1)
     """dense reward: a timestep's probability falls by this factor for each sampling step away from pure noise"""
     discount_steps: int = Field(50, ge=1)
-    """sampling steps that the schedule has for `discount`"""
+    """number of sampling steps of the schedule, for `discount`"""
     sft_weight: float = Field(0.0, ge=0)
     """adds this many times the policy's error on the chosen image, against likelihood displacement"""
 
@@ -36,8 +36,8 @@ class DiffusionDPOConfig(TimestepRange):
     def _robust_needs_a_rate(self) -> DiffusionDPOConfig:
         if self.loss_type == "robust" and not self.label_smoothing:
             raise ValueError(
-                "loss_type robust corrects for label_smoothing, the share of wrong labels, which is 0; "
-                "give it, such as 0.1, or take loss_type sigmoid"
+                "loss_type robust needs label_smoothing, the share of wrong labels, which is 0; "
+                "set it, such as 0.1, or use loss_type sigmoid"
             )
         return self
 
@@ -51,7 +51,7 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
     images_per_sample = 2
 
     def describe(self) -> str:
-        """Return what beta means here, the point on which the public codes disagree."""
+        """Return the conventions: the scale of beta, on which the public codes disagree."""
         c = self.config
         extras: list[str] = [c.loss_type]
         if c.label_smoothing:
@@ -59,7 +59,7 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
         if c.sft_weight:
             extras.append(f"sft_weight={c.sft_weight:g}")
         if c.discount < 1:
-            extras.append(f"timesteps discounted by {c.discount:g} a step of {c.discount_steps}")
+            extras.append(f"timesteps discounted by {c.discount:g} per step of {c.discount_steps}")
         return f"diffusion_dpo: beta={c.beta:g}, mean-reduced, half factor on, {', '.join(extras)}"
 
     def loss(self, run: Run, batch: PairBatch) -> LossOutput:

@@ -32,7 +32,7 @@ class VlmDPOConfig(OfflinePairConfig):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """assumed probability that a label is wrong"""
     length_normalised: bool = False
-    """means over tokens in place of sums, for which a beta ten times as large or more is usual"""
+    """means over tokens instead of sums; beta is then usually ten times as large or more"""
     sft_weight: float = Field(0.0, ge=0)
     """adds this many times the cross-entropy of the chosen answer, a mean over its tokens"""
     anchor_weight: float = Field(0.0, ge=0)
@@ -40,14 +40,14 @@ class VlmDPOConfig(OfflinePairConfig):
     dynamic_beta_scale: float = Field(0.0, ge=0)
     """MM-DPO's beta of each pair: up to (1 + this) times beta for a large `margin` of the data (published: 0.5)"""
     dynamic_beta_slope: float = Field(0.5, gt=0)
-    """how fast beta rises with the margin, where `dynamic_beta_scale` is given"""
+    """how fast beta rises with the margin, if `dynamic_beta_scale` is not 0"""
 
     @model_validator(mode="after")
     def _robust_needs_a_rate(self) -> VlmDPOConfig:
         if self.loss_type == "robust" and not self.label_smoothing:
             raise ValueError(
-                "loss_type robust corrects for label_smoothing, the share of wrong labels, which is 0; "
-                "give it, such as 0.1, or take loss_type sigmoid"
+                "loss_type robust needs label_smoothing, the share of wrong labels, which is 0; "
+                "set it, such as 0.1, or use loss_type sigmoid"
             )
         return self
 
@@ -65,7 +65,7 @@ class VlmDPO(OfflinePairMethod):
         missing = [name for name, margin in zip(source.ids, source.margins(), strict=True) if margin != margin]
         if self.config.dynamic_beta_scale and missing:
             raise UserError(
-                f"{self.name}: dynamic_beta_scale makes beta depend on the column margin, which {len(missing)} of "
+                f"{self.name}: dynamic_beta_scale needs the column margin, which {len(missing)} of "
                 f"{len(source)} pairs of {source.name} lack ('{missing[0]}' first); fill it in, "
                 "or remove dynamic_beta_scale"
             )
@@ -75,7 +75,7 @@ class VlmDPO(OfflinePairMethod):
         return batch.chosen, batch.rejected
 
     def describe(self) -> str:
-        """Return what beta means here."""
+        """Return the conventions: the scale of beta and the weights of further terms."""
         c = self.config
         extras = [c.loss_type, "means over tokens" if c.length_normalised else "sums over tokens"]
         extras += [f"{name}={getattr(c, name):g}" for name in _WEIGHTS if getattr(c, name)]

@@ -337,8 +337,8 @@ def test_samples_that_are_not_finite_break_the_run_off(model: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_count": 32}, "min_count 32 is more than buffer_size 16"),
-        ({"advantage": "group"}, "give images_per_prompt of at least 2"),
+        ({"min_count": 32}, "min_count 32 must not be larger than buffer_size 16"),
+        ({"advantage": "group"}, "set images_per_prompt to at least 2"),
     ],
 )
 def test_advantages_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
