@@ -79,7 +79,7 @@ class DenseDPO(TrajectoryMethod[DenseDPOConfig]):
         return super().learn(run, batch, backward)
 
     def loss(self, run: Run, batch: Rollout) -> LossOutput:
-        """Return the mean over prompts; accuracy is the share of neighbours in the ranking that are in the right order."""
+        """Return the mean over prompts; accuracy is the share of neighbours in the ranking in the right order."""
         c = self.config
         assert batch.reference_log_probs is not None
         images, counts = self._drawn(run, batch)
