@@ -5,7 +5,7 @@ prompt; a perceptron 3584-1024-16-2 with ReLU on the hidden state at the token <
 of a normal distribution, and the mean is the score. It is the logarithm of the standard deviation that the head gives
 (training takes its exponential), which `mean_and_deviation` undoes and the authors' `reward()` does not.
 
-Scores of different prompts compare; there is no bound and no unit (Bradley-Terry). Images are resized to about
+Scores of different prompts are comparable; they have no bound and no unit (Bradley-Terry). Images are resized to about
 200 704 = 256 x 28 x 28 pixels, whatever their size.
 """
 
@@ -51,8 +51,8 @@ class HpsV3(CrossEncoderReward):
     directory or hub id of Qwen2-VL-7B-Instruct, for configuration and processor. instruction: what the model was
     trained with, as the authors' data_collator_qwen.py, a text file, or the text with {text_prompt} where the prompt
     goes; by default fetched from the authors' repository, and part of `version` if it is another. preprocessing: as in
-    `rewards.backbones.preprocess`. dtype: bfloat16 by default, as published; the head computes in float32. Raises `RewardError`
-    for weights of another model and for prompts with special tokens of the tokenizer.
+    `rewards.backbones.preprocess`. dtype: bfloat16 by default, as published; the head computes in float32. Raises
+    `RewardError` for weights of another model and for prompts with special tokens of the tokenizer.
     """
 
     name: ClassVar[str] = "hps-v3"

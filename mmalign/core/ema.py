@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class EMA:
     """Keeps shadow = d * shadow + (1 - d) * parameter, with d = min(decay, (1 + updates) / (10 + updates)).
 
-    The warm-up of d (as in the EMA of TensorFlow and diffusers) lets the average leave the starting point in short runs. It
-    costs one float copy of the trainable parameters.
+    The warm-up of d (as in the EMA of TensorFlow and diffusers) lets the average leave the starting point in short
+    runs. It costs one float copy of the trainable parameters.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
