@@ -1,4 +1,4 @@
-"""Score images and videos: one reward a file, usable on its own.
+"""Score images and videos: one reward per file, usable on its own.
 
 ```python
 from rewards import load_reward
@@ -8,7 +8,7 @@ scores = clip(media, prompts=["a red circle", "two green stars"])  # media [2, 3
 ```
 
 `list_rewards()` returns the facts of every reward, without reading weights. README.md beside this file shows how to
-write one. Importing the package costs next to nothing: torch and the model libraries are imported when first needed.
+write one. Importing the package is fast: torch and the model libraries are imported when first needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictors: a small head on the unit CLIP embedding of an image, trained on human ratings 1 to 10.
+"""LAION's aesthetic predictors: a small head on the unit CLIP embedding of an image, trained on ratings from 1 to 10.
 
 Source: Schuhmann et al. 2022, "LAION-5B" (arXiv:2210.08402), and the repositories of the heads. With e the embedding
 and e' = e / |e|:
@@ -36,7 +36,7 @@ from rewards.errors import RewardError, choices
 
 
 class Version(NamedTuple):
-    """A published head: its file, the CLIP that it reads, by open_clip's name, and its licence."""
+    """A published head: its file, open_clip's name of its CLIP, and its licence."""
 
     file: Weights
     clip: str
@@ -88,13 +88,13 @@ AFFINE, RECTIFIED = (0, 2, 4, 6, 7), (0, 3, 6, 9, 11)
 
 
 class Aesthetic(Reward):
-    """How beautiful people find an image, about 1 to 10, by LAION's heads on CLIP.
+    """Human rating of the beauty of an image, about 1 to 10, predicted by LAION's heads on CLIP.
 
     version: of the head, see above. weights: the head's file, or a directory that holds it; a layer `weight [1, D]`,
     `bias [1]` or a published MLP, whatever the version. encoder: the CLIP, as `weights` of the reward `clip`, or a
     file of OpenAI's weights; by default open_clip's with the tag `openai`. preprocessing: as in
-    `rewards.backbones.preprocess`. Raises `RewardError` for an unknown version, a head of another layout, and a CLIP
-    of another width.
+    `rewards.backbones.preprocess`.
+    Raises `RewardError` for an unknown version, a head of another layout, and a CLIP of another width.
     """
 
     name: ClassVar[str] = "aesthetic"
@@ -142,17 +142,17 @@ class Aesthetic(Reward):
         width = self.head[0].in_features
         if embeddings.shape[-1] != width:
             raise RewardError(
-                f"aesthetic: the head {self.version!r} reads embeddings of {width} numbers, the CLIP has "
-                f"{embeddings.shape[-1]}; give the version and the encoder that belong together"
+                f"aesthetic: the head {self.version!r} needs embeddings of {width} numbers, and the CLIP has "
+                f"{embeddings.shape[-1]}; give a version and an encoder that belong together"
             )
         return self.head(unit(embeddings))[:, 0]
 
 
 def load_head(path: Path) -> Float32Head:
-    """Read a published head: one linear layer, or an MLP of five with or without activations.
+    """Read a published head: one linear layer, or an MLP of five layers with or without activations.
 
     Raises:
-        RewardError: another layout, or a layer that is missing, left over or of another shape.
+        RewardError: the layout is another one, or a layer is missing, unexpected or of another shape.
     """
     state = read_state(path)
     if "weight" in state:
@@ -175,11 +175,11 @@ def load_head(path: Path) -> Float32Head:
 
     load_state(head, state, path, rename=rename)
     if head[-1].out_features != 1:
-        raise RewardError(f"{path}: ends in {head[-1].out_features} numbers; an aesthetic head gives one")
+        raise RewardError(f"{path}: the last layer has {head[-1].out_features} outputs; an aesthetic head has one")
     return head
 
 
 def _linear(state: Mapping[str, Tensor], name: str, path: Path) -> nn.Linear:
     if name not in state or state[name].dim() != 2:
-        raise RewardError(f"{path}: lacks {name} as a matrix: no aesthetic head, whose layers are {AFFINE}")
+        raise RewardError(f"{path}: lacks {name} as a matrix, which the layers {AFFINE} of an aesthetic head have")
     return nn.Linear(state[name].shape[1], state[name].shape[0])

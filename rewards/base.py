@@ -1,13 +1,13 @@
 """The base class of all rewards: facts on the class, checked input, frozen weights, micro-batches.
 
-A reward maps media, and whatever else it declares to need, to one float32 number a sample. A subclass states its facts
-as class attributes and implements `score`; everything else is done here, so that every reward behaves alike:
+A reward maps media, and whatever else it declares to need, to one float32 number per sample. A subclass states its
+facts as class attributes and implements `score`; this class does the rest, so that all rewards behave alike:
 
 * media, prompts and references are validated, moved to the reward's device and split into micro-batches (halved when
   the device runs out of memory);
 * it runs in inference mode unless a gradient is asked for (media that require one, with gradients enabled); only
   a differentiable reward gives one, to the media and never to its own weights;
-* a surrounding autocast has no say: a score depends on the reward's own dtype alone.
+* a surrounding autocast has no effect: a score depends only on the reward's own dtype.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a reward says about itself, known without loading it.
+    """The facts of a reward, known without loading it.
 
     `source`: where the weights come from, in words; `files`: the published files themselves.
     """
@@ -69,9 +69,9 @@ class Reward(nn.Module, ABC):
     """Score media; subclasses set the facts below and implement `score`.
 
     `range` holds the bounds of the score (infinite where there are none); `version` belongs to the metric's name
-    wherever versions do not compare; `derived_from` names rewards of which this one is a mere function: who was
-    trained on those counts as trained on this; `batch_invariant=False` (a score depends on its neighbours) switches
-    micro-batches off. `batch_size` is the micro-batch. `device` defaults to CUDA where there is one.
+    if scores of different versions are not comparable; `derived_from` names rewards that this one is a function of: a
+    model trained on those counts as trained on this; `batch_invariant=False` (a score depends on the rest of the
+    batch) switches micro-batches off. `batch_size` is the micro-batch. `device` defaults to CUDA where there is one.
     """
 
     name: ClassVar[str] = ""
@@ -95,18 +95,18 @@ class Reward(nn.Module, ABC):
         dtype: str | torch.dtype | None = None,
         batch_size: int = 32,
     ) -> None:
-        """Settle where and in what dtype the reward computes; subclasses pass these options on."""
+        """Set the device and dtype of the reward; subclasses pass these options on."""
         super().__init__()
         if batch_size < 1:
             raise RewardError(f"batch_size is {batch_size}; at least 1 is allowed")
         self.batch_size = batch_size
         self.training = False
-        # Follows .to(), .double(), ... and so tells device and dtype also where there are no weights.
+        # Follows .to(), .double(), ... and so gives device and dtype even if there are no weights.
         self.register_buffer("_anchor", torch.empty(0, dtype=_as_dtype(dtype), device=_as_device(device)), False)
         self._anchor: Tensor
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Check the facts where they are written down, long before a first call."""
+        """Check the facts when a subclass is defined."""
         super().__init_subclass__(**options)
         cls.needs = frozenset(cls.needs)
         for need in sorted(cls.needs - set(NEEDS)):
@@ -116,9 +116,9 @@ class Reward(nn.Module, ABC):
 
     @classmethod
     def check_prompts(cls, prompts: Sequence[str]) -> None:
-        """Raise `RewardError` where this reward can never score such a prompt; asked before images are made for them.
+        """Raise `RewardError` for prompts that this reward cannot score; called before images are generated for them.
 
-        By default every prompt will do.
+        By default all prompts are allowed.
         """
 
     @abstractmethod
@@ -136,9 +136,9 @@ class Reward(nn.Module, ABC):
         """
 
     def prepare_references(self, references: list[Tensor]) -> list[Tensor]:
-        """Turn the references of a whole call, already validated, into what `score` is given; by default themselves.
+        """Preprocess the validated references of a whole call for `score`; by default they stay as they are.
 
-        A subclass embeds here what would otherwise be embedded anew in every micro-batch. No gradient is kept.
+        A subclass embeds references here once, instead of in every micro-batch. No gradient is kept.
         """
         return references
 
@@ -195,7 +195,7 @@ class Reward(nn.Module, ABC):
         prompts: Sequence[str] | None = None,
         references: Sequence[Tensor] | Tensor | None = None,
     ) -> Float[Tensor, " batch"]:
-        """Say by how much the first of each pair is better than the second: `[B]`, positive where it is."""
+        """Return by how much the first of each pair is better than the second: `[B]`, positive where it is better."""
         difference = self(first, prompts=prompts, references=references) - self(
             second, prompts=prompts, references=references
         )
@@ -203,7 +203,7 @@ class Reward(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the reward computes."""
+        """The device of the reward."""
         return self._anchor.device
 
     @property
@@ -213,11 +213,11 @@ class Reward(nn.Module, ABC):
 
     @property
     def facts(self) -> Facts:
-        """The facts of this very reward, its options counted in."""
+        """The facts of this reward with its options."""
         return Facts.of(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Freeze every module and parameter on its way in: a reward is never trained, whoever assembles it."""
+        """Freeze every assigned module and parameter, because rewards are never trained."""
         if isinstance(value, nn.Module):
             value.eval().requires_grad_(False)
         elif isinstance(value, nn.Parameter):
@@ -225,11 +225,11 @@ class Reward(nn.Module, ABC):
         super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Reward:
-        """Stay in evaluation mode: dropout in a reward head would be noise."""
+        """Stay in evaluation mode, because dropout would make scores random."""
         return super().train(False)
 
     def _run(self, groups: list[tuple[list[int], Tensor]], function: Callable[[Tensor, list[int]], Tensor]) -> Tensor:
-        """Apply `function(chunk, positions)` to micro-batches and put the rows back in the order of the media."""
+        """Apply `function(chunk, positions)` to micro-batches and return the rows in the order of the media."""
         gradient = torch.is_grad_enabled() and any(media.requires_grad for _, media in groups)
         if gradient and not self.differentiable:
             raise RewardError(f"{self.name or type(self).__name__} is not differentiable; give it media.detach()")
@@ -251,19 +251,19 @@ class Reward(nn.Module, ABC):
         while start < len(positions):
             stop = start + self.batch_size if self.batch_invariant else len(positions)
             chunk = media[start:stop]
-            # Half precision holds 8-bit pixels badly; the pixels are handled in at least float32.
+            # Half precision rounds 8-bit levels, so pixels are handled in at least float32.
             chunk = chunk.to(self.device, torch.promote_types(chunk.dtype, torch.float32))
             try:
                 rows.append(function(chunk, positions[start:stop]))
                 start = stop
                 continue
             except torch.OutOfMemoryError:
-                # With gradients the graph keeps every micro-batch alive, so that smaller ones would not help.
+                # With gradients the graph keeps all micro-batches in memory, so that smaller ones would not help.
                 if gradient or len(chunk) == 1 or not self.batch_invariant:
                     raise
-            # Outside the handler, whose traceback would keep the tensors of the failed call alive.
+            # Outside the handler, because its traceback would keep the tensors of the failed call in memory.
             self.batch_size = len(chunk) // 2
-            warnings.warn(f"{self.name}: out of memory; micro-batch is now {self.batch_size}", stacklevel=4)
+            warnings.warn(f"{self.name}: out of memory; the micro-batch size is now {self.batch_size}", stacklevel=4)
             torch.cuda.empty_cache()
         return rows
 
@@ -290,7 +290,9 @@ class Reward(nn.Module, ABC):
     def _check_matrix(self, prompts: Sequence[str]) -> None:
         if self.needs != {"prompts"}:
             needs = ", ".join(sorted(self.needs)) or "nothing but media"
-            raise RewardError(f"{self.name} needs {needs}; matrix() is for rewards that need prompts alone")
+            raise RewardError(
+                f"{self.name} needs {needs}; matrix() supports only rewards that need nothing but prompts"
+            )
         check_strings(prompts)
         if not prompts:
             raise RewardError("prompts is empty; matrix() needs at least one")
@@ -305,7 +307,7 @@ def check_references(references: Iterable[Any]) -> None:
 
 
 def check_strings(prompts: Iterable[Any]) -> None:
-    """Raise `RewardError` unless the prompts are a list of strings: a bare string would pass as a list of letters."""
+    """Raise `RewardError` unless the prompts are a list of strings; a single string would be read as letters."""
     if isinstance(prompts, str):
         raise RewardError("prompts is one string; give a list with one prompt for each medium")
     for position, prompt in enumerate(prompts):

@@ -24,7 +24,7 @@ from rewards.errors import RewardError, choices
 
 
 class Kind(NamedTuple):
-    """How a cosine becomes a score: `scale * max(cos, 0)`, or without the maximum where `clamp` is false."""
+    """The map from a cosine to a score: `scale * max(cos, 0)`, or `scale * cos` where `clamp` is false."""
 
     scale: float
     prefix: str
@@ -70,7 +70,7 @@ class ClipReward(EncoderReward):
         prefix: str | None = None,
         **options: Any,
     ) -> None:
-        """Load the model; nothing given means the class's defaults."""
+        """Load the model; options that are not given take the class's defaults."""
         super().__init__(**options)
         self.kind = _kind(kind or self.default_kind, scale, prefix)
         self.prefix = self.kind.prefix
@@ -84,11 +84,11 @@ class ClipReward(EncoderReward):
 
     @classmethod
     def default_weights(cls) -> str | None:
-        """Where a preset has its weights; asked at load time, so that it may look for them."""
+        """Return the location of a preset's weights; called at load time, so that it may search for them."""
         return None
 
     def compare(self, cosine: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """Apply the kind: scale, and cut at zero."""
+        """Apply the kind: scale, and clamp at zero."""
         return self.kind.scale * (cosine.clamp(min=0) if self.kind.clamp else cosine)
 
 

@@ -1,4 +1,4 @@
-"""CLIP-I: how much an image looks like reference images of a subject, to a CLIP image tower.
+"""CLIP-I: similarity of an image to reference images of a subject, by a CLIP image tower.
 
 Source: Ruiz et al. 2023, "DreamBooth" (arXiv:2208.12242), section 4.2: the mean over all pairs of a generated and a
 reference image of the cosine of their CLIP embeddings. The model is OpenAI's ViT-B/16, as in the code of RPO (Miao
@@ -20,7 +20,7 @@ DEFAULT = "openai/clip-vit-base-patch16"
 
 
 class ClipI(ReferenceReward):
-    """Likeness of an image to reference images: mean cosine of CLIP embeddings.
+    """Similarity of an image to reference images: mean cosine of CLIP embeddings.
 
     weights: as of the reward `clip` (a directory, a hub id, any CLIP, SigLIP or ALIGN), by default OpenAI's ViT-B/16.
     Needs `references`: for each sample a tensor `[R, 3, H, W]`. preprocessing: as in `rewards.backbones.preprocess`.

@@ -81,7 +81,7 @@ class Combine(Reward):
         spread: str = "variance",
         **options: Any,
     ) -> None:
-        """Load the parts, on the device and in the dtype of the whole unless they say otherwise."""
+        """Load the parts, with the device and dtype of the combination unless their own options differ."""
         super().__init__(**options)
         if mode not in MODES:
             raise RewardError(f"combine: mode {mode!r} is unknown; {choices(mode, MODES)}")
@@ -99,7 +99,7 @@ class Combine(Reward):
         self.summed = [part for part in loaded if part.gate is None]
         self.gates = [part for part in loaded if part.gate is not None]
         if not self.summed:
-            raise RewardError("combine: no part but gates; give at least one reward that is scored")
+            raise RewardError("combine: all parts are gates; give at least one part that is not a gate")
         self.weight = weights_of(self.summed, mode, normalise)
         check_direction(self.summed, self.weight, mode)
         self._state_facts()
@@ -116,7 +116,7 @@ class Combine(Reward):
         prompts: Sequence[str] | None = None,
         references: Sequence[Tensor] | Tensor | None = None,
     ) -> Float[Tensor, " batch"]:
-        """Score as every reward does; each part takes its own micro-batches, and files are read once."""
+        """Score like every reward; each part uses its own micro-batches, and files are read once."""
         raw, prompts = self._run_parts(media, prompts, references)
         return self._combined(raw, prompts, learn=True)[0]
 
@@ -159,7 +159,7 @@ class Combine(Reward):
         prompts: Sequence[str] | None = None,
         references: Sequence[Tensor] | Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return each part's own score by label, each `[B]`, before any transform; nothing is learnt from them."""
+        """Return each part's own score by label, each `[B]`, before any transform, without updating statistics."""
         with self._as_learnt():
             return self._run_parts(media, prompts, references)[0]
 
@@ -187,7 +187,7 @@ class Combine(Reward):
         prompts: Sequence[str] | None = None,
         references: Sequence[Tensor] | Tensor | None = None,
     ) -> Float[Tensor, " batch"]:
-        """Say by how much the first of each pair is better than the second: `[B]`, positive where it is.
+        """Return by how much the first of each pair is better than the second: `[B]`, positive where it is better.
 
         Where scores depend on the batch, both are scored in one, so that they are normalised alike.
         """
@@ -202,7 +202,7 @@ class Combine(Reward):
 
     @contextmanager
     def _as_learnt(self) -> Iterator[None]:
-        """Keep running statistics as they are, here and in combinations among the parts."""
+        """Keep running statistics unchanged, also in combinations among the parts."""
         learning = [part for part in self.modules() if isinstance(part, RunningStats) and not part.frozen]
         for stats in learning:
             stats.frozen = True
@@ -225,13 +225,13 @@ class Combine(Reward):
         return raw, prompts
 
     def _given(self, part: Part, media: Tensor | list[Tensor]) -> Any:
-        """Media as a part gets them: a gate has no gradient, and need not be able to give one."""
+        """Return the media for a part: detached for a gate, which has no gradient and need not support one."""
         if part.gate is not None:
             return media.detach() if isinstance(media, Tensor) else [item.detach() for item in media]
         asked = media.requires_grad if isinstance(media, Tensor) else any(item.requires_grad for item in media)
         if asked and torch.is_grad_enabled() and not part.reward.differentiable:
             raise RewardError(
-                f"{self.name} is not differentiable, because its part {part.label!r} is not; give it media.detach()"
+                f"{self.name} is not differentiable because its part {part.label!r} is not; give it media.detach()"
             )
         return media
 
@@ -262,7 +262,7 @@ class Combine(Reward):
         if self.nan == "raise":
             raise RewardError(
                 f"{self.name}: part {part.label!r} gave NaN for {int(missing.sum())} of {len(scores)} media; "
-                "choose nan='propagate' or a number to stand for it"
+                "set nan='propagate', or nan to a number that replaces it"
             )
         return torch.where(missing, torch.full_like(scores, float(self.nan)), scores)
 
@@ -276,7 +276,7 @@ class Combine(Reward):
                 raise RewardError(
                     f"{self.name}: part {part.label!r} has a score of {least:.4g}, and mode {self.mode!r} needs "
                     f"{needed} 0; give it factor and offset, "
-                    "a transform such as sigmoid, or the whole a floor"
+                    "a transform such as sigmoid, or give the combination a floor"
                 )
         return values
 

@@ -1,10 +1,11 @@
-"""DINO-I: how much an image looks like reference images of a subject, to a self-supervised vision transformer.
+"""DINO-I: similarity of an image to reference images of a subject, by a self-supervised vision transformer.
 
 Source: Ruiz et al. 2023, "DreamBooth" (arXiv:2208.12242), section 4.2, there called DINO: the mean over all pairs of a
 generated and a reference image of the cosine of ViT-S/16 DINO embeddings (Caron et al. 2021, arXiv:2104.14294), which
 unlike CLIP's tell one subject of a class from another. The embedding is the last hidden state at [CLS], after the last
 layer norm. Images are prepared as the image processor's configuration beside the weights says; that of
-facebook/dino-vits16 is taken to squash to 224 x 224, bilinear, with ImageNet's statistics, but was not at hand here.
+facebook/dino-vits16 is taken to squash to 224 x 224, bilinear, with ImageNet's statistics, but was not available for a
+check.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class DinoI(ReferenceReward):
-    """Likeness of an image to reference images of a subject: mean cosine of DINO embeddings.
+    """Similarity of an image to reference images of a subject: mean cosine of DINO embeddings.
 
     weights: a directory in transformers' layout or a hub id of a ViT (DINO) or a DINOv2, by default DINO ViT-S/16.
     Needs `references`: for each sample a tensor `[R, 3, H, W]`. preprocessing: as in `rewards.backbones.preprocess`.

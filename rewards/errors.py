@@ -1,4 +1,4 @@
-"""The one error that this package raises for wrong input, and the nearest-match hint that its messages carry."""
+"""The error that this package raises for wrong input, and the nearest-match hint of its messages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class RewardError(ValueError):
-    """Wrong input to a reward: one line that says what was given, what is allowed and how to put it right."""
+    """Wrong input to a reward: one line with what was given, what is allowed and how to fix it."""
 
 
 def choices(given: str, allowed: Iterable[str]) -> str:
-    """End a message about an unknown word: the nearest allowed word, if one is near, and all allowed ones.
+    """Return the end of a message about an unknown name: the nearest allowed name, if any, and all allowed names.
 
     >>> choices("clop", ["clip", "aesthetic"])
     "did you mean 'clip'? allowed: aesthetic, clip"

@@ -1,8 +1,8 @@
 """GenEval: whether an image shows the objects, numbers, colours and positions that its prompt names.
 
-Source: Ghosh et al. 2023 (arXiv:2310.11513). A detector's boxes are held to the prompt by the rules of
+Source: Ghosh et al. 2023 (arXiv:2310.11513). A detector's boxes are compared with the prompt by the rules of
 `rewards.language.geneval_tasks`; colours are read by CLIP, zero-shot, from the box, with what the mask leaves out
-painted grey. Forms, whose numbers do not compare:
+painted grey. Forms, whose scores are not comparable:
 
 * `correct`  1 where all is right, else 0; at least as many objects as asked for (more is wrong only for numbers);
 * `strict`   the same with exact numbers, as Flow-GRPO (Liu et al. 2025, arXiv:2505.05470) rewards;
@@ -75,12 +75,12 @@ class GenEval(ObservedReward):
         max_overlap: float = 1.0,
         **common: Any,
     ) -> None:
-        """Load the detector; CLIP waits for the first prompt with a colour."""
+        """Load the detector; CLIP is loaded at the first prompt with a colour."""
         super().__init__(**common)
         if form not in FORMS:
             raise RewardError(f"geneval: form {form!r} is unknown; {choices(form, FORMS)}")
         if weights is not None and detector is not None:
-            raise RewardError("geneval: give weights of a detector, or a detector, not both")
+            raise RewardError("geneval: give weights or detector, not both")
         if max_objects < 1:
             raise RewardError(f"geneval: max_objects is {max_objects}; at least 1 is allowed")
         self.form, self.clip = form, clip
@@ -96,7 +96,7 @@ class GenEval(ObservedReward):
             self.source, self.files = f"detector {what}; colours: {clip or 'open_clip ViT-L-14-quickgelu, openai'}", ()
 
     def task(self, prompt: str) -> Task:
-        """Return what a prompt asks for, by the metadata or else by its words; `RewardError` where neither tells."""
+        """Return the task of a prompt, from the metadata or else from its words; `RewardError` if both fail."""
         task = self.tasks.get(prompt) or parse_task(prompt)
         check_names(task, self.detector.names, prompt)
         return task
@@ -106,12 +106,12 @@ class GenEval(ObservedReward):
         return list(zip(images, self.detector(images), strict=True))
 
     def rate(self, observed: tuple[Image.Image, list[Detection]], prompt: str) -> float:
-        """Judge, and count as the form says."""
+        """Check the objects, and score as the form says."""
         verdict = self._verdict(*observed, self.task(prompt))
         return sum(verdict.credits) / len(verdict.credits) if self.form == "dense" else float(verdict.correct)
 
     def verdicts(self, media: Media, *, prompts: Sequence[str]) -> list[Verdict]:
-        """Say of each image whether it is right, its credits, and what is wrong with it."""
+        """Return for each image whether it is correct, its credits, and what is wrong with it."""
         tasks = [self.task(prompt) for prompt in self._check_prompts(prompts, len(media)) or ()]
         with torch.inference_mode():
             seen = self.observations(media)
@@ -149,14 +149,14 @@ class GenEval(ObservedReward):
         return TransformersDetector(MASK2FORMER if weights is None else weights, self.dtype).to(self.device)
 
     def _check_prompts(self, prompts: Sequence[str] | None, count: int) -> list[str] | None:
-        """Read the prompts before a detector runs."""
+        """Check the prompts before a detector runs."""
         checked = super()._check_prompts(prompts, count)
         for prompt in checked or ():
             self.task(prompt)
         return checked
 
     def _apply(self, fn: Any, recurse: bool = True) -> GenEval:
-        """Forget embeddings when the weights move or change their dtype."""
+        """Clear the embeddings when the weights move or change their dtype."""
         self._names_of_colours.clear()
         return super()._apply(fn, recurse)
 

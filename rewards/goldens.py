@@ -1,7 +1,7 @@
-"""Numbers that the authors of the rewards published, or that follow from their published files, with their sources.
+"""Scores that the authors of the rewards published, or that follow from their published files, with their sources.
 
 `mmalign rewards verify` and the tests run them. A golden whose weights or files are not here is skipped with the
-reason; nothing is fetched unless the caller has switched the hub on. Files are looked for in the folder given, by
+reason; nothing is downloaded unless the caller allows it. Files are looked for in the folder given, by
 default the one that MMALIGN_GOLDEN names.
 """
 
@@ -32,14 +32,14 @@ Numbers = Sequence[float | int] | Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """What a golden's computation is given: the folder of files, and where weights are (None: their usual place)."""
+    """The arguments of a golden's computation: the folder of files, and the weights (None: the default ones)."""
 
     folder: Path
     weights: str | None = None
     device: str | None = None
 
     def load(self, name: str, weights: str | None = None, **options: Any) -> Any:
-        """Load a reward with the user's weights, or else with those that the golden is about."""
+        """Load a reward with the user's weights, or else with the weights of the golden."""
         return load_reward(name, weights=self.weights or weights, device=self.device, **options)
 
 
@@ -62,13 +62,13 @@ class Golden:
 
     @property
     def reward(self) -> str:
-        """The reward that it is about."""
+        """The reward that is checked."""
         return self.name.partition("/")[0]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a golden; `got` is empty and `reason` says why where it could not be run."""
+    """The result of a golden; if it could not be run, `got` is empty and `reason` says why."""
 
     golden: Golden
     status: Literal["ok", "differs", "skipped", "error"]
@@ -77,7 +77,7 @@ class Verdict:
 
     @property
     def difference(self) -> float:
-        """The largest difference, in the measure of the tolerance; NaN where there is none."""
+        """The largest difference, in units of the tolerance; NaN if there is none."""
         if not self.got:
             return math.nan
         pairs = list(zip(self.got, self.golden.expected, strict=True))
@@ -86,20 +86,20 @@ class Verdict:
 
 
 def golden_folder(given: str | os.PathLike[str] | None = None) -> Path | None:
-    """Return the folder of golden files: the one given, or that of the environment; None where neither is."""
+    """Return the folder of golden files: the given one, or that of the environment; None if both are missing."""
     named = given or os.environ.get(VARIABLE)
     if named is None:
         return None
     folder = Path(named).expanduser()
     if not folder.is_dir():
-        raise RewardError(f"golden files: {folder} is no folder; give one, or set {VARIABLE}")
+        raise RewardError(f"golden files: {folder} is not a folder; give a folder, or set {VARIABLE}")
     return folder
 
 
 def verify(
     golden: Golden, folder: Path | None = None, *, weights: str | None = None, device: str | None = None
 ) -> Verdict:
-    """Run one golden. Weights that are given must be good; of those that are not, only absence is forgiven."""
+    """Run one golden. Missing default weights skip it; given weights must load."""
     absent = [file for file in golden.files if folder is None or not (folder / file).is_file()]
     if absent:
         where = f"in {folder}" if folder else f"({VARIABLE} is not set)"
@@ -107,7 +107,7 @@ def verify(
     try:
         with torch.no_grad():
             got = tuple(float(value) for value in golden.compute(Call(folder or Path(), weights, device)))
-    except Exception as error:  # whatever a checkpoint or an optional package raises belongs into the table
+    except Exception as error:  # any error of a checkpoint or an optional package is reported in the table
         reason = " ".join(str(error).split()) or type(error).__name__
         return Verdict(golden, "skipped" if weights is None and _is_absence(error) else "error", reason=reason)
     if len(got) != len(golden.expected):
@@ -117,7 +117,7 @@ def verify(
 
 
 def _is_absence(error: BaseException | None) -> bool:
-    """Tell whether an error comes from weights that are not here, or from an optional package."""
+    """Tell whether an error comes from missing weights or a missing optional package."""
     while error is not None:
         if type(error).__name__ in _UNREACHABLE or 'pip install "mmalign[' in str(error):
             return True
@@ -164,7 +164,7 @@ def _clip_softmax(call: Call) -> Tensor:
 
 
 def _head(version: str, embeddings: str, copy: str | None) -> Callable[[Call], Tensor]:
-    """Rate the published CLIP embeddings by a head: the user's file, the published one, or its copy beside them."""
+    """Score the published CLIP embeddings by a head: the user's file, the published one, or its copy beside them."""
 
     def compute(call: Call) -> Tensor:
         import numpy as np
@@ -379,7 +379,7 @@ def goldens_of(name: str | None = None) -> list[Golden]:
 
         if name in BUILTIN:
             have = ", ".join(dict.fromkeys(golden.reward for golden in GOLDENS))
-            raise RewardError(f"reward {name!r}: no published number to check; these have one: {have}")
+            raise RewardError(f"reward {name!r}: no published score to check; rewards with one: {have}")
         known = {golden.reward for golden in GOLDENS} | {golden.name for golden in GOLDENS}
-        raise RewardError(f"no golden of {name!r}; {choices(name, known)}")
+        raise RewardError(f"{name!r} is not a reward or a published score; {choices(name, known)}")
     return found

@@ -9,7 +9,7 @@ to 224 and the rest padded with black.
 | `v2` | HPS_v2_compressed.pt | about 0.24 to 0.29 |
 | `v2.1` | HPS_v2.1_compressed.pt, more and cleaner data | about 0.14 to 0.33 |
 
-The versions do not compare, and neither do scores of different prompts. HPSv3 is the reward `hps-v3`.
+Scores of different versions, or of different prompts, are not comparable. HPSv3 is the reward `hps-v3`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ prompt; a perceptron 3584-1024-16-2 with ReLU on the hidden state at the token <
 of a normal distribution, and the mean is the score. It is the logarithm of the standard deviation that the head gives
 (training takes its exponential), which `mean_and_deviation` undoes and the authors' `reward()` does not.
 
-Scores of different prompts compare; there is no bound and no unit (Bradley-Terry). Images are resized to about
+Scores of different prompts are comparable; they have no bound and no unit (Bradley-Terry). Images are resized to about
 200 704 = 256 x 28 x 28 pixels, whatever their size.
 """
 

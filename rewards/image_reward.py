@@ -1,4 +1,4 @@
-"""ImageReward v1.0: a BLIP that has learnt from 137 000 expert comparisons of generated images.
+"""ImageReward v1.0: a BLIP trained on 137 000 expert comparisons of generated images.
 
 Source: Xu et al. 2023, "ImageReward" (arXiv:2304.05977), section 3; the score is the reward head's output, shifted and
 scaled by its mean and standard deviation over the authors' data:
@@ -80,7 +80,7 @@ class ImageReward(CrossEncoderReward):
         if len(self.tokenizer) != blip.text_encoder.words:
             raise RewardError(
                 f"{path} has {blip.text_encoder.words} word embeddings, the tokenizer with [DEC] and [ENC] "
-                f"{len(self.tokenizer)} words: give tokenizer=PATH of bert-base-uncased's"
+                f"{len(self.tokenizer)} words; give tokenizer=PATH of bert-base-uncased's"
             )
         self.truncation = Truncation(self.name, MAX_TOKENS)
 

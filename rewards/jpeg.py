@@ -1,10 +1,10 @@
-"""How well an image compresses as JPEG: the rewards of DDPO, and a differentiable one in the manner of DRaFT.
+"""JPEG compressibility of an image: the rewards of DDPO, and a differentiable one similar to DRaFT's.
 
 * `bytes`     the size of the file that Pillow writes, in kilobytes of 1000 bytes (Black et al. 2023). It depends on
   the image's size and a little on Pillow's libjpeg, so that Pillow's version is part of this reward's.
-* `distance`  what compression takes away: the root mean square difference, in 8-bit steps, between an image and its
+* `distance`  the loss by compression: the root mean square difference, in 8-bit steps, between an image and its
   JPEG with the rounding of the coefficients made differentiable: round(x) + (x - round(x))^3 (Shin and Song 2017).
-  Straight-through rounding would leave no gradient, for what it takes away has none.
+  With straight-through rounding the lost part would have no gradient.
 
 Deviations from DRaFT (Clark et al. 2023), whose code is not published: it takes the Euclidean distance, which grows
 with the image's size, and the quality 50 is ours by memory of its appendix (UNVERIFIED). Values inside the decoder are
@@ -74,7 +74,7 @@ class JpegIncompressibility(Reward):
         unit: float = 1000.0,
         **common: Any,
     ) -> None:
-        """Check the options and state what follows from them."""
+        """Check the options and set the facts that follow from them."""
         super().__init__(**common)
         if form not in QUALITY:
             raise RewardError(f"{self.name}: form {form!r} is unknown; {choices(form, QUALITY)}")
@@ -86,7 +86,7 @@ class JpegIncompressibility(Reward):
         if not 1 <= quality <= 95:
             raise RewardError(f"{self.name}: quality is {quality}; 1 to 95 are allowed")
         if unit <= 0 or (form == "distance" and unit != 1000):
-            raise RewardError(f"{self.name}: unit is {unit:g}; a positive number is allowed, for form='bytes' alone")
+            raise RewardError(f"{self.name}: unit is {unit:g}; a positive number is allowed, only with form='bytes'")
         self.form, self.quality, self.subsampling, self.unit = form, quality, subsampling, unit
         self.differentiable = form == "distance"
         said = f"{form} at quality {quality}, {subsampling}"
@@ -104,7 +104,7 @@ class JpegIncompressibility(Reward):
             pixels = media.clamp(0, 1) * 255
             lost = pixels - jpeg_round_trip(pixels, self.quality, self.subsampling, round_smoothly)
             squares = lost.square().flatten(1).mean(1)
-            # What loses nothing has no slope, not an infinite one.
+            # Where nothing is lost, the gradient is set to 0 instead of infinity.
             found = torch.where(squares > 0, squares.where(squares > 0, 1.0).sqrt(), squares)
         else:
             with ThreadPoolExecutor(max_workers=8) as pool:
@@ -130,7 +130,7 @@ class JpegCompressibility(JpegIncompressibility):
 
 
 def round_smoothly(values: Tensor) -> Tensor:
-    """Round up to the cube of what is left: within 1/8 of the integer, with a gradient that is 0 only there."""
+    """Round up to the cube of the remainder: within 1/8 of the integer, with gradient 0 only at integers."""
     whole = values.detach().round()
     return whole + (values - whole) ** 3
 

@@ -1,11 +1,11 @@
-"""lambda-Harmonic reward: like the reference images and true to the prompt at once, and what RPO makes of it.
+"""lambda-Harmonic reward: similarity to reference images combined with fit to the prompt, and RPO's labels from it.
 
 Source: Miao et al. 2024, "Subject-driven Text-to-Image Generation via Preference-based Reinforcement Learning" (RPO,
 NeurIPS 2024), there with ALIGN. With s = (cos + 1) / 2 in [0, 1], the image similarity a mean over the references:
 
     r = 1 / (lambda / (s_image + 1e-8) + (1 - lambda) / (s_text + 1e-8)),    0 < r <= 1
 
-A harmonic mean is small where either part is: an image cannot buy likeness with disregard of the prompt. lambda = 1 is
+A harmonic mean is small where either part is: similarity cannot compensate for ignoring the prompt. lambda = 1 is
 likeness alone, 0 the prompt alone. The labels of a pair are drawn, P(first preferred) = sigmoid(r_first - r_second),
 which lies in [0.27, 0.73]. Lambda is one number in the paper; the authors' code uses it for validation only (0.3) and
 labels with 0, so that `lambda_labels` is an option of its own.
@@ -40,7 +40,7 @@ def harmonic(image: Float[Tensor, " *shape"], text: Float[Tensor, " *shape"], la
 
 
 class LambdaHarmonic(Reward):
-    """Harmonic mean of likeness to reference images and agreement with the prompt, in (0, 1].
+    """Harmonic mean of similarity to reference images and agreement with the prompt, in (0, 1].
 
     weights: the two-tower model of both similarities, as of the reward `clip`, by default ALIGN. image, text: other
     rewards for either (a name, or a mapping with `name` and options), such as `dino-i` and `clip`; each must have
@@ -83,7 +83,7 @@ class LambdaHarmonic(Reward):
         if image is None or text is None:
             self.towers = ClipReward(weights=weights or ALIGN, preprocessing=preprocessing, **common)
         elif weights is not None:
-            raise RewardError("lambda-harmonic: image= and text= are given, which leaves nothing for weights=")
+            raise RewardError("lambda-harmonic: image= and text= are given, so weights= is not used; remove weights=")
         if image is not None:
             self.image = _checked("image", load_inner(image, common), "references")
         if text is not None:
@@ -97,7 +97,7 @@ class LambdaHarmonic(Reward):
     def similarities(
         self, media: Float[Tensor, "batch 3 height width"], prompts: Sequence[str], references: Sequence[Tensor]
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Return likeness to the references, as prepared, and agreement with the prompts, both in [0, 1]."""
+        """Return similarity to the prepared references and agreement with the prompts, both in [0, 1]."""
         prompts = [without_token(prompt, self.token) for prompt in prompts]
         embedded = None if self.towers is None else self.towers.media_embeddings(media)
         if self.image is None:
@@ -111,7 +111,7 @@ class LambdaHarmonic(Reward):
         return likeness, _to_unit_interval(self.text, self.text.score(media, prompts, None))
 
     def prepare_references(self, references: list[Tensor]) -> list[Tensor]:
-        """Embed the references before the micro-batches, by whatever measures likeness."""
+        """Embed the references once before the micro-batches, by the reward that measures similarity."""
         if self.image is not None:
             return self.image.prepare_references(references)
         assert self.towers is not None
@@ -150,7 +150,7 @@ class LambdaHarmonic(Reward):
         references: Sequence[Tensor] | Tensor,
         generator: torch.Generator,
     ) -> Bool[Tensor, " batch"]:
-        """Draw for each pair whether the first is preferred; RPO draws anew each time that a pair is used.
+        """Sample for each pair whether the first is preferred; RPO samples again each time that a pair is used.
 
         generator: of random numbers on the CPU; the draws depend on its seed and on nothing else.
         """
@@ -164,13 +164,15 @@ class LambdaHarmonic(Reward):
 
 
 def without_token(prompt: str, token: str | None) -> str:
-    """Take the subject's placeholder out of a prompt: "a [V] dog" becomes "a dog"."""
+    """Remove the subject's placeholder from a prompt: "a [V] dog" becomes "a dog"."""
     return " ".join(prompt.replace(token, " ").split()) if token and token in prompt else prompt
 
 
 def _lambda(name: str, value: float) -> float:
     if not 0 <= value <= 1:
-        raise RewardError(f"lambda-harmonic: {name} is {value}; a number from 0 (prompt alone) to 1 (likeness alone)")
+        raise RewardError(
+            f"lambda-harmonic: {name} is {value}; a number from 0 (prompt only) to 1 (similarity only) is allowed"
+        )
     return float(value)
 
 

@@ -1,8 +1,8 @@
-"""A reward that reads noisy latents: half of a diffusion model, trained by `mmalign train-reward`.
+"""A reward on noisy latents: half of a diffusion model, trained by `mmalign train-reward`.
 
 Source: Zhang et al. 2025, arXiv:2502.01051; the network and its formula: `rewards.backbones.latent_network`. It scores
-what a sampler is in the midst of, without a decoder and without a guess at the clean image (`score_latents`), and
-pixels like any reward: encoded, and moved to a level of hardly any noise, always by the same noise.
+the noisy latents of a sampler, without a decoder or a prediction of the clean image (`score_latents`). It also scores
+pixels like any reward: they are encoded and noised to a low level, always with the same noise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROBE_SIZE, PROBE_TOLERANCE = 64, 0.1
 
 
 class LatentReward(Reward):
-    """Fit of an image, or of noisy latents at any level, to its prompt, by half of a diffusion model.
+    """Fit of an image, or of noisy latents at any noise level, to its prompt, by half of a diffusion model.
 
     weights: the directory that `mmalign train-reward` wrote. level: the timestep at which pixels are scored, 0 the
     least noise. Latents are those of this very autoencoder: of another model, only where that has the same.
@@ -67,7 +67,7 @@ class LatentReward(Reward):
         t: int | Shaped[Tensor, " batch"],
         prompts: Sequence[str],
     ) -> Float[Tensor, " batch"]:
-        """Score noisy latents, as the denoiser is given them, at their timesteps: float32, without a gradient.
+        """Score noisy latents, scaled as for the denoiser, at their timesteps: float32, without a gradient.
 
         Prompts are encoded once and remembered. Raises `RewardError` unless there is one for each.
         """
@@ -115,9 +115,9 @@ class LatentReward(Reward):
 
     @torch.no_grad()
     def same_latents(self, encode: Callable[[Tensor], Tensor]) -> bool:
-        """Whether another autoencoder, given as what encodes media in [0, 1], makes the latents that are scored here.
+        """Tell whether another autoencoder, given as a function that encodes media in [0, 1], has the same latents.
 
-        Compared on one picture, so that another file, precision or decoder of the same autoencoder is no other.
+        Both encode one test image, so that another file, precision or decoder of the same autoencoder does not matter.
         """
         line = torch.linspace(0, 1, PROBE_SIZE, device=self.device)
         disc = ((line[:, None] - 0.5) ** 2 + (line - 0.4) ** 2 < 0.05).float()
@@ -135,7 +135,7 @@ class LatentReward(Reward):
         found = {prompt: self._texts[prompt] for prompt in prompts if prompt in self._texts}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if missing:
-            # Tensors made in inference mode could not be used in a later call that asks for gradients.
+            # Tensors made in inference mode could not be used in a later call with gradients.
             with torch.inference_mode(False), torch.no_grad():
                 encoded = self.network.encode(self._tokens(missing))
             found |= {prompt: Texts(*row) for prompt, *row in zip(missing, *encoded, strict=True)}
@@ -148,6 +148,6 @@ class LatentReward(Reward):
         return Texts(torch.stack([row.hidden for row in rows]), torch.stack([row.pooled for row in rows]))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentReward:
-        """Forget the encoded prompts when the weights move or change their dtype."""
+        """Clear the encoded prompts when the weights move or change their dtype."""
         self._texts.clear()
         return super()._apply(fn, recurse)

@@ -24,18 +24,17 @@ MediaItem = Tensor | Image.Image | str | PathLike[str]
 Media = Tensor | Sequence[MediaItem]
 
 SHAPES = {"image": "[B, 3, H, W]", "video": "[B, F, 3, H, W]"}
-TOLERANCE = 1e-4  # what resampling in float32 may leave outside [0, 1]
+TOLERANCE = 1e-4  # tolerance for values outside [0, 1] after resampling in float32
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Return an image as 8-bit RGB: EXIF orientation applied, transparency laid over white, 16 bits scaled to 8.
 
-    The one rule for training data and rewards alike. It deviates from CLIP's original preprocessing, which drops the
-    alpha channel and so scores whatever colours a drawing program left under what nobody sees. An image that is so
-    already is returned itself.
+    Training data and rewards use the same rule. It deviates from CLIP's original preprocessing, which drops the alpha
+    channel and so scores the invisible colours of transparent pixels. An image in this form is returned itself.
 
     Raises:
-        ValueError: the image has 32 bits a channel, of which nobody knows what is white. OSError: it is damaged.
+        ValueError: the image has 32 bits per channel, for which white is not defined. OSError: it is damaged.
     """
     image.load()
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -43,7 +42,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"32 bits a channel, mode {image.mode}; save it with 8 or 16")
+        raise ValueError(f"32 bits per channel, mode {image.mode}; save it with 8 or 16")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -113,7 +112,7 @@ def read_media(media: Any, modality: str, name: str = "media") -> list[tuple[lis
         raise RewardError(f"{name} is empty")
     groups: dict[tuple, tuple[list[int], list[Tensor]]] = {}
     for position, item in enumerate(media):
-        # Images stay bytes until they are stacked: a quarter of what floats would move.
+        # Images stay bytes until they are stacked, a quarter of the size of floats.
         tensor = _read_item(item, modality, f"{name}[{position}]")
         positions, tensors = groups.setdefault((tensor.shape, tensor.dtype, tensor.device), ([], []))
         positions.append(position)

@@ -1,4 +1,4 @@
-"""MPS: a CLIP ViT-H/14 whose image tokens look at the words of the prompt that matter for a preference condition.
+"""MPS: a CLIP ViT-H/14 whose image tokens attend to the words of the prompt relevant to a preference condition.
 
 Source: Zhang et al. 2024, "Learning Multi-dimensional Human Preference for Text-to-Image Generation"
 (arXiv:2405.14705), section 4, and the layout of the released model. With t_i the projected states of the prompt's 77
@@ -57,7 +57,7 @@ VIT_H: dict[str, Any] = {
 
 
 class Words(NamedTuple):
-    """What is known of one prompt: the states of its positions, which of them are kept, and its embedding."""
+    """The encoding of one prompt: the states of its positions, which of them are kept, and its embedding."""
 
     states: Float[Tensor, "positions width"]
     kept: Bool[Tensor, " positions"]
@@ -99,7 +99,9 @@ class Mps(CrossEncoderReward):
         """Load CLIP, cross model and tokenizer."""
         super().__init__(**options)
         if not threshold < 1:
-            raise RewardError(f"mps: threshold is {threshold}; below 1, which the closest word has, is allowed")
+            raise RewardError(
+                f"mps: threshold is {threshold}; a number below 1, the value of the closest word, is allowed"
+            )
         self.condition, self.threshold = condition, float(threshold)
         self.preprocessing = check_mode(preprocessing)
         path = locate(PUBLISHED, weights)
@@ -126,7 +128,7 @@ class Mps(CrossEncoderReward):
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).last_hidden_state)
 
     def compare(self, encoded: Float[Tensor, "batch tokens features"], prompts: list[str]) -> Float[Tensor, " batch"]:
-        """Let the image look at the kept words, and compare what comes out with the prompt."""
+        """Let the image attend to the kept words, and compare the result with the prompt."""
         words = self._words(prompts)
         states, kept = (torch.stack([row[i] for row in words]) for i in (0, 1))
         seen = self.cross_model(encoded, states, kept)[:, 0]
@@ -140,12 +142,12 @@ class Mps(CrossEncoderReward):
         return self.truncation.count
 
     def _words(self, prompts: Sequence[str]) -> list[Words]:
-        """Encode each distinct prompt once, and remember the latest."""
+        """Encode each distinct prompt once, and cache the latest."""
         found = {prompt: self._cache[prompt] for prompt in prompts if prompt in self._cache}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if missing:
             self.truncation.note(missing, [len(ids) for ids in self.tokenizer(missing, verbose=False)["input_ids"]])
-            # Tensors made in inference mode could not be used in a later call that asks for gradients.
+            # Tensors made in inference mode could not be used in a later call with gradients.
             with torch.inference_mode(False), torch.no_grad():
                 states, embeddings = self._read([*missing, self.condition])
                 closeness = torch.einsum("pid,jd->pij", states[:-1], states[-1]).amax(-1)
@@ -166,7 +168,7 @@ class Mps(CrossEncoderReward):
         return project(output.last_hidden_state), project(output.pooler_output)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mps:
-        """Forget the cache when the weights move or change their dtype."""
+        """Clear the cache when the weights move or change their dtype."""
         self._cache.clear()
         return super()._apply(fn, recurse)
 

@@ -1,4 +1,4 @@
-"""Whether an image shows the text that its prompt puts in quotation marks, read by a program.
+"""Whether an image shows the text that its prompt puts in quotation marks, by optical character recognition.
 
 Source: the text rendering reward of Flow-GRPO (Liu et al. 2025, arXiv:2505.05470): the text read, without spaces and
 in lower case, is compared with the quoted one; the score is 1 where that is contained, else 1 - distance / length,
@@ -50,7 +50,7 @@ class OcrReward(ObservedReward):
         """
         super().__init__(**common)
         if reader is not None and params is not None:
-            raise RewardError("ocr: params are RapidOCR's; leave them out, or the reader")
+            raise RewardError("ocr: params apply to RapidOCR only; remove params or reader")
         if reader is None:
             reader, version = _rapidocr(params or {})
             self.version = f"rapidocr {version}" + (f", {dict(params)}" if params else "")
@@ -60,30 +60,30 @@ class OcrReward(ObservedReward):
 
     @classmethod
     def check_prompts(cls, prompts: Sequence[str]) -> None:
-        """Raise `RewardError` where a prompt quotes nothing."""
+        """Raise `RewardError` if a prompt has no quoted text."""
         for prompt in prompts:
             quoted_text(prompt)
 
     def observe(self, images: list[Image.Image]) -> list[str]:
-        """Read each image; its lines are put together."""
+        """Read the text of each image, with its lines joined."""
         return ["".join(self.reader(image)) for image in images]
 
     def rate(self, observed: str, prompt: str) -> float:
-        """Compare what was read with what is quoted."""
+        """Compare the text that was read with the quoted text."""
         return text_score(observed, quoted_text(prompt))
 
     def _check_prompts(self, prompts: Sequence[str] | None, count: int) -> list[str] | None:
-        """Look for the quoted texts before any image is read."""
+        """Check the quoted texts before any image is read."""
         checked = super()._check_prompts(prompts, count)
         self.check_prompts(checked or ())
         return checked
 
 
 def quoted_text(prompt: str) -> str:
-    """Return what stands between the first pair of quotation marks, double ones first.
+    """Return the text in the first pair of quotation marks, double ones first.
 
     Raises:
-        RewardError: there is none, or nothing but spaces in it.
+        RewardError: there is no quoted text, or it holds only spaces.
     """
     for form in _QUOTED:
         found = form.search(prompt)
@@ -93,7 +93,7 @@ def quoted_text(prompt: str) -> str:
 
 
 def text_score(read: str, wanted: str) -> float:
-    """Score a text that was read against the one that was wanted, without spaces and in lower case: in [0, 1]."""
+    """Score a text that was read against the expected one, without spaces and in lower case: in [0, 1]."""
     read, wanted = (text.replace(" ", "").lower() for text in (read, wanted))
     if wanted in read:
         return 1.0
@@ -101,7 +101,7 @@ def text_score(read: str, wanted: str) -> float:
 
 
 def levenshtein(first: str, second: str) -> int:
-    """Return the least number of characters to insert, delete or replace to make one text of the other."""
+    """Return the Levenshtein distance: the least number of characters to insert, delete or replace."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
         above, row[0] = row[0], i
@@ -118,9 +118,11 @@ def _rapidocr(params: Mapping[str, Any]) -> tuple[Reader, str]:
         raise RewardError('ocr needs RapidOCR and onnxruntime: pip install "mmalign[ocr]"') from error
     from importlib.metadata import version
 
-    # Every line counts, however unsure; an image without text is no warning.
+    # Keep lines of any confidence, and do not warn about images without text.
     try:
         engine: Any = RapidOCR(params={"Global.log_level": "error", "Global.text_score": 0.0, **params})
     except Exception as error:  # omegaconf's and its own
-        raise RewardError(f"ocr: RapidOCR refuses {dict(params)}: {' '.join(str(error).split())[:200]}") from error
+        raise RewardError(
+            f"ocr: RapidOCR does not accept {dict(params)}: {' '.join(str(error).split())[:200]}"
+        ) from error
     return lambda image: engine(image).txts or (), version("rapidocr")

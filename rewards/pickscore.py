@@ -28,7 +28,7 @@ PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class PickScore(EncoderReward):
-    """Human choice among images of one prompt, by PickScore v1; about 17 to 24.
+    """Human preference among images of one prompt, by PickScore v1; about 17 to 24.
 
     weights: a directory in transformers' layout or a hub id, by default `yuvalkirstain/PickScore_v1`. tokenizer:
     directory or hub id; by default the directory of the weights where that has one, else that of the CLIP it was
@@ -72,5 +72,5 @@ class PickScore(EncoderReward):
         return self.scale * cosine
 
     def preferences(self, media: Media, prompt: str) -> Float[Tensor, " batch"]:
-        """Return how probable it is that each of several images for one prompt is chosen: `[B]`, adding up to 1."""
+        """Return the probability that each of several images for one prompt is chosen: `[B]`, adding up to 1."""
         return self.matrix(media, [prompt])[:, 0].softmax(0)

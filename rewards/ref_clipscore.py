@@ -1,4 +1,4 @@
-"""RefCLIPScore: how well an image fits its caption, and the caption what people wrote about the image.
+"""RefCLIPScore: fit of an image to its caption, and of the caption to human captions of the image.
 
 Source: Hessel et al. 2021, "CLIPScore" (arXiv:2104.08718), section 3: with c = 2.5 * max(cos, 0) of the image and the
 caption, and r the greatest cosine of the caption and its references, cut at zero, 2 c r / (c + r); all texts with the
@@ -24,7 +24,7 @@ from rewards.media import Media
 
 
 class RefClipScore(ClipReward):
-    """Harmonic mean of CLIPScore and of the prompt's likeness to its reference captions.
+    """Harmonic mean of CLIPScore and of the prompt's similarity to its reference captions.
 
     captions: prompts to their reference captions, a mapping or a JSON file with one. The other options are those of
     `clip`; `kind` must be one that cuts at zero.
@@ -39,7 +39,7 @@ class RefClipScore(ClipReward):
         super().__init__(**options)
         self.captions = _captions(captions)
         if not self.kind.clamp:
-            raise RewardError("ref-clipscore needs a kind that cuts at zero: kind='hessel' or kind='clipscore'")
+            raise RewardError("ref-clipscore needs a kind that clamps at zero: kind='hessel' or kind='clipscore'")
         self.range = (0.0, 2 * self.kind.scale / (self.kind.scale + 1))
         self.version += ", with reference captions"
 
@@ -57,7 +57,7 @@ class RefClipScore(ClipReward):
         return self._with_captions(super().matrix(media, prompts), prompts)
 
     def _with_captions(self, scores: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Make RefCLIPScores of CLIPScores `[..., P]`."""
+        """Turn CLIPScores `[..., P]` into RefCLIPScores."""
         lacking = [prompt for prompt in prompts if prompt not in self.captions]
         if lacking:
             raise RewardError(f"captions= has none for the prompt {lacking[0]!r}, nor for {len(lacking) - 1} others")
@@ -74,7 +74,7 @@ def _captions(given: Mapping[str, Sequence[str]] | str | PathLike[str]) -> dict[
         found = {prompt: [row] if isinstance(row, str) else list(row) for prompt, row in read.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RewardError(
-            f"captions={str(given)[:60]!r}: no mapping of prompts to lists of captions: {error}"
+            f"captions={str(given)[:60]!r}: not a mapping of prompts to lists of captions: {error}"
         ) from error
     for prompt, row in found.items():
         if not row:

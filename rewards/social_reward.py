@@ -1,4 +1,4 @@
-"""Social Reward: a CLIP ViT-L/14 fine-tuned on which pictures people of a creative community edited further.
+"""Social Reward: a CLIP ViT-L/14 fine-tuned on which images users of a creative community chose to edit.
 
 Source: Isajanyan et al. 2024, "Social Reward: Evaluating and Enhancing Generative AI through Million-User Feedback
 from an Online Creative Community" (arXiv:2402.09872). The score is the cosine of image and prompt; OpenAI's ViT-L/14
@@ -17,7 +17,7 @@ from rewards.errors import RewardError
 
 
 class SocialReward(ClipReward):
-    """Agreement of image and prompt by a CLIP ViT-L/14 tuned as Social Reward; weights are to be given.
+    """Agreement of image and prompt by a CLIP ViT-L/14 fine-tuned as Social Reward; weights must be given.
 
     weights: a state dict of OpenAI's ViT-L/14 (a file), or a whole CLIP as of the reward `clip`. Other options as of
     `clip`. Raises `RewardError` without weights, as none are published.
@@ -35,7 +35,10 @@ class SocialReward(ClipReward):
     ) -> None:
         """Load the weights; a file holds those of ViT-L/14 unless `model` says otherwise."""
         if weights is None:
-            raise RewardError("social-reward: no weights are published; give weights=PATH of a CLIP ViT-L/14 so tuned")
+            raise RewardError(
+                "social-reward: no weights are published; give weights=PATH of a CLIP ViT-L/14 that was fine-tuned "
+                "this way"
+            )
         if model is None and Path(weights).expanduser().is_file():
             model = self.default_model
         super().__init__(weights=weights, model=model, **options)

@@ -1,4 +1,4 @@
-"""TextNorm: how much better an image fits its prompt than captions that say something else.
+"""TextNorm: how much better an image fits its prompt than contrasting captions.
 
 Source: Kim et al. 2024, "Confidence-aware Reward Optimization for Fine-tuning Text-to-Image Models" (ICLR, openreview
 Let8OMe20n). For a base reward r, a prompt y and contrast prompts Y
@@ -68,7 +68,7 @@ class TextNorm(Reward):
         spread: str = "variance",
         **options: Any,
     ) -> None:
-        """Load the bases, on the device and in the dtype of the whole unless they say otherwise."""
+        """Load the bases, with this reward's device and dtype unless their own options differ."""
         super().__init__(**options)
         if ensemble not in ENSEMBLES:
             raise RewardError(f"text-norm: ensemble {ensemble!r} is unknown; {choices(ensemble, ENSEMBLES)}")
@@ -95,7 +95,7 @@ class TextNorm(Reward):
         each = []
         for base, scale in zip(self.bases, self.scales, strict=True):
             scores = _scores(base, media, sets, references)
-            # An unused place is no candidate: probability 0.
+            # Unused entries get probability 0.
             logits = (scale if base.higher_is_better else -scale) * scores
             used = torch.tensor([[k < len(found) for k in range(scores.shape[1])] for found in sets])
             each.append(logits.masked_fill(~used.to(logits.device), float("-inf")).softmax(1)[:, 0])
@@ -104,7 +104,7 @@ class TextNorm(Reward):
         return uncertainty_weighted(torch.stack(each), self.lam, self.spread == "std")[0]
 
     def prompt_set(self, prompt: str) -> list[str]:
-        """Return the true prompt and, after it, its contrast prompts; remembered for each prompt.
+        """Return the true prompt followed by its contrast prompts; cached for each prompt.
 
         Raises:
             RewardError: there is no contrast, so that every image would score 1.
@@ -120,7 +120,7 @@ class TextNorm(Reward):
         return self._sets[prompt]
 
     def _ask_for(self, prompts: Sequence[str]) -> None:
-        """Fill the memory of contrast prompts, several at a time where their source allows it, as an endpoint does."""
+        """Fill the cache of contrast prompts, several at a time if their source supports it, as an endpoint does."""
         workers = getattr(self._contrast, "concurrency", 1)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._sets]
         if workers > 1 and len(missing) > 1:
@@ -133,9 +133,7 @@ class TextNorm(Reward):
         except RewardError as error:
             raise RewardError(f"text-norm: base: {error}") from error
         if "prompts" not in found.needs:
-            raise RewardError(
-                f"text-norm: base {found.name!r} sees no prompts, so that none can be compared with others"
-            )
+            raise RewardError(f"text-norm: base {found.name!r} does not use prompts; choose a reward that does")
         return found
 
     def _state_facts(self, contrast: Any) -> None:
@@ -155,7 +153,7 @@ class TextNorm(Reward):
 def _scores(
     base: Reward, media: Tensor, sets: list[list[str]], references: Sequence[Tensor] | None
 ) -> Float[Tensor, "batch candidates"]:
-    """Score every medium against its own candidates; places beyond the length of a set hold numbers of no meaning."""
+    """Score every medium against its own candidates; entries beyond the length of a set are undefined."""
     if isinstance(base, TwoTowerReward) and type(base).score is TwoTowerReward.score:
         texts = {text: place for place, text in enumerate(dict.fromkeys(text for found in sets for text in found))}
         every = base.compare(base.media_embeddings(media) @ base.prompt_embeddings(list(texts)).T)

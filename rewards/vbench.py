@@ -1,4 +1,4 @@
-"""VBench's dimensions of video quality, those whose models are published and can be loaded here.
+"""VBench's dimensions of video quality whose models are published and can be loaded here.
 
 Source: Huang et al. 2024, "VBench" (arXiv:2311.17982), section 3, and its evaluation code. For frames f_1 .. f_F
 
@@ -74,7 +74,7 @@ class VBenchReward(Reward):
         prompts: Sequence[str] | None,
         references: Sequence[Tensor] | None,
     ) -> Float[Tensor, " batch"]:
-        """Measure, and rescale if asked for."""
+        """Measure, and normalise if requested."""
         if media.shape[1] < self.least_frames:
             raise RewardError(
                 f"{self.name}: a video of {media.shape[1]} frame{'s' * (media.shape[1] > 1)}; at least "
@@ -90,7 +90,7 @@ class VBenchReward(Reward):
 
 
 class SubjectConsistency(VBenchReward):
-    """How much the frames look alike to DINO, where the subject dominates; in [0, 1].
+    """Similarity of the frames in DINO features, which depend on the subject; in [0, 1].
 
     weights: directory or hub id of DINO ViT-B/16 in transformers' layout. A video without motion scores 1. Deviation:
     the position embeddings of frames that are not square are interpolated to their size as transformers does, where
@@ -120,7 +120,7 @@ class SubjectConsistency(VBenchReward):
 
 
 class BackgroundConsistency(VBenchReward):
-    """How much the frames look alike to CLIP, which sees the whole scene; in [0, 1].
+    """Similarity of the frames in CLIP embeddings, which depend on the whole scene; in [0, 1].
 
     weights: of CLIP ViT-B/32, as `weights` of the reward `clip`, by default open_clip's with the tag `openai`.
     """
@@ -235,7 +235,7 @@ class AppearanceStyle(EncoderReward):
         return super().media_embeddings(media.flatten(0, 1)).unflatten(0, media.shape[:2]).mean(1)
 
     def compare(self, cosine: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """The mean cosine is the score, rescaled if asked for."""
+        """Return the mean cosine, normalised if requested."""
         low, high = self.bounds
         return (cosine - low) / (high - low)
 
@@ -256,7 +256,7 @@ def prepare(
     size: int,
     crop: bool = False,
 ) -> Float[Tensor, "frames 3 out_height out_width"]:
-    """Resize the shorter edge to `size` without antialiasing, crop the centre if asked for, and normalise."""
+    """Resize the shorter edge to `size` without antialiasing, crop the centre if requested, and normalise."""
     height, width = frames.shape[-2:]
     short = min(height, width)
     target = (int(size * height / short), int(size * width / short))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from rewards.errors import RewardError, choices
 
-# The least and most of each dimension in the authors' normalisation, quality first.
+# Minimum and maximum of each dimension in the authors' normalisation, quality first.
 QUALITY = {
     "subject consistency": (0.1462, 1.0), "background consistency": (0.2615, 1.0),
     "temporal flickering": (0.6293, 1.0), "motion smoothness": (0.706, 0.9975), "dynamic degree": (0.0, 1.0),
@@ -30,7 +30,7 @@ def vbench_total(scores: Mapping[str, float]) -> dict[str, float]:
     """Return VBench's `quality`, `semantic` and `total` from the raw means of all sixteen dimensions, in [0, 1] each.
 
     Raises:
-        RewardError: a dimension is missing or unknown: the total is defined over all sixteen alone.
+        RewardError: a dimension is missing or unknown: the total is defined only over all sixteen.
     """
     for name in scores:
         if name not in BOUNDS:

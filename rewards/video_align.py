@@ -35,7 +35,7 @@ from rewards.media import Media, read_media
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 TOKENS = tuple(f"<|{dimension}_reward|>" for dimension in DIMENSIONS)
-# Over the authors' data; those of model_config.json, where it has them, go first.
+# Over the authors' data; values of model_config.json take precedence.
 STATISTICS = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
 SUPPORTED: dict[str, dict[str, Any]] = {
     "data_config": {"prompt_template_type": "detailed_special", "sample_type": "uniform"},
@@ -99,7 +99,7 @@ class VideoAlign(CrossEncoderReward):
         if preprocessing not in MODES:
             raise RewardError(f"preprocessing {preprocessing!r} is unknown; {choices(preprocessing, MODES)}")
         if media_fps is not None and not media_fps > 0:
-            raise RewardError(f"media_fps is {media_fps}; frames per second of the videos given are expected")
+            raise RewardError(f"media_fps is {media_fps}; give the frames per second of the videos")
         self.preprocessing, self.media_fps, self.normalise = preprocessing, media_fps, normalise
         self.chosen = _chosen(dims)
         template = read_instruction(INSTRUCTION, instruction)
@@ -125,11 +125,11 @@ class VideoAlign(CrossEncoderReward):
         return self.reader.encode(media[:, frames.to(media.device)], "video", pixels, self.preprocessing)
 
     def compare(self, encoded: VisualTokens, prompts: list[str]) -> Float[Tensor, " batch"]:
-        """Add up the chosen parts."""
+        """Return the sum of the chosen parts."""
         return self._parts(encoded, prompts)[:, self.chosen].sum(1)
 
     def parts(self, media: Media, *, prompts: Sequence[str]) -> Float[Tensor, "batch 3"]:
-        """Return visual quality, motion quality and text alignment, whichever are chosen: `[B, 3]` float32."""
+        """Return visual quality, motion quality and text alignment, whatever `dims` is: `[B, 3]` float32."""
         groups = read_media(media, self.modality)
         checked = self._check_prompts(prompts, sum(len(positions) for positions, _ in groups)) or []
 
@@ -192,7 +192,7 @@ def _chosen(dims: Sequence[str]) -> list[int]:
 def _settings(directory: Path) -> dict[str, Any]:
     path = directory / "model_config.json"
     if not path.is_file():
-        raise RewardError(f"{directory} lacks model_config.json: the directory or hub id of a VideoReward is expected")
+        raise RewardError(f"{directory} lacks model_config.json; the directory or hub id of a VideoReward is expected")
     settings = json.loads(path.read_text(encoding="utf-8"))
     for section, values in SUPPORTED.items():
         for name, value in values.items():
@@ -234,6 +234,6 @@ def _read(directory: Path, settings: Mapping[str, Any], base: str | PathLike[str
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Strip what peft put before the names, and give them as the bare model has them."""
+    """Strip peft's prefixes from the names, and return the bare model's names."""
     names = ((backbone_name(name.removeprefix(WRAPPER)), value) for name, value in state.items())
     return {name: value for name, value in names if name is not None}

@@ -58,18 +58,19 @@ class DynamicDegree(VBenchReward):
         """Load RAFT."""
         super().__init__(**options)
         if not media_fps > 0:
-            raise RewardError(f"{self.name}: media_fps is {media_fps}; frames per second of the videos are expected")
+            raise RewardError(f"{self.name}: media_fps is {media_fps}; give the frames per second of the videos")
         self.media_fps = float(media_fps)
         self.source = self.source if weights is None else str(weights)
         self.model = _load_raft(weights).to(self.device, self.dtype)
 
     def measure(self, media: Tensor, prompts: Sequence[str] | None) -> Float[Tensor, " batch"]:
-        """Count the pairs that move."""
+        """Return 1 where enough pairs of frames move."""
         frames = media[:, :: max(1, round(self.media_fps / RATE))]
         count = frames.shape[1]
         if count < self.least_frames:
             raise RewardError(
-                f"{self.name}: {media.shape[1]} frames at {self.media_fps:g} a second leave {count} at 8 a second; at "
+                f"{self.name}: {media.shape[1]} frames at {self.media_fps:g} per second leave {count} at 8 per "
+                "second; at "
                 f"least {self.least_frames} are needed"
             )
         threshold = max(1.0, RATE / self.media_fps) * THRESHOLD * min(frames.shape[-2:]) / SIDE
@@ -77,11 +78,11 @@ class DynamicDegree(VBenchReward):
         return (moving >= round(4 * (count / 16))).to(media.dtype)
 
     def speeds(self, frames: Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch pairs"]:
-        """Return how far the fastest 5 % of the pixels move from each frame to the next, in pixels."""
+        """Return the mean motion of the fastest 5 % of the pixels from each frame to the next, in pixels."""
         if min(frames.shape[-2:]) < LEAST_SIDE:
             raise RewardError(
                 f"{self.name}: frames of {frames.shape[-2]} x {frames.shape[-1]} pixels; RAFT needs at least "
-                f"{LEAST_SIDE} a side"
+                f"{LEAST_SIDE} per side"
             )
         padded = _pad(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         pairs = (padded[:, :-1].flatten(0, 1), padded[:, 1:].flatten(0, 1))
@@ -122,7 +123,9 @@ class MotionSmoothness(Reward):
         super().__init__(batch_size=batch_size, **options)
         self.interpolator: Interpolator = _imported(interpolator) if isinstance(interpolator, str) else interpolator
         if not callable(self.interpolator):
-            raise RewardError(f"motion-smoothness: interpolator {interpolator!r} cannot be called")
+            raise RewardError(
+                f"motion-smoothness: interpolator {interpolator!r} is not callable; give a function or module"
+            )
         if isinstance(self.interpolator, nn.Module):
             self.interpolator.to(self.device)
         name = getattr(interpolator, "__qualname__", type(interpolator).__name__)
@@ -150,7 +153,7 @@ class MotionSmoothness(Reward):
 
 
 def _pad(frames: Tensor) -> Tensor:
-    """Repeat the border about the centre until both sides are multiples of 8."""
+    """Pad both sides by repeating the border until they are multiples of 8."""
     down, across = (-side % MULTIPLE for side in frames.shape[-2:])
     return F.pad(frames, (across // 2, math.ceil(across / 2), down // 2, math.ceil(down / 2)), mode="replicate")
 

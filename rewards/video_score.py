@@ -120,7 +120,7 @@ class VideoScore(CrossEncoderReward):
         return self._outputs(encoded, prompts)[:, self.chosen].mean(1)
 
     def parts(self, media: Media, *, prompts: Sequence[str]) -> Float[Tensor, "batch 5"]:
-        """Return all five aspects, in the order of `ASPECTS`, whichever are chosen: `[B, 5]` float32."""
+        """Return all five aspects, in the order of `ASPECTS`, whatever `aspects` is: `[B, 5]` float32."""
         groups = read_media(media, self.modality)
         checked = self._check_prompts(prompts, sum(len(positions) for positions, _ in groups)) or []
 
@@ -134,12 +134,15 @@ class VideoScore(CrossEncoderReward):
 
         config = load_pretrained("AutoConfig", source)
         if config.model_type != "idefics2":
-            raise RewardError(f"{source}: a model of type {config.model_type!r}; VideoScore is an 'idefics2'")
+            raise RewardError(f"{source}: the model type is {config.model_type!r}; VideoScore is an 'idefics2'")
         self.processor: Any = load_pretrained("AutoProcessor", source)
         self.tokenizer: Any = self.processor.tokenizer
         images = self.processor.image_processor
         if images.do_image_splitting:
-            raise RewardError(f"{source}: its processor splits images, with which VideoScore was not trained")
+            raise RewardError(
+                f"{source}: its processor splits images, but VideoScore was trained without; set do_image_splitting "
+                "to false"
+            )
         self.edges = (images.size["shortest_edge"], images.size["longest_edge"])
         # The size is that of each video; the filter of Idefics2 is bilinear.
         self.preprocess = Preprocess(
@@ -179,7 +182,7 @@ class VideoScore(CrossEncoderReward):
 
 
 def choose_frames(total: int, most: int) -> Int[Tensor, " frames"]:
-    """Return the indices of the frames to be seen: all, or `most` of them, each the first of an equal part."""
+    """Return the indices of the sampled frames: all, or `most` of them, each the first of an equal part."""
     return torch.arange(total) if total <= most else torch.arange(most) * total // most
 
 

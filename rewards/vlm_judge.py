@@ -1,4 +1,4 @@
-"""A vision-language model as judge, behind any OpenAI-compatible endpoint (vLLM, SGLang, a vendor's).
+"""A vision-language model as judge, at any OpenAI-compatible endpoint (vLLM, SGLang, a vendor's).
 
 Sources: the judge of Flow-GRPO (Liu et al. 2025, arXiv:2505.05470), one score from 1 to 5 divided by 5, and
 UnifiedReward (Wang et al. 2025, arXiv:2503.05236), three aspects and comparisons of pairs. Forms:
@@ -35,7 +35,7 @@ from rewards.media import Media, pil_images, read_media
 
 
 class Form(NamedTuple):
-    """An instruction, with `{prompt}` for the prompt, and after which words its numbers stand."""
+    """An instruction, with `{prompt}` for the prompt, and the words that precede its scores in an answer."""
 
     template: str
     labels: tuple[str, ...]
@@ -68,7 +68,7 @@ _VERDICT = re.compile(r"image ([12]) is better|images are equally good", re.I)
 
 
 class VlmJudge(Reward):
-    """Score that a vision-language model gives an image for its prompt, through an OpenAI-compatible endpoint.
+    """Score of an image for its prompt by a vision-language model at an OpenAI-compatible endpoint.
 
     endpoint, model: such as `http://localhost:8000/v1` and the name that the server knows. form: `overall` (default)
     or `aspects`, see above; template: an instruction of your own with `{prompt}`, for the form's numbers;
@@ -106,18 +106,18 @@ class VlmJudge(Reward):
         params: dict[str, Any] | None = None,
         **common: Any,
     ) -> None:
-        """Check the options; nothing is sent yet."""
+        """Check the options; no request is sent."""
         super().__init__(**common)
         if form not in FORMS:
             raise RewardError(f"vlm-judge: form {form!r} is unknown; {choices(form, FORMS)}")
         if on_parse_error not in ON_PARSE_ERROR:
             raise RewardError(
-                f"vlm-judge: on_parse_error {on_parse_error!r}; {choices(on_parse_error, ON_PARSE_ERROR)}"
+                f"vlm-judge: on_parse_error {on_parse_error!r} is unknown; {choices(on_parse_error, ON_PARSE_ERROR)}"
             )
         self.template, self.pair_template = template or FORMS[form].template, pair_template
         for option, text in (("template", self.template), ("pair_template", pair_template)):
             if "{prompt}" not in text:
-                raise RewardError(f"vlm-judge: {option} lacks {{prompt}}, the place of the prompt: {text[:60]!r}")
+                raise RewardError(f"vlm-judge: {option} lacks the placeholder {{prompt}}: {text[:60]!r}")
         self.form, self.expected, self.on_parse_error, self.resize = form, expected, on_parse_error, resize
         # "Style Score (1-5): **4**" is an answer, too.
         self.patterns = [
@@ -135,7 +135,7 @@ class VlmJudge(Reward):
     def score(
         self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None
     ) -> Float[Tensor, " batch"]:
-        """Ask about each image, several at a time."""
+        """Ask about each image, with several requests at a time."""
         asked = [self.template.replace("{prompt}", prompt) for prompt in prompts or ()]
         extra = {"logprobs": True, "top_logprobs": 20} if self.expected else {}
         questions = [(text, [image]) for text, image in zip(asked, self._images(media), strict=True)]
@@ -180,7 +180,7 @@ class VlmJudge(Reward):
         return [image.resize((self.resize, self.resize), Image.Resampling.BICUBIC) for image in images]
 
     def _read(self, reply: Reply) -> float | str:
-        """Return the mean of the numbers asked for, or what was answered instead."""
+        """Return the mean of the scores in an answer, or the answer itself if it has none."""
         values = []
         for pattern in self.patterns:
             matches = list(pattern.finditer(reply.text))
@@ -192,7 +192,7 @@ class VlmJudge(Reward):
         return sum(values) / len(values)
 
     def _expectation(self, reply: Reply, place: int) -> float:
-        """Return the mean of the scores under the probabilities of the token at a place of the text."""
+        """Return the mean score under the token probabilities at a position of the text."""
         start = 0
         for token, others in reply.tokens:
             if start <= place < start + len(token):
@@ -203,10 +203,10 @@ class VlmJudge(Reward):
                 if digits:
                     return sum(k * chance for k, chance in digits.items()) / sum(digits.values())
             start += len(token)
-        raise RewardError(f"{self.client.url} gives no log probabilities of the score; leave out expected=True")
+        raise RewardError(f"{self.client.url} returns no log probabilities of the score; remove expected=True")
 
     def _settled(self, values: Sequence[float | str], least: float) -> list[float]:
-        """Count what could not be read, and put NaN or the least value in its place."""
+        """Count answers that could not be parsed, and replace them by NaN or the lowest score."""
         failed = [value for value in values if isinstance(value, str)]
         self.asked += len(values)
         self.parse_failures += len(failed)
@@ -220,6 +220,6 @@ class VlmJudge(Reward):
 
 
 def _preference(text: str) -> float | str:
-    """Return 1 where the first is better, -1 where the second is, 0 where neither; or the text itself."""
+    """Return 1 if the first is better, -1 if the second is, 0 if neither; or the text if it cannot be parsed."""
     matches = list(_VERDICT.finditer(text))
     return {"1": 1.0, "2": -1.0, None: 0.0}[matches[-1][1]] if matches else text

@@ -1,4 +1,4 @@
-"""VLM-RM: how close an image is to a goal told in words, freed from what does not matter by a baseline.
+"""VLM-RM: similarity of an image to a goal in words, with irrelevant features removed by a baseline.
 
 Source: Rocamonde et al. 2024, "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning"
 (arXiv:2310.12921), definition 1. With x the unit embedding of the image, g and b the means of the unit embeddings of
@@ -7,7 +7,7 @@ target and baseline prompts (as in the authors' code not scaled to length 1 agai
     r = 1 - |P (x - g)|^2 / 2,    P = alpha d d^T / |d|^2 + (1 - alpha) I
 
 alpha = 0 is the plain goal distance, the cosine where g has length 1; alpha = 1 keeps the direction from baseline to
-target alone. P is applied as the rank-one map that it is, never built.
+target alone. P is applied as a rank-one map, without building the matrix.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class VlmRm(EncoderReward):
         prompts: Sequence[str] | None,
         references: Sequence[Tensor] | None,
     ) -> Float[Tensor, " batch"]:
-        """Compare each image with the goal, or with its own."""
+        """Compare each image with the goal, or with its own prompt."""
         return self.closeness(self.media_embeddings(media), self._goals(prompts))
 
     def matrix(self, media: Media, prompts: Sequence[str]) -> Float[Tensor, "batch prompts"]:
@@ -103,7 +103,7 @@ class VlmRm(EncoderReward):
             direction = goal - self.prompt_embeddings(self.baseline or []).mean(0)
             length = direction.square().sum(-1)
             if (length < 1e-12).any():
-                raise RewardError(f"vlm-rm: a goal equals the baseline {self.baseline}; no direction leads to it")
+                raise RewardError(f"vlm-rm: a goal equals the baseline {self.baseline}; give a different baseline")
             squared = squared + (1 - (1 - self.alpha) ** 2) * (away * direction).sum(-1).square() / length
         return 1 - squared / 2
 

@@ -1,6 +1,6 @@
 """VQAScore: the probability that a model answers "Yes" when asked whether an image shows what its prompt says.
 
-Source: Lin et al. 2024 (arXiv:2404.01291), equation 1. Two forms, for numbers of one do not compare with the other's:
+Source: Lin et al. 2024 (arXiv:2404.01291), equation 1. Two forms, whose scores are not comparable:
 
 * `clip-flant5`  the paper's own model. The answer is "Yes" with its end of sequence, and the score the exponential of
   the mean log-probability over these two tokens, sqrt(P(Yes) P(</s> | Yes)), as in the authors' code: not P(Yes).
@@ -36,7 +36,7 @@ TOKENIZER = "google/flan-t5-xxl"
 
 
 class Form(NamedTuple):
-    """What goes with a form unless an option says otherwise."""
+    """The defaults of a form."""
 
     weights: str
     question: str
@@ -94,7 +94,7 @@ class VqaScore(CrossEncoderReward):
         own = FORMS[form]
         self.question = own.question if question is None else question
         if self.question.count("{}") != 1:
-            raise RewardError(f"question {self.question!r}: exactly one {{}} is expected, where the prompt goes")
+            raise RewardError(f"question {self.question!r}: exactly one {{}} is expected, in place of the prompt")
         self.form, self.answer, self.preprocessing = form, answer, preprocessing
         changed = (self.question, answer) != (own.question, "Yes")
         self.version = form + (f", question {self.question!r}, answer {answer!r}" if changed else "")
@@ -102,7 +102,9 @@ class VqaScore(CrossEncoderReward):
         self.differentiable = form == "clip-flant5"
         if form == "vlm":
             if tokenizer or vision_tower or preprocessing != "differentiable":
-                raise RewardError("tokenizer, vision_tower and preprocessing are options of form='clip-flant5' alone")
+                raise RewardError(
+                    "tokenizer, vision_tower and preprocessing apply to form='clip-flant5' only; remove them"
+                )
             self._load_vlm()
         else:
             self._load_clip_flant5(tokenizer, vision_tower)
@@ -126,7 +128,7 @@ class VqaScore(CrossEncoderReward):
         self.truncation = Truncation(self.name, MAX_TOKENS)
 
     def encode_media(self, media: Float[Tensor, "batch 3 height width"]) -> Tensor:
-        """Turn images into tokens of the language model (`vlm`: leave them as they are)."""
+        """Encode images as tokens of the language model (`vlm`: leave them unchanged)."""
         if self.form == "vlm":
             return media
         return self.model.image_features(self.preprocess(pad_to_square(media), self.preprocessing))
@@ -151,7 +153,7 @@ class VqaScore(CrossEncoderReward):
         return self.truncation.count if self.form == "clip-flant5" else 0
 
     def _ids(self, text: str) -> Tensor:
-        """Tokenise a part of the question, which gets an end of sequence of its own, as in training."""
+        """Tokenise a part of the question with its own end-of-sequence token, as in training."""
         return torch.tensor(self.tokenizer(text, verbose=False)["input_ids"], device=self.device)
 
 

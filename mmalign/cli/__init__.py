@@ -1,4 +1,4 @@
-"""The command line: one verb a file; `main` finds it, imports it and runs it."""
+"""The command line: one verb per file; `main` finds, imports and runs it."""
 
 from mmalign.cli.main import main
 

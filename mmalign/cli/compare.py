@@ -1,11 +1,11 @@
-"""Compare models fairly: same prompts, same seeds, several rewards, paired intervals, one self-contained report.
+"""Compare models on the same prompts and seeds, by several rewards with paired intervals, in one report.
 
-Give a YAML config (options override it, `key.path=value` too), or the models themselves; the first is the baseline.
-A system of the config names its model, or the training config that makes it (`train`, `overrides`); `budget` then says
-what each training may cost: {images: N} seen, {seconds: S} or {reward_calls: R}; `training_seeds: [0, 1]` trains each
-once from every seed. `diversity: REWARD` measures how much the images of a prompt differ.
-The same command again trains, draws and scores only what is missing. Vision-language models are compared by
-`questions` (a folder of videos with questions) in place of `prompts` and `rewards`.
+Give a YAML config, or the models themselves; the first one is the baseline. Options and `key.path=value` override the
+config. A system of the config names its model, or the training config that makes it (`train`, `overrides`). `budget`
+limits the cost of each training: {images: N} seen, {seconds: S} or {reward_calls: R}. `training_seeds: [0, 1]` trains
+each system once from every seed. `diversity: REWARD` measures how much the images of a prompt differ.
+Vision-language models are compared by `questions` (a folder of videos with questions) instead of `prompts` and
+`rewards`. Run the same command again to train, sample and score only what is missing.
 """
 
 from __future__ import annotations
@@ -46,36 +46,52 @@ _CONTROL_KEYS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `mmalign compare`; what is not given is left to the config or its defaults."""
+    """Declare the arguments of `mmalign compare`; without one, the config or its default applies."""
     parser.add_argument("inputs", nargs="+", metavar="CONFIG | MODEL", help="one YAML config, or two or more models")
     parser.add_argument("--prompts", metavar="NAME|FILE", help="test prompts: a built-in set or a file")
-    parser.add_argument("--questions", metavar="DIR", help="ask vision-language models these; no prompts, no rewards")
-    parser.add_argument("--frames", type=int, metavar="N", help="frames of a video that are shown (default: all)")
+    parser.add_argument(
+        "--questions",
+        metavar="DIR",
+        help="videos with questions, for vision-language models; replaces --prompts and --rewards",
+    )
+    parser.add_argument(
+        "--frames", type=int, metavar="N", help="frames of each video that the models see (default: all)"
+    )
     parser.add_argument("--rewards", type=_words, metavar="A,B", help="rewards that score the images")
     parser.add_argument("--out", metavar="DIR", help="folder for report.html, results.json and the images")
-    parser.add_argument("--names", type=_words, metavar="A,B", help="what to call the models (default: folder names)")
-    parser.add_argument("--baseline", metavar="NAME", help="the system to compare with (default: the first)")
-    parser.add_argument("--seeds", type=_integers, metavar="0,1", help="seeds drawn for every prompt (default: 0,1)")
+    parser.add_argument("--names", type=_words, metavar="A,B", help="names of the models (default: folder names)")
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="the system to compare the others with (default: the first)"
+    )
+    parser.add_argument(
+        "--seeds", type=_integers, metavar="0,1", help="seeds to sample for every prompt (default: 0,1)"
+    )
     parser.add_argument("--steps", type=int, help="sampling steps (default: 50)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 7.5)")
     parser.add_argument("--solver", choices=("ddim", "dpm++"), help="sampler (default: ddim)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: fp32)")
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first N prompts, or questions")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images drawn at once (default: 8)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images per batch (default: 8)")
     training = parser.add_argument_group("systems that the config trains").add_mutually_exclusive_group()
-    training.add_argument("--no-train", action="store_true", help="refuse to train: everything must be there already")
+    training.add_argument("--no-train", action="store_true", help="do not train; all systems must be trained already")
     training.add_argument(
-        "--retrain", action="store_true", help="set aside what was trained by a config that differs, and train it anew"
+        "--retrain",
+        action="store_true",
+        help="train systems again whose config has changed, and keep the old results aside",
     )
-    control = parser.add_argument_group("guidance control", "the baseline at its best guidance, as one more system")
+    control = parser.add_argument_group(
+        "guidance control", "adds the baseline with its best guidance scale as one more system"
+    )
     control.add_argument("--guidance-control", type=_numbers, metavar="3,4,6,8", help="guidance scales to try")
-    control.add_argument("--control-prompts", metavar="NAME|FILE", help="validation prompts that choose among them")
-    control.add_argument("--control-reward", type=_words, metavar="R", help="reward that chooses (default: the first)")
+    control.add_argument("--control-prompts", metavar="NAME|FILE", help="validation prompts for choosing the scale")
+    control.add_argument(
+        "--control-reward", type=_words, metavar="R", help="reward for choosing the scale (default: the first)"
+    )
     control.add_argument("--control-limit", type=int, metavar="N", help="use only the first N validation prompts")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print the table and say where the report lies."""
+    """Compare, then print the table and the path of the report."""
     config = read_arguments(args)
 
     from mmalign.compare.report.console import print_summary
@@ -98,7 +114,7 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
     """Turn the command line into a checked config.
 
     Raises:
-        UserError: options are missing, or do not go together.
+        UserError: options are missing or contradict each other.
     """
     from mmalign.compare.config import is_comparison, make_compare_config, name_models
     from mmalign.compare.systems.config import check_values
@@ -108,25 +124,29 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
     control = _given(args, _CONTROL_KEYS)
     if is_comparison(args.inputs[0]):
         if args.names:
-            raise UserError("--names is for models given one by one; a config names its systems itself")
+            raise UserError(
+                "--names applies to models given one by one; a config names its systems itself; remove --names"
+            )
         options |= {f"guidance_control.{key}": value for key, value in control.items()}
         overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()]
         return load_comparison(args.inputs[0], [*args.inputs[1:], *overrides])
     for key in ("out",) if args.questions else ("prompts", "rewards", "out"):
         if getattr(args, key) is None:
-            raise UserError(f"--{key} is missing: needed where models are given instead of a config")
+            raise UserError(f"--{key} is missing: it is needed when models are given instead of a config")
     if args.questions:
         _refuse_drawing([*options, *(key for key in _CONTROL_KEYS if getattr(args, key) is not None)])
     if control:
         if args.guidance_control is None or args.control_prompts is None:
             raise UserError(
-                "a guidance control needs --guidance-control with the scales to try and --control-prompts with "
-                "validation prompts to choose by"
+                "a guidance control needs both --guidance-control, the scales to try, and --control-prompts, "
+                "the validation prompts for choosing the scale"
             )
         options["guidance_control"] = {"rewards": options["rewards"][:1], **control}
     names = args.names or name_models(args.inputs)
     if len(names) != len(args.inputs):
-        raise UserError(f"--names gives {len(names)} names for {len(args.inputs)} models; give one each")
+        raise UserError(
+            f"--names gives {len(names)} names for {len(args.inputs)} models; give one name for each model"
+        )
     systems = [{"name": name, "model": model} for name, model in zip(names, args.inputs, strict=True)]
     if args.questions:
         return check_values(QuestionConfig, {"systems": systems, **options})
@@ -139,7 +159,9 @@ def _refuse_drawing(options: Iterable[str]) -> None:
     drawing = [key for key in options if key not in QuestionConfig.model_fields]
     if drawing:
         option = drawing[0].replace("_", "-")
-        raise UserError(f"--{option} is for models that draw, and --questions are answered; leave one out")
+        raise UserError(
+            f"--{option} applies to image generators, and --questions to vision-language models; remove one of them"
+        )
 
 
 def _given(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:

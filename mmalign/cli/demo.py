@@ -1,7 +1,7 @@
-"""The whole story on Shapes, on a CPU: sample pairs, label them, fine-tune by Diffusion-DPO, compare, report.
+"""The whole workflow on Shapes, on a CPU: sample images, label pairs, fine-tune by Diffusion-DPO, compare, report.
 
-Every step is an ordinary mmalign command, printed before it runs; copy one to go on from there. Started again, it
-draws and trains only what is missing.
+Every step is an ordinary mmalign command, which is printed before it runs and can be copied. Run the demo again to
+resume it: only what is missing is sampled and trained.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DRAW = ["--steps", "12", "--guidance", "4", "--solver", "dpm++", "--precision", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the demo."""
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/demo, or runs/demo-quick with --quick")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of every step; shows no gain")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of every step; too short to show a gain")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
         if code:
             return code
     minutes = (time.time() - start) / 60
-    print(f"\nDone in {minutes:.1f} min. The tuned model: {out / 'dpo'} (a MODEL for every mmalign command)")
+    print(f"\nDone in {minutes:.1f} min. The fine-tuned model: {out / 'dpo'} (a MODEL for every mmalign command)")
     print(f"Open the report: {out / 'compare' / 'report.html'}")
     if args.quick:
-        print("This was --quick: far too little training to show anything; run `mmalign demo` for a result.")
+        print("This was --quick, which trains too little to show a gain; run `mmalign demo` for a result.")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Check this installation and print what a bug report should hold: versions, devices, kernels, assets, disk.
+"""Check this installation and print what a bug report needs: versions, devices, kernels, assets, disk.
 
-Nothing is believed that can be tried: attention kernels are called, folders are written to. Exit code 1 if something
+The checks are real tests: attention kernels are called, and folders are written to. The exit code is 1 if something
 that mmalign needs is missing.
 """
 
@@ -33,7 +33,7 @@ OK = "works"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--json", action="store_true", help="print JSON, for a program to read")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -164,11 +164,11 @@ def _xformers(query: Any, key: Any, value: Any) -> Any:
 
 
 def _try(attention: Callable[[Any, Any, Any], Any], sample: Any) -> str:
-    """Return "works", or the first line of what a forward and backward call said."""
+    """Return "works", or the first line of the error of a forward and backward call."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             attention(sample, sample, sample).float().sum().backward()
-    except Exception as error:  # whatever a kernel raises is the finding
+    except Exception as error:  # any error of a kernel is the finding
         return "no: " + (str(error).strip().splitlines() or [type(error).__name__])[0]
     return OK

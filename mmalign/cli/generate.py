@@ -1,6 +1,6 @@
-"""Make images from prompts: PNG files named INDEX-SEED.png and metadata.jsonl (prompt, category, seed, file).
+"""Generate images from prompts: PNG files named INDEX-SEED.png, and metadata.jsonl (prompt, category, seed, file).
 
-The same command again makes only what is missing.
+Run the same command again to generate only the images that are missing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ GRID_ROWS = 40
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign generate`."""
     add_sampling_arguments(parser)
-    parser.add_argument("--seeds", type=_integers, default=[0], metavar="0,1", help="seeds drawn for every prompt")
-    parser.add_argument("--grid", action="store_true", help="also write grid.png: a row a prompt, a column a seed")
+    parser.add_argument(
+        "--seeds", type=_integers, default=[0], metavar="0,1", help="seeds to sample for every prompt (default: 0)"
+    )
+    parser.add_argument(
+        "--grid", action="store_true", help="also write grid.png with a row for each prompt and a column for each seed"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what every command that draws images from one model takes."""
+    """Declare the arguments of all commands that sample images from one model."""
     parser.add_argument("model", metavar="MODEL", help="model directory, directory of a training run, or hub id")
     parser.add_argument(
         "--prompts", required=True, metavar="NAME|FILE|TEXT", help="a built-in set, a file, or the prompt itself"
@@ -44,13 +48,27 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument("--limit", type=positive, metavar="N", help="use only the first N prompts")
     parser.add_argument("--steps", type=positive, default=50, help="sampling steps (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale; 1: none (default %(default)s)")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM, 0 to 1 (default %(default)s)")
+    parser.add_argument(
+        "--guidance", type=float, default=7.5, help="classifier-free guidance scale; 1: none (default %(default)s)"
+    )
+    parser.add_argument(
+        "--eta",
+        type=float,
+        default=0.0,
+        help="noise of the DDIM sampler, from 0 (deterministic) to 1 (default %(default)s)",
+    )
     parser.add_argument("--solver", choices=("ddim", "dpm++"), default="ddim", help="sampler (default %(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the weights")
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at once (default 8)")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="type of the weights (default %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="images per batch (default %(default)s)"
+    )
     parser.add_argument("--adapter", metavar="PATH", help="LoRA file or directory to load on top of MODEL")
-    how_much = "how much of the adapter: 0 the base, 1 as trained (default), between: interpolated"
+    how_much = "strength of the adapter: 0: the base model, 1: as trained (default), between: interpolated"
     parser.add_argument("--adapter-scale", type=float, default=1.0, metavar="S", help=how_much)
 
 
@@ -65,7 +83,7 @@ def read_prompts(given: str, limit: int | None) -> list[Prompt]:
     if given.startswith(TEXT_PREFIX):
         given = given.removeprefix(TEXT_PREFIX).strip()
         if not given:
-            raise UserError(f"--prompts {TEXT_PREFIX}: holds no prompt")
+            raise UserError(f"--prompts {TEXT_PREFIX}: no prompt follows; write --prompts '{TEXT_PREFIX}a red circle'")
         return [Prompt(given)]
     if any(letter.isspace() for letter in given.strip()) and not Path(given).exists():
         return [Prompt(given.strip())]
@@ -126,14 +144,14 @@ def _draw(sampling: Sampling, batch_size: int, folder: _Folder, missing: dict[in
 
 
 class _Folder:
-    """The output folder: which images are there, how they were made, and what was made for which prompt."""
+    """The output folder: its images, the settings they were made with, and the prompt of each image."""
 
     def __init__(self, path: Path, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
         self.path, self.prompts, self.seeds = path, list(prompts), list(seeds)
         self._rows = {row["file"]: row for row in _read_metadata(path / METADATA_FILE)}
 
     def check_settings(self, settings: dict[str, Any]) -> None:
-        """Refuse to mix images of different making in one folder; note the settings of a new one."""
+        """Refuse to mix images of different settings in one folder; store the settings of a new folder."""
         path = self.path / SETTINGS_FILE
         found = _read_settings(path)
         if not self._rows:  # an earlier attempt failed before its first image
@@ -150,7 +168,8 @@ class _Folder:
                     different.append(f"prompt {index} '{row['prompt']}' -> '{prompt.text}'")
         if different:
             raise UserError(
-                f"{self.path} holds images made otherwise ({', '.join(different)}); choose another --out or remove it"
+                f"{self.path} holds images made with other settings ({', '.join(different)}); choose another --out "
+                "or remove the folder"
             )
         write_atomically(path, json.dumps(settings, indent=2))
 
@@ -158,7 +177,7 @@ class _Folder:
         return f"{index:05d}-{seed}.png"
 
     def missing(self) -> dict[int, list[int]]:
-        """Return prompt index -> seeds whose image is not there."""
+        """Return prompt index -> seeds whose image is missing."""
         wanted = {
             index: [seed for seed in self.seeds if not self._has(self.name(index, seed))]
             for index in range(len(self.prompts))
@@ -166,7 +185,7 @@ class _Folder:
         return {index: seeds for index, seeds in wanted.items() if seeds}
 
     def put(self, index: int, seed: int, image: Any) -> None:
-        """Write one image and note what it shows, so that an interrupted run is continued."""
+        """Write one image and its metadata, so that an interrupted run can be resumed."""
         from mmalign.core.io.images import encode_png
 
         prompt, name = self.prompts[index], self.name(index, seed)
@@ -176,12 +195,12 @@ class _Folder:
             lines.write(_line(self._rows[name]))
 
     def write_metadata(self) -> None:
-        """Write the notes anew in the order of the files."""
+        """Rewrite the metadata in the order of the files."""
         text = "".join(_line(self._rows[name]) for name in sorted(self._rows, key=_index_and_seed))
         write_atomically(self.path / METADATA_FILE, text)
 
     def write_grid(self) -> Path:
-        """Draw the first prompts as a picture and return its path."""
+        """Draw the images of the first prompts as one grid and return its path."""
         from PIL import Image
 
         from mmalign.core.io.grid import image_grid
@@ -208,10 +227,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _read_metadata(path: Path) -> list[dict[str, Any]]:
-    """Return the notes of an earlier run; a line cut off by a crash is left out, its image made again.
+    """Return the metadata of an earlier run; a line cut off by a crash is dropped, and its image is made again.
 
     Raises:
-        UserError: somebody else wrote the file, which is then not to be written over.
+        UserError: another program wrote the file, which must not be overwritten.
     """
     rows = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
@@ -220,7 +239,7 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if not _is_note(row):
-            raise UserError(f"{path}: line {number} is not of `mmalign generate`'s making; choose another --out")
+            raise UserError(f"{path}: line {number} was not written by `mmalign generate`; choose another --out")
         rows.append(row)
     return rows
 
@@ -234,7 +253,7 @@ def _is_note(row: Any) -> bool:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Return how the images of a folder were made, or nothing for a new folder.
+    """Return the settings with which the images of a folder were made; empty for a new folder.
 
     Raises:
         UserError: the file is damaged.
@@ -268,12 +287,12 @@ def _integers(text: str) -> list[int]:
 def positive(text: str) -> int:
     """Read a whole number above 0, as an argument type."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
 
 
 def not_negative(text: str) -> int:
-    """Read a whole number from 0 on, as an argument type."""
+    """Read a whole number of at least 0, as an argument type."""
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 0")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
     return int(text)

@@ -1,4 +1,4 @@
-"""List what there is: methods, rewards, model families, shipped configs and prompt sets, with their facts.
+"""List the available methods, rewards, model families, shipped configs and prompt sets, with their facts.
 
 `mmalign list rewards NAME` prints everything about one reward: facts, options, published files and numbers.
 """
@@ -23,7 +23,7 @@ from mmalign.core.registry import Registry
 
 
 class Listing(NamedTuple):
-    """A table: its columns, its rows, and what to do with a row."""
+    """A table: its columns, its rows, and a hint how to use a row."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -33,14 +33,19 @@ class Listing(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("what", choices=sorted(LISTINGS), help="what to list")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="one reward, or 'package.module:Class'")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="only with `list rewards`: one reward, or 'package.module:Class'"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table, or all about one reward, on standard output."""
+    """Print the table, or all facts about one reward, on standard output."""
     if args.name is not None:
         if args.what != "rewards":
-            raise UserError(f"'{args.name}': only rewards are shown one by one; leave it out, or `list rewards NAME`")
+            raise UserError(
+                f"'{args.name}': only rewards are listed one by one; remove the name, or run `mmalign list rewards "
+                "NAME`"
+            )
         print(_describe(args.name))
         return 0
     listing = LISTINGS[args.what]()
@@ -48,8 +53,10 @@ def run(args: argparse.Namespace) -> int:
     for index, column in enumerate(listing.columns):
         table.add_column(column, no_wrap=index == 0, overflow="fold")
     for row in listing.rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: square brackets in a cell are no markup
-    # In a pipe there is no width to fit: one line a row, for grep.
+        table.add_row(
+            *(Text(cell) for cell in row)
+        )  # As Text, so that square brackets in a cell are not taken for markup.
+    # In a pipe there is no width to fit: one line per row, for grep.
     Console(width=None if sys.stdout.isatty() else 2000, highlight=False).print(table)
     note(f"\n{listing.hint}")
     return 0
@@ -62,7 +69,7 @@ def _methods() -> Listing:
     for name in methods.names():
         try:
             method = methods.get(name)
-        except UserError as error:  # somebody else's broken plug-in must not hide the rest
+        except UserError as error:  # a broken third-party plug-in must not hide the others
             note(f"warning: {error}")
             continue
         needs = method.needs
@@ -112,7 +119,7 @@ def _rewards() -> Listing:
 
 
 def _describe(name: str) -> str:
-    """Write out a reward: its facts, its own words, its options with their defaults, its files and numbers."""
+    """Describe a reward: its facts, its docstring, its options with defaults, its files and published numbers."""
     from rewards import Facts, reward_class
     from rewards.goldens import GOLDENS
     from rewards.registry import options_of
@@ -202,5 +209,5 @@ def _first_line(thing: object) -> str:
 
 
 def bound(value: float) -> str:
-    """Write a bound of a range."""
+    """Format a bound of a range."""
     return f"{value:g}" if math.isfinite(value) else ("-inf" if value < 0 else "inf")

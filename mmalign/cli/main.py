@@ -1,7 +1,7 @@
 """The command line: `mmalign VERB ...`. Each verb is a module of `mmalign.cli`, imported only when it is used.
 
-Exit codes: 0 done; 2 the user's input is wrong (one clear line a fault, no traceback); 3 `score` is done but some
-items have no score; 130 stopped by Ctrl-C; 1 anything else.
+Exit codes: 0 done; 2 the user's input is wrong (one line for each error, no traceback); 3 `score` is done but some
+items have no score; 130 stopped by Ctrl-C; 1 any other error.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """ArgumentParser whose complaints look like every other error of mmalign; abbreviated options are refused."""
+    """ArgumentParser whose errors look like all other errors of mmalign; abbreviated options are refused."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**{"allow_abbrev": False, **options})  # type: ignore[arg-type]
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        """Parse everything; an unknown option is reported with the nearest known one."""
+        """Parse all arguments; an unknown option is reported with the nearest known one."""
         subparsers = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         # Intermixed, so that `train CONFIG a=1 --option b=2` takes both overrides; argparse has it without subparsers.
         parse = self.parse_known_args if subparsers else self.parse_known_intermixed_args
@@ -130,7 +130,7 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and leaving the process."""
+        """Raise a UserError instead of printing the usage and exiting."""
         choice = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
         if choice:
             message += did_you_mean(choice[1], re.findall(r"[^', ]+", choice[2]))
@@ -138,7 +138,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _report(error: Exception, debug: bool) -> int:
-    """Print an exception as it deserves and return the exit code."""
+    """Print an exception, with a traceback only if it is a bug, and return the exit code."""
     if isinstance(error, _user_errors()):
         if debug:
             traceback.print_exception(error)
@@ -161,14 +161,14 @@ def _report(error: Exception, debug: bool) -> int:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    """Return what counts as wrong input; a package that was never imported can have raised nothing."""
+    """Return the exceptions for wrong input; packages that were never imported cannot have raised any."""
     named = [("pipelines.errors", "PipelineError"), ("rewards.errors", "RewardError")]
     return UserError, *(getattr(sys.modules[module], name) for module, name in named if module in sys.modules)
 
 
 def _help() -> str:
     lines = [
-        "mmalign: fine-tune generators from preferences, and compare them fairly",
+        "mmalign: align image, video and vision-language models to preferences, and compare them fairly",
         "",
         "usage: mmalign COMMAND ...        mmalign COMMAND --help        mmalign --version",
         "",
@@ -177,10 +177,10 @@ def _help() -> str:
         lines += [f"  {verb:<12} {about}", f"  {'':<12}   $ {example}"]
     lines += [
         "",
-        "MODEL is a directory of diffusers or, for a model that answers, of transformers, a directory that",
-        "`mmalign train` wrote, or a hub id; names such as assets/shapes-sd and shapes/diffusion_dpo are found",
-        "wherever mmalign is installed.",
+        "MODEL is a model directory of diffusers (for vision-language models: of transformers), the output of",
+        "`mmalign train`, or a hub id. Names such as assets/shapes-sd and shapes/diffusion_dpo are found wherever",
+        "mmalign is installed.",
         "--debug shows the traceback of an error. Exit codes: 0 done, 2 wrong input, 3 some items have no score,",
-        "130 Ctrl-C, 1 anything else.",
+        "130 stopped by Ctrl-C, 1 any other error.",
     ]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
-"""Merge an adapter into its base: one model in diffusers' or transformers' layout, to train further, share or serve.
+"""Merge an adapter into its base model: one model in the layout of diffusers or transformers.
 
-The config of the adapter's training goes along, so that a comparison still knows by what the model was trained.
+The merged model can be trained further, shared or served. The config of the adapter's training is copied along, so
+that a comparison still knows how the model was trained.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from mmalign.core.resources import resolve_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", metavar="ADAPTER", help="directory of a training run with adapter.kind lora")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write the whole model to")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write the merged model to")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the weights (default fp32)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load base and adapter on the CPU, merge them, and write the result aside before it takes its name."""
+    """Load base and adapter on the CPU, merge them, and write the result atomically."""
     location = resolve_model(args.model)
     from mmalign.training.models import save_whole
     from pipelines import load_generator, load_vlm
@@ -40,5 +41,5 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: is not empty; name another folder, or remove it")
     model = load(location, dtype=args.precision, device="cpu", resolve=resolve_model)
     save_whole(model, Path(location), args.out)
-    print(f"{args.model} on {model.name_or_path} is one model in {args.out}")
+    print(f"{args.model} was merged into {model.name_or_path}: {args.out}")
     return 0

@@ -1,8 +1,8 @@
-"""Build preference data: `sample` draws several images for each prompt, `label` turns them into pairs by a reward,
-`perturb` gives good images captions that do not fit them, and videos answers that perturbing them led a model to.
+"""Build preference data: `sample` images for prompts, `label` them by rewards, or `perturb` images and videos.
 
-An interrupted `sample` goes on where it stopped, and so does `perturb` of videos; the pairs of images are a parquet
-file with the columns of Pick-a-Pic.
+`sample` generates several images for each prompt. `label` turns them into preference pairs by rewards: a parquet file
+with the columns of Pick-a-Pic. `perturb` writes captions that do not fit good images, or pairs of answers to original
+and perturbed videos. Run the same `sample`, or `perturb` of videos, again to resume it.
 """
 
 from __future__ import annotations
@@ -26,50 +26,99 @@ from mmalign.core.progress import track
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign pairs sample`, `label` and `perturb`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="sample|label|perturb")
-    sample = actions.add_parser("sample", help="draw images: DIR/images.parquet")
+    sample = actions.add_parser("sample", help="generate several images for each prompt, in DIR/images.parquet")
     add_sampling_arguments(sample)
-    sample.add_argument("--images-per-prompt", type=positive, default=4, metavar="N", help="default %(default)s")
-    sample.add_argument("--seed", type=not_negative, default=0, help="of all image seeds (default %(default)s)")
-    label = actions.add_parser("label", help="score the images and write pairs")
-    label.add_argument("images", metavar="DIR", help="what `mmalign pairs sample` wrote")
-    label.add_argument("--reward", required=True, metavar="R,R2:0.5", help="rewards, with weights other than 1")
-    label.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="the pairs")
+    sample.add_argument(
+        "--images-per-prompt",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="images for each prompt (default %(default)s)",
+    )
+    sample.add_argument(
+        "--seed",
+        type=not_negative,
+        default=0,
+        help="seed from which all image seeds are derived (default %(default)s)",
+    )
+    label = actions.add_parser("label", help="score the images and write preference pairs")
+    label.add_argument("images", metavar="DIR", help="output folder of `mmalign pairs sample`")
+    label.add_argument(
+        "--reward", required=True, metavar="R,R2:0.5", help="rewards, each with an optional weight (default 1)"
+    )
+    label.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="file to write the pairs to")
     modes = ("best-worst", "bradley-terry", "calibrated")
     label.add_argument(
-        "--mode", choices=modes, default="best-worst", help="who wins; calibrated: scores are win rates"
+        "--mode",
+        choices=modes,
+        default="best-worst",
+        help="how winners are chosen; calibrated: scores are win rates (default %(default)s)",
     )
-    label.add_argument("--temperature", type=float, default=1.0, help="of both but best-worst (default %(default)s)")
-    label.add_argument("--label-noise", type=float, default=0.0, metavar="P", help="flip labels with probability P")
-    label.add_argument("--min-margin", type=float, default=0.0, metavar="M", help="leave out pairs closer than this")
-    label.add_argument("--pairs-per-prompt", type=positive, default=1, metavar="K", help="default %(default)s")
-    label.add_argument("--seed", type=not_negative, default=0, help="of draws, noise and sides (default %(default)s)")
-    _add_perturb_arguments(actions.add_parser("perturb", help="write captions, or answers, that do not fit"))
+    label.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="temperature of the modes other than best-worst (default %(default)s)",
+    )
+    label.add_argument(
+        "--label-noise", type=float, default=0.0, metavar="P", help="flip each label with probability P"
+    )
+    label.add_argument(
+        "--min-margin",
+        type=float,
+        default=0.0,
+        metavar="M",
+        help="drop pairs whose scores differ by less than M (default %(default)s)",
+    )
+    label.add_argument(
+        "--pairs-per-prompt", type=positive, default=1, metavar="K", help="pairs for each prompt (default %(default)s)"
+    )
+    label.add_argument(
+        "--seed", type=not_negative, default=0, help="seed of sampling, label noise and sides (default %(default)s)"
+    )
+    _add_perturb_arguments(
+        actions.add_parser("perturb", help="write captions that do not fit images, or pairs of answers about videos")
+    )
 
 
 def _add_perturb_arguments(perturb: argparse.ArgumentParser) -> None:
     perturb.add_argument(
-        "source", metavar="FILE|DIR", help="pairs (their chosen images), labelled images, or videos with questions"
+        "source",
+        metavar="FILE|DIR",
+        help="preference pairs (of which the chosen images are used), labelled images, or videos with questions",
     )
-    perturb.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="for data.labels, data.pairs")
-    perturb.add_argument("--answers", metavar="DIR", help="keep a model's answers here, to ask for none twice")
-    perturb.add_argument("--limit", type=positive, metavar="N", help="only the first N images, or questions")
-    perturb.add_argument("--seed", type=not_negative, default=0, help="of all that is drawn (default %(default)s)")
+    perturb.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE.parquet",
+        help="file to write, for data.labels (captions) or data.pairs (answers)",
+    )
+    perturb.add_argument("--answers", metavar="DIR", help="folder in which the model's answers are cached")
+    perturb.add_argument("--limit", type=positive, metavar="N", help="use only the first N images, or questions")
+    perturb.add_argument("--seed", type=not_negative, default=0, help="seed of all random draws (default %(default)s)")
     add_video_arguments(perturb)
     captions = perturb.add_argument_group("captions of images")
     captions.add_argument(
         "--contrast",
         metavar="shapes|rules|FILE",
-        help="rules of Shapes, which check that no edited caption is true (default), rules of English, or a JSON file",
+        help="source of the edited captions: the rules of Shapes, which check that no edited caption is true "
+        "(default), rules of "
+        "English, or a JSON file",
     )
-    captions.add_argument("--endpoint", metavar="URL", help="ask a language model instead, such as .../v1")
-    captions.add_argument("--llm", metavar="NAME", help="the model behind the endpoint")
+    captions.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="language model endpoint that writes the captions instead, such as http://localhost:8000/v1",
+    )
+    captions.add_argument("--llm", metavar="NAME", help="name of the model at the endpoint")
     captions.add_argument(
         "--api-key-env", metavar="VARIABLE", help="environment variable that holds the endpoint's key"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do the action that was asked for."""
+    """Run the chosen action."""
     return {"sample": _sample, "label": _label, "perturb": _perturb}[args.action](args)
 
 
@@ -113,7 +162,7 @@ def _check_out(out: Path) -> None:
 def _label(args: argparse.Namespace) -> int:
     _check_out(args.out)
     if args.mode == "best-worst" and args.temperature != 1.0:
-        raise UserError("--temperature belongs to --mode bradley-terry or calibrated; best-worst draws nothing")
+        raise UserError("--temperature applies to --mode bradley-terry or calibrated only; best-worst does not sample")
 
     from mmalign.core.io.images import find_images
     from mmalign.core.io.parquet import open_parquet
@@ -159,13 +208,13 @@ def _perturb(args: argparse.Namespace) -> int:
 
 
 def _contrast(args: argparse.Namespace) -> str | dict[str, object]:
-    """Return where the rejected captions come from, as `edits_of` takes it."""
+    """Return the source of the rejected captions, in the form that `edits_of` takes."""
     if args.endpoint is None:
         given = [f"--{name}" for name in ("llm", "api_key_env", "answers") if getattr(args, name) is not None]
         if given:
-            raise UserError(f"{given[0].replace('_', '-')} belongs to --endpoint; give both or neither")
+            raise UserError(f"{given[0].replace('_', '-')} applies to --endpoint only; give both or neither")
         return args.contrast or "shapes"
     if args.contrast is not None or args.llm is None:
-        raise UserError("--endpoint asks a language model: give its name by --llm, and no --contrast")
+        raise UserError("--endpoint needs the name of its model: give --llm, and remove --contrast")
     options = {"api_key_env": args.api_key_env, "cache": args.answers}
     return {"endpoint": args.endpoint, "model": args.llm, **{k: v for k, v in options.items() if v is not None}}

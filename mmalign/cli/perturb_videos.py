@@ -1,4 +1,4 @@
-"""`mmalign pairs perturb` for videos: pairs of answers to videos and to what perturbing makes of them."""
+"""`mmalign pairs perturb` for videos: preference pairs of answers to videos and to perturbed videos."""
 
 from __future__ import annotations
 
@@ -23,79 +23,117 @@ _NEW_TOKENS = {"questions": 32, "answers": 256}
 
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what only sources of videos take; what is not given is None, so that it can be told from a default."""
-    group = parser.add_argument_group("videos", "answers of a vision-language model to videos, and to perturbed ones")
-    group.add_argument("--model", metavar="DIR|ID", help="the model that answers: a directory or a hub id")
+    """Declare the options of video sources; an option that is not given is None, to tell it from a default."""
+    group = parser.add_argument_group(
+        "videos", "pairs of answers of a vision-language model, to videos and to perturbed videos"
+    )
+    group.add_argument("--model", metavar="DIR|ID", help="vision-language model that answers: a directory or a hub id")
     group.add_argument(
         "--mode",
         choices=("questions", "answers"),
-        help="ask the questions of the source (default), or for descriptions",
+        help="questions: ask those of the source (default); answers: ask for descriptions",
     )
     group.add_argument(
         "--instruction",
         action="append",
         metavar="TEXT",
-        help="ask for descriptions in these words where the source has none; may be given often (default: six)",
+        help="instruction for descriptions, if the source has none; repeatable (default: six built-in ones)",
     )
     group.add_argument(
         "--operators", type=_words, metavar="A,B+C", help="perturbations (default: drop,block-shuffle,block-reverse)"
     )
     group.add_argument(
-        "--difficulty", type=_integers, metavar="16,8,4,2", help="ratios of those that take one (default: %(metavar)s)"
+        "--difficulty",
+        type=_integers,
+        metavar="16,8,4,2",
+        help="difficulties (ratios) of the perturbations that have one (default: %(metavar)s)",
     )
-    group.add_argument("--perturb", choices=("video", "captions"), help="frames (default), or captions of the clips")
-    group.add_argument("--compose", choices=("model", "join"), help="who makes a text of captions (default: model)")
-    group.add_argument("--chosen", choices=("model", "truth"), help="whose answer is chosen (default: model)")
-    group.add_argument("--rejected", choices=("answers", "videos", "both"), help="what is rejected (default: answers)")
-    group.add_argument("--min-events", type=positive, metavar="N", help="default: 1 for questions, 2 for descriptions")
+    group.add_argument(
+        "--perturb", choices=("video", "captions"), help="perturb the frames (default), or captions of the clips"
+    )
+    group.add_argument(
+        "--compose",
+        choices=("model", "join"),
+        help="how captions are combined: written by the model (default), or joined",
+    )
+    group.add_argument(
+        "--chosen", choices=("model", "truth"), help="the chosen answer: the model's (default) or the true one"
+    )
+    group.add_argument(
+        "--rejected",
+        choices=("answers", "videos", "both"),
+        help="rejected side: answers to perturbed videos (default), perturbed videos with the chosen answer, or both",
+    )
+    group.add_argument(
+        "--min-events",
+        type=positive,
+        metavar="N",
+        help="least number of events in a video (default: 1 for questions, 2 for descriptions)",
+    )
     group.add_argument(
         "--length-ratio",
         type=float,
         metavar="R",
-        help="longest of two descriptions over the other (default: 1.5; 0: any)",
+        help="largest allowed ratio of the lengths of two descriptions (default: 1.5; 0: any)",
     )
     group.add_argument(
         "--min-effect",
         type=float,
         metavar="NATS",
-        help="least fall of log p(chosen) - log p(rejected) by the perturbation (default: any)",
+        help="least drop of log p(chosen) - log p(rejected) caused by the perturbation (default: any)",
     )
     group.add_argument(
         "--mirrored",
         action="store_const",
         const=True,
-        help="keep pairs of questions only with their opposite: words alone teach nothing",
+        help="keep a pair only together with its opposite, so that the text alone does not reveal the answer",
     )
     frames = group.add_mutually_exclusive_group()
     frames.add_argument("--frames", type=positive, metavar="N", help="show N frames of a video (default: all)")
     frames.add_argument("--fps", type=float, metavar="X", help="show X frames a second of a video")
-    group.add_argument("--max-new-tokens", type=positive, metavar="N", help="default: 32 for questions, 256 otherwise")
-    group.add_argument("--temperature", type=float, metavar="T", help="of the answers (default: 0, greedy)")
-    group.add_argument("--top-p", type=float, metavar="P", help="most probable share that is drawn from (default: 1)")
+    group.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="longest answer (default: 32 for questions, 256 otherwise)",
+    )
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="sampling temperature of the answers (default: 0, greedy)"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="nucleus sampling: probability mass of the tokens that are sampled from (default: 1)",
+    )
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: fp32)")
-    group.add_argument("--batch-size", type=positive, metavar="N", help="answers at once (default: 8)")
+    group.add_argument("--batch-size", type=positive, metavar="N", help="answers per batch (default: 8)")
 
 
 def refuse_video_options(args: argparse.Namespace) -> None:
-    """Refuse options of videos for a source that holds none.
+    """Refuse video options for a source without videos.
 
     Raises:
-        UserError: one was given, or there is no such source.
+        UserError: such an option was given, or the source does not exist.
     """
     given = [name for name in _OPTIONS if getattr(args, name) is not None]
     if given:
-        find(args.source)  # a mistyped path is told so
+        find(args.source)  # so that a mistyped path is reported as missing
         raise UserError(
-            f"--{given[0].replace('_', '-')} is for videos, and {args.source} holds none; give a folder that "
-            "`mmalign shapes videos` wrote, or a table with a column 'video'"
+            f"--{given[0].replace('_', '-')} applies to videos only, and {args.source} holds none; give a folder "
+            "written "
+            "by `mmalign shapes videos`, or a table with a column 'video'"
         )
 
 
 def perturb_videos(args: argparse.Namespace) -> int:
-    """Make pairs of answers about videos and say what became of everything."""
+    """Make pairs of answers about videos and print how many were kept and why others were dropped."""
     captions = [name for name in ("contrast", "endpoint", "llm", "api_key_env") if getattr(args, name) is not None]
     if captions:
-        raise UserError(f"--{captions[0].replace('_', '-')} is for captions of images, and {args.source} holds videos")
+        raise UserError(
+            f"--{captions[0].replace('_', '-')} applies to captions of images only, and {args.source} holds videos; "
+            "remove it"
+        )
     values = _with_defaults(args)
 
     from mmalign.data.video.items import INSTRUCTIONS, read_video_items
@@ -118,14 +156,14 @@ def perturb_videos(args: argparse.Namespace) -> int:
 def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
     mode, perturb = args.mode or "questions", args.perturb or "video"
     if args.compose is not None and perturb == "video":
-        raise UserError("--compose belongs to --perturb captions")
+        raise UserError("--compose applies to --perturb captions only; remove it or set --perturb captions")
     if args.instruction is not None and (mode == "questions" or not all(map(str.strip, args.instruction))):
-        raise UserError("--instruction: some text, and for descriptions alone: --mode answers")
+        raise UserError("--instruction: must not be empty, and needs --mode answers")
     if args.length_ratio is not None and (mode == "questions" or 0 < args.length_ratio < 1 or args.length_ratio < 0):
-        raise UserError("--length-ratio: 1 or more (0: any), and for descriptions alone: --mode answers")
+        raise UserError("--length-ratio: must be 1 or more (0: any), and needs --mode answers")
     top_p = 1.0 if args.top_p is None else args.top_p
     if (args.temperature or 0) < 0 or (args.fps is not None and args.fps <= 0) or not 0 < top_p <= 1:
-        raise UserError("--temperature: 0 or more; --fps: above 0; --top-p: above 0, at most 1")
+        raise UserError("--temperature must be 0 or more, --fps above 0, and --top-p above 0 and at most 1")
     defaults = {
         "mode": mode, "perturb": perturb, "compose": "model", "operators": ["drop", "block_shuffle", "block_reverse"],
         "difficulty": [16, 8, 4, 2], "chosen": "model", "rejected": "answers", "length_ratio": 1.5, "mirrored": False,
@@ -156,12 +194,12 @@ def _settings(values: dict[str, Any], seed: int) -> VideoPairSettings:
 
 
 def _answerer(values: dict[str, Any], folder: Path) -> Answerer | None:
-    """Return the model that answers, if one is needed; its answers are kept in `folder`."""
+    """Return the vision-language model, if one is needed; its answers are cached in `folder`."""
     model = values.get("model")
     if model is None:
         if values["chosen"] == "truth" and values["rejected"] == "videos":
             return None
-        raise UserError("--model is missing: the one that answers; only --chosen truth --rejected videos needs none")
+        raise UserError("--model is missing; only --chosen truth with --rejected videos needs no model")
 
     from mmalign.core.precision import check_precision
     from mmalign.data.video.answering import Answerer, Decoding

@@ -1,7 +1,7 @@
 """Check rewards against the numbers that their authors published: `mmalign rewards verify [NAME]`.
 
-Runs what can be run with the weights and files at hand, and says why the rest was skipped. Nothing is fetched without
---download. Exit code 1 if a number differs or a checkpoint does not load.
+Checks that need weights or files which are not here are skipped, with the reason. Nothing is downloaded without
+--download. The exit code is 1 if a number differs or a checkpoint does not load.
 """
 
 from __future__ import annotations
@@ -24,20 +24,24 @@ REASON = 110
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign rewards verify`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="verify")
-    verify = actions.add_parser("verify", help="run the published goldens")
-    verify.add_argument("name", nargs="?", metavar="NAME", help="a reward, or one golden such as clip/vit-b-32")
-    verify.add_argument("--weights", metavar="PATH", help="weights of the one reward or golden that is named")
-    verify.add_argument("--golden", metavar="DIR", help="folder of golden files (default: $MMALIGN_GOLDEN)")
-    verify.add_argument("--download", action="store_true", help="fetch weights that are not here; gigabytes")
-    verify.add_argument("--device", help="where the rewards run (default: cuda where there is one)")
+    verify = actions.add_parser("verify", help="compare rewards with published scores")
+    verify.add_argument(
+        "name", nargs="?", metavar="NAME", help="a reward, or one published score such as clip/vit-b-32"
+    )
+    verify.add_argument("--weights", metavar="PATH", help="weights of the reward or published score that NAME gives")
+    verify.add_argument(
+        "--golden", metavar="DIR", help="folder with the images of the published scores (default: $MMALIGN_GOLDEN)"
+    )
+    verify.add_argument("--download", action="store_true", help="download missing weights (gigabytes)")
+    verify.add_argument("--device", help="device of the rewards (default: cuda if available, else cpu)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table on standard output."""
     if args.weights is not None and args.name is None:
-        raise UserError("--weights belong to one reward: name it, as in `mmalign rewards verify hps --weights DIR`")
+        raise UserError("--weights applies to one reward; name it, as in `mmalign rewards verify hps --weights DIR`")
     if not args.download:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's client when it is imported
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client reads it when it is imported
 
     from mmalign.core.progress import note
     from rewards.goldens import golden_folder, goldens_of, verify
@@ -72,7 +76,7 @@ def _print(verdicts: list[Verdict]) -> None:
         status = f"{verdict.status}: {reason}" if reason else verdict.status
         cells = [golden.name, golden.given, _numbers(golden.expected), _numbers(verdict.got), difference, status]
         table.add_row(*map(Text, cells))
-    # In a pipe there is no width to fit: one line a row, for grep.
+    # In a pipe there is no width to fit: one line per row, for grep.
     Console(width=None if sys.stdout.isatty() else 2000, highlight=False).print(table)
 
 

@@ -1,8 +1,8 @@
-"""Score images or videos by any rewards, several in one pass over the files; parquet, CSV or JSONL out.
+"""Score images or videos by one or several rewards in one pass; writes parquet, CSV or JSONL.
 
 INPUT is a folder, a glob, a file, a table (JSONL, CSV, TSV, parquet) with a column image or video and a column prompt,
 or a webdataset tar. Prompts of files come from metadata.jsonl beside them (as `mmalign generate` writes it), from
-NAME.txt, or from --prompt. The same command again goes on where it stopped, and scores only what is new or changed.
+NAME.txt, or from --prompt. Run the same command again to resume, and to score only new or changed files.
 
 Exit code 3: done, but some items have no score (their column `error` says why).
 """
@@ -27,26 +27,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign score`."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="folder, glob, file, table or webdataset tar")
     parser.add_argument(
-        "--rewards", required=True, metavar="A,B:0.5|FILE.yaml", help="rewards; weights add a column 'total'"
+        "--rewards",
+        required=True,
+        metavar="A,B:0.5|FILE.yaml",
+        help="rewards; with weights, a column 'total' holds the weighted sum",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="scores.parquet, .csv or .jsonl")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="file to write: .parquet, .csv or .jsonl"
+    )
     parser.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="REWARD.KEY=VALUE",
-        help="such as clip.weights=DIR; repeatable",
+        help="option of a reward, such as clip.weights=DIR; repeatable",
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="one prompt for everything, in place of any other")
-    parser.add_argument("--skip-bad", action="store_true", help="go on without what cannot be scored; exit code 3")
-    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="draw the best and the worst with their scores")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="at once (default %(default)s)")
+    parser.add_argument("--prompt", metavar="TEXT", help="one prompt for all files, instead of any other prompts")
+    parser.add_argument("--skip-bad", action="store_true", help="skip items that cannot be scored, with exit code 3")
     parser.add_argument(
-        "--workers", type=positive, metavar="N", help="threads that decode (default: cores, at most 8)"
+        "--grid",
+        type=Path,
+        metavar="FILE.png",
+        help="write an image of the best and the worst items with their scores",
     )
-    parser.add_argument("--device", help="where the rewards run (default: cuda where there is one)")
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: each reward's own)"
+        "--batch-size", type=positive, default=32, metavar="N", help="items per batch (default %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="decoding threads (default: number of cores, at most 8)"
+    )
+    parser.add_argument("--device", help="device of the rewards (default: cuda if available, else cpu)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: each reward's own)"
     )
     frames = parser.add_mutually_exclusive_group()
     frames.add_argument("--frames", type=positive, metavar="N", help="score N frames of each video, spread evenly")
@@ -54,12 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score, print the statistics, and say where the scores lie."""
+    """Score, then print the statistics and the path of the scores."""
     from mmalign.scoring.results import check_format
 
     check_format(args.out)
     if args.grid is not None and args.grid.suffix.lower() != ".png":
-        raise UserError(f"--grid {args.grid}: is written as PNG; name it {args.grid.stem}.png")
+        raise UserError(f"--grid {args.grid}: is written as PNG; name the file {args.grid.stem}.png")
     if args.fps is not None and not 0 < args.fps < float("inf"):
         raise UserError(f"--fps {args.fps}: must be a number above 0")
 

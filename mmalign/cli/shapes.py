@@ -1,8 +1,8 @@
-"""The Shapes world: look at it, read pictures with its oracle, make its models again.
+"""The Shapes world: draw its images and videos, read images with its oracle, train its models again.
 
 mmalign shapes draw --count 48 --out world.png
 mmalign shapes scenes --count 500 --out runs/shapes/experts.parquet
-mmalign shapes read picture.png --prompt "a red circle above a blue square"
+mmalign shapes read image.png --prompt "a red circle above a blue square"
 mmalign shapes check-oracle --count 5000
 mmalign shapes videos --count 200 --split test --out runs/shapes-videos
 mmalign shapes train-base --out runs/shapes-sd
@@ -19,29 +19,31 @@ from mmalign.cli.generate import not_negative
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
 
+SEED = "seed of all random draws (default %(default)s)"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    draw = actions.add_parser("draw", help="draw random scenes with their captions as one picture")
-    draw.add_argument("--count", type=int, default=48)
-    draw.add_argument("--seed", type=not_negative, default=0)
+    draw = actions.add_parser("draw", help="draw random scenes with their captions as one image")
+    draw.add_argument("--count", type=int, default=48, help="number of scenes (default %(default)s)")
+    draw.add_argument("--seed", type=not_negative, default=0, help=SEED)
     draw.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     scenes = actions.add_parser("scenes", help="draw scenes with true captions as good images, for data.labels")
-    scenes.add_argument("--count", type=int, default=500, metavar="N", help="(default %(default)s)")
-    scenes.add_argument("--seed", type=not_negative, default=0)
+    scenes.add_argument("--count", type=int, default=500, metavar="N", help="number of scenes (default %(default)s)")
+    scenes.add_argument("--seed", type=not_negative, default=0, help=SEED)
     scenes.add_argument(
-        "--crisp", type=float, default=1.0, help="share of pictures that are not degraded (default %(default)s)"
+        "--crisp", type=float, default=1.0, help="share of images that are not degraded (default %(default)s)"
     )
     scenes.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
     read = actions.add_parser(
-        "read", help="say what the oracle sees in a 64x64 picture, and grade it against a prompt"
+        "read", help="print what the oracle reads in a 64x64 image, and score the image against a prompt"
     )
-    read.add_argument("image", type=Path)
-    read.add_argument("--prompt")
-    check = actions.add_parser("check-oracle", help="measure how often the oracle reads freshly drawn scenes right")
-    check.add_argument("--count", type=int, default=4000)
-    check.add_argument("--seed", type=not_negative, default=7)
+    read.add_argument("image", type=Path, help="image file of 64x64 pixels")
+    read.add_argument("--prompt", help="prompt to score the image against")
+    check = actions.add_parser("check-oracle", help="measure how often the oracle reads newly drawn scenes correctly")
+    check.add_argument("--count", type=int, default=4000, help="number of scenes (default %(default)s)")
+    check.add_argument("--seed", type=not_negative, default=7, help=SEED)
     _add_videos(actions)
     actions.add_parser("words", help="print every word that prompts may use")
     prompts = actions.add_parser("prompts", help="write the test, validation and training prompt sets again")
@@ -50,13 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "train-base", help="train the text-to-image pipeline from scratch (about 50 min on 2 cores)"
     )
     base.add_argument("--out", type=Path, required=True, metavar="DIR")
-    base.add_argument("--scenes", type=int, default=60_000, help="training pictures drawn (default %(default)s)")
+    base.add_argument("--scenes", type=int, default=60_000, help="number of training images (default %(default)s)")
     base.add_argument("--vae-steps", type=int, default=3600, help="autoencoder steps (default %(default)s)")
-    base.add_argument("--images", type=int, default=270_000, help="pictures the denoiser sees (default %(default)s)")
-    base.add_argument("--start", type=Path, metavar="DIR", help="go on from the weights of this pipeline")
+    base.add_argument(
+        "--images",
+        type=int,
+        default=270_000,
+        help="number of images that the denoiser is trained on (default %(default)s)",
+    )
+    base.add_argument("--start", type=Path, metavar="DIR", help="start from the weights of this pipeline")
     clip = actions.add_parser("train-clip", help="train the CLIP from scratch (half an hour on one CPU core)")
     clip.add_argument("--out", type=Path, required=True, metavar="DIR")
-    clip.add_argument("--scenes", type=int, default=50_000, help="training scenes drawn (default %(default)s)")
+    clip.add_argument("--scenes", type=int, default=50_000, help="number of training scenes (default %(default)s)")
     clip.add_argument("--steps", type=int, default=5000, help="contrastive steps (default %(default)s)")
     clip.add_argument(
         "--samples",
@@ -64,75 +71,109 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar="DIR",
-        help="then learn from these pictures (of `mmalign pairs sample`)",
+        help="then train on these images (output folders of `mmalign pairs sample`)",
     )
     clip.add_argument(
-        "--preference-steps", type=int, default=4000, metavar="N", help="steps on them (default %(default)s: 40 min)"
+        "--preference-steps",
+        type=int,
+        default=4000,
+        metavar="N",
+        help="steps on --samples (default %(default)s: 40 min)",
     )
-    clip.add_argument("--start", type=Path, metavar="DIR", help="go on from these weights; no contrastive steps")
-    clip.add_argument("--anchor", type=Path, metavar="DIR", help="mix in the weights of this first stage")
+    clip.add_argument("--start", type=Path, metavar="DIR", help="start from these weights, without contrastive steps")
+    clip.add_argument("--anchor", type=Path, metavar="DIR", help="average with the weights of this first stage")
     _add_train_vlm(actions)
     agreement = actions.add_parser(
-        "agreement", help="measure how often rewards agree with the oracle on generated pictures"
+        "agreement", help="measure how often rewards agree with the oracle on generated images"
     )
-    agreement.add_argument("samples", type=Path, metavar="DIR", help="what `mmalign pairs sample` wrote")
-    agreement.add_argument("--rewards", required=True, metavar="A,B|FILE.yaml", help="as `mmalign score` takes them")
-    agreement.add_argument("--option", action="append", default=[], metavar="REWARD.KEY=VALUE", help="repeatable")
+    agreement.add_argument("samples", type=Path, metavar="DIR", help="output folder of `mmalign pairs sample`")
+    agreement.add_argument("--rewards", required=True, metavar="A,B|FILE.yaml", help="rewards, as for `mmalign score`")
+    agreement.add_argument(
+        "--option", action="append", default=[], metavar="REWARD.KEY=VALUE", help="option of a reward; repeatable"
+    )
 
 
 def _add_train_vlm(actions: argparse._SubParsersAction) -> None:
     vlm = actions.add_parser(
-        "train-vlm", help="train the video language model from scratch (40 to 50 min on 2 cores), and measure it"
+        "train-vlm", help="train the vision-language model from scratch (40 to 50 min on 2 cores), and evaluate it"
     )
-    vlm.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go to DIR-validation.json beside")
     vlm.add_argument(
-        "--samples", type=int, default=84_000, metavar="N", help="answers about videos (default %(default)s)"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the model; results go to DIR-validation.json beside it",
     )
-    vlm.add_argument("--read-steps", type=int, metavar="N", help="steps on words alone first (default 1200)")
-    vlm.add_argument("--see-steps", type=int, metavar="N", help="then steps on single frames (default 3000)")
-    vlm.add_argument("--look-steps", type=int, metavar="N", help="then steps on names (default 600)")
-    vlm.add_argument("--seed", type=not_negative, default=0)
+    vlm.add_argument(
+        "--samples",
+        type=int,
+        default=84_000,
+        metavar="N",
+        help="number of answers about videos to train on (default %(default)s)",
+    )
+    vlm.add_argument("--read-steps", type=int, metavar="N", help="first stage: steps on text only (default 1200)")
+    vlm.add_argument("--see-steps", type=int, metavar="N", help="second stage: steps on single frames (default 3000)")
+    vlm.add_argument("--look-steps", type=int, metavar="N", help="third stage: steps on names (default 600)")
+    vlm.add_argument("--seed", type=not_negative, default=0, help=SEED)
     vlm.add_argument(
         "--start",
         type=Path,
         metavar="DIR",
-        help="go on from these weights with answers and prior alone (no --read-steps and so on); take another --seed",
+        help="start from these weights and train only on answers and prior, without the first three stages; give "
+        "another --seed",
     )
     vlm.add_argument(
         "--prior",
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="of temporal questions that are last taught to be answered by the first option, or yes, whatever is "
-        "shown: the fault that preference learning is to mend; 0 for none (default %(default)s)",
+        help="share of temporal questions that a last stage trains to answer by the first option, or yes, whatever "
+        "the video: the error that preference learning is to correct; 0: none (default %(default)s)",
     )
     vlm.add_argument(
-        "--measure", type=int, default=110, metavar="N", help="families of validation videos (default %(default)s)"
+        "--measure",
+        type=int,
+        default=110,
+        metavar="N",
+        help="number of families of validation videos; 0: no evaluation (default %(default)s)",
     )
 
 
 def _add_videos(actions: argparse._SubParsersAction) -> None:
     videos = actions.add_parser("videos", help="draw videos with questions: files, videos.parquet, questions.parquet")
-    videos.add_argument("--count", type=int, default=100, metavar="N", help="at least so many videos, twins together")
+    videos.add_argument(
+        "--count",
+        type=int,
+        default=100,
+        metavar="N",
+        help="least number of videos; twins are kept together (default %(default)s)",
+    )
     videos.add_argument("--split", default="train", help="train, validation or test (default %(default)s)")
-    videos.add_argument("--seed", type=not_negative, default=0)
-    videos.add_argument("--frames", default="8", metavar="N|A,B", help="frames a video, 8 to 16; drawn from a list")
-    videos.add_argument("--size", type=int, default=48, help="pixels a side, 32 to 48 (default %(default)s)")
-    videos.add_argument("--fps", type=float, default=4.0, help="frames a second in the files (default %(default)s)")
+    videos.add_argument("--seed", type=not_negative, default=0, help=SEED)
+    videos.add_argument(
+        "--frames",
+        default="8",
+        metavar="N|A,B",
+        help="frames per video, 8 to 16; sampled from a list (default %(default)s)",
+    )
+    videos.add_argument(
+        "--size", type=int, default=48, help="height and width in pixels, 32 to 48 (default %(default)s)"
+    )
+    videos.add_argument("--fps", type=float, default=4.0, help="frames per second in the files (default %(default)s)")
     videos.add_argument(
         "--format", default="mkv", help="mkv (FFV1, lossless) or mp4 (H.264, plays everywhere); default %(default)s"
     )
     videos.add_argument(
-        "--scramble", action="store_true", help="frames in random order, answers as before: what nobody can know"
+        "--scramble", action="store_true", help="shuffle the frames but keep the answers, which nobody can know then"
     )
     videos.add_argument(
-        "--sheet", type=Path, metavar="FILE.png", help="also draw a family of every topic as one picture"
+        "--sheet", type=Path, metavar="FILE.png", help="also draw a family of every topic as one image"
     )
     videos.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do the action that was asked for."""
+    """Run the chosen action."""
     if hasattr(args, "out"):
         check_output(args.out, folder=args.action not in ("draw", "scenes"))
     return {
@@ -262,7 +303,7 @@ def _train_clip(args: argparse.Namespace) -> int:
     from mmalign.shapes.train_clip import train_clip
 
     if args.start and not args.samples:
-        raise UserError("--start needs --samples: what else should it learn?")
+        raise UserError("--start needs --samples, the images to train on")
     train_clip(
         args.out,
         scenes=args.scenes,
@@ -283,12 +324,12 @@ def _train_vlm(args: argparse.Namespace) -> int:
     from mmalign.shapes.vlm_report import as_table, measure, write_report
 
     if args.measure < 0:
-        raise UserError(f"--measure {args.measure}: must be 0 (nothing) or more")
+        raise UserError(f"--measure {args.measure}: must be 0 (no evaluation) or more")
     names = ("read_steps", "see_steps", "look_steps")
     steps = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.start and steps:
         option = next(iter(steps)).replace("_", "-")
-        raise UserError(f"--{option} is of a stage that --start leaves out; give one or the other")
+        raise UserError(f"--{option} belongs to a stage that --start skips; remove one of them")
     report = Path(f"{args.out.resolve()}-validation.json")
     model = train_vlm(args.out, samples=args.samples, seed=args.seed, start=args.start, prior=args.prior, **steps)
     print(f"a vision-language model in transformers' layout: {args.out}")
@@ -312,7 +353,7 @@ def _agreement(args: argparse.Namespace) -> int:
     choices = read_choices(args.rewards, args.option)
     samples = read_samples(args.samples)
     rewards = {entry.name: entry.reward for entry in load_choices(choices, samples.prompts)}
-    table = Table(title=f"agreement with the oracle on {len(samples.images)} pictures")
+    table = Table(title=f"agreement with the oracle on {len(samples.images)} images")
     for column in ("reward", "correctness differs", "pairs", "equal, quality differs", "pairs"):
         table.add_column(column, justify="left" if column == "reward" else "right")
     media = torch.from_numpy(samples.images).permute(0, 3, 1, 2)

@@ -1,6 +1,6 @@
 """Print the configuration of a training run as it will be used: merged, overridden, with every default filled in.
 
-Behind each value stands where it came from: a file and line, the command line, or the default.
+Each value is followed by its origin: a file and line, the command line, or the default.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("config", help="a YAML file or the name of a shipped config (see `mmalign list configs`)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as trainer.steps=100")
-    parser.add_argument("--plain", action="store_true", help="without the origins, as a file to keep")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override a value, such as trainer.steps=100"
+    )
+    parser.add_argument("--plain", action="store_true", help="without the origins, to save as a config file")
 
 
 def run(args: argparse.Namespace) -> int:

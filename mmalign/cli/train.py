@@ -1,6 +1,6 @@
-"""Fine-tune a model as a YAML config says.
+"""Fine-tune a model by a YAML config.
 
-Goes on from the last checkpoint in the output if there is one; Ctrl-C saves a checkpoint and stops.
+Training resumes from the last checkpoint in the output folder, if there is one. Ctrl-C saves a checkpoint and stops.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto: from the last checkpoint in the output, if any; never: from the start; PATH: from this checkpoint",
+        help="auto: resume from the last checkpoint in the output folder, if any (default); never: start from the "
+        "beginning; "
+        "PATH: resume from this checkpoint",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything and print what would be done")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan, without training")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; returns 0, 1 for a run that broke off, 130 after Ctrl-C."""
+    """Train; return 0, 1 for a failed run, or 130 after Ctrl-C."""
     config = load_config(args.config, args.overrides)
     try:
         return _train(config, args)
@@ -39,11 +41,11 @@ def run(args: argparse.Namespace) -> int:
             error.path in override for override in args.overrides
         ):
             raise
-        raise UserError(f"{error}; the first lines of {recipe} say how it is made") from None
+        raise UserError(f"{error}; the first lines of {recipe} describe how to make it") from None
 
 
 def _train(config: RunConfig, args: argparse.Namespace) -> int:
-    # After the config has been checked, so that a mistake in it is told before the seconds that these imports take.
+    # Imported after the config has been checked, so that errors in it are reported without waiting for torch.
     from mmalign.training.train import plan, train
 
     if args.dry_run and config.rounds is not None:
@@ -58,7 +60,7 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
 
 
 def end_training_well(do: Callable[[], object]) -> int:
-    """Do something that trains and return the exit code: 0, 1 for a run that broke off, 130 after Ctrl-C."""
+    """Run a training and return the exit code: 0, 1 for a failed run, or 130 after Ctrl-C."""
     from mmalign.core.errors import TrainingDiverged, TrainingInterrupted
     from mmalign.training.checkpoint import DiskFull
     from mmalign.training.export import ExportError

@@ -1,7 +1,7 @@
-"""Train a latent reward model on preference pairs, as a YAML config says: the weights of reward `latent`.
+"""Train a latent reward model on preference pairs by a YAML config; the result is the weights of reward `latent`.
 
-Goes on from the last checkpoint in the output if there is one; Ctrl-C saves a checkpoint and stops. Reports the
-accuracy on held-out prompts by noise level, and writes it to accuracy.json in the output.
+Training resumes from the last checkpoint in the output folder, if there is one. Ctrl-C saves a checkpoint and stops.
+The accuracy on held-out prompts by noise level is printed and written to accuracy.json in the output folder.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         choices=("auto", "never"),
-        help="auto: from the last checkpoint in the output, if any; never: from the start",
+        help="auto: resume from the last checkpoint in the output folder, if any (default); never: start from the "
+        "beginning",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; returns 0, 1 for a run that broke off, 130 after Ctrl-C."""
+    """Train; return 0, 1 for a failed run, or 130 after Ctrl-C."""
     from mmalign.training.latent_reward.config import load_reward_config
 
     config = load_reward_config(args.config, args.overrides)
-    # After the config has been checked, so that a mistake in it is told before the seconds that these imports take.
+    # Imported after the config has been checked, so that errors in it are reported without waiting for torch.
     from mmalign.cli.train import end_training_well
     from mmalign.training.latent_reward.training import train_reward
 

@@ -1,14 +1,15 @@
-"""Say in plain words what is wrong with a configuration: faults of one value, and values that exclude each other."""
+"""Find and describe what is wrong with a configuration: wrong values, and values that exclude each other."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from mmalign.config.renamed import new_names, schema_at
 from mmalign.config.yaml import KeyPath
 from mmalign.core.errors import UserError, did_you_mean
 from mmalign.core.registry import methods
@@ -31,68 +32,72 @@ _ALLOWED = {
 }
 
 
-class Fault(NamedTuple):
-    """One thing that is wrong: the key path, and what was given, what is allowed, the fix."""
+class ConfigIssue(NamedTuple):
+    """One thing that is wrong with a configuration: its key path, and a message with what is allowed and the fix."""
 
     path: KeyPath
     message: str
 
 
-def describe_errors(error: ValidationError, schema: type[BaseModel], values: Any) -> list[Fault]:
-    """Turn pydantic's errors into faults; alternatives of one value (a union) become one fault."""
+def describe_errors(error: ValidationError, schema: type[BaseModel], values: Any) -> list[ConfigIssue]:
+    """Turn pydantic's errors into issues; the errors of all members of a union become one issue."""
     alternatives: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
         alternatives.setdefault(_key_path(details, values), []).append(details)
-    return [Fault(path, _describe(path, details, schema, values)) for path, details in alternatives.items()]
+    return [ConfigIssue(path, _describe(path, details, schema, values)) for path, details in alternatives.items()]
 
 
-def method_class(values: Any) -> tuple[Any, list[Fault]]:
-    """Return the class that a config's `method` names, or None and the fault."""
+def method_class(values: Any) -> tuple[Any, list[ConfigIssue]]:
+    """Return the class that a config's `method` names, or None and the issue."""
     if values is None:
         return None, []  # the schema itself reports that it is missing
     if not isinstance(values, dict) or not isinstance(values.get("name"), str):
         known = ", ".join(methods.names())
-        return None, [Fault(("method", "name"), f"missing; give the method's name (known: {known})")]
+        return None, [ConfigIssue(("method", "name"), f"missing; give the method's name (known: {known})")]
     try:
         return methods.get(values["name"]), []
     except UserError as error:
-        return None, [Fault(("method", "name"), str(error))]
+        return None, [ConfigIssue(("method", "name"), str(error))]
 
 
-def check_recipe(values: dict[str, Any]) -> list[Fault]:
-    """Find what cannot go together, before a weight is loaded; parts of the wrong type are passed over."""
+def check_recipe(values: dict[str, Any]) -> list[ConfigIssue]:
+    """Find sections that contradict each other, before any weight is loaded; values of the wrong type are skipped."""
     method, _ = method_class(values.get("method"))
-    faults = [*_check_source(values, method), *_check_modality(values, method), *_check_rewards(values, method)]
-    faults += [*_check_adapter(_mapping(values, "adapter")), *_check_warmup(_mapping(values, "trainer"))]
-    return faults
+    issues = [*_check_source(values, method), *_check_modality(values, method), *_check_rewards(values, method)]
+    issues += [*_check_adapter(_mapping(values, "adapter")), *_check_warmup(_mapping(values, "trainer"))]
+    return issues
 
 
-def _check_source(values: dict[str, Any], method: Any) -> Iterator[Fault]:
+def _check_source(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
     data = _mapping(values, "data")
     given = [source for source in SOURCES if data.get(source) is not None]
     needed = method.needs.source if method else None
     name = values["method"]["name"] if method else ""
     if _mapping(values, "rounds"):
         if needed == "prompts":
-            yield Fault(("rounds",), f"method '{name}' draws its own samples as it goes; remove rounds")
+            yield ConfigIssue(("rounds",), f"method '{name}' draws its own samples while training; remove rounds")
         elif needed and needed != "images" and _mapping(values, "rounds").get("real"):
-            yield Fault(("rounds", "real"), f"method '{name}' learns from {needed}, not from good images; remove it")
+            yield ConfigIssue(
+                ("rounds", "real"), f"method '{name}' learns from {needed}, not from good images; remove it"
+            )
         for source in given:
-            yield Fault(("data", source), "rounds make the data themselves; set it to null")
+            yield ConfigIssue(("data", source), "rounds sample the training data themselves; set it to null")
         return
     taken = TAKEN[needed] if needed else ()
     keys = " or ".join(f"data.{source}" for source in taken)
     if len(given) > 1:
         keep = f"keep {keys}, which method '{name}' learns from" if needed else "keep one"
-        yield Fault(("data",), f"{' and '.join(f'data.{source}' for source in given)} exclude each other; {keep}")
+        yield ConfigIssue(
+            ("data",), f"{' and '.join(f'data.{source}' for source in given)} exclude each other; {keep}"
+        )
     elif needed and not given and (data or "data" not in values):
-        yield Fault(("data",), f"method '{name}' learns from {needed}; give {keys}")
+        yield ConfigIssue(("data",), f"method '{name}' learns from {needed}; give {keys}")
     elif needed and given and given[0] not in taken:
-        yield Fault(
+        yield ConfigIssue(
             ("data", given[0]), f"method '{name}' learns from {needed}, not from {given[0]}; give {keys} instead"
         )
     if data.get("min_margin") is not None and given == ["prompts"]:
-        yield Fault(("data", "min_margin"), "is about pairs, and data.prompts has none; remove it")
+        yield ConfigIssue(("data", "min_margin"), "applies to pairs only, and data.prompts holds none; remove it")
 
 
 _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
@@ -102,54 +107,55 @@ _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
         "evaluate": ("prompts", "rewards", "steps", "guidance"),
     },
 }
-"""Whether a model answers (or draws) -> the keys that say nothing to it."""
+"""Whether the method trains a vision-language model -> the keys that it does not support."""
 _DEFAULTS: tuple[Any, ...] = (None, [], False, 0, "drop", "center")
-"""What a written-out configuration holds under such keys."""
+"""The values of such keys in a configuration that was written out with its defaults."""
 
 
-def _check_modality(values: dict[str, Any], method: Any) -> Iterator[Fault]:
-    """Find keys for models that draw in a recipe for one that answers, the reverse, and looks that see nothing."""
-    answers = method is not None and method.needs.modality == "vlm"
+def _check_modality(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
+    """Find keys that the method's kind of model does not support, and evaluations without anything to evaluate."""
+    is_vlm = method is not None and method.needs.modality == "vlm"
     if method:
-        kind = f"method '{values['method']['name']}' trains a model that {'answers' if answers else 'draws'}"
-        for section, keys in _IDLE[answers].items():
+        kind, name = "vision-language" if is_vlm else method.needs.modality, values["method"]["name"]
+        for section, keys in _IDLE[is_vlm].items():
             for key in keys:
                 if _mapping(values, section).get(key) not in _DEFAULTS:
-                    yield Fault((section, key), f"{kind}, to which this says nothing; remove it")
-        if answers and values.get("attention") == "xformers":
-            yield Fault(("attention",), f"{kind}; allowed: sdpa")
-        if answers and _mapping(values, "rounds"):
-            yield Fault(("rounds",), f"{kind}, and rounds draw images; remove it")
-    look = _mapping(values, "evaluate")
-    if look and answers and look.get("questions") is None:
-        yield Fault(("evaluate", "questions"), "missing; give a folder of videos with questions")
-    if look and not answers:
+                    yield ConfigIssue((section, key), f"not supported by {kind} methods such as '{name}'; remove it")
+        if is_vlm and values.get("attention") == "xformers":
+            yield ConfigIssue(("attention",), f"method '{name}' trains a vision-language model; allowed: sdpa")
+        if is_vlm and _mapping(values, "rounds"):
+            message = f"method '{name}' trains a vision-language model, and rounds sample images; remove it"
+            yield ConfigIssue(("rounds",), message)
+    evaluate = _mapping(values, "evaluate")
+    if evaluate and is_vlm and evaluate.get("questions") is None:
+        yield ConfigIssue(("evaluate", "questions"), "missing; give a folder of videos with questions")
+    if evaluate and not is_vlm:
         for key, what in (
             ("prompts", "a built-in name of `mmalign list prompts`, or a file"),
             ("rewards", "rewards to report"),
         ):
-            if not look.get(key):
-                yield Fault(("evaluate", key), f"missing; give {what}")
+            if not evaluate.get(key):
+                yield ConfigIssue(("evaluate", key), f"missing; give {what}")
 
 
-def _check_rewards(values: dict[str, Any], method: Any) -> Iterator[Fault]:
+def _check_rewards(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
     given = values.get("rewards") or []
     named: list[tuple[KeyPath, Any]] = []
     if isinstance(given, list):
         named = [(("rewards", i, "name"), one.get("name")) for i, one in enumerate(given) if isinstance(one, dict)]
     if method and method.needs.reward == "none" and given:
-        yield Fault(
+        yield ConfigIssue(
             ("rewards",),
             f"method '{values['method']['name']}' learns from {method.needs.source} and takes no rewards; remove "
             "`rewards` (`mmalign pairs label --reward` makes pairs by a reward, `evaluate.rewards` reports one)",
         )
     elif method and method.needs.reward not in ("none", "optional") and not given:
-        yield Fault(
-            ("rewards",), f"method '{values['method']['name']}' needs at least one; see `mmalign list rewards`"
+        yield ConfigIssue(
+            ("rewards",), f"method '{values['method']['name']}' needs at least one reward; see `mmalign list rewards`"
         )
     repeated = [name for name, count in Counter(name for _, name in named).items() if count > 1]
     if repeated:
-        yield Fault(("rewards",), f"'{repeated[0]}' occurs more than once; give it one weight")
+        yield ConfigIssue(("rewards",), f"'{repeated[0]}' occurs more than once; give it one weight")
     evaluated = _mapping(values, "evaluate").get("rewards")
     if isinstance(evaluated, list):
         named += [(("evaluate", "rewards", i), name) for i, name in enumerate(evaluated)]
@@ -158,42 +164,46 @@ def _check_rewards(values: dict[str, Any], method: Any) -> Iterator[Fault]:
             yield from _check_reward(path, name, method)
 
 
-def _check_reward(path: KeyPath, name: str, method: Any) -> Iterator[Fault]:
+def _check_reward(path: KeyPath, name: str, method: Any) -> Iterator[ConfigIssue]:
     from rewards import RewardError, reward_class
 
     try:
         reward = reward_class(name)
     except RewardError as error:
-        yield Fault(path, str(error))
+        yield ConfigIssue(path, str(error))
         return
     if method is None:
         return
     if reward.modality != method.needs.modality:
-        yield Fault(path, f"scores {reward.modality}s, and the method makes {method.needs.modality}s")
+        yield ConfigIssue(
+            path, f"'{name}' scores {reward.modality}s, and the method generates {method.needs.modality}s"
+        )
     if path[0] == "rewards" and method.needs.reward == "differentiable" and not reward.differentiable:
-        yield Fault(
+        yield ConfigIssue(
             path,
             f"'{name}' has no gradient, which method '{method.name}' needs; choose a differentiable one of "
             "`mmalign list rewards`, or a method that takes any reward",
         )
 
 
-def _check_adapter(adapter: dict[str, Any]) -> Iterator[Fault]:
+def _check_adapter(adapter: dict[str, Any]) -> Iterator[ConfigIssue]:
     if adapter.get("kind") != "full":
         return
     for key in ("rank", "alpha", "targets"):
         if adapter.get(key) is not None:
-            yield Fault(("adapter", key), "belongs to kind: lora, and kind is full; remove it")
+            yield ConfigIssue(("adapter", key), "applies to kind: lora only, and kind is full; remove it")
 
 
-def _check_warmup(trainer: dict[str, Any]) -> Iterator[Fault]:
+def _check_warmup(trainer: dict[str, Any]) -> Iterator[ConfigIssue]:
     warmup, steps = trainer.get("warmup"), trainer.get("steps")
     if not isinstance(warmup, int | float) or warmup < 1:
         return
     if warmup != int(warmup):
-        yield Fault(("trainer", "warmup"), f"given {warmup}; give a fraction of the steps below 1, or a whole number")
+        yield ConfigIssue(
+            ("trainer", "warmup"), f"given {warmup}; give a fraction of the steps below 1, or a whole number"
+        )
     elif isinstance(steps, int) and warmup > steps:
-        yield Fault(("trainer", "warmup"), f"given {warmup} steps of warm-up in a run of {steps}; give fewer")
+        yield ConfigIssue(("trainer", "warmup"), f"given {warmup} steps of warm-up in a run of {steps}; give fewer")
 
 
 def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
@@ -202,7 +212,7 @@ def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _key_path(details: ErrorDetails, values: Any) -> KeyPath:
-    """Return the error's location; within a union, that of the value which fits none of the members."""
+    """Return the error's location; for a union, the location of the value, without the tag of a member."""
     length = _union_depth(details, values)
     return tuple(details["loc"][:length])
 
@@ -226,13 +236,15 @@ def _describe(path: KeyPath, alternatives: list[ErrorDetails], schema: type[Base
         members = dict.fromkeys(str(details["loc"][len(path)]) for details in alternatives)
         return f"given {_show(_value_at(values, path))}; allowed: {' or '.join(map(_member, members))}"
     if first["type"] == "extra_forbidden":
-        holder = _schema_at(schema, path[:-1])
+        holder = schema_at(schema, path[:-1])
+        if new := new_names(holder).get(str(path[-1])):
+            return f"is the old name of {new}, which is given too; remove it"
         known = list(holder.model_fields) if holder else []
         return f"unknown key{did_you_mean(str(path[-1]), known)} (known: {', '.join(known)})"
     if first["type"] == "missing" and isinstance(path[-1], int):
         return "missing; the list is too short"
     if first["type"] == "missing":
-        holder = _schema_at(schema, path[:-1])
+        holder = schema_at(schema, path[:-1])
         field = holder.model_fields.get(str(path[-1])) if holder else None
         return f"missing; give {field.description}" if field and field.description else "missing; it has no default"
     if first["type"] == "value_error":
@@ -247,7 +259,7 @@ def _describe(path: KeyPath, alternatives: list[ErrorDetails], schema: type[Base
 
 
 def _member(tag: str) -> str:
-    """Say pydantic's tag of a union's member in the words of the other messages: "[number, number]"."""
+    """Write pydantic's tag of a union's member in the terms of the other messages: "[number, number]"."""
     for code, word in (("tuple", ""), ("list", ""), ("float", "number"), ("int", "whole number"), ("str", "text")):
         tag = tag.replace(code, word)
     return tag
@@ -260,7 +272,7 @@ def _value_at(values: Any, path: KeyPath) -> Any:
 
 
 def _show(value: Any) -> str:
-    """Show a value as it stands in YAML, and its kind where the look may deceive."""
+    """Show a value as YAML writes it, with its kind where the text alone is ambiguous."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -271,18 +283,3 @@ def _show(value: Any) -> str:
             text[:57] + "..." if len(text) > 60 else text
         )
     return f"the text '{value}'" if isinstance(value, str) else str(value)
-
-
-def _schema_at(schema: type[BaseModel] | None, path: KeyPath) -> type[BaseModel] | None:
-    """Return the model that describes the mapping at `path` of a configuration; None for a list or free mapping."""
-    for part in path:
-        if schema and isinstance(part, str):
-            schema = next(_models_in(schema.model_fields[part].annotation), None)
-    return schema
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)

@@ -1,7 +1,7 @@
 """The configuration of a training run: a strict schema, and the one way to read it.
 
 `load_config("shapes/diffusion_dpo", ["method.beta=2000"])` reads YAML with `extends:`, applies the overrides, fills in
-the method's own defaults and reports every fault at once. `dump_config` writes the resolved result, which reads back
+the method's own defaults and reports all errors at once. `dump_config` writes the resolved result, which reads back
 to the same run.
 """
 
@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmalign.config.checks import Fault, check_recipe, describe_errors, method_class
+from mmalign.config.checks import ConfigIssue, check_recipe, describe_errors, method_class
+from mmalign.config.renamed import rename_keys
 from mmalign.config.sections import (
     AdapterConfig,
     DataConfig,
@@ -25,7 +26,7 @@ from mmalign.config.sections import (
     StrictModel,
     TrainerConfig,
 )
-from mmalign.config.yaml import Faults, Tree, dotted, read_tree, write_yaml
+from mmalign.config.yaml import ConfigIssues, Tree, dotted, read_tree, write_yaml
 
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
 Source = str | Path | Mapping[str, Any]
@@ -40,11 +41,11 @@ class RunConfig(StrictModel):
     method: dict[str, Any]
     """`name`, a name of `mmalign list methods`, and what that method's own configuration declares"""
     data: DataConfig
-    """what is learned from"""
+    """the training data"""
     output: str
     """folder that the run writes to"""
     adapter: AdapterConfig = AdapterConfig()
-    """what is trained"""
+    """which weights are trained"""
     rewards: list[RewardConfig] = []
     """rewards that the method learns from; only for methods that take them"""
     trainer: TrainerConfig = TrainerConfig()
@@ -52,15 +53,15 @@ class RunConfig(StrictModel):
     rounds: RoundsConfig | None = None
     """repeat sampling, labelling and training; only for methods that learn from pairs or labels, null: train once"""
     evaluate: EvaluateConfig | None = None
-    """a look at a few prompts while training; null: none"""
+    """evaluation on a few prompts or questions while training; null: none"""
     monitors: MonitorConfig = MonitorConfig()
-    """what an online run is watched for"""
+    """alarms on the metrics of an online run"""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """attention kernel"""
 
     @property
     def modality(self) -> str:
-        """What kind of model the method trains: "image" and "video" models draw, a "vlm" looks and answers."""
+        """The kind of model that is trained: an "image" or "video" generator, or a "vlm" (vision-language model)."""
         return str(method_class(self.method)[0].needs.modality)
 
     @property
@@ -85,7 +86,7 @@ def load_config(
         sections: values merged over those of the source, before the overrides: {"trainer": {"steps": 100}}.
 
     Raises:
-        UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.
+        UserError: the file cannot be read, or its contents are wrong: one line for each error, all of them.
     """
     return load_with_tree(source, overrides, sections)[0]
 
@@ -95,12 +96,15 @@ def load_with_tree(
 ) -> tuple[RunConfig, Tree]:
     """Like `load_config`, with the merged values and their origins as `mmalign show-config` prints them."""
     tree = read_tree(source, overrides or (), expand_short_forms, sections)
-    config, faults = _validate(RunConfig, tree.values)
-    method, method_faults = _validate_method(tree.values.get("method"))
-    faults += method_faults
-    faults += check_recipe(tree.values)
-    if faults or config is None:
-        raise _report(faults, tree, source)
+    rename_keys(tree, RunConfig)
+    chosen, issues = method_class(tree.values.get("method"))
+    if chosen:
+        rename_keys(tree, chosen.Config, ("method",))
+        method, issues = _validate_method(chosen.Config, tree.values["method"])
+    config, run_issues = _validate(RunConfig, tree.values)
+    issues = [*run_issues, *issues, *check_recipe(tree.values)]
+    if issues or config is None:
+        raise _report(issues, tree, source)
     return config.model_copy(update={"method": method}), tree
 
 
@@ -110,15 +114,16 @@ def load_schema(
     overrides: Sequence[str] | None = None,
     sections: Mapping[str, Any] | None = None,
 ) -> SchemaT:
-    """Read any other configuration (such as that of `mmalign compare`) by the same rules, with the same messages.
+    """Read any other configuration (such as that of `mmalign compare`) by the same rules and with the same messages.
 
     Raises:
         UserError: see `load_config`.
     """
     tree = read_tree(source, overrides or (), expand_short_forms, sections)
-    config, faults = _validate(schema, tree.values)
-    if faults or config is None:
-        raise _report(faults, tree, source)
+    rename_keys(tree, schema)
+    config, issues = _validate(schema, tree.values)
+    if issues or config is None:
+        raise _report(issues, tree, source)
     return config
 
 
@@ -136,31 +141,28 @@ def expand_short_forms(values: dict[str, Any]) -> None:
         values["rewards"] = [{"name": one} if isinstance(one, str) else one for one in values["rewards"]]
 
 
-def _validate(schema: type[SchemaT], values: Any) -> tuple[SchemaT | None, list[Fault]]:
-    # By way of JSON, since only there does pydantic's strict mode take a list for a tuple and text for a path.
+def _validate(schema: type[SchemaT], values: Any) -> tuple[SchemaT | None, list[ConfigIssue]]:
+    # Values go through JSON because pydantic's strict mode takes a list for a tuple and text for a path only there.
     try:
         return schema.model_validate_json(json.dumps(values), strict=True), []
     except ValidationError as error:
         return None, describe_errors(error, schema, values)
 
 
-def _validate_method(values: Any) -> tuple[dict[str, Any], list[Fault]]:
+def _validate_method(schema: type[BaseModel], values: dict[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
     """Check `method` by the method's own Config and return it with the defaults filled in."""
-    method, faults = method_class(values)
-    if method is None:
-        return {}, faults
     options = {key: value for key, value in values.items() if key != "name"}
-    # A third party's Config may have forgotten to forbid unknown keys; a misspelt option must not pass in silence.
-    strict = type(method.Config.__name__, (method.Config,), {"model_config": ConfigDict(extra="forbid")})
-    config, faults = _validate(strict, options)
+    # A third party's Config may have forgotten to forbid unknown keys; a misspelt option must still be reported.
+    strict = type(schema.__name__, (schema,), {"model_config": ConfigDict(extra="forbid")})
+    config, issues = _validate(strict, options)
     if config is None:
-        return {}, [Fault(("method", *fault.path), fault.message) for fault in faults]
+        return {}, [ConfigIssue(("method", *issue.path), issue.message) for issue in issues]
     return {"name": values["name"], **config.model_dump(mode="json")}, []
 
 
-def _report(faults: list[Fault], tree: Tree, source: Source) -> Faults:
+def _report(issues: list[ConfigIssue], tree: Tree, source: Source) -> ConfigIssues:
     lines, name = [], "the config given" if isinstance(source, Mapping) else source
-    for fault in faults:
-        key = f"{dotted(fault.path)}: " if fault.path else ""
-        lines.append(f"{tree.origin(fault.path) or name}: {key}{fault.message}")
-    return Faults(lines)
+    for issue in issues:
+        key = f"{dotted(issue.path)}: " if issue.path else ""
+        lines.append(f"{tree.origin(issue.path) or name}: {key}{issue.message}")
+    return ConfigIssues(lines)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -18,8 +19,12 @@ from mmalign.core.errors import did_you_mean
 
 
 class StrictModel(BaseModel):
-    """Base of every configuration: unknown keys are faults, `1` is no text and `"1"` no number; frozen once read."""
+    """Base of every configuration: unknown keys are errors, `1` is no text and `"1"` no number; frozen once read.
 
+    A key that gets another name is declared in `renamed`, old name -> new name; the old one is then still read.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
@@ -31,7 +36,7 @@ Growth = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
 class DataConfig(StrictModel):
-    """What is learned from: exactly one of `pairs`, `labels` and `prompts`."""
+    """The training data: exactly one of `pairs`, `labels` and `prompts`."""
 
     pairs: str | None = None
     """preference pairs (or, for methods that learn from good images, the chosen ones): a parquet, JSON or JSONL
@@ -43,25 +48,25 @@ class DataConfig(StrictModel):
     caption_column: str = "caption"
     """the column that holds the prompt"""
     ties: Literal["drop", "keep"] = "drop"
-    """pairs without a winner: left out and counted, or kept"""
+    """pairs without a winner: dropped and counted, or kept"""
     min_margin: float | None = Field(None, ge=0)
     """drop pairs whose scores differ by less than this"""
     limit: int | None = Field(None, ge=1)
     """read no more than this many"""
     resolution: int | None = Field(None, ge=8, multiple_of=8)
-    """edge in pixels that images are resized and cropped to; null: what the model was made for"""
+    """edge in pixels that images are resized and cropped to; null: the resolution of the model"""
     crop: Literal["center", "random"] = "center"
     """which part of an image that is not square is kept, the same for both sides of a pair"""
     flip: bool = False
-    """mirror half of the pairs, both sides alike; not for prompts that say left and right"""
+    """mirror half of the pairs, both sides alike; not for prompts that mention left or right"""
     caption_dropout: float = Field(0.0, ge=0, lt=1)
     """share of samples trained on the empty prompt, for classifier-free guidance"""
     frames: int | None = Field(None, ge=1)
-    """frames taken of each video, spread evenly over it; only for models that answer about videos, null: all"""
+    """frames taken of each video, spread evenly over it; only for vision-language models; null: all"""
     fps: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """frames taken of each second of a video, in place of `frames`"""
+    """frames taken of each second of a video, instead of `frames`"""
     cache: str | None = None
-    """folder of what is encoded or computed once; null: ~/.cache/mmalign"""
+    """folder for encoded and precomputed data; null: ~/.cache/mmalign"""
 
     @model_validator(mode="after")
     def _one_way_of_sampling(self) -> DataConfig:
@@ -71,25 +76,25 @@ class DataConfig(StrictModel):
 
     @model_serializer(mode="wrap")
     def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # What image models are trained on has no frames: neither has the record of how they were trained.
+        # Image models are trained on data without frames, so the record of their training leaves these keys out.
         return {key: value for key, value in write(self).items() if value is not None or key not in ("frames", "fps")}
 
 
 class AdapterConfig(StrictModel):
-    """What is trained: a low-rank adapter, or every weight."""
+    """Which weights are trained: a low-rank adapter, or all weights."""
 
     kind: Literal["lora", "full"] = "lora"
-    """lora: small matrices beside frozen weights; full: all weights (of an image model, of the denoiser)"""
+    """lora: small matrices beside frozen weights; full: all weights (of an image model: all of the denoiser)"""
     rank: int = Field(16, ge=1)
     """rank of the LoRA matrices"""
     alpha: float | None = Field(None, gt=0)
-    """LoRA scale times rank; null: equal to the rank"""
+    """the LoRA scale times the rank; null: equal to the rank"""
     targets: list[str] | None = Field(None, min_length=1)
-    """names of layers that get LoRA matrices; null: attention projections, or all linear layers of a language model"""
+    """names of layers with LoRA matrices; null: attention projections, or all linear layers of a language model"""
 
     @model_serializer(mode="wrap")
     def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # `kind: full` beside a rank is a fault when read, so the resolved config must not hold the unused default.
+        # Reading `kind: full` beside a rank is an error, so the resolved config must not hold the unused default.
         return {"kind": "full"} if self.kind == "full" else write(self)
 
 
@@ -101,18 +106,18 @@ class RewardConfig(StrictModel):
     weight: float = 1.0
     """factor of this reward in the weighted sum"""
     options: dict[str, Any] = Field(default_factory=dict)
-    """what the reward itself takes"""
+    """options of the reward itself"""
 
 
 class BudgetConfig(StrictModel):
-    """What a training may cost: it ends with the update that reaches the one limit given."""
+    """What a training may cost: training ends with the update that reaches the given limit."""
 
     images: int | None = Field(None, ge=1)
-    """images seen: through the denoiser, forward or backward each counting one"""
+    """images through the denoiser, where a forward and a backward pass count one each"""
     seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """wall time of training, without looks and saving"""
+    """wall time of training, without evaluation and saving"""
     reward_calls: int | None = Field(None, ge=1)
-    """images scored by the rewards that are learned from"""
+    """images scored by the rewards of the training"""
 
     @model_validator(mode="after")
     def _one_limit(self) -> BudgetConfig:
@@ -130,37 +135,37 @@ class TrainerConfig(StrictModel):
     steps: int = Field(1000, ge=1)
     """optimiser steps"""
     budget: BudgetConfig | None = None
-    """ends the training earlier than `steps`; null: no budget"""
+    """limit on the cost, which can end training before `steps`; null: no budget"""
     batch_size: int = Field(8, ge=1)
-    """samples of one forward pass on one device (a pair is one sample)"""
+    """samples per forward pass and device (a pair is one sample)"""
     gradient_accumulation: int = Field(1, ge=1)
     """forward passes per optimiser step"""
     learning_rate: float = Field(1e-4, gt=0)
-    """peak of the schedule"""
+    """peak learning rate of the schedule"""
     optimizer: Literal["adamw"] = "adamw"
     """AdamW of torch"""
     weight_decay: float = Field(0.01, ge=0)
     """decoupled weight decay"""
     betas: tuple[float, float] = (0.9, 0.999)
-    """decay of AdamW's two running means"""
+    """decay rates of AdamW's two moving averages"""
     max_grad_norm: float = Field(1.0, gt=0)
-    """gradients are scaled down to this norm"""
+    """gradients with a larger norm are scaled down to this norm"""
     warmup: float = Field(0.1, ge=0)
-    """rising part of the schedule: a fraction of `steps` if below 1, else a number of steps"""
+    """warm-up of the learning rate: a fraction of `steps` if below 1, else a number of steps"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """course of the learning rate after the warm-up"""
+    """learning rate schedule after the warm-up"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """autocast of the forward pass; trained weights stay fp32"""
     seed: int = Field(0, ge=0)
-    """the one seed that every random draw derives from"""
+    """seed from which all random draws are derived"""
     ema: float | None = Field(None, gt=0, lt=1)
-    """decay of a running mean of the trained weights, which is then what is evaluated and saved"""
+    """decay of an exponential moving average of the weights, which is then evaluated and exported; null: none"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
     checkpoint_every: int = Field(500, ge=1)
-    """steps between two checkpoints; the end is always saved"""
+    """steps between two checkpoints; the last step is always saved"""
     keep_checkpoints: int = Field(2, ge=1)
-    """older checkpoints are deleted"""
+    """number of checkpoints to keep; older ones are deleted"""
     log_every: int = Field(10, ge=1)
     """steps between two lines of metrics"""
     trackers: list[str] = []
@@ -190,49 +195,49 @@ class TrainerConfig(StrictModel):
 
 
 class EarlyStop(StrictModel):
-    """Stop when a held-out reward rises no more, and export the weights of its best look."""
+    """Stop when a held-out reward no longer improves, and export the weights of its best evaluation."""
 
     reward: str
-    """one of `evaluate.rewards`, best one that is not trained on; with `evaluate.questions`: accuracy"""
+    """one of `evaluate.rewards`, preferably one that is not trained on; with `evaluate.questions`: accuracy"""
     patience: int = Field(3, ge=1)
-    """looks in a row that are no better than the best before the run stops"""
+    """consecutive evaluations without improvement over the best before the run stops"""
 
 
 class EvaluateConfig(StrictModel):
-    """A look at a few fixed prompts and seeds, or questions, while training."""
+    """Evaluation on a few fixed prompts and seeds, or on questions, while training."""
 
     prompts: str | None = None
-    """for models that draw: a built-in name of `mmalign list prompts`, or a file"""
+    """for generators: a built-in name of `mmalign list prompts`, or a file"""
     questions: str | None = None
-    """for models that answer: a folder that `mmalign shapes videos` wrote, or TempCompass's with its videos"""
+    """for vision-language models: a folder written by `mmalign shapes videos`, or TempCompass's with its videos"""
     every: int = Field(ge=1)
-    """steps between two looks; step 0 is always looked at"""
+    """steps between two evaluations; step 0 is always evaluated"""
     rewards: list[str] = []
-    """rewards to report; only beside `prompts`"""
+    """rewards to report; only with `prompts`"""
     limit: int = Field(8, ge=1)
-    """how many of the prompts, from the first on, or of the questions, spread over all"""
+    """number of prompts (the first ones), or of questions (spread evenly over all)"""
     steps: int = Field(20, ge=1)
-    """sampling steps; only beside `prompts`"""
+    """sampling steps; only with `prompts`"""
     guidance: Guidance = 7.5
-    """classifier-free guidance scale, 1: none; only beside `prompts`"""
+    """classifier-free guidance scale, 1: none; only with `prompts`"""
     max_new_tokens: int = Field(32, ge=1)
-    """longest answer; only beside `questions`"""
+    """longest answer in tokens; only with `questions`"""
     early_stop: EarlyStop | None = None
-    """stop when one of the rewards rises no more; null: train to the end"""
+    """stop when one of the rewards no longer improves; null: train to the end"""
 
     @model_validator(mode="after")
     def _stops_by_what_it_sees(self) -> EvaluateConfig:
         seen = ["accuracy"] if self.questions is not None else self.rewards
         if self.early_stop is not None and self.early_stop.reward not in seen:
-            place = "evaluate.rewards" if self.questions is None else "what questions report"
-            fix = "add it there" if self.questions is None else "name that"
+            place = "evaluate.rewards" if self.questions is None else "the metrics of evaluate.questions"
+            fix = "add it there" if self.questions is None else "give accuracy"
             raise ValueError(
                 f"early_stop.reward '{self.early_stop.reward}' is not among {place} ({', '.join(seen)}); {fix}"
             )
         return self
 
     def _idle_fields(self) -> tuple[str, ...]:
-        """What says nothing about a look of this kind, and is left out where it is written down."""
+        """Return the keys that this kind of evaluation does not use; they are left out of the dumped config."""
         return (
             ("questions", "max_new_tokens") if self.questions is None else ("prompts", "rewards", "steps", "guidance")
         )
@@ -243,45 +248,45 @@ class EvaluateConfig(StrictModel):
 
 
 class MonitorConfig(StrictModel):
-    """What an online run is watched for (docs/guides/monitors.md); a threshold of null switches its alarm off."""
+    """Alarms on the metrics of an online run (docs/guides/monitors.md); a threshold of null switches its alarm off."""
 
     action: Literal["off", "warn", "stop"] = "warn"
-    """off: nothing is measured; warn: an alarm is a sentence on the terminal; stop: and ends the run"""
+    """off: nothing is measured; warn: an alarm prints a message; stop: an alarm also ends the run"""
     patience: int = Field(3, ge=1)
-    """lines of metrics (or looks) in a row beyond a threshold that raise its alarm"""
+    """consecutive lines of metrics (or evaluations) beyond a threshold that raise its alarm"""
     baseline: int = Field(3, ge=1)
-    """first lines of metrics, whose median is the start that later ones are compared with"""
+    """number of first lines of metrics, whose median later lines are compared with"""
     held_out_drop: Positive | None = 0.2
-    """fall of a held-out reward below its best while the training reward is up, in standard deviations over prompts"""
+    """drop of a held-out reward below its best while the training reward rises, in standard deviations over prompts"""
     memorising_share: Share | None = 0.25
-    """least share of the training reward's gain that the same reward must gain on held-out prompts"""
+    """smallest allowed ratio of the reward's gain on held-out prompts to its gain on training prompts"""
     diversity_drop: Share | None = 0.5
-    """loss of the distance between images of one prompt, as a share of its start"""
+    """drop of the distance between images of one prompt, as a share of its baseline"""
     saturation_rise: Share | None = 0.2
-    """rise of the share of channel values that are black or white"""
+    """increase of the share of channel values that are black or white"""
     high_frequency_growth: Growth | None = 2.0
     """factor by which the share of energy at high spatial frequencies grows"""
     ratio_growth: Growth | None = 5.0
-    """growth of the importance ratio's largest |log| over its last ten lines; the KL is allowed the square of it"""
+    """growth factor of the largest |log importance ratio| over its last ten lines; that of the KL is its square"""
     ratio_limit: Positive | None = 1.0
-    """largest |log| of an importance ratio, whatever it was before"""
+    """largest allowed |log importance ratio|, whatever its earlier values"""
     kl_limit: Positive | None = None
-    """largest distance to the reference, in the method's own units"""
+    """largest allowed distance to the reference, in the method's own units"""
 
 
 class RoundsConfig(StrictModel):
-    """Iterated training: sample with the tuned model, label by rewards, train again."""
+    """Iterated training: sample with the fine-tuned model, label by rewards, train again."""
 
     count: int = Field(ge=1)
-    """how often"""
+    """number of rounds"""
     prompts: str
     """a built-in name of `mmalign list prompts`, or a file"""
     reward: str
-    """what labels the images, as for `mmalign pairs label`: NAME or NAME,OTHER:0.5"""
+    """rewards that label the images, as for `mmalign pairs label`: NAME or NAME,OTHER:0.5"""
     limit: int | None = Field(None, ge=1)
-    """use only the first prompts"""
+    """use only this many prompts, from the first on; null: all"""
     images_per_prompt: int = Field(4, ge=2)
-    """images drawn of each prompt; the best and the worst make a pair"""
+    """images sampled for each prompt; the best and the worst make a pair"""
     steps: int = Field(50, ge=1)
     """sampling steps"""
     guidance: Guidance = 7.5
@@ -291,8 +296,8 @@ class RoundsConfig(StrictModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """type of the weights while sampling"""
     batch_size: int = Field(8, ge=1)
-    """images at once while sampling"""
+    """images per batch while sampling"""
     real: str | None = None
-    """good images, as `data.labels` takes them, mixed into the chosen ones of every round; null: none"""
+    """good images, in a file as for `data.labels`, mixed into the chosen ones of every round; null: none"""
     real_share: float = Field(0.5, gt=0, lt=1)
     """share of a round's images that are real, where `real` is given"""

@@ -1,8 +1,8 @@
 """Read layered YAML: `extends`, dotted overrides, and for every value the place it came from.
 
 YAML is read by the 1.2 core schema: `1e-4` is a number, `no` and `on` are words, `12:30` is text, dates are text.
-A key given twice in one mapping is a fault. Layers merge mapping by mapping; lists are replaced whole; and changing
-a mapping's `name` or `kind` starts that mapping afresh, since the options beside it belonged to the other thing.
+A key given twice in one mapping is an error. Layers merge mapping by mapping; lists are replaced whole; and changing
+a mapping's `name` or `kind` empties that mapping first, since its other options belonged to the previous choice.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ COMMAND_LINE = "the command line"
 _DISCRIMINATORS = ("name", "kind")
 
 
-class Faults(UserError):
-    """Everything that is wrong with a configuration, one line a fault."""
+class ConfigIssues(UserError):
+    """Everything that is wrong with a configuration, one line for each issue."""
 
     def __init__(self, lines: list[str]) -> None:
         """Keep each line once, in order; `str()` of the error is the lines joined."""
@@ -41,20 +41,29 @@ class Tree:
     origins: dict[KeyPath, str] = field(default_factory=dict)
 
     def origin(self, path: KeyPath) -> str | None:
-        """Return where `path`, or else its nearest enclosing mapping, was set; for something missing, its place."""
+        """Return where `path` was set, or where the nearest mapping around it was; None if neither was set."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
         return None
 
     def value_origin(self, path: KeyPath) -> str | None:
-        """Return where the value at `path` was set, also as part of a larger value; None for a default."""
+        """Return where the value at `path` was set, alone or as part of a larger value; None for a default."""
         holder: Any = self.values
         for part in path:
             if isinstance(holder, dict) and part not in holder:
                 return None
             holder = holder[part]
         return self.origin(path)
+
+    def rename(self, path: KeyPath, new: str) -> None:
+        """Give the key at `path` another name, in the values and in the origins."""
+        holder: Any = self.values
+        for part in path[:-1]:
+            holder = holder[part]
+        holder[new] = holder.pop(path[-1])
+        for old in [old for old in self.origins if old[: len(path)] == path]:
+            self.origins[(*path[:-1], new, *old[len(path) :])] = self.origins.pop(old)
 
 
 Normalise = Callable[[dict[str, Any]], None]
@@ -72,7 +81,7 @@ def read_tree(
     place (such as `method: sft`) in every layer before it is merged.
 
     Raises:
-        UserError: a file is missing or not YAML; or (as `Faults`) overrides that cannot be applied.
+        UserError: a file is missing or not YAML; or (as `ConfigIssues`) overrides that cannot be applied.
     """
     if isinstance(source, Mapping):
         tree = _on_its_bases(_layer_of(source, "the config given"), "the config given", None, normalise, ())
@@ -96,7 +105,7 @@ def parse_value(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(
-            f"'{text}' is not a YAML value: {_yaml_problem(error)}; quote text that holds : or ["
+            f"'{text}' is not a YAML value: {_yaml_problem(error)}; quote text that contains : or ["
         ) from None
 
 
@@ -186,7 +195,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which YAML 1.1 or 1.2 would take for something else; plain lists take one line."""
+    """SafeDumper that quotes text that YAML 1.1 or 1.2 would read as another type; plain lists take one line."""
 
     yaml_implicit_resolvers = {
         first: [rule for rules in (yaml.SafeDumper, _Loader) for rule in rules.yaml_implicit_resolvers.get(first, [])]
@@ -199,7 +208,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # Within other quotes a line break, of which Unicode has several, would come back as a space.
+    # Within single quotes a line break (Unicode has several) would be read back as a space.
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
@@ -209,7 +218,7 @@ _Dumper.add_representer(str, _represent_text)
 def _read_layers(path: Path, normalise: Normalise, chain: tuple[Path, ...]) -> Tree:
     """Read a file on top of what it extends; `chain` is the files that led here."""
     if path.resolve() in chain:
-        raise UserError(f"{path}: extends itself, by way of {', '.join(map(str, chain))}; remove one `extends`")
+        raise UserError(f"{path}: extends itself, through {', '.join(map(str, chain))}; remove one `extends`")
     return _on_its_bases(_read_file(path), str(path), path.parent, normalise, (*chain, path.resolve()))
 
 
@@ -286,28 +295,28 @@ def _is_another(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def _forget(tree: Tree, path: KeyPath) -> None:
-    """Drop the origins under a path whose value is being replaced."""
+    """Remove the origins below a path whose value is being replaced."""
     for known in [known for known in tree.origins if known[: len(path)] == path]:
         del tree.origins[known]
 
 
 def _apply_overrides(tree: Tree, overrides: Sequence[str], normalise: Normalise) -> None:
-    faults: list[str] = []
+    issues: list[str] = []
     parsed: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.removeprefix("--").partition("=")
         if not equals or not key.strip("."):
-            faults.append(f"override '{text}': write it as key=value, for example trainer.steps=100")
+            issues.append(f"override '{text}': write it as key=value, for example trainer.steps=100")
         elif key in parsed:
-            faults.append(f"override '{text}': {key} is given twice; keep one")
+            issues.append(f"override '{text}': {key} is given twice; keep one")
         else:
             try:
                 parsed[key] = parse_value(value)
             except UserError as error:
-                faults.append(f"override '{text}': {error}")
+                issues.append(f"override '{text}': {error}")
 
     def rank(key: str) -> tuple[int, bool]:
-        # A mapping before its members, and its name or kind first: either of them starts the mapping afresh.
+        # A mapping is set before its members, and its name or kind before the others: either empties the mapping.
         return key.count("."), key.rpartition(".")[2] not in _DISCRIMINATORS
 
     for key in sorted(parsed, key=rank):
@@ -315,9 +324,9 @@ def _apply_overrides(tree: Tree, overrides: Sequence[str], normalise: Normalise)
             _set(tree, _split(key), parsed[key])
             normalise(tree.values)
         except UserError as error:
-            faults.append(f"override '{key}': {error}")
-    if faults:
-        raise Faults(faults)
+            issues.append(f"override '{key}': {error}")
+    if issues:
+        raise ConfigIssues(issues)
 
 
 def _split(key: str) -> KeyPath:
@@ -351,12 +360,12 @@ def _set(tree: Tree, path: KeyPath, value: Any) -> None:
 
 
 def _check_key(holder: Any, path: KeyPath, depth: int) -> None:
-    """Complain where `path[depth]` cannot be a key of `holder`."""
+    """Raise a UserError if `path[depth]` cannot be a key of `holder`."""
     part, where = path[depth], dotted(path[:depth])
     if isinstance(holder, list):
         if not isinstance(part, int) or part > len(holder):
             raise UserError(f"{where} is a list of {len(holder)}; give an index from 0 to {len(holder)}, not '{part}'")
     elif not isinstance(holder, dict):
-        raise UserError(f"{where} is the value {holder!r} and has no '{part}' in it")
+        raise UserError(f"{where} is the value {holder!r}, which has no key '{part}'; remove '{part}' from the path")
     elif isinstance(part, int):
         raise UserError(f"{where or 'a config'} is a mapping, not a list; give a key, not {part}")

@@ -1,1 +1,1 @@
-"""What every room stands on: errors, seeds, files, progress, registries; nothing here knows what is trained."""
+"""The basis of all other packages: errors, seeds, files, progress, registries; independent of models and methods."""

@@ -1,4 +1,4 @@
-"""What a training has used: images through the network, images made, reward calls, seconds; the basis of budgets."""
+"""Cost of a training: images through the network, images sampled, reward calls, seconds; the basis of budgets."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ COUNTERS = ("images_seen", "images_sampled", "reward_calls")
 
 
 class Cost:
-    """Counts one process's work while training; what happens inside `paused()` (looks, saving) is left out.
+    """Counts one process's work while training; what happens inside `paused()` (evaluation, saving) is left out.
 
     images_seen
         Images that went through the denoiser, forward or backward: each direction counts one, a guided call two for
-        each image. Of a vision-language model, answers that it scored, forward or backward. What gradient
-        checkpointing computes again does not count: it is a matter of memory, not of method.
+        each image. For a vision-language model: answers that it scored, forward or backward. What gradient
+        checkpointing computes again does not count, because it depends on memory and not on the method.
     images_sampled, reward_calls
-        Images drawn, and images scored (an image scored by two rewards counts two).
+        Images sampled, and images scored (an image scored by two rewards counts two).
     seconds
         Wall time.
     """
 
     def __init__(self) -> None:
-        """Start at zero, with the clock standing."""
+        """Start at zero, with the clock stopped."""
         self.images_seen = self.images_sampled = self.reward_calls = 0
         self._seconds = 0.0
         self._since: float | None = None
@@ -37,7 +37,7 @@ class Cost:
         return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def start(self) -> None:
-        """Let the clock run and count."""
+        """Start the clock and the counters."""
         self._since = time.monotonic()
 
     @contextmanager
@@ -51,7 +51,7 @@ class Cost:
             self._since = time.monotonic() if running else None
 
     def watch(self, network: nn.Module) -> None:
-        """Count what goes through a network from now on."""
+        """Count the images that go through a network from now on."""
         network.register_forward_hook(self._on_forward)
 
     def add(self, **counts: int) -> None:
@@ -65,7 +65,7 @@ class Cost:
         return {**{name: float(getattr(self, name)) for name in COUNTERS}, "seconds": self.seconds}
 
     def load(self, totals: dict[str, float], rank: int = 0, processes: int = 1) -> None:
-        """Go on from the totals of a run, shared out among its processes."""
+        """Continue from the totals of a run, divided among its processes."""
         for name in COUNTERS:
             share, rest = divmod(int(totals[name]), processes)
             setattr(self, name, share + (rank < rest))

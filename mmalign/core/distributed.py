@@ -1,4 +1,4 @@
-"""What the processes of a distributed run tell each other besides gradients; alone, a process talks to itself."""
+"""Communication between the processes of a distributed run besides gradients; also works with one process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def _several() -> bool:
 
 
 def rank() -> int:
-    """Return this process's number."""
+    """Return the rank of this process."""
     return torch.distributed.get_rank() if _several() else 0
 
 
 def gather(mine: ObjectT) -> list[ObjectT]:
-    """Return what every process passed, in the order of their numbers."""
+    """Return the values of all processes, in the order of their ranks."""
     if not _several():
         return [mine]
     everyone: list[ObjectT] = [mine] * torch.distributed.get_world_size()
@@ -29,7 +29,7 @@ def gather(mine: ObjectT) -> list[ObjectT]:
 
 
 def mean(mine: Tensor) -> Tensor:
-    """Return the mean of what every process passed, element by element, without a gradient."""
+    """Return the elementwise mean of the tensors of all processes, without a gradient."""
     if not _several():
         return mine.detach()
     total = mine.detach().clone()

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 class EMA:
     """Keeps shadow = d * shadow + (1 - d) * parameter, with d = min(decay, (1 + updates) / (10 + updates)).
 
-    The warm-up of d (as in the EMA of TensorFlow and diffusers) lets the average forget the starting point in short
-    runs. Costs one float copy of the trainable parameters.
+    The warm-up of d (as in the EMA of TensorFlow and diffusers) lets the average leave the starting point in short
+    runs. It costs one float copy of the trainable parameters.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        """Start the average at the present values.
+        """Start the average at the current values.
 
         Raises:
             ValueError: decay is outside [0, 1).
@@ -31,14 +31,14 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the present values; once after each optimiser step."""
+        """Move the average towards the current values; call once after each optimiser step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
         self.updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the average into the model inside the context, and the trained values back afterwards."""
+        """Put the average into the model inside the context, and restore the trained values afterwards."""
         self._swap()
         try:
             yield

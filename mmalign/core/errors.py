@@ -1,4 +1,4 @@
-"""The error that means "your input is wrong", and the helper that finds what was probably meant.
+"""The error for wrong input, and the functions that find the nearest allowed name.
 
 Style of every message: what was given, what is allowed, the nearest match, the fix; one line.
 """
@@ -11,27 +11,27 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """The user's input is wrong; the command line prints the message as one line and exits with code 2."""
+    """The user's input is wrong; the command line prints the message without a traceback and exits with code 2."""
 
 
 class MissingPath(UserError):
-    """A file or folder that the user names is not there; `path` is it, as given."""
+    """A file or folder that the user named does not exist; `path` is the path as given."""
 
     def __init__(self, path: object, hint: str) -> None:
-        """Say that `path` does not exist, and `hint` at what was meant."""
+        """Report that `path` does not exist; `hint` is appended to the message."""
         super().__init__(f"{path}: no such file or directory{hint}")
         self.path = str(path)
 
 
 class TrainingDiverged(RuntimeError):
-    """What a run computes has stopped to mean anything; nothing was saved after it."""
+    """Training diverged: the loss, a gradient or the samples are not finite; nothing was saved afterwards."""
 
 
 def close_to(given: str, allowed: Iterable[str]) -> list[str]:
-    """Return the entries of `allowed` that `given` was most probably meant to be, none if nothing is close.
+    """Return the entries of `allowed` that are nearest to `given`; an empty list if nothing is close.
 
-    They are the names of which what was given is a whole part ("dpo": "diffusion_dpo", not "ddpo"); or else the most
-    similar spelling in any case, exchanged letters before others; or else the first word that contains it.
+    They are the names that have `given` as a whole part ("dpo": "diffusion_dpo", not "ddpo"). If there are none, it
+    is the most similar spelling (ignoring case, transposed letters first), or else the first word that contains it.
     """
     by_lower = {word.lower(): word for word in allowed}
     lower = given.lower()
@@ -50,7 +50,7 @@ def nearest(given: str, allowed: Iterable[str]) -> str | None:
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """Return "; did you mean 'x' or 'y'?" for what is close, or an empty string: made to be appended to a message."""
+    """Return "; did you mean 'x' or 'y'?" with the nearest names, to append to a message; empty if none is close."""
     matches = close_to(given, allowed)
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 

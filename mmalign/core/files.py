@@ -1,4 +1,4 @@
-"""Files that no reader ever sees half-written (made aside, renamed when complete), and places they can go to."""
+"""Atomic writing of files (written beside the target, renamed when complete), and checks of output paths."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mmalign.core.errors import UserError
 
 
 def check_output(path: Path, key: str = "--out", *, folder: bool = True) -> None:
-    """Refuse a place that cannot be written to, before the work whose result goes there; nothing is written.
+    """Refuse an output path that cannot be written to, before the work starts; nothing is written.
 
-    `key` is what the user set; `folder` says whether `path` is to be a folder or a file.
+    `key` is the option or key that the user set; `folder` says whether `path` is to be a folder or a file.
 
     Raises:
         UserError: a file where a folder is needed or the reverse, a path that leads through a file, no permission.
@@ -27,12 +27,12 @@ def check_output(path: Path, key: str = "--out", *, folder: bool = True) -> None
         where = "is a file" if holder == path else f"{holder} on the way there is a file"
         raise UserError(f"{key} {path}: {where}; name another folder")
     if not os.access(holder, os.W_OK | os.X_OK):
-        raise UserError(f"{key} {path}: {holder} is not writable; choose a place where you may write")
+        raise UserError(f"{key} {path}: {holder} is not writable; choose another path")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to: it takes its place when the block ends well, and goes when it fails."""
+    """Yield a temporary path beside `path` that replaces it if the block succeeds and is removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,6 +43,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file, text as UTF-8: a reader sees the old one or the new one."""
+    """Write a whole file, text as UTF-8; readers see either the old content or the new."""
     with replacing(path) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,4 +1,4 @@
-"""Keys of content, and numbers that depend on names alone: the same on every machine and in every run."""
+"""Hashes of content, and random numbers that depend on names only: the same on every machine and in every run."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ _FRACTION_BITS = 53
 
 
 def uniform(*parts: int | str) -> float:
-    """Return a number in [0, 1) that depends on `parts` alone (see `mmalign.core.seeds.derive_seed`)."""
+    """Return a number in [0, 1) that depends on `parts` only (see `mmalign.core.seeds.derive_seed`)."""
     return (derive_seed(*parts) % 2**_FRACTION_BITS) / 2**_FRACTION_BITS

@@ -1,4 +1,4 @@
-"""Ctrl-C (and the SIGTERM of a job scheduler) as a wish to stop after the present step, not an accident."""
+"""Ctrl-C, or SIGTERM of a job scheduler, as a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mmalign.core.progress import note
 
 
 class StopRequest:
-    """Set once the user or the scheduler has asked to stop."""
+    """A flag that is set once the user or the scheduler has asked to stop."""
 
     requested = False
 
 
 @contextmanager
 def graceful_stop() -> Iterator[StopRequest]:
-    """Turn the first signal inside the context into a request; the second acts as it always does.
+    """Turn the first signal inside the context into a stop request; a second signal stops the process at once.
 
-    Outside the main thread, where Python allows no signal handlers, the request is simply never set.
+    Python allows signal handlers only in the main thread; in other threads the request is never set.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -31,7 +31,7 @@ def graceful_stop() -> Iterator[StopRequest]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         stop.requested = True
-        note("stopping after this step, with a checkpoint; once more to stop at once")
+        note("stopping after this step, with a checkpoint; interrupt again to stop at once")
         restore()
 
     def restore() -> None:

@@ -1,4 +1,4 @@
-"""In what numbers a run computes: float32 weights that learn, and matrix products in float32, bfloat16 or float16."""
+"""Precision of a run: trained weights in float32, and matrix products in float32, bfloat16 or float16."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
-# Layers whose weights autocast rounds to the compute precision at every call. Normalisation layers are not among
-# them: autocast computes these in float32, where rounded weights would change the result.
+# Layers whose weights autocast rounds to the compute precision at every call. Normalisation layers are left out:
+# autocast computes them in float32, where rounded weights would change the result.
 _AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def check_precision(precision: Precision, device: torch.device | None = None, key: str = "trainer.precision") -> None:
-    """Refuse what the device (None: the one that models are loaded to) cannot do; `key` is what the user set.
+    """Refuse a precision that the device does not support; `key` is the key that the user set.
+
+    device: None is the GPU where there is one, else the CPU.
 
     Raises:
         UserError: fp16 on a CPU, or bf16 on a GPU without it.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "fp16" and device.type == "cpu":
-        raise UserError(f"{key}: fp16 needs a GPU and this run is on the CPU; use bf16 or fp32")
+        raise UserError(f"{key}: fp16 needs a GPU and this run uses the CPU; use bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"{key}: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
+        raise UserError(f"{key}: {torch.cuda.get_device_name(device)} does not support bf16; use fp16 or fp32")
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the context in which the network is called."""
+    """Return the autocast context in which the network is called."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 def round_frozen(network: nn.Module, precision: Precision) -> None:
-    """Store the frozen layers in the compute precision, in place: half the memory, and no cast at every call.
+    """Store the frozen layers in the compute precision, in place; this halves their memory and saves casts.
 
-    Changes no result under `autocast`, which rounds the same weights to the same values.
+    This changes no result under `autocast`, which rounds the same weights to the same values.
     """
-    # transformers takes the type of a whole network from its first weights, and SmolVLM casts features to it.
+    # transformers takes the dtype of a whole network from its first weights, and SmolVLM casts features to it.
     first = next(network.parameters()) if hasattr(network, "get_input_embeddings") else None
     for layer in network.modules():
         if isinstance(layer, _AUTOCAST_LAYERS) and not any(p.requires_grad or p is first for p in layer.parameters()):

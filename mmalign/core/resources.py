@@ -1,4 +1,4 @@
-"""Find what ships with mmalign (configs, models, prompt sets), from a checkout and from an installed wheel alike."""
+"""Find the files that ship with mmalign (configs, models, prompt sets), in a checkout or in an installed wheel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def resource_root() -> Path:
 
 
 def find(path: str | Path) -> Path:
-    """Return `path` as given if it exists, else what has that name among the shipped `configs/` and `assets/`.
+    """Return `path` if it exists, else the shipped file or folder of that name in `configs/` or `assets/`.
 
     Raises:
         MissingPath: neither exists; the message names the nearest existing path.
@@ -34,19 +34,19 @@ def find(path: str | Path) -> Path:
 
 
 def shipped(given: Path) -> Path | None:
-    """Return where `given` would lie among what ships; None if it names nothing of `configs/` or `assets/`.
+    """Return where `given` would lie among the shipped files; None if it is not in `configs/` or `assets/`.
 
-    A checkout is the root of what ships, but its `runs/` and `tests/` are no part of it: a command called elsewhere
-    must not read them because a name matches.
+    In a checkout the shipped files lie in its root, but its `runs/` and `tests/` do not belong to them: a command
+    that is called elsewhere must not read those because a name matches.
     """
     return resource_root() / given if given.parts[:1] and given.parts[0] in _SHIPPED else None
 
 
 def resolve_model(name: str) -> str:
-    """Return what a model loader should be given for `name`: a directory found by `find`, or a hub id unchanged.
+    """Return the argument of the model loader for `name`: a directory found by `find`, or a hub id unchanged.
 
-    `org/name` counts as a hub id when no such path exists and its first part is no directory here either
-    (`runs/demo/dpp` is a mistyped path, not somebody's hub account).
+    `org/name` counts as a hub id when no such path exists and its first part is no local directory either
+    (`runs/demo/dpp` is a mistyped path, not a hub account).
 
     Raises:
         UserError: `name` is neither an existing path nor shaped like a hub id.
@@ -67,7 +67,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _path_hint(missing: Path) -> str:
-    """Describe the nearest existing neighbour of a missing path, or where it was looked for."""
+    """Describe the nearest existing neighbour of a missing path, or the places that were searched."""
     for folder in (missing.parent, shipped(missing.parent)):
         if folder is not None and folder.is_dir():
             match = nearest(missing.name, (entry.name for entry in folder.iterdir()))

@@ -1,4 +1,4 @@
-"""Seeds that depend on what is drawn, never on batch size, rank or the order of the work."""
+"""Seeds that depend on the sample, never on batch size, rank or the order of the work."""
 
 from __future__ import annotations
 

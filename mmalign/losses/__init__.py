@@ -1,4 +1,4 @@
-"""Every objective as a pure function on tensors: no models, no configuration, no state; imports torch alone."""
+"""All objectives as pure functions on tensors, without models, configuration or state; they import only torch."""
 
 from mmalign.losses.capo import capo, capo_logit, noise_level_weight
 from mmalign.losses.denoising import denoising_error

@@ -1,13 +1,13 @@
-"""Advantages: rewards made comparable across prompts before a policy gradient weighs log-probabilities with them.
+"""Advantages: rewards normalised across prompts, as the weights of log-probabilities in a policy gradient.
 
-A = (reward - mean) / (std + 1e-8), with the population's standard deviation, as NumPy's. What differs is the set of
-rewards that mean and std are taken over:
+A = (reward - mean) / (std + 1e-8), with the population's standard deviation, as NumPy's. The functions differ in
+the set of rewards that mean and std are taken over:
 
 * `PromptStatistics`: the last rewards of the same prompt across batches (DDPO, Black et al., arXiv 2305.13301,
   appendix; buffer and minimum of the authors' code), the whole batch until there are enough;
 * `group_advantages`: the images of the same prompt in this batch (GRPO, Shao et al., arXiv 2402.03300, section 4.1).
 
-Where all rewards of that set are equal there is nothing to prefer, and A is exactly 0.
+Where all rewards of that set are equal, A is exactly 0.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ EPSILON = 1e-8
 
 
 class PromptStatistics:
-    """Keeps the last rewards of every prompt; one object a run, in the checkpoint through `state_dict`.
+    """Keeps the last rewards of every prompt; one object per run, saved in checkpoints through `state_dict`.
 
     buffer_size
-        How many rewards of each prompt are kept, the oldest going first.
+        How many rewards of each prompt are kept; the oldest are dropped first.
     min_count
-        From how many kept rewards on, those of the present batch included, a prompt is judged by its own.
+        How many kept rewards, those of the current batch included, a prompt needs for statistics of its own.
     clip
         Advantages are clipped to [-clip, clip] (5 in TRL, 10 in the first ddpo-pytorch); None: they are not.
     """
@@ -52,7 +52,7 @@ class PromptStatistics:
         self._rewards: dict[str, deque[float]] = {}
 
     def advantages(self, prompts: Sequence[str], rewards: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """Remember the rewards, then return the advantage of each, on their device; so call once for each batch.
+        """Store the rewards, then return the advantage of each on their device; call this once for each batch.
 
         In float32 or in the higher precision of the rewards; the statistics are taken in float64.
 
@@ -70,18 +70,18 @@ class PromptStatistics:
         return _finish(advantages, rewards, self.clip)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, as plain lists and numbers that JSON keeps exactly."""
+        """Return the stored rewards for a resumed run, as plain lists and numbers that JSON keeps exactly."""
         return {"rewards": {prompt: list(kept) for prompt, kept in self._rewards.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`; of longer lists, the last `buffer_size` rewards are kept."""
+        """Restore a `state_dict`; of longer lists, the last `buffer_size` rewards are kept."""
         self._rewards = {prompt: deque(kept, maxlen=self.buffer_size) for prompt, kept in state["rewards"].items()}
 
 
 def group_advantages(
     prompts: Sequence[str], rewards: Float[Tensor, " batch"], *, clip: float | None = None
 ) -> Float[Tensor, " batch"]:
-    """Return the advantage of each image among the images of its prompt in this batch; 0 for the only one.
+    """Return the advantage of each image among the images of its prompt in this batch; 0 for a single image.
 
     Precision, device and clip as in `PromptStatistics`.
 
@@ -110,9 +110,11 @@ def _rows_by_prompt(prompts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _finite_rewards(prompts: Sequence[str], rewards: Tensor) -> Tensor:
-    """Return the rewards in float64 on the CPU: half of what follows is bookkeeping in Python."""
+    """Check the rewards and return them in float64 on the CPU, where the statistics are computed."""
     if rewards.shape != (len(prompts),):
-        raise ValueError(f"{len(prompts)} prompts and rewards of shape {tuple(rewards.shape)}; needed: one for each")
+        raise ValueError(
+            f"{len(prompts)} prompts and rewards of shape {tuple(rewards.shape)}; one reward per prompt is needed"
+        )
     values = rewards.detach().to("cpu", torch.float64)
     for prompt, value in zip(prompts, values.tolist(), strict=True):
         if not math.isfinite(value):

@@ -20,7 +20,7 @@ from mmalign.losses.pair_loss import check_beta
 def noise_level_weight(
     alpha: Float[Tensor, " batch"], sigma: Float[Tensor, " batch"], *, bias: float
 ) -> Float[Tensor, " batch"]:
-    """Return sigmoid(bias - log(alpha^2 / sigma^2)), within 0..1, larger the noisier; 1/2 where log-SNR = bias."""
+    """Return sigmoid(bias - log(alpha^2 / sigma^2)), in [0, 1], larger for noisier levels; 1/2 at log-SNR = bias."""
     return torch.sigmoid(bias - 2 * (alpha.log() - sigma.log()))
 
 
@@ -33,7 +33,7 @@ def capo_logit(
     beta: float,
     weight: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, " batch"]:
-    """Return weight * z, z of `diffusion_dpo_logit`; `weight` is that of the noise level, None: 1."""
+    """Return weight * z with z of `diffusion_dpo_logit`; `weight` is the weight of the noise level, None: 1."""
     z = diffusion_dpo_logit(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta)
     return z if weight is None else weight * z
 

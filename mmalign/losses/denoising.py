@@ -1,4 +1,4 @@
-"""The denoising error of a sample: what every preference objective on diffusion models is made of.
+"""The denoising error of a sample, on which all preference objectives for diffusion models are built.
 
 Source: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), eq. 14, with constant weight.
 """
@@ -27,7 +27,7 @@ def denoising_error(
     errors near 1e-5, far below the spacing of float16 and bfloat16 at 1.
 
     Raises:
-        ValueError: the shapes differ (broadcasting would hide a mistake), or `reduce` is neither word.
+        ValueError: the shapes differ (broadcasting would hide a mistake), or `reduce` is not known.
     """
     if output.shape != target.shape:
         raise ValueError(f"output has shape {tuple(output.shape)}, target {tuple(target.shape)}; they must be equal")

@@ -1,10 +1,10 @@
-"""Dense-reward DPO: preference over whole sampling chains, in which the early steps count more.
+"""Dense-reward DPO: preference over whole sampling chains, in which early steps have larger weights.
 
 Source: Yang, Chen and Zhou, "A Dense Reward View on Aligning Text-to-Image Diffusion with Preference" (arXiv
 2402.08265), in the convention of the authors' code (Shentao-YANG/Dense_Reward_T2I); ranking of more than two images:
 ListMLE (Xia et al., "Listwise Approach to Learning to Rank", ICML 2008).
 
-A chain is worth sum_k gamma^k r_k, k = 0 being the first and noisiest sampling step, so Bradley-Terry is put on
+A chain is worth sum_k gamma^k r_k, k = 0 being the first and noisiest sampling step, so Bradley-Terry is applied to
 sum_k gamma^k rho_k with rho the log-ratio of policy to reference, a MEAN over latent dimensions. Few steps are
 computed: drawn with probability proportional to gamma^k, their plain mean has the expectation sum_k gamma^k rho_k /
 sum_k gamma^k. All images that are compared share the drawn steps.
@@ -41,12 +41,12 @@ def dense_logit(
         ValueError: scale or clip is not positive, the shapes differ, or for some image no step was drawn.
     """
     if not scale > 0 or not clip > 0:
-        raise ValueError(f"scale={scale} and clip={clip} must be positive (clip math.inf: none)")
+        raise ValueError(f"scale={scale} and clip={clip} must be positive (clip=math.inf: no clamp)")
     if log_ratio.shape != counts.shape:
         raise ValueError(f"log_ratio has shape {tuple(log_ratio.shape)}, counts {tuple(counts.shape)}; must be equal")
     drawn = counts.sum(0)
     if not bool((drawn > 0).all()):
-        raise ValueError("an image without a drawn step has no logit; leave it out")
+        raise ValueError("every image needs at least one drawn step; leave out images without one")
     rho = log_ratio.to(torch.promote_types(log_ratio.dtype, torch.float32)).clamp(-clip, clip)
     return scale * (counts * rho).sum(0) / drawn
 

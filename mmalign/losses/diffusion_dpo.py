@@ -1,4 +1,4 @@
-"""Diffusion-DPO: prefer the chosen image by denoising it better than the reference does, the rejected one worse.
+"""Diffusion-DPO: lower the denoising error of the chosen image relative to the reference, raise the rejected one's.
 
 Source: Wallace et al., "Diffusion Model Alignment Using Direct Preference Optimization" (arXiv 2311.12908), eq. 14,
 in the convention of the authors' code (SalesforceAIResearch/DiffusionDPO, train.py).
@@ -46,8 +46,8 @@ def diffusion_dpo(
 ) -> Float[Tensor, " batch"]:
     """Return the loss of each pair from the denoising errors (see `denoising_error`) of its two images.
 
-    z is as in `diffusion_dpo_logit`; `pair_loss` says what `loss_type` and `label_smoothing` make of it. The margin of
-    "ipo" keeps the half.
+    z is as in `diffusion_dpo_logit`; `pair_loss` describes `loss_type` and `label_smoothing`. The margin of "ipo"
+    keeps the factor 1/2.
 
     Raises:
         ValueError: beta is not positive, the smoothing is outside [0, 0.5), or `loss_type` is not known.

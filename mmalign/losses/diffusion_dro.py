@@ -1,4 +1,4 @@
-"""Diffusion-DRO: rank images of an expert above the policy's own, by how much better each is denoised than before.
+"""Diffusion-DRO: rank expert images above the policy's own, by the gain in denoising error over the reference.
 
 Source: Wu et al., "Ranking-based Preference Optimization for Diffusion Models from Implicit User Feedback" (arXiv
 2510.18353), in the convention of the authors' code (basiclab/DiffusionDRO): errors are means over latent dimensions.

@@ -20,7 +20,7 @@ Utility = Literal["kahneman-tversky", "loss-averse", "risk-seeking"]
 
 
 def kto_reference_point(gain: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
-    """Return the mean gain, without a gradient; KTO's estimate of the KL divergence once it is held at 0 or more."""
+    """Return the mean gain, without a gradient; clamped at 0 it is KTO's estimate of the KL divergence."""
     return gain.detach().mean()
 
 

@@ -43,7 +43,7 @@ def dpo(
     loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, " batch"]:
-    """Return the loss of each pair; `pair_loss` says what `loss_type` and `label_smoothing` mean.
+    """Return the loss of each pair; `pair_loss` describes `loss_type` and `label_smoothing`.
 
     TRL's "ipo" is this one on `completion_mean`; the paper's (arXiv 2310.12036) is on sums.
 
@@ -78,13 +78,13 @@ def beta_of_gap(
     """Return MM-DPO's beta of each pair, beta * (1 + rise * (1 - exp(-slope * gap))): larger for a clearer preference.
 
     Source: MM-RLHF (arXiv 2502.10391), in the paper's form; `gap` is the reward of the chosen minus that of the
-    rejected completion. Ours: it is bounded by `floor` below, as the formula turns negative, and the preference round,
-    for gaps under -2 log 3 (at the defaults).
+    rejected completion. Ours: it is bounded below by `floor`, because the formula becomes negative, which reverses the
+    preference, for gaps under -2 log 3 (at the defaults).
 
     Raises:
         ValueError: beta, slope or floor is not positive, or rise is negative.
     """
     if not (beta > 0 and slope > 0 and floor > 0 and rise >= 0):
         raise ValueError(f"beta={beta}, slope={slope} and floor={floor} must be positive, rise={rise} not negative")
-    # Below the floor the exponential could overflow; its exact size is of no interest there.
+    # Where the exponential could overflow, the result is below the floor anyway.
     return (beta * (1 - rise * torch.expm1((-slope * gap).clamp(max=80.0)))).clamp(min=floor)

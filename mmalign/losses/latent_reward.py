@@ -20,7 +20,7 @@ def latent_reward(
 ) -> Float[Tensor, " batch"]:
     """Return KL(p || softmax(first, second)) of each pair, p = (preference, 1 - preference).
 
-    That is the softmax cross-entropy of the two scores less the entropy of the label: `preference` is 1 where the
+    This is the softmax cross-entropy of the two scores less the entropy of the label: `preference` is 1 where the
     first is better, 0 where the second is, 1/2 for a tie, whose loss is 0 where the scores are equal (and not log 2).
 
     Raises:
@@ -34,7 +34,7 @@ def latent_reward(
 
 
 def pair_weights(prompts: Sequence[Hashable]) -> Float[Tensor, " pairs"]:
-    """Return a weight for the pair of each prompt given, so that every prompt counts alike; their mean is 1."""
+    """Return a weight for each pair, given its prompt, so that all prompts weigh the same in total; the mean is 1."""
     counts = Counter(prompts)
     weights = torch.tensor([1.0 / counts[prompt] for prompt in prompts], dtype=torch.float64)
     return weights * (len(prompts) / len(counts))

@@ -20,8 +20,8 @@ _SERIES_BELOW = 0.1
 def mapo_likelihood(error: Float[Tensor, " batch"], *, snr: float = 0.5) -> Float[Tensor, " batch"]:
     """Return f(error) = s e / (exp(s e) - 1), MaPO's stand-in for a likelihood: 1 at error 0, falling towards 0.
 
-    Near 0 the quotient loses all digits (its derivative sooner than itself), so its series takes over there; far out
-    it is written with exp(-s e), which cannot overflow. `snr` is s > 0.
+    Near 0 the quotient loses all digits (its derivative sooner than itself), so its series is used there; for large
+    errors it is written with exp(-s e), which cannot overflow. `snr` is s > 0.
 
     Raises:
         ValueError: snr is not positive.
@@ -32,7 +32,7 @@ def mapo_likelihood(error: Float[Tensor, " batch"], *, snr: float = 0.5) -> Floa
     square = x.square()
     series = 1 - x / 2 + square / 12 * (1 - square / 60 * (1 - square / 42))
     near = x < _SERIES_BELOW
-    # `where` differentiates both branches: each must be finite where the other one is taken.
+    # `where` differentiates both branches, so each must be finite where the other one is used.
     far = torch.where(near, _SERIES_BELOW, x)
     return torch.where(near, series, far * torch.exp(-far) / -torch.expm1(-far))
 

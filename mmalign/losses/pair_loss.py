@@ -1,4 +1,4 @@
-"""From the margin of a pair to its loss: the options of the DPO family, on images and on tokens alike."""
+"""The loss of a pair from its margin: the options of the DPO family, for images and for tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pair_loss(
     """
     check_beta(beta)
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 0.5): from 0.5 on, labels say nothing")
+        raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 0.5): at 0.5 labels carry no information")
     right = _of_right_label(z, beta, loss_type)
     if label_smoothing == 0:
         return right
@@ -50,7 +50,7 @@ def pair_loss(
 
 
 def check_beta(beta: float | Tensor) -> None:
-    """Raise a ValueError unless every beta is positive: a negative one turns the preference round."""
+    """Raise a ValueError unless every beta is positive: a negative one reverses the preference."""
     if isinstance(beta, Tensor) and not bool((beta > 0).all()):
         raise ValueError(f"beta={beta.tolist()} must be positive everywhere")
     if not isinstance(beta, Tensor) and not beta > 0:

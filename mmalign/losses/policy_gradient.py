@@ -25,7 +25,7 @@ def clipped_policy_gradient(
 
     `advantage` A (see `mmalign.losses.advantages`) has the shape of `log_prob` or broadcasts to it. Where the policy
     is the one that sampled, rho = 1 and the gradient is -A grad log_prob, REINFORCE; a step that has moved by more
-    than `clip` in the direction A asks for gets none. `math.inf` switches the clipping off. `old_log_prob` and
+    than `clip` in the direction that A favours gets none. `math.inf` switches the clipping off. `old_log_prob` and
     `advantage` get no gradient. In float32 or in the higher precision of the log-probabilities.
 
     Raises:
@@ -44,7 +44,7 @@ def clamped_policy_gradient(
 ) -> Float[Tensor, "*shape"]:
     """Return DPOK's loss of each step: -A clamp(rho, 1 - clip, 1 + clip), without PPO's maximum.
 
-    Arguments and errors as in `clipped_policy_gradient`, from which it differs in one thing: a step that has moved by
+    Arguments and errors as in `clipped_policy_gradient`, with one difference: a step that has moved by
     more than `clip` gets no gradient in either direction, not even for coming back.
     """
     ratio, advantage = _ratio_and_advantage(log_prob, old_log_prob, advantage, clip)
@@ -67,7 +67,7 @@ def gaussian_kl(
     """
     if mean.shape != reference_mean.shape:
         raise ValueError(
-            f"mean has shape {tuple(mean.shape)}, reference_mean {tuple(reference_mean.shape)}; not equal"
+            f"mean has shape {tuple(mean.shape)}, reference_mean {tuple(reference_mean.shape)}; they must be equal"
         )
     precise = torch.promote_types(torch.promote_types(mean.dtype, reference_mean.dtype), torch.float32)
     if std.ndim == 1:

@@ -1,9 +1,9 @@
-"""PRDP: predict the difference of two rewards from the log-ratios of the two trajectories that led to the images.
+"""PRDP: predict the difference of two rewards from the log-ratios of the trajectories of the two images.
 
 Source: Deng et al., "PRDP: Proximal Reward Difference Prediction for Large-Scale Reward Finetuning of Diffusion
 Models" (arXiv 2402.08714); the authors published no code.
 
-Conventions, because beta and clip mean nothing without them:
+Conventions, which fix the units of beta and clip:
 
 * the log-ratio of a step is log p_policy(x' | x) - log p_reference(x' | x) of the recorded transition x -> x';
 * SUMMED over the D latent dimensions, as in the paper, the loss is 0 for every pair exactly where the policy is

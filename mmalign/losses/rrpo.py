@@ -25,9 +25,9 @@ def rrpo_logit(
     *,
     beta: float | Float[Tensor, " batch"],
 ) -> Float[Tensor, " batch"]:
-    """Return DPO's z with sums over the differing tokens alone (see `span_masks`); with all tokens marked it is DPO's.
+    """Return DPO's z with sums over the differing tokens only (see `span_masks`); with all tokens marked it is DPO's.
 
-    The paper sums phrase by phrase; only the total enters, so how tokens group into phrases is of no consequence.
+    The paper sums phrase by phrase; only the total enters, so the grouping of tokens into phrases does not matter.
     """
     return dpo_logit(
         completion_sum(policy_chosen, chosen_differs),
@@ -53,5 +53,5 @@ def rrpo(
         ValueError: alpha is negative.
     """
     if not alpha >= 0:
-        raise ValueError(f"alpha={alpha} must not be negative: the divergence would be rewarded")
+        raise ValueError(f"alpha={alpha} must not be negative, which would reward the divergence")
     return -F.logsigmoid(z) + alpha * completion_sum(chosen_kl, chosen_mask)

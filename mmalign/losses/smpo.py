@@ -1,4 +1,4 @@
-"""SmPO: Diffusion-DPO whose every pair counts by how sure a reward is of it, and in the direction that it says.
+"""SmPO: Diffusion-DPO with the weight and the direction of each pair given by its reward margin.
 
 Source: Lu et al., "Smoothed Preference Optimization via ReNoise Inversion for Aligning Diffusion Models with Varied
 Human Preferences" (arXiv 2506.02698), in the convention of the authors' code (JaydenLyh/SmPO, train.py).

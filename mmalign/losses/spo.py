@@ -1,4 +1,4 @@
-"""Step-by-step preference optimisation: at each sampling step, the best against the worst of a few candidates.
+"""Step-by-step preference optimisation: at each sampling step, prefer the best of a few candidates over the worst.
 
 Source: Liang et al., "Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference
 Optimization" (SPO, arXiv 2406.04314); the threshold that follows the step's noise and the softmax of the two scores
@@ -20,7 +20,7 @@ from torch import Tensor
 def step_preference(
     score: Float[Tensor, "candidates batch"], threshold: float
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Return the best and the worst candidate of each chain, and whether they differ enough to teach anything.
+    """Return the best and the worst candidate of each chain, and whether their scores differ enough to be valid.
 
     With (p, q) the softmax of the two scores, a pair is valid where p - q > threshold, that is where the scores
     differ by more than log((1 + threshold) / (1 - threshold)).
@@ -37,7 +37,7 @@ def step_preference(
 
 
 def dynamic_threshold(std: float, stds: tuple[float, float], thresholds: tuple[float, float]) -> float:
-    """Return the threshold of a step, linear in its std: thresholds[0] at the least of the sampler's `stds`."""
+    """Return the threshold of a step, linear in its std: thresholds[0] at the smallest of the sampler's `stds`."""
     low, high = stds
     share = (std - low) / (high - low) if high > low else 0.0
     return thresholds[0] + share * (thresholds[1] - thresholds[0])

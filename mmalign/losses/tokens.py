@@ -1,8 +1,8 @@
-"""What the objectives on text are made of: sums of token log-probs, divergences between next tokens, differing spans.
+"""Parts of the objectives on text: sums of token log-probs, divergences of next-token distributions, differing spans.
 
-Everything is laid out `[batch, tokens]`, column t the t-th token of a completion, with a mask that is True on tokens
-(the end token included) and False beyond. Sums are the papers' log-probability of a response; means divide them by
-the number of tokens.
+Tensors have the shape `[batch, tokens]`; column t is the t-th token of a completion, with a mask that is True on
+tokens (the end token included) and False beyond. Sums are the papers' log-probability of a response; means divide them
+by the number of tokens.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 def completion_sum(
     values: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, " batch"]:
-    """Return the sum over the masked tokens; what lies outside the mask has no effect and no gradient, even NaN."""
+    """Return the sum over the masked tokens; values outside the mask, even NaN, have no effect and no gradient."""
     return values.masked_fill(~mask, 0).sum(1)
 
 
 def completion_mean(
     values: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, " batch"]:
-    """Return the mean over the masked tokens; 0 where there is none."""
+    """Return the mean over the masked tokens; 0 where there are none."""
     return completion_sum(values, mask) / mask.sum(1).clamp(min=1)
 
 
 def sft(log_probs: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, " batch"]:
-    """Return the cross-entropy of each completion, a mean over its tokens: the anchor that MM-DPO and RPO add to DPO.
+    """Return the cross-entropy of each completion, a mean over its tokens: the SFT term of MM-DPO and RPO.
 
     Sources: MM-RLHF (arXiv 2502.10391) and its code; RPO (arXiv 2404.19733).
     """
@@ -60,8 +60,8 @@ def sampled_kl(
     """Return an estimate of KL(policy || reference) at each token from the log-probs of that token alone.
 
     With d = reference - policy: "k1" is -d, "k3" is exp(d) - d - 1, which is never negative and varies less
-    (Schulman, "Approximating KL divergence", 2020). Both are unbiased for tokens that the policy drew itself, and for
-    no others.
+    (Schulman, "Approximating KL divergence", 2020). Both are unbiased only for tokens that the policy
+    itself has sampled.
 
     Raises:
         ValueError: `estimator` is not known.
@@ -93,7 +93,7 @@ def span_masks(
     """Return which tokens of each side differ from the other side, by a diff of the two token sequences.
 
     What was replaced is marked on both sides, what only one side has on that side. (RRPO's released code marks
-    replacements alone, so a pair that differs by an insertion teaches nothing there.)
+    replacements only, so that a pair that differs by an insertion has no gradient there.)
     """
     marks = torch.zeros_like(chosen_mask), torch.zeros_like(rejected_mask)
     for row in range(len(chosen)):

@@ -1,4 +1,4 @@
-"""TDPO: prefer the caption that fits an image over one that does not, by denoising the image better under it.
+"""TDPO: prefer the caption that fits an image over one that does not, by the denoising error under each caption.
 
 Source: Cheng Xian et al., "Free Lunch Alignment of Text-to-Image Diffusion Models without Preference Image Pairs"
 (arXiv 2509.25771): Diffusion-DPO's objective, whose two sides share image, noise and timestep; the captions differ.
@@ -30,8 +30,8 @@ def tdpo_logit(
     """Return DPO's z from the errors under the fitting (chosen) and the other caption (rejected).
 
     The error under the rejected caption could rise without limit and the loss fall with it. Beyond
-    `reference_rejected + rejected_rise` it counts no more and has no gradient. (The paper bounds the gradient of this
-    side in a way that we could not read; this bound is ours.)
+    `reference_rejected + rejected_rise` it is constant and has no gradient. (The paper bounds the gradient of this
+    side too, but we could not read its formula; this bound is ours.)
     """
     bounded = torch.minimum(policy_rejected, reference_rejected.detach() + rejected_rise)
     return diffusion_dpo_logit(policy_chosen, bounded, reference_chosen, reference_rejected, beta=beta)

@@ -1,4 +1,4 @@
-"""Preferences between media: the same completion must be likelier given the right video or image than a wrong one.
+"""Preferences between media: a completion should be likelier given the right video or image than given another one.
 
 Sources: VDPO of PaMi-VDPO (Ding et al., arXiv 2504.05810); the visual term of rDPO (Xing et al., "Re-Align", arXiv
 2502.13146) and, with an anchor, mDPO (Wang et al., arXiv 2406.11839). All are DPO's formula, whose "rejected" side is
@@ -66,8 +66,9 @@ def runner_up_log_probs(
 ) -> Float[Tensor, "batch tokens"]:
     """Return the log-prob of the likeliest token other than the given one, at each position.
 
-    What the released code of Re-Align scores (taco-group/Re-Align) for the rejected completion and for the chosen one
-    given other media, apart for policy and reference; the paper scores the tokens themselves. Kept for comparison.
+    The released code of Re-Align (taco-group/Re-Align) scores these for the rejected completion and for the chosen one
+    given other media, separately for policy and reference; the paper scores the tokens themselves. It is kept for
+    comparison.
     """
     others = logits.scatter(-1, ids[..., None], -float("inf")).max(-1).values
     return others - logits.logsumexp(-1)
@@ -80,15 +81,15 @@ def select_by_divergence(
     least_relevance: float = 0.5,
     full_weight_at: float = 0.05,
 ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Choose for each sample the perturbation that its prompt notices most, of those that still show the same scene.
+    """Choose for each sample the perturbation with the largest divergence among those that show the same scene.
 
     Close to far, as PaMi-VDPO describes: candidates whose vision features have a cosine `relevance` of at least
     `least_relevance` to the media's stay; of them the one with the largest `divergence` (mean `token_jsd` of the
     completion's next-token distributions given the media and the candidate) is taken. Its weight is divergence /
-    full_weight_at, at most 1, so that a perturbation that the prompt does not ask about counts for little. The paper
-    prints no formula for thresholds and weights: both are ours.
+    full_weight_at, at most 1, so that a perturbation that is irrelevant to the prompt has a small weight. The paper
+    gives no formula for thresholds and weights: both are ours.
 
-    Returns the index of the candidate and its weight, which is 0 (and the index 0) where no candidate stays.
+    Returns the index of the candidate and its weight, which is 0 (and the index 0) where no candidate is left.
 
     Raises:
         ValueError: `full_weight_at` is not positive.

@@ -1,4 +1,4 @@
-"""Fine-tuning methods, one a file: how a batch becomes a loss. Others join by the entry point `mmalign.methods`."""
+"""Fine-tuning methods, one per file. Other packages add methods through the entry point `mmalign.methods`."""
 
 from mmalign.core.registry import methods
 

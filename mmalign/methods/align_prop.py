@@ -1,12 +1,12 @@
-"""Reward backpropagation: maximise a differentiable reward through the sampler itself.
+"""Reward backpropagation: maximise a differentiable reward by its gradient through the sampler.
 
-One method for its siblings, which differ in the part of the sampling that carries the gradient (`truncation`):
+One implementation of several methods, which differ in the sampling steps that carry the gradient (`truncation`):
 AlignProp (arXiv 2310.03739), DRaFT, DRaFT-K and DRaFT-LV (arXiv 2309.17400), ReFL (arXiv 2304.05977).
 
-What the official codes do differently: AlignProp's first code, and TRL's trainer after it, draw the cut anew at every
+Differences to the official codes: AlignProp's first code, and TRL's trainer after it, redraw the truncation at every
 step, which is `truncation: bernoulli`; its second code scores images of range [0.5, 1] by undoing the normalisation
 twice; ReFL's gives the network the loop's index as the timestep and leaves out the paper's pre-training loss. Images
-are in [0, 1] here and timesteps the scheduler's; nothing is added to the reward but what `distance_weight` asks for.
+are in [0, 1] here and timesteps the scheduler's; only `distance_weight` adds a term to the reward.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ class AlignPropConfig(SamplingConfig):
     truncation: Literal["full", "last-k", "uniform", "gaussian", "bernoulli", "low-variance", "refl"] = "uniform"
     """which sampling steps carry the gradient: see `pipelines.truncation.MODES`"""
     k: int = Field(1, ge=1)
-    """trained steps of `last-k`"""
+    """number of trained steps with `last-k`"""
     repeats: int = Field(2, ge=1)
-    """re-noised copies of an image in `low-variance`"""
+    """re-noised copies of each image with `low-variance`"""
     target: float | None = None
-    """rewards above this are worth no more (ReFL's margin); null: no limit"""
+    """rewards above this value give no gradient (ReFL's margin); null: no limit"""
     distance_weight: float = Field(0.0, ge=0)
     """adds this many times the mean squared difference of policy and reference on the policy's own noised images"""
     checkpoint: bool = True
-    """compute network calls and decoder again in the backward pass, so that memory does not grow with the steps"""
+    """recompute network calls and decoder in the backward pass, so that memory does not grow with the steps"""
 
 
 class AlignProp(Method[AlignPropConfig]):
-    """Follow the gradient of the reward through the last, or random, steps of the sampler into the weights."""
+    """Maximise the reward by its gradient through the last steps, or random steps, of the sampler."""
 
     name: ClassVar[str] = "align_prop"
     Config = AlignPropConfig
     needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="differentiable")
 
     def __init__(self, config: AlignPropConfig) -> None:
-        """Settle the truncation."""
+        """Resolve the truncation from the configuration."""
         super().__init__(config)
         self.images_per_sample = config.images_per_prompt
         self.truncation = Truncation(config.truncation, k=config.k, repeats=config.repeats)
 
     def check(self, process: NoiseProcess) -> None:
-        """Refuse a sampler that the schedule cannot do, or more trained steps than it has."""
+        """Refuse a sampler that the schedule does not support, or more trained steps than sampling steps."""
         process.check_steps(self.config.sampling_steps)
         self.truncation.draw(self.config.sampling_steps, torch.Generator())
 
@@ -102,7 +102,7 @@ class AlignProp(Method[AlignPropConfig]):
         return LossOutput(loss + c.distance_weight * distance if c.distance_weight else loss, metrics)
 
     def _distance(self, run: Run, samples: PromptBatch, latents: Tensor) -> Tensor:
-        """Return the mean squared difference of policy and reference on noised samples: of a few, if only watched."""
+        """Return the mean squared difference of policy and reference on noised samples; a few if it is only logged."""
         trained = self.config.distance_weight > 0
         count = len(latents) if trained else min(WATCHED, len(latents))
         ids, epoch, x0, cond = samples.ids[:count], samples.epoch, latents[:count], samples.cond[:count]

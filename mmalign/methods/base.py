@@ -1,8 +1,7 @@
-"""What a method is: its configuration, its declared needs, and how a batch becomes a loss.
+"""The interface of methods: the configuration, the declared needs, and the loss of a batch.
 
-A method is one file: a `Config`, the `needs`, and `loss(run, batch)`. Everything around it (data order, precision,
-accumulation, the reference, checkpoints, logging) belongs to `mmalign.training.loop`; everything numeric that a paper
-would print as a formula belongs to `mmalign.losses`.
+A method is one file: a `Config`, the `needs`, and `loss(run, batch)`. Data order, precision, accumulation, the
+reference, checkpoints and logging belong to `mmalign.training.loop`; formulas of papers belong to `mmalign.losses`.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ __all__ = ["LabelBatch", "LossOutput", "Method", "MethodConfig", "Needs", "PairB
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method must be given; checked against the recipe before a weight is loaded.
+    """What a method needs; checked against the recipe before any weight is loaded.
 
     `source`: preference pairs, single images with labels, good images alone (those of labels, or the chosen ones of
-    pairs), or prompts alone (the method samples for itself);
-    `reference`: whether the frozen starting point is evaluated; `reward`: whether samples are scored, and whether
-    the score must have a gradient ("optional": scored if rewards are given, to be watched).
+    pairs), or prompts alone (the method samples its own images);
+    `reference`: whether the reference model is evaluated; `reward`: whether samples are scored, and whether
+    the score must have a gradient ("optional": rewards are only logged, if any are given).
     """
 
     source: Literal["pairs", "labels", "images", "prompts"]
@@ -42,15 +41,19 @@ class Needs:
 
 @dataclass
 class LossOutput:
-    """The scalar to minimise, and scalars to log beside it (tensors are read only when a line is due)."""
+    """The scalar to minimise, and further scalars to log (tensors are read only when a log line is written)."""
 
     loss: Float[Tensor, ""]
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
 
 
 class MethodConfig(BaseModel):
-    """Base of every method's configuration: unknown keys are errors, values do not change once read."""
+    """Base of every method's configuration: unknown keys are errors, values do not change once read.
 
+    A key that gets another name is declared in `renamed`, old name -> new name; the old one is then still read.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
@@ -110,9 +113,9 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 class Method(ABC, Generic[ConfigT]):
-    """One fine-tuning method. Subclasses set the class attributes and write `loss`; online ones `collect` too.
+    """A fine-tuning method. Subclasses set the class attributes and `loss`; online methods also `collect`.
 
-    `run` is what the method sees of the run: `mmalign.run.Run` for image generators, `mmalign.run.VlmRun` for
+    `run` is the method's view of the run: `mmalign.run.Run` for image generators, `mmalign.run.VlmRun` for
     vision-language models.
     """
 
@@ -120,11 +123,11 @@ class Method(ABC, Generic[ConfigT]):
     Config: ClassVar[type[BaseModel]] = MethodConfig
     needs: ClassVar[Needs]
     images_per_sample: int = 1
-    """Images the policy denoises per sample of the data (2 for a pair): the unit of the reported speed."""
+    """Images that the policy denoises per sample of the data (2 for a pair): the unit of the reported speed."""
     updates_per_round: int = 1
-    """Optimiser steps that learn from what one `collect` returned."""
+    """Optimiser steps on the result of one `collect`."""
     stages: Sequence[int] = ()
-    """Difficulties of pairs that are trained on one after another, each from what the one before has made."""
+    """Difficulties of pairs that are trained on one after another; each stage starts where the previous one ended."""
 
     def __init__(self, config: ConfigT) -> None:
         """Keep the validated configuration."""
@@ -132,44 +135,45 @@ class Method(ABC, Generic[ConfigT]):
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether the frozen starting point is kept while training, rather than its values computed before."""
+        """Whether the reference model is kept while training, instead of precomputing its values."""
         return self.needs.reference
 
     def check(self, process: NoiseProcess) -> None:
         """Raise a UserError for a configuration that does not fit the model's noise process; called before encoding.
 
-        By default that is a range of timesteps that the schedule has not.
+        By default that is a range of timesteps outside the schedule.
         """
         if isinstance(self.config, TimestepRange):
             self.config.timestep_bounds(process.num_train_timesteps)
 
     def check_data(self, source: Any) -> None:
-        """Raise a UserError for data that lack what the method learns from; by default it needs nothing special.
+        """Raise a UserError for data without the columns that the method learns from; by default there are none.
 
-        `source` is what the recipe names, read but not encoded, such as a `PairTable`; called before a weight is read.
+        `source` is the data that the recipe names, read but not encoded, such as a `PairTable`. Called before any
+        weight is read.
         """
 
     def begin(self, run: Any) -> None:
-        """Load what the method learns with besides the recipe's rewards, once the run is ready; by default nothing.
+        """Load further models of the method, such as a latent reward, once the run is ready; by default none.
 
-        Raise a UserError for what does not belong to the model.
+        Raise a UserError if they do not fit the policy.
         """
 
     def describe(self) -> str:
-        """Return the conventions in one line, printed before training: what a number such as beta means here."""
+        """Return the conventions in one line, printed before training, such as what beta multiplies."""
         return self.name
 
     def collect(self, run: Any, batches: Iterable[Any]) -> Iterable[Any]:
-        """Turn the micro-batches sampled for one round into what its updates learn from; by default they are it.
+        """Turn the micro-batches sampled for one round into the batches of its updates; by default they are the same.
 
-        A method that learns from its own samples draws and scores them here.
+        A method that learns from its own samples generates and scores them here.
         """
         return batches
 
     def split(self, run: Any, collected: Iterable[Any]) -> Sequence[Iterable[Any]]:
-        """Cut a round into what each of its optimiser steps learns from; at least one step.
+        """Divide a round into the batches of its optimiser steps; at least one step.
 
-        By default every step learns from all of it, `updates_per_round` times.
+        By default there are `updates_per_round` steps, and each learns from the whole round.
         """
         if self.updates_per_round == 1:
             return [collected]
@@ -181,14 +185,14 @@ class Method(ABC, Generic[ConfigT]):
         """Return the mean loss of a batch, with its graph, and the metrics to log."""
 
     def learn(self, run: Any, batch: Any, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
-        """Add the gradient of a batch's loss and return its metrics; in parts, where one graph would be too large."""
+        """Add the gradient of a batch's loss and return its metrics; in parts if one graph would be too large."""
         output = self.loss(run, batch)
         backward(output.loss)
         return {"loss": output.loss, **output.metrics}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the method remembers from round to round, as JSON takes it; saved with every checkpoint."""
+        """Return the method's state between rounds, as JSON values; saved with every checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""

@@ -22,7 +22,7 @@ class CaPOConfig(TimestepRange):
     beta: float = Field(2000.0, gt=0)
     """how closely the policy is held to the reference (errors are means over latent dimensions)"""
     level_bias: float | None = Field(None, allow_inf_nan=False)
-    """weighs noise levels by sigmoid(level_bias - log-SNR), in favour of the noisy; null: all alike"""
+    """weights each noise level by sigmoid(level_bias - log-SNR), larger for noisier ones; null: all weights are 1"""
 
 
 class CaPO(Method[CaPOConfig]):
@@ -34,20 +34,20 @@ class CaPO(Method[CaPOConfig]):
     images_per_sample = 2
 
     def check_data(self, source: PairTable) -> None:
-        """Refuse pairs without scores, and scores that are no win rates."""
+        """Refuse pairs without scores, and scores that are not win rates."""
         margins = source.require_margins(self.name)
         largest = max(map(abs, margins))
         if largest > 1:
             raise UserError(
-                f"method 'capo' learns from calibrated scores, which lie in 0..1, and {source.name} has a margin of "
+                f"method 'capo' needs calibrated scores, which lie in [0, 1], and {source.name} has a margin of "
                 f"{largest:.3g}; make pairs by `mmalign pairs label --mode calibrated`"
             )
 
     def describe(self) -> str:
-        """Return what beta means here and how noise levels count."""
+        """Return the conventions: the scale of beta and the weights of the noise levels."""
         c = self.config
         weight = "1" if c.level_bias is None else f"sigmoid({c.level_bias:g} - log-SNR)"
-        return f"capo: beta={c.beta:g}, mean-reduced, half factor on, weight of a noise level {weight}"
+        return f"capo: beta={c.beta:g}, mean-reduced, half factor on, weight of each noise level {weight}"
 
     def loss(self, run: Run, batch: PairBatch) -> LossOutput:
         """Return the mean loss of the pairs; metrics hold the errors of both models on both sides."""

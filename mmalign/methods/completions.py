@@ -1,4 +1,4 @@
-"""How pairs of answers are scored: what the methods for vision-language models share.
+"""Scoring pairs of answers, shared by the methods for vision-language models.
 
 All sides of a pair go through a network in one call, one side of the whole batch after the other, chosen first.
 """
@@ -23,13 +23,13 @@ from pipelines.vlm.batch import VlmBatch, VlmSample
 
 
 def collate(run: VlmRun, *sides: Sequence[VlmSample]) -> VlmBatch:
-    """Return samples of equally many pairs, side after side, as one batch on the model's device."""
+    """Return the samples of all sides, one side after the other, as one batch on the model's device."""
     batch: VlmBatch = run.model.collate([sample for side in sides for sample in side])
     return batch
 
 
 def reduce_sides(values: TokenValues, sides: int, *, mean: bool = False) -> tuple[Float[Tensor, " pairs"], ...]:
-    """Return the sum over the tokens of every answer, or the mean, a tensor a side."""
+    """Return the sum over the tokens of every answer, or their mean, as one tensor for each side."""
     log_probs, mask = values
     return (completion_mean if mean else completion_sum)(log_probs, mask).chunk(sides)
 
@@ -50,7 +50,7 @@ def token_log_probs(
 def answer_metrics(
     policy: Sequence[Tensor], reference: Sequence[Tensor], logit: Float[Tensor, " pairs"]
 ) -> dict[str, Tensor]:
-    """Return what to watch of a loss on two sides: log-probs of whole answers, whose difference alone can deceive.
+    """Return the metrics of a loss on two sides; the log-probs are logged because their difference can mislead.
 
     A logit can rise while both answers become less likely: `policy_chosen` must not fall far below
     `reference_chosen`.
@@ -61,33 +61,33 @@ def answer_metrics(
     return {"accuracy": pair_accuracy(logit.detach()), "logit": logit.detach().mean(), **means}
 
 
-class FixedSidesConfig(MethodConfig):
+class OfflinePairConfig(MethodConfig):
     """Base of the configurations of methods that compare the same answers about the same media in every epoch."""
 
     reference: Literal["live", "precomputed"] = "live"
-    """live: the reference answers at every step; precomputed: once before training, kept on disk"""
+    """live: evaluate the reference at every step; precomputed: once before training, kept on disk"""
 
 
-class FixedSides(Method[Any]):
-    """Base of such methods, for which the reference may answer once, so that no second network is kept."""
+class OfflinePairMethod(Method[Any]):
+    """Base of methods on fixed pairs of answers; the reference's log-probs can be computed once before training."""
 
     _stored: dict[str, Float[Tensor, " sides"]] | None = None
 
     @abstractmethod
     def sides(self, run: VlmRun, batch: VlmPairBatch) -> tuple[list[VlmSample], ...]:
-        """Return what is compared, `images_per_sample` sides, chosen answers first."""
+        """Return the answers that are compared, `images_per_sample` sides, chosen answers first."""
 
     def beside(self, run: VlmRun) -> list[str]:
-        """Return what identifies the sides of every pair besides the pair itself."""
+        """Return what identifies the sides of every pair in addition to the pair itself."""
         return [""] * len(run.samples)
 
     @property
     def keeps_reference(self) -> bool:
-        """Only where it answers at every step."""
+        """Whether the reference is evaluated at every step."""
         return bool(self.config.reference == "live")
 
     def begin(self, run: VlmRun) -> None:
-        """Let the reference answer all of the data, if that is asked for."""
+        """Precompute the reference's log-probs on all data, if the configuration says so."""
         if self.keeps_reference:
             return
 
@@ -103,7 +103,7 @@ class FixedSides(Method[Any]):
     def score(
         self, run: VlmRun, batch: VlmPairBatch, *, mean: bool = False
     ) -> tuple[TokenValues, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the policy's log-probs of all tokens, and the sums (or means) of policy and reference a side."""
+        """Return the policy's log-probs of all tokens, and the sums (or means) of both models for each side."""
         sides = self.sides(run, batch)
         collated = collate(run, *sides)
         values = run.log_probs(collated)

@@ -1,7 +1,7 @@
 """DDPO: policy gradient on the sampler's steps with clipped importance ratios (arXiv 2305.13301, DDPO-IS).
 
-Each sampling step is an action with a Gaussian density; the reward of the finished image, normalised by what the
-prompt's images usually get, is the advantage of all its steps. `kl_weight` adds DPOK's KL term (arXiv 2305.16381).
+Each sampling step is an action with a Gaussian density; the reward of the finished image, normalised by the usual
+rewards of the prompt, is the advantage of all its steps. `kl_weight` adds DPOK's KL term (arXiv 2305.16381).
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ class DDPOConfig(TrajectoryConfig):
     clip: float = Field(1e-4, gt=0)
     """importance ratios outside 1 +- clip give no gradient where that would push them further"""
     ratio: Literal["clipped", "clamped"] = "clipped"
-    """clipped: PPO's bound, the worse of the ratio and its clip; clamped: DPOK's, the ratio cut on both sides"""
+    """clipped: PPO's objective, the worse of the ratio and its clip; clamped: DPOK's, clipped on both sides"""
     advantage: Literal["running", "group"] = "running"
     """reward against the prompt's running mean and deviation, or against the images of the prompt in this round"""
     buffer_size: int = Field(16, ge=2)
-    """rewards remembered of each prompt"""
+    """rewards remembered for each prompt"""
     min_count: int = Field(16, ge=2)
     """rewards of a prompt that must be known before its own mean and deviation are used instead of the round's"""
     advantage_clip: float = Field(5.0, gt=0)
-    """advantages are cut to this range"""
+    """advantages are clipped to +- this value"""
     timestep_fraction: float = Field(1.0, gt=0, le=1)
-    """share of the random sampling steps, drawn anew at every update, that is learned from"""
+    """share of the random sampling steps that an update trains on, redrawn at every update"""
 
     @model_validator(mode="after")
     def _has_something_to_compare(self) -> DDPOConfig:
         if self.min_count > self.buffer_size:
-            raise ValueError(f"min_count {self.min_count} is more than buffer_size {self.buffer_size} remembers")
+            raise ValueError(f"min_count {self.min_count} must not be larger than buffer_size {self.buffer_size}")
         if self.advantage == "group" and self.images_per_prompt < 2:
-            raise ValueError("advantage: group compares the images of a prompt; give images_per_prompt of at least 2")
+            raise ValueError("advantage: group compares the images of a prompt; set images_per_prompt to at least 2")
         return self
 
 
 class DDPO(TrajectoryMethod[DDPOConfig]):
-    """Raise the probability of steps that led to better images than the prompt's usual ones; any reward will do."""
+    """Raise the probability of steps that led to images better than the prompt's average; for any reward."""
 
     name: ClassVar[str] = "ddpo"
     Config = DDPOConfig
@@ -62,15 +62,16 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
         )
 
     def describe(self) -> str:
-        """Return what the clip is measured in."""
+        """Return the conventions: the units of the clip."""
         c = self.config
         return (
-            f"ddpo: clip={c.clip:g} on ratios per dimension, {c.advantage} advantages, {c.images_per_prompt} images a "
-            f"prompt, {c.updates_per_round} updates a round, guidance {c.guidance:g}"
+            f"ddpo: clip={c.clip:g} on ratios per dimension, {c.advantage} advantages, "
+            f"{c.images_per_prompt} images per prompt, {c.updates_per_round} updates per round, "
+            f"guidance {c.guidance:g}"
         )
 
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[Rollout]:
-        """Draw, score, and turn the rewards of the whole round, on all ranks, into advantages."""
+        """Sample, score, and turn the rewards of the whole round, on all ranks, into advantages."""
         rollouts = super().collect(run, batches)
         prompts = [prompt for rollout in rollouts for prompt in rollout.samples.prompts]
         rewards = torch.cat([rollout.rewards for rollout in rollouts])
@@ -87,7 +88,7 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
         return rollouts
 
     def loss(self, run: Run, batch: Rollout) -> LossOutput:
-        """Return the clipped objective, a mean over images and the steps learned from."""
+        """Return the clipped objective, a mean over images and the trained steps."""
         c = self.config
         assert batch.advantages is not None
         random_steps = torch.tensor(batch.random_steps())
@@ -101,9 +102,9 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
         return LossOutput(losses.mean(), {"clipped": clipped.float().mean()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rewards remembered of each prompt."""
+        """Return the rewards remembered for each prompt."""
         return self.statistics.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the rewards remembered of each prompt."""
+        """Restore the rewards remembered for each prompt."""
         self.statistics.load_state_dict(state)

@@ -1,7 +1,7 @@
 """Dense-reward DPO on the policy's own samples (arXiv 2402.08265); the objective is `mmalign.losses.dense_dpo`.
 
 A round of scored trajectories is replayed over many updates. Each compares a few images of every prompt, at a few
-sampling steps, early ones more often. Its offline relative, on stored pairs, is `diffusion_dpo` with `discount`.
+sampling steps, early ones more often. The offline variant, on stored pairs, is `diffusion_dpo` with `discount`.
 """
 
 from __future__ import annotations
@@ -25,53 +25,53 @@ class DenseDPOConfig(TrajectoryConfig):
     """Configuration of `dense_dpo`; log-ratios are means over latent dimensions, as in the authors' code."""
 
     images_per_prompt: int = Field(5, ge=2)
-    """images drawn of each prompt in a round"""
+    """images sampled for each prompt in a round"""
     kept: int | None = Field(None, ge=2)
-    """of a prompt's images, how many are learned from, evenly spaced in the ranking by reward; null: all"""
+    """images of each prompt that are trained on, evenly spaced in the ranking by reward; null: all"""
     compared: int = Field(2, ge=2)
     """images of each prompt that an update compares, drawn anew; more than two are ranked (ListMLE)"""
     updates_per_round: int = Field(10, ge=1)
     """optimiser steps on one round of samples"""
     gamma: float = Field(0.9, gt=0, le=1)
-    """a sampling step is learned from with probability proportional to gamma ** k, k = 0 the first; 1: all alike"""
+    """a sampling step is drawn with probability proportional to gamma ** k, k = 0 the first; 1: uniform"""
     steps_per_image: int = Field(3, ge=1)
-    """sampling steps drawn for an update, the same for all images compared"""
+    """sampling steps drawn for an update, the same for all compared images"""
     scale: float = Field(10.0, gt=0)
     """factor from the mean log-ratio to the logit"""
     clip: float = Field(1e-4, gt=0)
-    """with fidelity code: a step's log-ratio counts, and has a gradient, within +- clip nats per dimension alone"""
+    """with fidelity code: a step's log-ratio is clamped to +- clip nats per dimension, without a gradient beyond"""
     fidelity: Literal["paper", "code"] = "code"
-    """paper: the log-ratios of the formula as they are; code: cut at `clip`, as the published runs were made"""
+    """paper: log-ratios as in the formula; code: clamped at `clip`, as in the published runs"""
 
     @model_validator(mode="after")
     def _enough_images(self) -> DenseDPOConfig:
         kept = self.kept or self.images_per_prompt
         if not self.compared <= kept <= self.images_per_prompt:
             raise ValueError(
-                f"compared {self.compared} of kept {kept} of images_per_prompt {self.images_per_prompt}: each must be "
-                "no more than the next"
+                f"compared {self.compared} of kept {kept} of images_per_prompt {self.images_per_prompt}: "
+                "each must not be larger than the next"
             )
         return self
 
 
 class DenseDPO(TrajectoryMethod[DenseDPOConfig]):
-    """Make the chains of better images likelier than those of worse ones, early steps above all; any reward."""
+    """Prefer the chains of better images over those of worse ones, early steps above all; for any reward."""
 
     name: ClassVar[str] = "dense_dpo"
     Config = DenseDPOConfig
 
     def describe(self) -> str:
-        """Return what the discount, the scale and the clamp mean."""
+        """Return the conventions: discount, scale and clamp."""
         c = self.config
-        cut = f"cut at {c.clip:g} nat/dimension" if c.fidelity == "code" else "uncut"
+        cut = f"clamped at {c.clip:g} nat/dimension" if c.fidelity == "code" else "unclamped"
         return (
             f"dense_dpo: gamma={c.gamma:g}, scale={c.scale:g} on log-ratios {cut} (fidelity {c.fidelity}), "
-            f"{c.compared} of {c.images_per_prompt} images a prompt at {c.steps_per_image} steps an update, "
-            f"{c.updates_per_round} updates a round, guidance {c.guidance:g}"
+            f"{c.compared} of {c.images_per_prompt} images per prompt at {c.steps_per_image} steps per update, "
+            f"{c.updates_per_round} updates per round, guidance {c.guidance:g}"
         )
 
     def learn(self, run: Run, batch: Rollout, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
-        """Ask policy and reference about the images and steps of this update alone."""
+        """Evaluate policy and reference on the images and steps of this update only."""
         batch.wanted = self._drawn(run, batch)[1] > 0
         if batch.reference_means is None:
             with run.reference.active():
@@ -100,7 +100,7 @@ class DenseDPO(TrajectoryMethod[DenseDPOConfig]):
         )
 
     def _drawn(self, run: Run, batch: Rollout) -> tuple[Int[Tensor, "prompts compared"], Int[Tensor, "steps batch"]]:
-        """Return the images compared, in random order, and how often each step of each of them was drawn."""
+        """Return the compared images, in random order, and how often each of their steps was drawn."""
         c, device = self.config, batch.rewards.device
         random_steps = torch.tensor(batch.random_steps())
         law = discounted_probabilities(len(random_steps), c.gamma)
@@ -116,7 +116,7 @@ class DenseDPO(TrajectoryMethod[DenseDPOConfig]):
 
 
 def spaced(rewards: Float[Tensor, " images"], count: int) -> Int[Tensor, " kept"]:
-    """Return the images at `count` evenly spaced places of the ranking, best and worst among them; all in order."""
+    """Return the images at `count` evenly spaced ranks, best and worst included, in the order of the ranking."""
     if count == len(rewards):
         return torch.arange(count)
     places = torch.linspace(0, len(rewards) - 1, count).round().long()

@@ -23,7 +23,7 @@ class DiffusionDPOConfig(PairLossConfig, TimestepRange):
     discount: float = Field(1.0, gt=0, le=1)
     """dense reward: a timestep's probability falls by this factor for each sampling step away from pure noise"""
     discount_steps: int = Field(50, ge=1)
-    """sampling steps that the schedule has for `discount`"""
+    """number of sampling steps of the schedule, for `discount`"""
     sft_weight: float = Field(0.0, ge=0)
     """adds this many times the policy's error on the chosen image, against likelihood displacement"""
 
@@ -37,7 +37,7 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
     images_per_sample = 2
 
     def describe(self) -> str:
-        """Return what beta means here, the point on which the public codes disagree."""
+        """Return the conventions: the scale of beta, on which the public codes disagree."""
         c = self.config
         extras: list[str] = [c.loss_type]
         if c.label_smoothing:
@@ -45,7 +45,7 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
         if c.sft_weight:
             extras.append(f"sft_weight={c.sft_weight:g}")
         if c.discount < 1:
-            extras.append(f"timesteps discounted by {c.discount:g} a step of {c.discount_steps}")
+            extras.append(f"timesteps discounted by {c.discount:g} per step of {c.discount_steps}")
         return f"diffusion_dpo: beta={c.beta:g}, mean-reduced, half factor on, {', '.join(extras)}"
 
     def loss(self, run: Run, batch: PairBatch) -> LossOutput:

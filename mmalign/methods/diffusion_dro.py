@@ -1,8 +1,8 @@
 """Diffusion-DRO: expert images ranked above the policy's own (arXiv 2510.18353); `mmalign.losses.diffusion_dro`.
 
-The expert images are the good ones of a table, or the chosen sides of pairs. The policy's own are drawn anew for every
-round, by the policy as it is then; what it predicts along the way is what its own images are judged by, so no copy of
-its weights is kept.
+The expert images are the good ones of a table, or the chosen sides of pairs. The policy samples its own
+images at the start of every round. Its predictions while sampling are the reference for its own images, so that no
+copy of its weights is kept.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ class DiffusionDROConfig(MethodConfig):
     """Configuration of `diffusion_dro`; errors are means over latent dimensions, and there is no beta."""
 
     sampling_steps: int = Field(20, ge=1)
-    """steps of the DDIM sampler, whose levels are the timesteps that are trained on"""
+    """steps of the DDIM sampler, whose noise levels are the trained timesteps"""
     guidance: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """classifier-free guidance scale of the policy's own images; predictions are taken without"""
+    """classifier-free guidance scale for sampling the policy's own images; training uses none"""
     eta: float = Field(0.0, ge=0, le=1)
     """noise of the sampler: 0 deterministic, 1 as in DDPM"""
     margin: float = Field(1e-3, ge=0)
-    """by how much the expert's gain must exceed the policy's own before a pair costs nothing"""
+    """margin by which the expert's gain must exceed that of the policy's own image for a loss of 0"""
     updates_per_round: int = Field(1, ge=1)
-    """optimiser steps on one round of samples, each at other timesteps; with 1 the policy's own only open the hinge"""
+    """optimiser steps on one round of samples, each at other timesteps; with 1 own images affect only the hinge"""
 
 
 @dataclass
 class Ranking:
-    """Experts with trajectories of their prompts: state, timestep and prediction of the policy for each update."""
+    """Expert images, and for each update a state, timestep and prediction of the policy's own trajectories."""
 
     experts: LabelBatch
     drawn_at: int
@@ -52,7 +52,7 @@ class Ranking:
 
 
 class DiffusionDRO(Method[DiffusionDROConfig]):
-    """Denoise expert images better, and better than the policy's own; no reward, no beta."""
+    """Lower the denoising error of expert images below that of the policy's own images; no reward, no beta."""
 
     name: ClassVar[str] = "diffusion_dro"
     Config = DiffusionDROConfig
@@ -69,15 +69,15 @@ class DiffusionDRO(Method[DiffusionDROConfig]):
         process.check_steps(self.config.sampling_steps)
 
     def describe(self) -> str:
-        """Return the margin and how the policy's own images are made."""
+        """Return the conventions: the margin and the sampling of the policy's own images."""
         c = self.config
         return (
             f"diffusion_dro: hinge with margin {c.margin:g} on mean errors, own images in {c.sampling_steps} steps at "
-            f"guidance {c.guidance:g}, {c.updates_per_round} updates a round"
+            f"guidance {c.guidance:g}, {c.updates_per_round} updates per round"
         )
 
     def collect(self, run: Run, batches: Iterable[LabelBatch]) -> list[Ranking]:
-        """Let the policy draw an image for every expert's prompt, and keep what its updates will look at."""
+        """Sample an image of the policy for every expert's prompt, and keep the states that its updates need."""
         return [self._draw(run, batch) for batch in batches]
 
     @torch.no_grad()

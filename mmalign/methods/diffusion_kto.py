@@ -22,7 +22,7 @@ class DiffusionKTOConfig(TimestepRange):
     beta: float = Field(1000.0, gt=0)
     """how closely the policy is held to the reference (errors are means over latent dimensions)"""
     utility: Utility = "kahneman-tversky"
-    """how gains and losses count: an S-shaped sigmoid, loss-averse (concave) or risk-seeking (convex)"""
+    """utility of gains and losses: an S-shaped sigmoid, loss-averse (concave) or risk-seeking (convex)"""
     desirable_weight: float = Field(1.0, gt=0)
     """weight of the good images"""
     undesirable_weight: float = Field(1.0, gt=0)
@@ -37,7 +37,7 @@ class DiffusionKTO(Method[DiffusionKTOConfig]):
     needs: ClassVar[Needs] = Needs(source="labels", reference=True)
 
     def describe(self) -> str:
-        """Return what beta means here."""
+        """Return the conventions: the scale of beta, the utility and the weights."""
         c = self.config
         return (
             f"diffusion_kto: beta={c.beta:g}, mean-reduced, no half factor, {c.utility}, weights good "
@@ -64,7 +64,7 @@ class DiffusionKTO(Method[DiffusionKTOConfig]):
 
 
 def label_metrics(gain: Tensor, desirable: Tensor, policy: Tensor, point: Tensor) -> dict[str, Tensor]:
-    """Return what to watch of labelled images; accuracy: the share whose gain has the sign of the label, ties half."""
+    """Return metrics of labelled images; accuracy: the share whose gain has the sign of the label, ties count half."""
     signed = torch.where(desirable, gain, -gain)
     return {
         "accuracy": ((signed > 0).float() + 0.5 * (signed == 0).float()).mean(),

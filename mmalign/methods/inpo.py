@@ -1,7 +1,7 @@
 """DDIM-InPO: Diffusion-DPO on inverted images (arXiv 2503.18454); the objective is `mmalign.losses.diffusion_dpo`.
 
-Instead of random noise that both sides share, each image is led to the noise level by DDIM inversion under the present
-policy, and the network learns the noise of its own trajectory.
+Each image reaches the noise level by DDIM inversion under the current policy, instead of random noise that both
+sides share. The training target is the noise of its own trajectory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class InPOConfig(InversionConfig):
 
     @property
     def eta(self) -> float:
-        """The noise of each step that is meant."""
+        """The noise of each inversion step, with the default resolved."""
         if self.inversion_eta is None:
             return CODE_ETA if self.fidelity == "code" else 0.0
         return self.inversion_eta
@@ -44,12 +44,12 @@ class InPO(Method[InPOConfig]):
     images_per_sample = 2
 
     def check(self, process: NoiseProcess) -> None:
-        """Refuse timesteps or an inversion that the schedule cannot do."""
+        """Refuse timesteps or an inversion that the schedule does not support."""
         super().check(process)
         process.check_steps(self.config.inversion_steps)
 
     def describe(self) -> str:
-        """Return what beta means and how images are noised."""
+        """Return the conventions: the scale of beta and the inversion."""
         c = self.config
         return (
             f"inpo: beta={c.beta:g}, mean-reduced, half factor on; inversion by the policy in {c.inversion_steps} "

@@ -1,9 +1,9 @@
-"""LPO: step-by-step preference scored in latent space by half a diffusion model (arXiv 2502.01051).
+"""LPO: step-by-step preference scored in latent space by the first half of a diffusion UNet (arXiv 2502.01051).
 
 The objective, the pairs and the chains are those of `mmalign.methods.spo`; the score of a candidate is that of a
 latent reward (`rewards.latent`, trained by `mmalign train-reward`) on the noisy latents themselves. Nothing is decoded
-and no clean image is predicted, so a step costs one call of the denoiser however many candidates it has, and none is
-too noisy to be judged.
+and no clean image is predicted, so that a step costs one call of the denoiser for any number of candidates, and
+candidates at any noise level can be scored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LPOConfig(SPOConfig):
     reward_precision: Literal["fp32", "bf16"] = "fp32"
     """type of the latent reward's weights"""
     fidelity: Literal["paper", "code"] = "paper"
-    """paper: a candidate is scored at its own noise level; code: at the level of the step that it came from"""
+    """paper: score a candidate at its own noise level; code: at the level of the step before it"""
     beta: float = Field(500.0, gt=0)
     """factor from the difference of log-ratios to the logit"""
     threshold: tuple[float, float] = (0.35, 0.5)
@@ -43,7 +43,7 @@ class LPOConfig(SPOConfig):
 
 
 class LPO(SPO):
-    """Prefer, step by step, the better of a few continuations, judged as noisy latents by a latent reward."""
+    """Prefer, step by step, the better of a few continuations, scored as noisy latents by a latent reward."""
 
     name: ClassVar[str] = "lpo"
     Config: ClassVar[type[LPOConfig]] = LPOConfig
@@ -53,23 +53,23 @@ class LPO(SPO):
     reward: LatentReward
 
     def check(self, process: NoiseProcess) -> None:
-        """Refuse what SPO does, and a directory that holds no latent reward."""
+        """Refuse the same configurations as SPO, and a directory without a latent reward."""
         super().check(process)
         read_record(find(self.config.latent_reward))
 
     def begin(self, run: Run) -> None:
-        """Load the latent reward and hold it to the autoencoder of the policy."""
+        """Load the latent reward and check that it uses the policy's autoencoder."""
         c, generator = self.config, run.generator
         self.reward = LatentReward(weights=find(c.latent_reward), device=generator.device, dtype=c.reward_precision)
         if not self.reward.same_latents(generator.encode):
             raise UserError(
-                f"method.latent_reward {c.latent_reward} scores latents of another autoencoder than that of "
+                f"method.latent_reward {c.latent_reward} scores latents of another autoencoder than "
                 f"{generator.name_or_path}; train one with `mmalign train-reward` and model: {generator.name_or_path}"
             )
 
     def describe(self) -> str:
-        """Return what beta, the clip and the threshold are measured in."""
-        level = "its own level" if self.config.fidelity == "paper" else "the level that it came from"
+        """Return the conventions of SPO and the noise level of the latent reward."""
+        level = "its own level" if self.config.fidelity == "paper" else "the level of the step before"
         return f"{super().describe()}, latent reward at {level}"
 
     def step_scores(self, run: Run, samples: PromptBatch, step: Branching) -> Float[Tensor, "candidates batch"]:
@@ -94,6 +94,6 @@ class LPO(SPO):
                 f"after step {run.step} the latent reward of the samples is not finite; lower trainer.learning_rate, "
                 "and run the same command again: it goes on from the last checkpoint"
             )
-        # Half a network twice, with and without the prompt: an image seen.
+        # Half a network, called with and without the prompt, costs as much as one image.
         run.cost.add(images_seen=len(latents), reward_calls=len(latents))
         return scores

@@ -22,7 +22,7 @@ class MaPOConfig(TimestepRange):
 
 
 class MaPO(Method[MaPOConfig]):
-    """Denoise the chosen image, and better than the rejected one; no reference is kept."""
+    """Lower the denoising error of the chosen image, below that of the rejected one; no reference is kept."""
 
     name: ClassVar[str] = "mapo"
     Config = MaPOConfig
@@ -30,7 +30,7 @@ class MaPO(Method[MaPOConfig]):
     images_per_sample = 2
 
     def describe(self) -> str:
-        """Return what beta weighs: there is no reference to be held to."""
+        """Return the conventions: beta weighs the preference term; there is no reference."""
         c = self.config
         return (
             f"mapo: beta={c.beta:g} times the preference, plus the chosen image's error; snr={c.snr:g}, mean-reduced, "

@@ -1,4 +1,4 @@
-"""How stored images get to a noise level before their errors are taken: what the offline preference methods share.
+"""Noising of stored images and their denoising errors, shared by the offline preference methods.
 
 Both sides of a pair share the prompt and the timestep, and go through a network in one forward pass of 2B images, the
 chosen ones first.
@@ -27,7 +27,7 @@ Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 @dataclass(frozen=True)
 class Noised:
-    """Images at a noise level and the output that a perfect network would give for them."""
+    """Images at a noise level and the training target of the network for them."""
 
     x_t: Float[Tensor, "batch *latent"]
     t: Shaped[Tensor, " batch"]
@@ -39,7 +39,7 @@ class Noised:
         return denoising_error(predict(self.x_t, self.t, self.cond), self.target)
 
     def pair_errors(self, predict: Predict) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
-        """Return the errors of the chosen and of the rejected images, for what a function of pairs made."""
+        """Return the errors of the chosen and of the rejected images, for the result of a function on pairs."""
         chosen, rejected = self.errors(predict).chunk(2)
         return chosen, rejected
 
@@ -60,7 +60,7 @@ def noise_images(run: Run, batch: LabelBatch, timesteps: TimestepRange) -> Noise
 
 
 class InversionConfig(TimestepRange):
-    """Base of the configurations of methods that reach a noise level by DDIM inversion instead of by random noise."""
+    """Base of the configurations of methods that noise images by DDIM inversion instead of random noise."""
 
     inversion_steps: int = Field(10, ge=1)
     """steps from the image to its noise level, each at least one more forward pass of both sides"""
@@ -70,11 +70,11 @@ class InversionConfig(TimestepRange):
 
 
 def invert_pairs(run: Run, batch: PairBatch, config: InversionConfig, *, renoise: int = 0, eta: float = 0.0) -> Noised:
-    """Return both sides of each pair at one random timestep, led there by the present policy, without a gradient.
+    """Return both sides of each pair at one random timestep, inverted by the current policy without a gradient.
 
     The target is the noise that leads from the clean image to where the inversion ended, so it differs from image to
-    image. `renoise` and `eta` are those of `pipelines.invert`. On the code's grid the images lie at a level below the
-    timestep that the networks are told (see `docs/methods/smpo.md`); the noise is the one that `add_noise` would
+    image. `renoise` and `eta` are those of `pipelines.invert`. With fidelity code the images lie at a level below the
+    timestep that the networks are given (see `docs/methods/smpo.md`); the noise is the one that `add_noise` would
     have needed at that timestep.
     """
     latents, t, cond = _both_sides(run, batch, config)
@@ -106,8 +106,8 @@ def pair_metrics(
 ) -> dict[str, Tensor]:
     """Return the metrics of a pairwise loss from (chosen, rejected) errors and logits, all [B].
 
-    Both sides' raw errors are there because their difference hides likelihood displacement: the logit can rise while
-    the policy denoises both images worse.
+    The errors of both sides are logged because their difference hides likelihood displacement: the logit can rise
+    while the policy denoises both images worse.
     """
     chosen, rejected = (error.detach() for error in policy)
     return {
@@ -121,5 +121,5 @@ def pair_metrics(
 
 
 def pair_accuracy(logit: Float[Tensor, " pairs"]) -> Tensor:
-    """Return the share of pairs in the right order; a tie counts one half, so it reads 0.5 at the start, not 0."""
+    """Return the share of pairs in the right order; a tie counts one half, so that the share starts at 0.5."""
     return ((logit > 0).float() + 0.5 * (logit == 0).float()).mean()

@@ -1,8 +1,8 @@
 """PRDP: proximal reward difference prediction on the policy's own samples (arXiv 2402.08714).
 
-Of every two images of a prompt the policy's trajectory log-ratio to the reference is to predict the difference of
-their rewards, in units of beta; where that holds for all pairs, the policy is the reference tilted by exp(reward /
-beta), the optimum of reward minus beta times KL. The objective itself is `mmalign.losses.prdp`.
+For every two images of a prompt, the difference of the policy's trajectory log-ratios to the reference is fitted to
+the difference of their rewards, in units of beta. Where that holds for all pairs, the policy is the reference tilted
+by exp(reward / beta), the optimum of reward minus beta times KL. The objective itself is `mmalign.losses.prdp`.
 """
 
 from __future__ import annotations
@@ -25,38 +25,39 @@ class PRDPConfig(TrajectoryConfig):
     """Configuration of `prdp`; log-ratios are means over latent dimensions, so beta and clip fit any latent size."""
 
     images_per_prompt: int = Field(8, ge=2)
-    """images drawn of each prompt; all pairs among them are compared"""
+    """images sampled for each prompt; all pairs among them are compared"""
     updates_per_round: int = Field(4, ge=1)
     """optimiser steps on one round of samples"""
     beta: float = Field(10.0, gt=0)
-    """reward difference that a log-ratio of 1 nat per dimension stands for: the paper's beta times the dimensions"""
+    """reward difference for a log-ratio of 1 nat per dimension: the paper's beta times the number of dimensions"""
     clip: float = Field(1e-4, gt=0)
-    """how far a step's log-ratio may move within a round before it counts no more, nats per dimension; .inf: never"""
+    """clip of the change of a step's log-ratio within a round, in nats per dimension; .inf: no clipping"""
     mode: Literal["online", "offline"] = "online"
     """online: learn from the policy's own samples; offline: from the frozen reference's"""
 
 
 class PRDP(TrajectoryMethod[PRDPConfig]):
-    """Predict reward differences of the policy's own images by its log-ratios; any reward will do."""
+    """Fit the differences of the policy's log-ratios to reward differences of its own images; for any reward."""
 
     name: ClassVar[str] = "prdp"
     Config = PRDPConfig
     whole_reference: ClassVar[bool] = True
 
     def describe(self) -> str:
-        """Return what beta and clip are measured in."""
+        """Return the conventions: the units of beta and clip."""
         c = self.config
         return (
             f"prdp ({c.mode}): beta={c.beta:g} reward per nat/dimension, clip={c.clip:g} nat/dimension, "
-            f"{c.images_per_prompt} images a prompt, {c.updates_per_round} updates a round, guidance {c.guidance:g}"
+            f"{c.images_per_prompt} images per prompt, {c.updates_per_round} updates per round, "
+            f"guidance {c.guidance:g}"
         )
 
     def sampler(self, run: Run) -> AbstractContextManager[None]:
-        """Draw from the policy, or offline from the reference."""
+        """Sample from the policy, or offline from the reference."""
         return nullcontext() if self.config.mode == "online" else run.reference.active()
 
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[Rollout]:
-        """Draw and score; what others have drawn, the policy is asked about before its updates begin."""
+        """Sample and score; offline, also compute the policy's log-probs before its updates begin."""
         rollouts = super().collect(run, batches)
         if self.config.mode == "offline":
             for rollout in rollouts:

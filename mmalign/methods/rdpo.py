@@ -19,14 +19,14 @@ from mmalign.data.batches import VlmPairBatch
 from mmalign.data.encoded.vlm_samples import VlmPairs
 from mmalign.losses import dpo_logit, rdpo
 from mmalign.methods.base import LossOutput, Needs
-from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics, with_answers
+from mmalign.methods.completions import OfflinePairConfig, OfflinePairMethod, answer_metrics, with_answers
 from mmalign.methods.noising import pair_accuracy
 from mmalign.methods.run import VlmRun
 from pipelines import media_features
 from pipelines.vlm.batch import VlmSample
 
 
-class RDPOConfig(FixedSidesConfig):
+class RDPOConfig(OfflinePairConfig):
     """Configuration of `rdpo`; log-probabilities are sums over tokens."""
 
     beta: float = Field(0.1, gt=0)
@@ -40,8 +40,8 @@ class RDPOConfig(FixedSidesConfig):
     features, or the data's rejected_video or rejected_image"""
 
 
-class RDPO(FixedSides):
-    """Prefer the chosen answer over the rejected one, and given its own media over given similar ones."""
+class RDPO(OfflinePairMethod):
+    """Prefer the chosen answer over the rejected one, and over itself given other, similar media."""
 
     name: ClassVar[str] = "rdpo"
     Config = RDPOConfig
@@ -49,16 +49,16 @@ class RDPO(FixedSides):
     images_per_sample = 3
 
     def check_data(self, source: Any) -> None:
-        """Refuse pairs without media of the rejected side's own, where those are to be taken."""
+        """With `unseen: column`, refuse pairs whose rejected side has no media of its own."""
         missing = [name for name, own in zip(source.ids, source.own_media, strict=True) if not own]
         if self.config.unseen == "column" and missing:
             raise UserError(
                 f"rdpo with unseen: column needs rejected_video or rejected_image, which {len(missing)} of "
-                f"{len(source)} pairs of {source.name} lack ('{missing[0]}' first); or take unseen: retrieved"
+                f"{len(source)} pairs of {source.name} lack ('{missing[0]}' first); or set unseen: retrieved"
             )
 
     def begin(self, run: VlmRun) -> None:
-        """Find the nearest other media of every pair, with the features of the model that training starts from."""
+        """With `unseen: retrieved`, find the nearest other media of every pair by features of the initial model."""
         if self.config.unseen == "retrieved":
             self._nearest = dict(zip(run.samples.ids, nearest_others(run, run.samples), strict=True))
         super().begin(run)
@@ -74,7 +74,7 @@ class RDPO(FixedSides):
         return [run.samples.media_ids[self._nearest[name]][0] for name in run.samples.ids]
 
     def describe(self) -> str:
-        """Return what the numbers mean here."""
+        """Return the conventions: the scale of beta, the weights and the other media."""
         c = self.config
         weights = f"visual_weight={c.visual_weight:g}, anchor_weight={c.anchor_weight:g}"
         conventions = f"rdpo: beta={c.beta:g}, sums over tokens, no half factor, {weights}"
@@ -111,9 +111,9 @@ def _three(sides: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def nearest_others(run: VlmRun, pairs: VlmPairs) -> list[int]:
-    """Return for every pair the number of one about other media, those with the largest cosine of vision features.
+    """Return for every pair the index of the pair whose media differ and have the most similar vision features.
 
-    Media that are byte for byte the same count as one; of equal cosines the first wins.
+    Similarity is the cosine; among equal cosines the first pair wins. Byte-identical media are not other media.
 
     Raises:
         UserError: all pairs are about the same media.

@@ -1,4 +1,4 @@
-"""The frozen reference: the model as it was before training, for methods that compare the policy with it.
+"""The reference model: a frozen copy of the model before training, for methods that compare the policy with it.
 
 With an adapter the reference is the same network with the adapter switched off, which costs no memory; with full
 fine-tuning it is a frozen copy in the compute precision. Both give the same numbers, and at the start of training
@@ -25,7 +25,7 @@ TokenValues = tuple[Float[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]
 
 
 class Reference:
-    """The frozen starting point of a run; `with reference.active():` makes the generator be it."""
+    """The reference model of a run; inside `with reference.active():` the generator computes its outputs."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Reference:
         precision: Precision = "fp32",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Freeze the generator's present network as the reference.
+        """Freeze the generator's current network as the reference.
 
         Args:
             generator: the generator that is about to be trained.
@@ -47,17 +47,17 @@ class Reference:
             ValueError: "adapter" without an adapter.
         """
         if kind == "adapter" and not generator.has_adapter:
-            raise ValueError("reference 'adapter' needs a generator with an adapter; use 'copy'")
+            raise ValueError("reference 'adapter' needs a generator with an adapter; use kind 'copy'")
         self.generator = generator
         self.autocast = autocast
         self.frozen = _frozen_copy(generator.network, precision) if kind == "copy" else None
-        # Listed once: a walk over the whole network at every step is dear when the model is small.
+        # Listed once, because walking over all modules at every step is slow for small models.
         layers = [] if self.frozen is not None else generator.network.modules()
         self._dropouts = [layer for layer in layers if isinstance(layer, nn.Dropout) and layer.p > 0]
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make the generator the reference inside the context: no graph, no dropout, weights of the start."""
+        """Inside the context, use the initial weights, without a graph and without dropout."""
         with torch.no_grad(), self._in_place(), _dropout_off(self._dropouts):
             yield
 
@@ -69,13 +69,13 @@ class Reference:
             return self.generator.predict(x_t, t, cond).float()
 
     def log_probs(self, batch: VlmBatch) -> TokenValues:
-        """Return what `Run.log_probs` does, of the reference and without a graph."""
+        """Return the result of `Run.log_probs` for the reference, without a graph."""
         with self.active(), self.autocast():
             found: TokenValues = self.generator.log_probs(batch)
             return found
 
     def logits(self, batch: VlmBatch) -> Float[Tensor, "batch tokens vocabulary"]:
-        """Return what `Run.logits` does, of the reference and without a graph."""
+        """Return the result of `Run.logits` for the reference, without a graph."""
         with self.active(), self.autocast():
             found: Tensor = self.generator.completion_logits(batch)
             return found

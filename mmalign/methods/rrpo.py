@@ -1,4 +1,4 @@
-"""RRPO: preference on the tokens in which answers differ, the chosen one near the reference (arXiv 2504.12083).
+"""RRPO: preference on the tokens in which answers differ, with a KL penalty on the chosen one (arXiv 2504.12083).
 
 The objective itself is `mmalign.losses.rrpo`.
 """
@@ -28,7 +28,7 @@ class RRPOConfig(MethodConfig):
 
 
 class RRPO(Method[RRPOConfig]):
-    """Prefer the spans in which the chosen answer differs, and hold the whole of it near the reference."""
+    """Prefer the spans in which the chosen answer differs, with a KL penalty on the whole answer."""
 
     name: ClassVar[str] = "rrpo"
     Config = RRPOConfig
@@ -36,16 +36,16 @@ class RRPO(Method[RRPOConfig]):
     images_per_sample = 2
 
     def check_data(self, source: Any) -> None:
-        """Refuse pairs whose answers do not differ: they would teach nothing."""
+        """Refuse pairs whose two answers are equal, which give no gradient."""
         same = [name for name, equal in zip(source.ids, source.same_answers, strict=True) if equal]
         if same:
             raise UserError(
-                f"rrpo learns from where two answers differ, and {len(same)} pairs of {source.name} have one answer "
+                f"rrpo learns from differing answers, and {len(same)} pairs of {source.name} have one answer "
                 f"about two media ('{same[0]}' first); use vlm_dpo or rdpo for them"
             )
 
     def describe(self) -> str:
-        """Return what the numbers mean here."""
+        """Return the conventions: the scale of beta and the KL penalty."""
         c = self.config
         return (
             f"rrpo: beta={c.beta:g} on differing tokens, sums, no half factor, + {c.alpha:g} KL(reference || policy)"

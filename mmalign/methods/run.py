@@ -1,4 +1,4 @@
-"""What a method sees of a training run: the model, its reference, and random draws that depend on the sample alone."""
+"""A method's view of a training run: the model, its reference, and random draws that depend only on the sample."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 class BaseRun(Generic[ModelT]):
-    """What a method sees of a run, whatever the model.
+    """The part of a method's view of a run that is common to all kinds of models.
 
     Attributes: `model`, the policy; `reference`; `score`, the rewards; `cost`; `seed`; `step`, the number of optimiser
     steps done so far; `shown`, the images that the method made last; `kept`, the encoders that stay in memory because
@@ -63,29 +63,30 @@ class BaseRun(Generic[ModelT]):
 
     @property
     def reference(self) -> Reference:
-        """The frozen starting point of the training.
+        """The reference model: the model before training, frozen.
 
         Raises:
             RuntimeError: the method did not declare that it needs one, so none was kept.
         """
         if self._reference is None:
-            raise RuntimeError("no reference was kept: declare it, `needs = Needs(..., reference=True)`")
+            raise RuntimeError("this method has no reference; declare it: `needs = Needs(..., reference=True)`")
         return self._reference
 
     def seeds(self, ids: Sequence[str], epoch: int, purpose: str = "sample") -> list[int]:
-        """Return one seed a sample, from (seed, purpose, id, epoch)."""
+        """Return one seed for each sample, derived from (seed, purpose, id, epoch)."""
         return [derive_seed(self.seed, purpose, sample_id, epoch) for sample_id in ids]
 
     def random(self, *parts: int | str) -> torch.Generator:
-        """Return a CPU generator for what a whole batch or step draws, from (seed, parts)."""
+        """Return a CPU generator for the draws of a whole batch or step, seeded from (seed, parts)."""
         return torch.Generator().manual_seed(derive_seed(self.seed, *parts))
 
     def noise_like(
         self, x: Float[Tensor, "batch *latent"], ids: Sequence[str], epoch: int, purpose: str = "noise"
     ) -> Float[Tensor, "batch *latent"]:
-        """Return standard normal noise, each sample's from (seed, purpose, id, epoch).
+        """Return standard normal noise, seeded for each sample from (seed, purpose, id, epoch).
 
-        Drawn on the CPU, one generator a sample: the same on every device, in any batch, on any rank, after a resume.
+        Each sample has its own generator on the CPU, so that its noise is the same on every device, in any batch, on
+        any rank and after a resume.
         """
         noise = torch.empty(x.shape, dtype=torch.float32)
         source = torch.Generator()
@@ -115,7 +116,7 @@ class Run(BaseRun[Generator]):
     def decode(
         self, latents: Float[Tensor, "batch *latent"], *, checkpoint: bool = False
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Return the images of latents that the policy has sampled.
+        """Decode latents that the policy has sampled to images.
 
         Raises:
             TrainingDiverged: a latent is not finite.
@@ -129,14 +130,14 @@ class Run(BaseRun[Generator]):
         return images
 
     def show(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
-        """Leave images in [0, 1] that the method made where the monitors find them, and count them."""
+        """Hand images in [0, 1] that the method sampled to the monitors, and count them."""
         self.shown = (images.detach(), list(prompts))
         self.cost.add(images_sampled=len(images))
 
     def timesteps(
         self, batch: PairBatch | LabelBatch, low: int = 0, high: int | None = None, *, discount: float = 1.0
     ) -> Shaped[Tensor, " batch"]:
-        """Return one training timestep a sample in [low, high), from (seed, id, epoch) as for `noise_like`.
+        """Return one training timestep for each sample in [low, high), seeded from (seed, id, epoch).
 
         `discount` is that of `NoiseProcess.sample_timesteps`.
         """
@@ -152,7 +153,7 @@ class VlmRun(BaseRun[VisionLanguageModel]):
     """The view of a vision-language model's run that is handed to `Method.loss`; see `BaseRun`."""
 
     def log_probs(self, batch: VlmBatch) -> TokenValues:
-        """Return the policy's log-probability of every completion token, with its graph, and which columns are tokens.
+        """Return the policy's log-probability of every completion token, with its graph, and the mask of tokens.
 
         See `VisionLanguageModel.log_probs`.
         """

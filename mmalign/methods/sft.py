@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on good images: the plain denoising objective, no reference, no rejected side.
+"""Supervised fine-tuning on good images: the plain denoising objective, without a reference or rejected images.
 
 Source: the baseline `--train_method sft` of Diffusion-DPO (arXiv 2311.12908).
 """
@@ -17,7 +17,7 @@ class SFTConfig(TimestepRange):
 
 
 class SFT(Method[SFTConfig]):
-    """Denoise good images: the chosen ones of pairs, or those of any table of images."""
+    """Train the denoising objective on good images: the chosen ones of pairs, or those of a table of images."""
 
     name: ClassVar[str] = "sft"
     Config = SFTConfig
@@ -28,5 +28,5 @@ class SFT(Method[SFTConfig]):
         return "sft: mean squared denoising error of the good images, every noise level weighted alike"
 
     def loss(self, run: Run, batch: LabelBatch) -> LossOutput:
-        """Return the mean denoising error of the images at a random noise level each."""
+        """Return the mean denoising error of the images, each at its own random noise level."""
         return LossOutput(noise_images(run, batch, self.config).errors(run.predict).mean())

@@ -27,7 +27,7 @@ class SmPOConfig(InversionConfig):
     scale: float = Field(PICKSCORE_SPAN, gt=0)
     """margin of the pairs' scores at which a weight is 0.46 gamma; the default is for PickScore as a cosine"""
     noising: Literal["inversion", "gaussian"] = "inversion"
-    """how images get to a noise level: led there by the policy, or by random noise that both sides share"""
+    """how images are noised: by inversion with the policy, or by random noise that both sides share"""
     renoise: int = Field(1, ge=0)
     """how often a step of the inversion is refined; 0: plain DDIM inversion"""
     inversion_steps: int = Field(9, ge=1)
@@ -35,7 +35,7 @@ class SmPOConfig(InversionConfig):
 
 
 class SmPO(Method[SmPOConfig]):
-    """Prefer what a reward prefers, as strongly as the reward does; pairs of equal reward teach nothing."""
+    """Prefer the image with the higher reward, weighted by the reward margin; pairs of equal reward have weight 0."""
 
     name: ClassVar[str] = "smpo"
     Config = SmPOConfig
@@ -43,7 +43,7 @@ class SmPO(Method[SmPOConfig]):
     images_per_sample = 2
 
     def check(self, process: NoiseProcess) -> None:
-        """Refuse timesteps or an inversion that the schedule cannot do."""
+        """Refuse timesteps or an inversion that the schedule does not support."""
         super().check(process)
         process.check_steps(self.config.inversion_steps)
 
@@ -52,7 +52,7 @@ class SmPO(Method[SmPOConfig]):
         source.require_margins(self.name)
 
     def describe(self) -> str:
-        """Return what beta and the weights mean, and how images are noised."""
+        """Return the conventions: beta, the weights, and the noising of images."""
         c = self.config
         how = "shared Gaussian noise"
         if c.noising == "inversion":

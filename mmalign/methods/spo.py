@@ -31,7 +31,7 @@ class SPOConfig(RandomSamplingConfig):
     """Configuration of `spo`; ratios are of densities per latent dimension, as in the authors' code."""
 
     candidates: int = Field(4, ge=2)
-    """continuations drawn and scored at each random step"""
+    """continuations sampled and scored at each random step"""
     beta: float = Field(10.0, gt=0)
     """factor from the difference of log-ratios to the logit"""
     clip: float = Field(0.1, gt=0, lt=1)
@@ -39,18 +39,18 @@ class SPOConfig(RandomSamplingConfig):
     threshold: tuple[float, float] = (0.3, 0.3)
     """softmax gap of best and worst that a pair must exceed, at the sampler's least and at its largest noise"""
     score_scale: float = Field(1.0, gt=0)
-    """factor on the rewards before the softmax, to make logits of them"""
+    """factor on the rewards before the softmax"""
 
     @model_validator(mode="after")
     def _thresholds_are_gaps(self) -> SPOConfig:
         if not all(0 <= one < 1 for one in self.threshold):
-            raise ValueError(f"threshold {list(self.threshold)}: gaps of probabilities must satisfy 0 <= gap < 1")
+            raise ValueError(f"threshold {list(self.threshold)}: each gap of probabilities must satisfy 0 <= gap < 1")
         return self
 
 
 @dataclass
 class StepPairs:
-    """One sampling step of every chain of a micro-batch: its candidates are the best and the worst."""
+    """One sampling step of every chain of a micro-batch, with its best and its worst candidate."""
 
     samples: PromptBatch
     step: Branching
@@ -63,7 +63,7 @@ class StepPairs:
 
 
 class SPO(SamplingMethod[SPOConfig]):
-    """Prefer, step by step, the better of a few continuations of the policy's own samples; any reward will do."""
+    """Prefer, step by step, the better of a few continuations of the policy's own samples; for any reward."""
 
     name: ClassVar[str] = "spo"
     Config: ClassVar[type[SPOConfig]] = SPOConfig
@@ -72,7 +72,7 @@ class SPO(SamplingMethod[SPOConfig]):
     """Whether `step_scores` looks at the clean images predicted from the candidates."""
 
     def describe(self) -> str:
-        """Return what beta, the clip and the threshold are measured in."""
+        """Return the conventions: the units of beta, the clip and the threshold."""
         c = self.config
         low, high = c.threshold
         gap = f"{low:g}" if low == high else f"{low:g}..{high:g} by the step's noise"
@@ -82,11 +82,11 @@ class SPO(SamplingMethod[SPOConfig]):
         )
 
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[StepPairs]:
-        """Draw branching chains with the present policy, score their steps, and keep the best and the worst."""
+        """Sample branching chains with the current policy, score their steps, and keep the best and the worst."""
         return [pairs for batch in batches for pairs in self._draw(run, batch.repeat(self.config.images_per_prompt))]
 
     def step_scores(self, run: Run, samples: PromptBatch, step: Branching) -> Float[Tensor, "candidates batch"]:
-        """Return the score of each candidate: the reward of the image that the policy predicts from it."""
+        """Return the score of each candidate: the reward of the clean image that the policy predicts from it."""
         assert step.clean is not None
         decoded = (run.decode(clean) for clean in step.clean)
         return torch.stack([run.score(images, samples.prompts).total for images in decoded])
@@ -94,7 +94,7 @@ class SPO(SamplingMethod[SPOConfig]):
     def final_rewards(
         self, run: Run, samples: PromptBatch, latents: Float[Tensor, "batch *latent"]
     ) -> Float[Tensor, " batch"]:
-        """Return the reward of finished samples, to be logged, and show them to the monitors."""
+        """Return the reward of finished samples, for the log, and hand the samples to the monitors."""
         images = run.decode(latents)
         run.show(images, samples.prompts)
         return run.score(images, samples.prompts).total
@@ -126,7 +126,7 @@ class SPO(SamplingMethod[SPOConfig]):
         return [StepPairs(samples, step, valid, 1 / len(found), rewards) for step, valid in found]
 
     def loss(self, run: Run, batch: StepPairs) -> LossOutput:
-        """Return the step's part of the mean over chains and steps; pairs that do not count are zeros in it."""
+        """Return this step's part of the mean over chains and steps; pairs below the threshold count as zeros."""
         c, step = self.config, batch.step
         with run.reference.active():
             reference = self._mean(run, batch)
@@ -150,7 +150,7 @@ class SPO(SamplingMethod[SPOConfig]):
         )
 
     def _mean(self, run: Run, batch: StepPairs) -> Float[Tensor, "batch *latent"]:
-        """Return the mean of the recorded step under the network as it is now."""
+        """Return the mean of the recorded step under the current network."""
         step = batch.step
         predict = guided_predictor(run.generator, batch.samples.cond, self.config.guidance, autocast=run.autocast)
         output = predict(step.state, torch.as_tensor(step.t, device=step.state.device).expand(len(step.state)))

@@ -20,12 +20,12 @@ class TempleConfig(VlmDPOConfig):
     @classmethod
     def _each_once(cls, stages: list[int]) -> list[int]:
         if len(set(stages)) < len(stages):
-            raise ValueError(f"{stages} names a difficulty twice; name each once")
+            raise ValueError(f"{stages} contains a difficulty twice; give each difficulty once")
         return stages
 
 
 class Temple(VlmDPO):
-    """Prefer the chosen answer, in stages of growing difficulty; each stage's start is its reference."""
+    """Prefer the chosen answer, in stages of growing difficulty; the model at a stage's start is its reference."""
 
     name: ClassVar[str] = "temple"
     Config = TempleConfig
@@ -36,16 +36,16 @@ class Temple(VlmDPO):
         self.stages = tuple(config.stages)
 
     def check_data(self, source: Any) -> None:
-        """Refuse data without pairs of some stage."""
+        """Refuse data that have no pairs for one of the stages."""
         super().check_data(source)
         found = source.difficulties()
         empty = [stage for stage in self.stages if stage not in found]
         if empty:
             raise UserError(
                 f"temple: {source.name} holds no pair of difficulty {', '.join(map(str, empty))} (column difficulty); "
-                f"set method.stages to what it holds"
+                f"set method.stages to the difficulties in the data"
             )
 
     def describe(self) -> str:
-        """Return the stages and what beta means here."""
+        """Return the conventions of `vlm_dpo` and the stages."""
         return f"{super().describe()}; difficulty {' -> '.join(map(str, self.stages))}"

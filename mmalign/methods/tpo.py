@@ -31,13 +31,13 @@ class TPOConfig(TimestepRange):
     beta: float = Field(2000.0, gt=0)
     """how closely the policy is held to the reference; tdpo has the half factor of diffusion_dpo, tkto has none"""
     objective: Literal["tdpo", "tkto"] = "tdpo"
-    """tdpo: the fitting caption against the other; tkto: each by itself, as a good and a bad sample"""
+    """tdpo: compare the fitting caption with the other; tkto: a good and a bad sample, each by itself"""
     rejected_rise: float | None = Field(None, gt=0)
-    """tdpo: rise of the error under the rejected caption beyond which it is pushed no further; null: no bound"""
+    """tdpo: bound on the rise of the error under the rejected caption, without a gradient beyond; null: no bound"""
 
 
 class TPO(Method[TPOConfig]):
-    """Denoise an image better under its caption than under one that does not fit it."""
+    """Lower the denoising error of an image under its caption, relative to a caption that does not fit."""
 
     name: ClassVar[str] = "tpo"
     Config = TPOConfig
@@ -45,7 +45,7 @@ class TPO(Method[TPOConfig]):
     images_per_sample = 2
 
     def check_data(self, source: LabelTable) -> None:
-        """Refuse images without a rejected caption, and bad ones."""
+        """Refuse images that have no rejected caption or are labelled bad."""
         lacking, bad = sum(index < 0 for index in source.rejected_indices()), source.labels().count(False)
         if lacking or bad:
             raise UserError(
@@ -55,7 +55,7 @@ class TPO(Method[TPOConfig]):
             )
 
     def describe(self) -> str:
-        """Return what beta means here."""
+        """Return the conventions: the objective and the scale of beta."""
         c = self.config
         if c.objective == "tkto":
             return f"tpo: tkto, beta={c.beta:g}, mean-reduced, no half factor, kahneman-tversky"

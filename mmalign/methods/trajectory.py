@@ -1,9 +1,9 @@
-"""What methods with recorded trajectories share: sample with the policy, score, then learn from the steps' log-probs.
+"""Methods with recorded trajectories: sample with the policy, score, then learn from the log-probs of the steps.
 
 An objective that is a function of the log-probabilities of the sampling steps needs no graph of the whole trajectory.
 Its derivative with respect to each log-probability is taken first, on numbers alone; then every sampling step is
 computed again, one at a time, with its own graph, and weighted by that derivative. The gradient is exactly that of
-the objective, and memory does not grow with the number of steps but for the recorded latents.
+the objective, and only the recorded latents need memory that grows with the number of steps.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ WATCHED = 4
 
 
 class RatioError(TrainingDiverged):
-    """Sampling and learning do not compute the same log-probabilities, so no importance ratio means anything."""
+    """Sampling and learning compute different log-probabilities, so importance ratios are not meaningful."""
 
 
 class SamplingConfig(MethodConfig):
-    """How a method that makes its own samples draws them."""
+    """Sampling options of methods that learn from their own samples."""
 
     sampling_steps: int = Field(50, ge=1)
     """steps of the DDIM sampler"""
@@ -48,14 +48,14 @@ class SamplingConfig(MethodConfig):
     eta: float = Field(1.0, ge=0, le=1)
     """noise of the sampler: 1 as in DDPM, 0 deterministic"""
     images_per_prompt: int = Field(1, ge=1)
-    """images drawn of each prompt of a batch"""
+    """images sampled for each prompt of a batch"""
 
 
 class RandomSamplingConfig(SamplingConfig):
     """Base of the configurations of methods that learn from the random steps of their samples."""
 
     random_steps: tuple[float, float] = (0.0, 1.0)
-    """part of the sampling, 0 its start, whose steps are random and learned from; the others are deterministic"""
+    """part of the sampling (0 is its start) whose steps are random and trained on; the others are deterministic"""
     updates_per_round: int = Field(1, ge=1)
     """optimiser steps on one round of samples"""
 
@@ -69,11 +69,11 @@ class TrajectoryConfig(RandomSamplingConfig):
 
 @dataclass
 class Rollout:
-    """Samples of one micro-batch, prompt by prompt, with what is known of their steps; log-probs are means over dims.
+    """Samples of one micro-batch, ordered by prompt, with their recorded steps; log-probs are means over dimensions.
 
-    `old_means` and `old_log_probs` are the policy's at the start of the round, `log_probs` those of the present policy
-    (set before `loss` is called, and what it is differentiated by); `reference_log_probs` those of the frozen starting
-    point.
+    `old_means` and `old_log_probs` are the policy's at the start of the round, `log_probs` those of the current policy
+    (set before `loss` is called; the loss is differentiated by it), `reference_log_probs` those of the reference
+    model.
     """
 
     samples: PromptBatch
@@ -97,7 +97,7 @@ class Rollout:
         return self.trajectory.stds
 
     def random_steps(self) -> list[int]:
-        """Return the steps that have a density, which is what can be learned from."""
+        """Return the steps that have a density; only these can be learned from."""
         return (self.stds > 0).all(1).nonzero().flatten().tolist()
 
 
@@ -106,7 +106,7 @@ ConfigT = TypeVar("ConfigT", bound=TrajectoryConfig)
 
 
 class SamplingMethod(Method[SamplingT]):
-    """Base of methods whose samples have random steps: which ones they are, and what cannot be sampled."""
+    """Base of methods whose samples have random steps: the selection of these steps, and checks of the sampler."""
 
     def __init__(self, config: SamplingT) -> None:
         """Keep the configuration."""
@@ -115,7 +115,7 @@ class SamplingMethod(Method[SamplingT]):
         self.updates_per_round = config.updates_per_round
 
     def check(self, process: NoiseProcess) -> None:
-        """Refuse a sampler without randomness, or one that the schedule cannot do."""
+        """Refuse a sampler without randomness, or one that the schedule does not support."""
         if self.config.eta == 0:
             raise UserError(
                 f"method.eta is 0, and {self.name} needs a random sampler: without noise a step has no density; "
@@ -135,7 +135,7 @@ class SamplingMethod(Method[SamplingT]):
 
 
 class TrajectoryMethod(SamplingMethod[ConfigT]):
-    """Base of methods that learn from the log-probabilities of their own samples; `loss` is given a `Rollout`."""
+    """Base of methods that learn from the log-probabilities of their own samples; `loss` takes a `Rollout`."""
 
     needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="blackbox")
     whole_reference: ClassVar[bool] = False
@@ -146,11 +146,11 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
         """Return the objective as a function of `batch.log_probs`; terms of the network itself belong to `learn`."""
 
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[Rollout]:
-        """Draw and score the samples of one round with the present policy."""
+        """Sample and score the images of one round with the current policy."""
         return [self._draw(run, batch.repeat(self.config.images_per_prompt)) for batch in batches]
 
     def sampler(self, run: Run) -> AbstractContextManager[None]:
-        """Return the context in which samples are drawn; by default they are the policy's own."""
+        """Return the context for sampling; by default the policy itself samples."""
         return nullcontext()
 
     @torch.no_grad()
@@ -187,7 +187,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
         return rollout
 
     def learn(self, run: Run, batch: Rollout, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
-        """Differentiate the objective by the log-probs, then compute one sampling step after another with a graph."""
+        """Differentiate the objective by the log-probs, then recompute the sampling steps one by one with a graph."""
         c, fresh = self.config, batch.drawn_at == run.step
         present = batch.old_log_probs if fresh else self.replay_all(run, batch)[1]
         batch.log_probs = present.clone().requires_grad_()
@@ -195,9 +195,9 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
         (weights,) = torch.autograd.grad(output.loss, batch.log_probs)
         random_steps = batch.random_steps()
         everything = torch.arange(weights.shape[1], device=weights.device)
-        # At least one step is computed, so that there is always a gradient, if only of zeros.
+        # At least one step is computed, so that there is always a gradient, even if it is zero.
         for index in [i for i in random_steps if c.kl_weight or bool(weights[i].any())] or random_steps[:1]:
-            # The first update takes every row, in the batch in which it was drawn: then the ratio is 1 to the bit.
+            # The first update takes all rows, in the batches in which they were sampled: the ratio is exactly 1.
             needed = everything if fresh or c.kl_weight else weights[index].nonzero().flatten()
             rows = needed if len(needed) else everything
             mean, std, log_prob = self._replay(run, batch, index, rows)
@@ -221,7 +221,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
         return {**metrics, "kl": self._kl(run, batch)}
 
     def _kl(self, run: Run, batch: Rollout) -> Tensor:
-        """Return the KL of a sampling step to the reference's in nats per dimension, of one random step if need be."""
+        """Return the KL of a sampling step to the reference in nats per dimension; of a random step if need be."""
         means, stds, steps = batch.old_means, batch.stds, batch.random_steps()
         if batch.reference_means is not None:
             return gaussian_kl(
@@ -236,7 +236,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
     def _replay(
         self, run: Run, batch: Rollout, index: int, rows: Int[Tensor, " rows"] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean, std and log-prob of a recorded step (of some rows) under the network as it is now."""
+        """Return mean, std and log-prob of a recorded step (of some rows) under the current network."""
         cond = batch.samples.cond if rows is None else batch.samples.cond[rows.cpu()]
         predict = guided_predictor(run.generator, cond, self.config.guidance, autocast=run.autocast)
         return replay_step(run.process, batch.trajectory, index, predict, rows=rows)
@@ -245,9 +245,9 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
     def replay_all(
         self, run: Run, batch: Rollout
     ) -> tuple[Float[Tensor, "steps batch *latent"], Float[Tensor, "steps batch"]]:
-        """Return means and log-probs of the recorded steps under the network as it is now, without a graph.
+        """Return means and log-probs of the recorded steps under the current network, without a graph.
 
-        A deterministic step, and one that is not wanted, keeps what was recorded.
+        Deterministic and unwanted steps keep their recorded values.
         """
         assert batch.trajectory.means is not None
         means, log_probs = batch.trajectory.means.clone(), batch.old_log_probs.clone()
@@ -260,7 +260,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
 
 
 def _check_ratio(log_prob: Tensor, old: Tensor) -> None:
-    """Raise if the policy, before any update, gives its own samples another probability than when it drew them."""
+    """Raise a RatioError if the log-probs before any update differ from those recorded while sampling."""
     worst = float((log_prob.detach() - old).exp().sub(1).abs().max())
     if not worst <= RATIO_TOLERANCE:
         raise RatioError(

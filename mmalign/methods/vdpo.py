@@ -1,4 +1,4 @@
-"""VDPO: the chosen answer must be likelier given the media than given perturbed media (PaMi-VDPO, arXiv 2504.05810).
+"""VDPO: prefer the chosen answer given the media over the same answer given perturbed media (arXiv 2504.05810).
 
 The objective and the choice between perturbations are `mmalign.losses.vdpo` and `select_by_divergence`. The data's
 rejected answers are not used.
@@ -32,7 +32,7 @@ class VDPOConfig(MethodConfig):
     beta: float = Field(0.1, gt=0)
     """how closely the policy is held to the reference"""
     selection: Literal["random", "jsd"] = "jsd"
-    """random: one perturbation, whatever is asked; jsd: the one that the prompt notices most, weighted by how much"""
+    """random: one random perturbation; jsd: the one with the largest divergence of the answer, weighted by it"""
     operators: list[str] = Field(["reverse", "block_shuffle", "crop", "mask", "hue"], min_length=1)
     """perturbations to draw from, by their names in `mmalign.data.video.operators`"""
     candidates: int = Field(4, ge=2)
@@ -40,7 +40,7 @@ class VDPOConfig(MethodConfig):
     least_relevance: float = Field(0.5, ge=-1, le=1)
     """`jsd` passes over versions whose vision features have a smaller cosine to the media's"""
     full_weight_at: float = Field(0.05, gt=0)
-    """divergence in nats from which on a pair counts fully with `jsd`"""
+    """divergence in nats from which a pair has the full weight, with `jsd`"""
     anchor_weight: float = Field(0.0, ge=0)
     """adds this many times mDPO's anchor, which keeps the chosen answer from becoming less likely"""
 
@@ -54,18 +54,18 @@ class VDPO(Method[VDPOConfig]):
     images_per_sample = 2
 
     def check_data(self, source: Any) -> None:
-        """Refuse operators that do not exist, need a bank of media, or are about time where there are images."""
+        """Refuse operators that do not exist or need other media, and operators on frames for data with images."""
         image = next((name for name, kind in zip(source.ids, source.kinds, strict=True) if kind == "image"), None)
         for operator in map(get_operator, self.config.operators):
             if operator.name == "neighbour":
                 raise UserError(
-                    "vdpo: the operator neighbour needs other media; rdpo with unseen: retrieved does that"
+                    "vdpo: the operator neighbour needs media of other pairs; use rdpo with unseen: retrieved"
                 )
             if operator.temporal and image is not None:
                 raise UserError(f"vdpo: {operator.name} re-orders frames, and pair '{image}' is about an image")
 
     def describe(self) -> str:
-        """Return what the numbers mean here."""
+        """Return the conventions: the scale of beta and the perturbations."""
         c = self.config
         of = f"jsd of {c.candidates}" if c.selection == "jsd" else c.selection
         return f"vdpo: beta={c.beta:g}, sums over tokens, no half factor, perturbation {of} ({', '.join(c.operators)})"
@@ -84,7 +84,7 @@ class VDPO(Method[VDPOConfig]):
         return LossOutput(each.mean(), metrics if weight is None else {**metrics, "weight": weight.mean()})
 
     def _perturbed(self, run: VlmRun, batch: VlmPairBatch) -> tuple[list[VlmSample], Float[Tensor, " batch"] | None]:
-        """Return the chosen answers about the perturbed media that were selected, and the weights of the pairs."""
+        """Return the chosen answers with the selected perturbed media, and the weights of the pairs."""
         c = self.config
         media = [decode() for decode in batch.media]
         count = c.candidates if c.selection == "jsd" else 1
@@ -105,7 +105,7 @@ class VDPO(Method[VDPOConfig]):
         return [row[k] for row, k in zip(samples, index.tolist(), strict=True)], weight
 
     def _bag(self, run: VlmRun, media: TimedMedia, name: str, epoch: int, count: int) -> list[TimedMedia]:
-        """Return perturbed versions of one sample's media: each operator once, in random order, before any again."""
+        """Return perturbed versions of one sample's media: all operators once, in random order, then again."""
         names = self.config.operators
         order = torch.randperm(len(names), generator=run.random("perturb", name, epoch)).tolist()
         bag = []
@@ -116,14 +116,14 @@ class VDPO(Method[VDPOConfig]):
         return bag
 
     def _relevance(self, run: VlmRun, media: list[TimedMedia], bags: list[list[TimedMedia]]) -> Tensor:
-        """Return the cosine of the features of every candidate to those of the media, by the frozen vision tower."""
+        """Return the cosine of each candidate's features to those of the media, from the frozen vision tower."""
         rows = [[own.media, *(one.media for one in bag)] for own, bag in zip(media, bags, strict=True)]
         with run.reference.active(), run.autocast():
             features = torch.stack([media_features(run.model, row) for row in rows])
         return cosine_similarity(features[:, :1], features[:, 1:], dim=-1)
 
     def _divergence(self, run: VlmRun, chosen: list[VlmSample], samples: list[list[VlmSample]]) -> Tensor:
-        """Return how far each candidate moves the policy's expectation of the answer, a mean of `token_jsd`."""
+        """Return the mean `token_jsd` between the policy's predictions of the answer given media and candidate."""
         clean = collate(run, chosen)
         expected, mask = run.logits(clean), clean.token_mask
         moved = (run.logits(collate(run, column)) for column in map(list, zip(*samples, strict=True)))

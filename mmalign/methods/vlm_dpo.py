@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -11,29 +12,33 @@ from mmalign.core.errors import UserError
 from mmalign.data.batches import VlmPairBatch
 from mmalign.losses import beta_of_gap, chosen_anchor, dpo, dpo_logit, sft
 from mmalign.methods.base import LossOutput, Needs, PairLossConfig
-from mmalign.methods.completions import FixedSides, FixedSidesConfig, answer_metrics
+from mmalign.methods.completions import OfflinePairConfig, OfflinePairMethod, answer_metrics
 from mmalign.methods.run import VlmRun
 from pipelines.vlm.batch import VlmSample
 
 
-class VlmDPOConfig(PairLossConfig, FixedSidesConfig):
+class VlmDPOConfig(PairLossConfig, OfflinePairConfig):
     """Configuration of `vlm_dpo`; log-probabilities are sums over the tokens of an answer, the end token included."""
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "margin_rise": "dynamic_beta_scale",
+        "margin_slope": "dynamic_beta_slope",
+    }
     beta: float = Field(0.1, gt=0)
     """how closely the policy is held to the reference"""
     length_normalised: bool = False
-    """means over tokens in place of sums, for which a beta ten times as large or more is usual"""
+    """means over tokens instead of sums; beta is then usually ten times as large or more"""
     sft_weight: float = Field(0.0, ge=0)
     """adds this many times the cross-entropy of the chosen answer, a mean over its tokens"""
     anchor_weight: float = Field(0.0, ge=0)
     """adds this many times mDPO's anchor, which keeps the chosen answer from becoming less likely"""
-    margin_rise: float = Field(0.0, ge=0)
+    dynamic_beta_scale: float = Field(0.0, ge=0)
     """MM-DPO's beta of each pair: up to (1 + this) times beta for a large `margin` of the data (published: 0.5)"""
-    margin_slope: float = Field(0.5, gt=0)
-    """how fast beta rises with the margin, where `margin_rise` is given"""
+    dynamic_beta_slope: float = Field(0.5, gt=0)
+    """how fast beta rises with the margin, if `dynamic_beta_scale` is not 0"""
 
 
-class VlmDPO(FixedSides):
+class VlmDPO(OfflinePairMethod):
     """Prefer the chosen answer over the rejected one, relative to the frozen starting point."""
 
     name: ClassVar[str] = "vlm_dpo"
@@ -44,10 +49,11 @@ class VlmDPO(FixedSides):
     def check_data(self, source: Any) -> None:
         """Refuse pairs without margins where beta depends on them."""
         missing = [name for name, margin in zip(source.ids, source.margins(), strict=True) if margin != margin]
-        if self.config.margin_rise and missing:
+        if self.config.dynamic_beta_scale and missing:
             raise UserError(
-                f"{self.name}: margin_rise makes beta depend on the column margin, which {len(missing)} of "
-                f"{len(source)} pairs of {source.name} lack ('{missing[0]}' first); fill it in, or remove margin_rise"
+                f"{self.name}: dynamic_beta_scale needs the column margin, which {len(missing)} of "
+                f"{len(source)} pairs of {source.name} lack ('{missing[0]}' first); fill it in, "
+                "or remove dynamic_beta_scale"
             )
 
     def sides(self, run: VlmRun, batch: VlmPairBatch) -> tuple[list[VlmSample], ...]:
@@ -55,7 +61,7 @@ class VlmDPO(FixedSides):
         return batch.chosen, batch.rejected
 
     def describe(self) -> str:
-        """Return what beta means here."""
+        """Return the conventions: the scale of beta and the weights of further terms."""
         c = self.config
         extras = [c.loss_type, "means over tokens" if c.length_normalised else "sums over tokens"]
         extras += [f"{name}={getattr(c, name):g}" for name in _WEIGHTS if getattr(c, name)]
@@ -66,9 +72,9 @@ class VlmDPO(FixedSides):
         c = self.config
         values, policy, reference = self.score(run, batch, mean=c.length_normalised)
         beta: float | Tensor = c.beta
-        if c.margin_rise:
+        if c.dynamic_beta_scale:
             assert batch.margins is not None, "check_data has seen a margin for every pair"
-            beta = beta_of_gap(batch.margins, beta=c.beta, rise=c.margin_rise, slope=c.margin_slope)
+            beta = beta_of_gap(batch.margins, beta=c.beta, rise=c.dynamic_beta_scale, slope=c.dynamic_beta_slope)
         each = dpo(*policy, *reference, beta=beta, loss_type=c.loss_type, label_smoothing=c.label_smoothing)
         if c.sft_weight:
             log_probs, mask = values
@@ -79,4 +85,4 @@ class VlmDPO(FixedSides):
         return LossOutput(each.mean(), answer_metrics(policy, reference, logit))
 
 
-_WEIGHTS = ("label_smoothing", "sft_weight", "anchor_weight", "margin_rise")
+_WEIGHTS = ("label_smoothing", "sft_weight", "anchor_weight", "dynamic_beta_scale")

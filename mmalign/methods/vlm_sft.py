@@ -16,7 +16,7 @@ class VlmSFTConfig(MethodConfig):
 
 
 class VlmSFT(Method[VlmSFTConfig]):
-    """Make the chosen answers likely; rejected ones are not looked at."""
+    """Maximise the likelihood of the chosen answers; rejected answers are not used."""
 
     name: ClassVar[str] = "vlm_sft"
     Config = VlmSFTConfig

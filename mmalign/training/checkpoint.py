@@ -20,6 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mmalign.config.checks import method_class
+from mmalign.config.renamed import current_recipe
+from mmalign.config.run import RunConfig
 from mmalign.core.errors import UserError
 from mmalign.core.progress import note
 
@@ -119,9 +122,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def check_same_recipe(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
     """Refuse to continue a run under another recipe or with other data: the result would be neither's.
 
+    Keys that were renamed since the checkpoint was saved are compared under their new names.
+
     Raises:
         UserError: names every key that differs, with both values.
     """
+    method = method_class({"name": saved.get("method.name")})[0]
+    saved = current_recipe(saved, RunConfig, method.Config if method else None)
     current = json.loads(json.dumps(current, default=str))
     missing = object()
     different = [

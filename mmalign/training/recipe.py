@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mmalign.config.renamed import current_options
 from mmalign.config.run import RunConfig
 from mmalign.config.yaml import flatten
 from mmalign.core.progress import note
@@ -22,7 +23,7 @@ def build_method(config: RunConfig) -> Method[Any]:
     from mmalign.methods import methods
 
     chosen = methods.get(config.method_name)
-    method: Method[Any] = chosen(chosen.Config(**config.method_options))
+    method: Method[Any] = chosen(chosen.Config(**current_options(chosen.Config, config.method_options)))
     return method
 
 

@@ -1,1 +1,1 @@
-"""Models that rewards stand on, and how their weights are loaded."""
+"""Models that rewards are built on, and the loading of their weights."""

@@ -30,22 +30,22 @@ class Blip(nn.Module):
     """Image and text together -> the text's hidden states. Sizes come from the names and shapes of `state`."""
 
     def __init__(self, state: Mapping[str, Tensor], prefix: str = "") -> None:
-        """Build the modules that `state` has weights for; nothing is copied from it."""
+        """Build the modules for which `state` has weights; no weights are copied."""
         super().__init__()
         try:
             self.visual_encoder = VisionTransformer(state, f"{prefix}visual_encoder.")
             self.text_encoder = TextEncoder(state, f"{prefix}text_encoder.")
         except KeyError as error:
-            raise RewardError(f"these are not the weights of a BLIP: {error.args[0]} is missing") from None
+            raise RewardError(f"not the weights of a BLIP: {error.args[0]} is missing") from None
 
     def image_context(self, pixels: Float[Tensor, "batch 3 height width"]) -> ImageContext:
-        """Encode normalised images into what the text will attend to, once for however many prompts."""
+        """Encode normalised images into keys and values for the text, once for any number of prompts."""
         return self.text_encoder.image_context(self.visual_encoder(pixels))
 
     def forward(
         self, ids: Int[Tensor, "batch length"], mask: Bool[Tensor, "batch length"], image: ImageContext
     ) -> Float[Tensor, "batch length features"]:
-        """Return the last hidden states of texts that attend to images; `mask` is true at tokens that count."""
+        """Return the last hidden states of texts that attend to images; `mask` is true at real tokens."""
         return self.text_encoder(ids, mask, image)
 
 
@@ -66,7 +66,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches features"]:
-        """Encode normalised images of the one size that there are positions for."""
+        """Encode normalised images of the size of the position embeddings."""
         patches = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2)
         hidden = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
         for block in self.blocks:
@@ -157,7 +157,7 @@ class Attention(nn.Module):
     """Attention from the text to a context, with BERT's residual and LayerNorm after it."""
 
     def __init__(self, width: int, context_width: int) -> None:
-        """`context_width` is the width of what is attended to."""
+        """`context_width` is the width of the context."""
         super().__init__()
         # BERT's own name; an attribute `self` is unusual but legal.
         self.self = nn.ModuleDict(
@@ -183,7 +183,7 @@ class Residual(nn.Module):
     """LayerNorm(linear(x) + residual)."""
 
     def __init__(self, inner: int, width: int) -> None:
-        """From `inner` features back to `width`."""
+        """Map `inner` features to `width`."""
         super().__init__()
         self.dense = nn.Linear(inner, width)
         self.LayerNorm = nn.LayerNorm(width, eps=1e-12)

@@ -1,7 +1,7 @@
-"""Ask a language model behind an OpenAI-compatible endpoint (vLLM, SGLang, a vendor's), with text and images.
+"""Client of a language model at an OpenAI-compatible endpoint (vLLM, SGLang, a vendor's), with text and images.
 
-Bounded concurrency; retries with growing, jittered waits that respect `Retry-After`; answers kept on disk, keyed by
-model, text, images and parameters, so that a run that was broken off pays for nothing twice.
+Bounded concurrency; retries with growing, jittered waits that respect `Retry-After`; answers are cached on disk, keyed
+by model, text, images and parameters, so that a resumed run does not pay for any request twice.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ChatClient:
     endpoint: up to and without `/chat/completions`, such as `http://localhost:8000/v1`. api_key_env: the name of the
     environment variable that holds the key; None sends no key. cache: a directory of answers; None keeps none.
     params: further fields of the request, such as `seed`; the temperature is 0 unless they say otherwise. retries:
-    attempts after the first that failed for a reason that may pass.
+    further attempts after a temporary failure.
     """
 
     def __init__(
@@ -63,13 +63,15 @@ class ChatClient:
         max_tokens: int = 1024,
         params: dict[str, Any] | None = None,
     ) -> None:
-        """Check the options; nothing is sent yet."""
+        """Check the options; no request is sent."""
         if not endpoint.startswith(("http://", "https://")):
-            raise RewardError(f"endpoint {endpoint!r}: an address like http://localhost:8000/v1 is expected")
+            raise RewardError(f"endpoint {endpoint!r}: give an address like http://localhost:8000/v1")
         if concurrency < 1 or retries < 0:
-            raise RewardError(f"concurrency {concurrency}, retries {retries}: at least 1 and 0 are allowed")
+            raise RewardError(
+                f"concurrency is {concurrency} and retries {retries}; at least 1 and at least 0 are allowed"
+            )
         if api_key_env is not None and not os.environ.get(api_key_env):
-            raise RewardError(f"the environment variable {api_key_env} is empty; it should hold the API key")
+            raise RewardError(f"the environment variable {api_key_env} is empty; set it to the API key")
         self.url = endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.api_key_env, self.concurrency = model, api_key_env, concurrency
         self.retries, self.timeout = retries, timeout
@@ -78,7 +80,7 @@ class ChatClient:
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def ask(self, questions: Sequence[Question], **params: Any) -> list[Reply]:
-        """Answer questions `(text, images)`, several at a time, in their order; equal ones are asked once.
+        """Answer questions `(text, images)` concurrently, in their order; equal questions are asked once.
 
         Raises:
             RewardError: the endpoint refuses, or still fails after the retries.
@@ -110,7 +112,7 @@ class ChatClient:
                 record = json.loads(kept.read_text(encoding="utf-8"))
                 return Reply(record["text"], tuple((token, dict(others)) for token, others in record["tokens"]))
             except (ValueError, KeyError, TypeError):
-                kept.unlink(missing_ok=True)  # a damaged file is asked for again
+                kept.unlink(missing_ok=True)  # a damaged file is requested again
         reply = _read(self._post(_body(self.model, question, params)), self.url)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -136,21 +138,24 @@ class ChatClient:
                     said = " ".join(error.read().decode("utf-8", "replace").split())[:200]
                 reason = f"status {error.code}: {said}"
                 if error.code not in _AGAIN:
-                    raise RewardError(f"{self.url} refuses ({reason})") from None
+                    raise RewardError(f"{self.url} refused the request ({reason})") from None
                 wait = _retry_after(error.headers.get("Retry-After"))
             except (OSError, ValueError) as error:  # no connection, broken off, timed out, no JSON
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < self.retries:
                 longest = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT)
                 time.sleep(random.uniform(longest / 2, longest) if wait is None else wait)
-        raise RewardError(f"{self.url} failed {self.retries + 1} times, last: {reason}; is the server running?")
+        raise RewardError(
+            f"{self.url} failed {self.retries + 1} times, the last time with: {reason}; check that the server is "
+            "running"
+        )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the key to another server."""
 
     def redirect_request(self, *_: Any) -> None:
-        """Follow none, which makes the answer an error."""
+        """Follow no redirect, so that the answer is an error."""
         return None
 
 
@@ -177,11 +182,11 @@ def _read(answer: Any, url: str) -> Reply:
         )
         return Reply(choice["message"]["content"] or "", tokens)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise RewardError(f"{url} answered in an unknown form: {str(answer)[:200]}") from error
+        raise RewardError(f"{url} returned an answer of unknown format: {str(answer)[:200]}") from error
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Read the header, seconds or a date, as seconds to wait, at most `_LONGEST_WAIT`."""
+    """Parse the header (seconds or a date) to seconds to wait, at most `_LONGEST_WAIT`."""
     if not header:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Whole checkpoints of large models: a directory or hub repository, its shards, and a model of transformers from them.
+"""Full checkpoints of large models: a directory or hub repository, its shards, and a transformers model from them.
 
 A reward whose published names are not those of a transformers class reads the tensors here, renames them itself, and
-has the class built straight from them: nothing is initialised at random first, which would take minutes at 7 B.
+has the class built straight from them: there is no random initialisation, which would take minutes at 7 B.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMATS = ("model.safetensors", "pytorch_model.bin")
 
 
 def locate_directory(source: str | PathLike[str], weights: Iterable[str] = ()) -> Path:
-    """Return a local directory as it is, or fetch a hub repository: `BESIDES` and the file patterns in `weights`.
+    """Return a local directory, or download a hub repository: `BESIDES` and the file patterns in `weights`.
 
     Raises:
         RewardError: there is no such directory, or the repository cannot be fetched.
@@ -39,7 +39,7 @@ def locate_directory(source: str | PathLike[str], weights: Iterable[str] = ()) -
         return Path(snapshot_download(str(source), allow_patterns=[*BESIDES, *weights]))
     except Exception as error:  # the hub's own exceptions differ from version to version
         reason = " ".join(str(error).split())[:200]
-        raise RewardError(f"cannot fetch {source}: {reason}; or give the directory of a copy") from error
+        raise RewardError(f"cannot fetch {source}: {reason}; or give the directory of a local copy") from error
 
 
 def read_checkpoint(source: str | PathLike[str]) -> dict[str, Tensor]:
@@ -60,17 +60,17 @@ def read_checkpoint(source: str | PathLike[str]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for shard in shards:
             if not (directory / shard).is_file():
-                raise RewardError(f"{directory}: {shard} is missing, which {index.name} names")
+                raise RewardError(f"{directory}: {shard} is missing, which {index.name} lists")
             state |= read_state(directory / shard)
         return state
-    raise RewardError(f"{source} has no weights: {' or '.join(FORMATS)} is expected, or shards with an index of them")
+    raise RewardError(f"{source} has no weights; {' or '.join(FORMATS)} is expected, or shards with an index")
 
 
 def build(cls: Any, config: Any, state: Mapping[str, Tensor], source: object, dtype: torch.dtype) -> Any:
-    """Make a model of a transformers class from weights that already have its names.
+    """Build a model of a transformers class from weights under its own names.
 
     Raises:
-        RewardError: lists what is missing, what is left over, and what has another shape.
+        RewardError: lists missing and unexpected weights, and those of another shape.
     """
     from transformers.utils import logging
 

@@ -64,7 +64,7 @@ class ClipT5(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images it takes."""
+        """Height and width of its input images."""
         return self.vision.config.image_size
 
     def image_features(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches features"]:
@@ -103,12 +103,12 @@ class ClipT5(nn.Module):
 
 
 def _configuration(source: str | PathLike[str]) -> tuple[Any, dict[str, Any]]:
-    """Return T5's configuration and the settings beside it; the published `model_type` is not one of transformers."""
+    """Return T5's configuration and the other settings; the published `model_type` is unknown to transformers."""
     import transformers
 
     path = locate_directory(source) / "config.json"
     if not path.is_file():
-        raise RewardError(f"{source} has no config.json: the directory or hub id of a CLIP-FlanT5 is expected")
+        raise RewardError(f"{source} has no config.json; the directory or hub id of a CLIP-FlanT5 is expected")
     settings = json.loads(path.read_text(encoding="utf-8"))
     known = {name: value for name, value in settings.items() if name not in ("model_type", "architectures")}
     return transformers.T5Config(**{name: value for name, value in known.items() if name[:3] != "mm_"}), settings

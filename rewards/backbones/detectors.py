@@ -1,4 +1,4 @@
-"""Find objects in images: what a detector is, detectors of transformers, and FastestDet through onnxruntime.
+"""Find objects in images: the detector interface, detectors of transformers, and FastestDet through onnxruntime.
 
 Names of objects are those of GenEval: the 80 classes of COCO in COCO's order, three of them spelt out ("tv remote").
 Sources: Mask2Former, Cheng et al. 2022 (arXiv:2112.01527), whose instances score as in detectron2 and mmdet: class
@@ -53,9 +53,9 @@ class Detection:
 
 @runtime_checkable
 class Detector(Protocol):
-    """Finds objects: `names` are all it knows, and a call returns for each image what it found, in any order.
+    """Finds objects: `names` are all its object names; a call returns the detections of each image, in any order.
 
-    Weak detections are left in; who asks applies a threshold.
+    Weak detections are included; the caller applies a threshold.
     """
 
     names: Collection[str]
@@ -75,7 +75,7 @@ class TransformersDetector(nn.Module):
         self.masks = kind == "Mask2FormerForUniversalSegmentation"
         if not self.masks and not kind.endswith("ForObjectDetection"):
             raise RewardError(
-                f"{source} is a {kind}; a detector is expected: ...ForObjectDetection, or "
+                f"{source} is a {kind}; a detector is needed: ...ForObjectDetection, or "
                 "Mask2FormerForUniversalSegmentation of instances"
             )
         self.least = least
@@ -142,7 +142,7 @@ class OnnxDetector:
         """Load a file; detections below the score `least` are dropped.
 
         Raises:
-            RewardError: onnxruntime is not installed, or the file is no such model.
+            RewardError: onnxruntime is not installed, or the file is not such a model.
         """
         try:
             import onnxruntime
@@ -156,7 +156,7 @@ class OnnxDetector:
             self.session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own
             reason = " ".join(str(error).split())[:200]
-            raise RewardError(f"{path}: not readable as an ONNX model ({reason})") from error
+            raise RewardError(f"{path}: not a readable ONNX model ({reason})") from error
         inputs, outputs = self.session.get_inputs()[0], self.session.get_outputs()[0]
         if len(inputs.shape) != 4 or len(outputs.shape) != 4 or outputs.shape[1] != 5 + len(names):
             raise RewardError(
@@ -195,7 +195,7 @@ def decode_cells(
 
 
 def suppressed(found: Sequence[Detection], overlap: float) -> list[Detection]:
-    """Sort by score, the best first, and drop what overlaps a better one of its name by at least `overlap`."""
+    """Sort by score, best first, and drop what overlaps a better detection of its name by at least `overlap`."""
     kept: list[Detection] = []
     for one in sorted(found, key=lambda one: -one.score):
         if overlap >= 1 or all(one.name != better.name or iou(one.box, better.box) < overlap for better in kept):
@@ -213,13 +213,13 @@ def iou(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def clipped(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Cut a box off at the edges of an image of a size (height, width)."""
+    """Clip a box to the edges of an image of a size (height, width)."""
     left, right = (min(max(float(x), 0.0), float(size[1])) for x in (box[0], box[2]))
     top, bottom = (min(max(float(y), 0.0), float(size[0])) for y in (box[1], box[3]))
     return left, top, right, bottom
 
 
 def object_name(label: str) -> str:
-    """Return GenEval's name of what a detector's label names, in COCO's or Pascal VOC's spelling."""
+    """Return GenEval's name for a detector's label in COCO's or Pascal VOC's spelling."""
     label = label.strip().lower().replace("_", " ")
     return _OTHER_NAMES.get(label, label)

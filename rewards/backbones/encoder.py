@@ -1,4 +1,4 @@
-"""Pairs of an image tower and a text tower behind one interface, whichever library they come from."""
+"""Pairs of an image tower and a text tower with one interface for all model libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rewards.backbones.preprocess import Preprocess
 
 
 class Encoder(nn.Module, ABC):
-    """Embed pixels and texts in one space; the lengths of the embeddings do not matter.
+    """Embed pixels and texts in one space; the norms of the embeddings do not matter.
 
     `preprocess`: how media become pixels; `context`: how many tokens a text may have, start and end included;
     `source`: where the weights came from.
@@ -36,11 +36,11 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def tokenize(self, texts: list[str]) -> tuple[dict[str, Tensor], list[int]]:
-        """Return the tokens of texts, cut at the context, and how many each whole text has, start and end included."""
+        """Return the tokens of texts, cut at the context, and the uncut token counts, start and end included."""
 
     @abstractmethod
     def embed_tokens(self, tokens: dict[str, Tensor]) -> Float[Tensor, "batch features"]:
-        """Embed what `tokenize` returned."""
+        """Embed the result of `tokenize`."""
 
     def embed_texts(self, texts: list[str]) -> Float[Tensor, "batch features"]:
         """Embed texts, cut at the context, the end token kept."""
@@ -53,7 +53,7 @@ class Encoder(nn.Module, ABC):
         return self.embed_pixels(self.preprocess(media, mode).to(next(self.parameters()).dtype))
 
     def without_texts(self) -> Encoder:
-        """Drop the text tower, for a reward that embeds images alone."""
+        """Drop the text tower, for a reward that embeds only images."""
         for part in self.text_parts:
             if hasattr(self.model, part):
                 delattr(self.model, part)

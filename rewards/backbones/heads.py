@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class Float32Head(nn.Sequential):
     """Layers that stay in at least float32 when the module around them is moved to float16 or bfloat16.
 
-    Published heads were trained and are applied so; in half precision the second decimal of a score would change.
+    Published heads were trained and applied in float32; half precision would change the second decimal of a score.
     """
 
     def forward(self, hidden: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch outputs"]:
@@ -24,7 +24,7 @@ class Float32Head(nn.Sequential):
 
 
 def in_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Turn what `nn.Module._apply` does to tensors into the same without going below float32."""
+    """Wrap the function that `nn.Module._apply` applies to tensors so that it never goes below float32."""
 
     def keep(tensor: Tensor) -> Tensor:
         moved = fn(tensor)

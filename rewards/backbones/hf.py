@@ -1,4 +1,4 @@
-"""Models of transformers as towers: loading with clear errors, and the one output that changed its type."""
+"""Models of transformers as towers: loading with clear errors, and their pooled embeddings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def load_pretrained(
         if dtype is None:
             return found.from_pretrained(str(source), subfolder=subfolder, **options)
         options |= {"dtype": dtype, "weights_only": True, "output_loading_info": True, "subfolder": subfolder}
-        options["ignore_mismatched_sizes"] = True  # else it is said in a log that nobody sees; they are refused below
+        # Else transformers raises an error that only its log explains; mismatches are refused below.
+        options["ignore_mismatched_sizes"] = True
         try:
             model, info = found.from_pretrained(str(source), use_safetensors=True, **options)
         except OSError as error:
@@ -67,15 +68,15 @@ def load_pretrained(
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     lacking = sorted([*info["missing_keys"], *mismatched])
     if lacking:
-        raise RewardError(f"{source} lacks weights of {cls}: {', '.join(lacking[:6])}: this is another model")
+        raise RewardError(f"{source} lacks weights of {cls}: {', '.join(lacking[:6])}: it belongs to another model")
     return model.eval()
 
 
 def image_preprocessing(source: str | PathLike[str]) -> Preprocess:
-    """Read how a model's images are prepared, from the image processor's configuration beside its weights.
+    """Read the preprocessing of a model's images from the image processor's configuration beside its weights.
 
     Raises:
-        RewardError: there is none, or it asks for what `Preprocess` does not do.
+        RewardError: it does not exist, or `Preprocess` does not support it.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 

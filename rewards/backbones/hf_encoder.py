@@ -43,7 +43,7 @@ class HfEncoder(Encoder):
     text_parts = ("text_model", "text_projection")
 
     def __init__(self, model: nn.Module, tokenizer: Any, family: Family, preprocess: Preprocess, source: str) -> None:
-        """Put together what `load_hf_encoder` has loaded."""
+        """Combine the parts that `load_hf_encoder` has loaded."""
         super().__init__(model)
         self.tokenizer, self.family, self.preprocess, self.source = tokenizer, family, preprocess, source
         limit = family.context or self.model.config.text_config.max_position_embeddings
@@ -54,7 +54,7 @@ class HfEncoder(Encoder):
         return features(self.model.get_image_features(pixel_values=pixels))
 
     def tokenize(self, texts: list[str]) -> tuple[dict[str, Tensor], list[int]]:
-        """Return the tokens of texts, cut at the context, the end token kept, and how many the whole texts have."""
+        """Return the tokens of texts, cut at the context with the end token kept, and the uncut token counts."""
         tokens = self.tokenizer(
             texts, padding=self.family.padding, truncation=True, max_length=self.context, return_tensors="pt"
         )
@@ -64,7 +64,7 @@ class HfEncoder(Encoder):
         return given, [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
 
     def embed_tokens(self, tokens: dict[str, Tensor]) -> Float[Tensor, "batch features"]:
-        """Embed what `tokenize` returned."""
+        """Embed the result of `tokenize`."""
         device = next(self.parameters()).device
         return features(self.model.get_text_features(**{name: ids.to(device) for name, ids in tokens.items()}))
 
@@ -84,7 +84,9 @@ def load_hf_encoder(
 
     config = load_pretrained("AutoConfig", source)
     if config.model_type not in FAMILIES:
-        raise RewardError(f"{source}: a model of type {config.model_type!r}; {choices(config.model_type, FAMILIES)}")
+        raise RewardError(
+            f"{source}: the model type {config.model_type!r} is not supported; {choices(config.model_type, FAMILIES)}"
+        )
     family = FAMILIES[config.model_type]
     model = load_pretrained(family.cls, source, dtype=torch.float32)
     words = load_pretrained("AutoTokenizer", source if tokenizer is None else tokenizer)

@@ -1,8 +1,8 @@
-"""The long instructions that judging models were trained with: fetched or given, and known by their SHA-256.
+"""The long instructions that reward models were trained with: downloaded or given, and identified by SHA-256.
 
-An instruction belongs to its model as the weights do: another wording gives other scores. It lies in the authors' own
-code, as a string constant of a Python file; like the weights it is not part of this package but fetched once, pinned
-to a commit, or given by the user. The file is parsed and never run.
+An instruction belongs to its model like the weights: another wording gives other scores. It is a string constant in a
+Python file of the authors' code. Like the weights it is not part of this package, but downloaded once, pinned to a
+commit, or given by the user. The file is parsed and never run.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class Instruction:
 
 
 class Template(NamedTuple):
-    """An instruction as read; `version` is empty for the published one, else it tells instructions apart."""
+    """An instruction as read; `version` is empty for the published one, else it identifies the instruction."""
 
     text: str
     version: str
 
     def fill(self, prompt: str) -> str:
-        """Put a prompt into its place."""
+        """Insert a prompt."""
         return self.text.replace(PLACEHOLDER, prompt)
 
 
 def read_instruction(published: Instruction, given: str | PathLike[str] | None = None) -> Template:
-    """Return an instruction: given as its text, as a text file, as the authors' Python file, or else fetched.
+    """Return an instruction: given as text, text file or the authors' Python file, or else downloaded.
 
     Raises:
         RewardError: it cannot be fetched or read, has no place for the prompt, or is not the published one although
@@ -55,7 +55,9 @@ def read_instruction(published: Instruction, given: str | PathLike[str] | None =
         text = _joined_constants(path, text, published.constants)
     template = _template(published, text, path)
     if given is None and template.version:
-        raise RewardError(f"{path} holds another instruction than the published one; give instruction=PATH of that")
+        raise RewardError(
+            f"{path} does not hold the published instruction; give instruction=PATH of the published one"
+        )
     return template
 
 
@@ -65,7 +67,7 @@ def _located(published: Instruction, given: str | PathLike[str] | None) -> Path:
         if path.is_file():
             return path
         raise RewardError(
-            f"instruction {str(given)[:60]!r}: neither a file nor a text with {PLACEHOLDER} where the prompt goes"
+            f"instruction {str(given)[:60]!r}: not a file, and not a text with {PLACEHOLDER} in place of the prompt"
         )
     try:
         return locate(published.file)
@@ -91,6 +93,6 @@ def _joined_constants(path: Path, source: str, names: tuple[str, ...]) -> str:
 
 def _template(published: Instruction, text: str, where: object) -> Template:
     if text.count(PLACEHOLDER) != 1:
-        raise RewardError(f"{where}: {PLACEHOLDER} must stand in the instruction exactly once, where the prompt goes")
+        raise RewardError(f"{where}: {PLACEHOLDER} must occur in the instruction exactly once, in place of the prompt")
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Template(text, "" if digest == published.sha256 else f"instruction {digest[:8]}")

@@ -1,4 +1,4 @@
-"""The directory of a latent reward: all that scores pixels or noisy latents, as JSON and safetensors.
+"""The directory of a latent reward: all parts that score pixels or noisy latents, as JSON and safetensors.
 
 latent_reward.json      format, classes of the parts, guidance, features, image size, what it was made from
 model.safetensors       the trained network: half a UNet, text encoders, projections, logit scale
@@ -32,7 +32,7 @@ RECORD, WEIGHTS, FORMAT = "latent_reward.json", "model.safetensors", 1
 
 @dataclass
 class LatentParts:
-    """The network, the parts that are not trained, and what is known of their making (`record`)."""
+    """The network, the parts that are not trained, and the record of the training (`record`)."""
 
     network: LatentNetwork
     vae: Any
@@ -61,7 +61,7 @@ class LatentParts:
         ]
 
     def save(self, folder: str | Path) -> None:
-        """Write the directory, each part aside and then moved; the record, which makes it complete, comes last."""
+        """Write the directory, each part atomically; the record, which marks it as complete, comes last."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -99,10 +99,10 @@ class LatentParts:
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> LatentParts:
-        """Read what `save` wrote, on the CPU in float32.
+        """Read the directory that `save` wrote, on the CPU in float32.
 
         Raises:
-            RewardError: it is not there, incomplete, or of another format.
+            RewardError: the directory does not exist, is incomplete, or has another format.
         """
         folder = Path(folder)
         record = read_record(folder)
@@ -126,10 +126,10 @@ class LatentParts:
 
 
 def read_record(folder: str | PathLike[str]) -> dict[str, Any]:
-    """Return what a directory says of itself, reading no weights.
+    """Return the record of a directory, without reading weights.
 
     Raises:
-        RewardError: it holds no latent reward, or one of another format.
+        RewardError: the directory holds no latent reward, or one of another format.
     """
     path = Path(folder) / RECORD
     if not path.is_file():
@@ -138,12 +138,14 @@ def read_record(folder: str | PathLike[str]) -> dict[str, Any]:
         )
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if record.get("format") != FORMAT:
-        raise RewardError(f"latent: {folder} has format {record.get('format')}, this version reads {FORMAT}")
+        raise RewardError(
+            f"latent: {folder} has format {record.get('format')}; this version reads format {FORMAT}; train it again"
+        )
     return record
 
 
 def _empty_unet(folder: Path) -> Any:
-    """Return half a UNet whose weights are still to be loaded; the other half never takes memory."""
+    """Return half a UNet without weights; no memory is allocated for the other half."""
     from diffusers import UNet2DConditionModel
 
     config = UNet2DConditionModel.load_config(str(folder), local_files_only=True)

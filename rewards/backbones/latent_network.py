@@ -39,7 +39,7 @@ class LatentNetwork(nn.Module):
     """Score noisy latents against prompts; everything in it is trained together.
 
     `unet` is a `UNet2DConditionModel`, whose second half is cut off in place; `text_encoders` the one of SD1.x and 2.x
-    or the two of SDXL, in the order of their pipeline. `image_size`, in pixels, is what SDXL is told.
+    or the two of SDXL, in the order of their pipeline. `image_size`, in pixels, is SDXL's size conditioning.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class LatentNetwork(nn.Module):
         guidance: float = 7.5,
         features: int | None = None,
     ) -> None:
-        """Join the parts; the text starts unchanged (or, with another number of features, projected at random)."""
+        """Join the parts; the text projection starts as the identity (or random, for another number of features)."""
         super().__init__()
         self.unet = cut_in_half(unet)
         self.text_encoders = nn.ModuleList(text_encoders)
@@ -83,10 +83,10 @@ class LatentNetwork(nn.Module):
         texts: Texts,
         empty: Texts,
     ) -> Float[Tensor, " batch"]:
-        """Score each noisy latent at its level against its text; `empty` is the empty prompt, a batch of one."""
+        """Score each noisy latent at its noise level against its text; `empty` is the empty prompt, a batch of one."""
         visual = self.visual_projection(self.features(latents, t, texts, empty))
         text = self.text_projection(texts.pooled)
-        # Cosines of half precision would tie.
+        # In half precision different cosines could become equal.
         exact = torch.promote_types(text.dtype, torch.float32)
         cosine = (F.normalize(visual.to(exact), dim=-1) * F.normalize(text.to(exact), dim=-1)).sum(-1)
         return self.logit_scale.to(exact).exp() * cosine
@@ -131,7 +131,7 @@ class LatentNetwork(nn.Module):
 
 
 def cut_in_half(unet: Any) -> Any:
-    """Remove what follows the middle block of a `UNet2DConditionModel`, in place."""
+    """Remove all parts after the middle block of a `UNet2DConditionModel`, in place."""
     unet.up_blocks = nn.ModuleList()
     unet.conv_norm_out = unet.conv_out = None
     return unet

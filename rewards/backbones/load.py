@@ -1,4 +1,4 @@
-"""Load an encoder, whatever it is given as: a model of open_clip, or a CLIP, SigLIP or ALIGN of transformers."""
+"""Load an encoder: a model of open_clip, or a CLIP, SigLIP or ALIGN of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rewards.errors import RewardError, choices
 
 
 def check_mode(preprocessing: str) -> str:
-    """Return the name of a preprocessing mode, or raise `RewardError` with the allowed ones."""
+    """Return the name of a preprocessing mode, or raise a `RewardError` with the allowed names."""
     if preprocessing not in MODES:
         raise RewardError(f"preprocessing {preprocessing!r} is unknown; {choices(preprocessing, MODES)}")
     return preprocessing
@@ -33,10 +33,10 @@ def load_encoder(
     if path is None or path.is_file() or given.startswith(HUB) or (path / "open_clip_config.json").is_file():
         return load_open_clip(weights, model=model, pretrained=pretrained)
     if model is not None or pretrained is not None:
-        raise RewardError(f"weights {given!r} name a whole model; leave out model= and pretrained=")
+        raise RewardError(f"weights {given!r} name a whole model; remove model= and pretrained=")
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise RewardError(f"{path} is no model: it lacks open_clip_config.json, or transformers' config.json")
+            raise RewardError(f"{path} is not a model; it needs open_clip_config.json, or transformers' config.json")
         return load_hf_encoder(path)
     if given.count("/") != 1 or path.is_absolute():
         raise RewardError(
@@ -47,13 +47,11 @@ def load_encoder(
     try:
         return load_hf_encoder(given)
     except RewardError as error:
-        raise RewardError(
-            f"weights {given!r}: no such directory or file here; as a model of the hub: {error}"
-        ) from error
+        raise RewardError(f"weights {given!r}: no such local directory or file; as a hub id: {error}") from error
 
 
 def load_preset(weights: str | PathLike[str] | None, *, model: str, pretrained: str | None) -> Encoder:
-    """Load what `weights` names, where a file is of open_clip's `model`, or else that model with its tag.
+    """Load the model that `weights` names (a file belongs to open_clip's `model`), or else `model` with its tag.
 
     Raises `RewardError` as `load_encoder`.
     """

@@ -1,4 +1,4 @@
-"""The cross model of MPS: image tokens that look at words, then at each other, a few times over.
+"""The cross model of MPS: layers in which image tokens attend to words, then to each other.
 
 Written from the description of its parts and the names and shapes of the released weights: pre-normalised residual
 layers in which attention and a SwiGLU feed-forward (Shazeer 2020, arXiv:2002.05202) run side by side on the same input
@@ -46,7 +46,7 @@ class SwiGlu(nn.Module):
 
 
 class Residual(nn.Module):
-    """Add what a layer makes of its input; keeps the published name `fn`."""
+    """Add a layer's output to its input; the attribute keeps the published name `fn`."""
 
     def __init__(self, fn: nn.Module) -> None:
         """`fn`: the layer."""
@@ -59,17 +59,17 @@ class Residual(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Angles of the places of a sequence, in at least float32: half precision would blur the far ones."""
+    """Angles of the positions of a sequence, in at least float32: half precision is too coarse for far positions."""
 
     inv_freq: Tensor
 
     def __init__(self, head_width: int) -> None:
-        """One speed for each pair of a head's features."""
+        """Compute one frequency for each pair of a head's features."""
         super().__init__()
         self.register_buffer("inv_freq", 10000.0 ** -(torch.arange(0, head_width, 2).float() / head_width))
 
     def forward(self, count: int) -> Float[Tensor, "count head_width"]:
-        """Return the angle of every feature at `count` places."""
+        """Return the angle of every feature at `count` positions."""
         return (torch.arange(count, device=self.inv_freq.device)[:, None] * self.inv_freq).repeat(1, 2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
@@ -145,7 +145,7 @@ class CrossModel(nn.Module):
             head_width = state[first + "to_kv.weight"].shape[0] // 2
             inner = state[first + "ff.2.weight"].shape[1]
         except KeyError as error:
-            raise RewardError(f"the checkpoint lacks {error.args[0]}: no model of MPS") from error
+            raise RewardError(f"the checkpoint lacks {error.args[0]}; it is not a model of MPS") from error
         layers = {name.removeprefix(prefix).split(".")[1] for name in state if name.startswith(f"{prefix}layers.")}
         return cls(width, len(layers), inner_width // head_width, head_width, inner)
 
@@ -155,7 +155,7 @@ class CrossModel(nn.Module):
         words: Float[Tensor, "batch words width"],
         kept: Bool[Tensor, "batch words"],
     ) -> Float[Tensor, "batch tokens width"]:
-        """Look at the kept words and at each other, layer by layer; at least one word of each is to be kept."""
+        """Attend to the kept words and to each other, layer by layer; every prompt needs a kept word."""
         for layer in self.layers:
             assert isinstance(layer, nn.ModuleList)
             tokens = layer[1](layer[0](tokens, words, kept))
@@ -170,7 +170,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int, kept: Ten
 
 
 def _rotate(vectors: Tensor, angles: Tensor) -> Tensor:
-    """Rotate pairs of features, i and i + half, by the angles of their places."""
+    """Rotate pairs of features, i and i + half, by the angles of their positions."""
     first, second = vectors.chunk(2, dim=-1)
     cos, sin = angles.cos().to(vectors.dtype), angles.sin().to(vectors.dtype)
     return vectors * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,7 +1,7 @@
 """Models of open_clip as encoders: by name and tag, from a directory, from the hub, or from a weights file.
 
-The wrong activation gives wrong embeddings without any other sign: open_clip 3 builds `ViT-B-32` with plain GELU also
-for the `openai` weights, which were trained with QuickGELU, and only warns. Here that is an error.
+The wrong activation gives wrong embeddings without any warning sign: open_clip 3 builds `ViT-B-32` with plain GELU
+also for the `openai` weights, which were trained with QuickGELU, and only warns. Here that is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rewards.errors import RewardError, choices
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 
-# What OpenAI's archives hold beside their weights.
+# Further entries of OpenAI's archives besides the weights.
 _NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}
 
 
@@ -46,7 +46,7 @@ class OpenClipEncoder(Encoder):
         return self.model.encode_image(pixels)
 
     def tokenize(self, texts: list[str]) -> tuple[dict[str, Tensor], list[int]]:
-        """Return the tokens that embeddings depend on, and how many the whole texts have.
+        """Return the tokens that embeddings depend on, and the uncut token counts.
 
         A text that is pooled at its end token, and where no token sees a later one, needs none of its padding, which
         is most of CLIP's context for an ordinary prompt.
@@ -56,14 +56,14 @@ class OpenClipEncoder(Encoder):
         if pool not in ("argmax", "eos") or self.model.attn_mask is None:
             return {"text": ids}, [self._count(text) for text in texts]
         ends = (ids if pool == "argmax" else (ids == self.model.text_eos_id).int()).argmax(dim=-1) + 1
-        # Whether a text that fills the context was cut, its tokens no longer tell.
+        # The tokens of a text that fills the context do not show whether it was cut.
         counts = [
             end if end < self.context else self._count(text) for end, text in zip(ends.tolist(), texts, strict=True)
         ]
         return {"text": ids[:, : int(ends.max())]}, counts
 
     def embed_tokens(self, tokens: dict[str, Tensor]) -> Float[Tensor, "batch features"]:
-        """Embed what `tokenize` returned."""
+        """Embed the result of `tokenize`."""
         text = tokens["text"].to(next(self.parameters()).device)
         length = text.shape[1]
         if length == self.context:
@@ -86,7 +86,7 @@ def load_open_clip(
     """Load a directory in open_clip's layout, a model of the hub, a weights file for `model`, or `model` with a tag.
 
     Raises:
-        RewardError: there is no such model, tag or file; the weights are another model's; the activation is.
+        RewardError: the model, tag or file does not exist, or weights or activation belong to another model.
     """
     if weights is None:
         if model is None or pretrained is None:
@@ -97,14 +97,14 @@ def load_open_clip(
     path = Path(given.removeprefix(LOCAL)).expanduser()
     if path.is_file():
         if model is None:
-            raise RewardError(f"weights {given!r} is a file: give model= too, open_clip's name of the architecture")
+            raise RewardError(f"weights {given!r} is a file; also give model=, open_clip's name of the architecture")
         _check_name(model)
         built = _create(model, None)
         load_state(built, read_state(path), path, rename=lambda name: None if name in _NOT_WEIGHTS else name)
         return OpenClipEncoder(built, model, f"open_clip {model}, {path}")
     name = given if given.startswith(HUB) else f"{LOCAL}{path}"
     if name.startswith(LOCAL) and not any(path.glob("*.safetensors")):
-        raise RewardError(f"{path} has no weights: open_clip_model.safetensors is expected")
+        raise RewardError(f"{path} has no weights; open_clip_model.safetensors is expected")
     return OpenClipEncoder(_create(name, None), name, name)
 
 
@@ -156,7 +156,7 @@ def _load_tokenizer(name: str) -> Any:
 
 
 def _explained(what: str, load: Callable[[], Any]) -> Any:
-    """Turn whatever open_clip raises into one line."""
+    """Convert errors of open_clip to a RewardError of one line."""
     try:
         return load()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Resize, crop or pad, and normalise media for an image tower: one geometry, two ways to compute it.
+"""Resize, crop or pad, and normalise media for an image tower: one geometry with two implementations.
 
 * `reference`: through PIL on 8-bit pixels, as the original CLIP, HPSv2, ... code does; not differentiable;
 * `differentiable`: on tensors, antialiased bicubic, clamped to [0, 1], rounded to 1/255 straight-through.
@@ -59,11 +59,13 @@ class Preprocess:
     resize_to: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what neither mode can do."""
+        """Refuse unknown resizes and interpolations."""
         if self.resize not in RESIZES:
             raise RewardError(f"resize {self.resize!r} is unknown; {choices(self.resize, RESIZES)}")
         if self.interpolation not in _PIL_FILTER:
-            raise RewardError(f"interpolation {self.interpolation!r}; {choices(self.interpolation, _PIL_FILTER)}")
+            raise RewardError(
+                f"interpolation {self.interpolation!r} is unknown; {choices(self.interpolation, _PIL_FILTER)}"
+            )
 
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any]) -> Preprocess:
@@ -84,7 +86,7 @@ class Preprocess:
         """Read a `preprocessor_config.json` of transformers (CLIP, SigLIP, ALIGN, ViT, DINOv2), new or old.
 
         Raises:
-            RewardError: it asks for what is not done here: another filter, no resizing, normalising twice.
+            RewardError: it uses an unsupported option: another filter, no resizing, or normalising twice.
         """
         if lacking := [key for key in ("size", "image_mean", "image_std") if key not in config]:
             raise RewardError(f"the image processor's configuration lacks {', '.join(lacking)}")
@@ -92,13 +94,15 @@ class Preprocess:
         size = config["size"]
         shortest = "shortest_edge" in size if isinstance(size, Mapping) else kind.startswith("CLIP")
         resized = _size_of(size)
-        # Old files leave out what their class then took for granted.
+        # Old files leave out the defaults of their class.
         cropped = config.get("do_center_crop", kind.startswith("CLIP"))
         resample = config.get("resample", 3 if kind.startswith("CLIP") else None)
         if resample not in _PIL_NUMBER or not config.get("do_resize", True) or config.get("include_top", False):
             raise RewardError(f"{kind} with resample={resample}: only resizing by {_PIL_NUMBER} is supported")
         if shortest and not cropped:
-            raise RewardError(f"{kind} resizes the shorter edge without a crop, which gives no fixed size")
+            raise RewardError(
+                f"{kind} resizes the shorter edge without a crop, which gives no fixed size; a crop is needed"
+            )
         # The pixels of transformers run from 0 to 255: v = 255 * factor * x - offset, then (v - mean) / std.
         factor = 255 * config.get("rescale_factor", 1 / 255)
         offset = float(config.get("rescale_offset", False))
@@ -116,13 +120,13 @@ class Preprocess:
 
     @property
     def target(self) -> tuple[int, int]:
-        """Height and width that come out."""
+        """Height and width of the result."""
         return _pair(self.size)
 
     def __call__(
         self, media: Float[Tensor, "batch 3 height width"], mode: str = "differentiable"
     ) -> Float[Tensor, "batch 3 out_height out_width"]:
-        """Preprocess in one of `MODES`; `reference` returns no gradient and refuses a tensor that asks for one."""
+        """Preprocess in one of `MODES`; `reference` has no gradient and refuses a tensor that requires one."""
         if mode not in MODES:
             raise RewardError(f"preprocessing {mode!r} is unknown; {choices(mode, MODES)}")
         if mode == "reference":
@@ -162,7 +166,7 @@ class Preprocess:
         return round(height / ratio), round(width / ratio)
 
     def _fit(self, media: Tensor) -> Tensor:
-        """Pad what is smaller than the target, crop what is larger, about the centre."""
+        """Pad or crop each side to the target, about the centre."""
         (height, width), (target_height, target_width) = media.shape[-2:], self.target
         down, across = max(target_height - height, 0), max(target_width - width, 0)
         if down or across:

@@ -1,4 +1,4 @@
-"""Say once that prompts are too long for a model, and count them."""
+"""Warn once about prompts that are too long for a model, and count them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 class Truncation:
-    """The prompts that a reward had to cut at its model's context."""
+    """The prompts that were cut at the context length of a reward's model."""
 
     def __init__(self, name: str, limit: int) -> None:
         """`name` of the reward and `limit` in tokens, for the warning."""
@@ -15,12 +15,12 @@ class Truncation:
         self._cut: set[str] = set()
 
     def note(self, prompts: Sequence[str], lengths: Sequence[int]) -> None:
-        """Remember the prompts longer than the limit, in tokens; warn at the first call that has any."""
+        """Count the prompts longer than the limit in tokens; warn at the first call with such prompts."""
         long = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > self.limit]
         if long and not self._cut:
             warnings.warn(
                 f"{self.name}: {len(long)} of {len(prompts)} prompts exceed {self.limit} tokens and are cut there, "
-                f"first {long[0][:60]!r}; later ones are counted in `truncated_prompts`",
+                f"first {long[0][:60]!r}; later ones are only counted in `truncated_prompts`",
                 stacklevel=3,
             )
         self._cut.update(long)

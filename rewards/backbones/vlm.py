@@ -1,4 +1,4 @@
-"""Any vision-language model of transformers as an answerer: the probability of a word at the first generated step."""
+"""A vision-language model of transformers: the probability of a word at the first generated step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class VisionLanguageModel(nn.Module):
         self.model = load_pretrained("AutoModelForImageTextToText", source, dtype=dtype)
         self.processor: Any = load_pretrained("AutoProcessor", source)
         if not getattr(self.processor, "chat_template", None):
-            raise RewardError(f"{source} has no chat template: an instruction-tuned model is expected")
+            raise RewardError(f"{source} has no chat template; an instruction-tuned model is expected")
         # The last position of every row is then the one that predicts the first new token.
         self.processor.tokenizer.padding_side = "left"
 

@@ -1,8 +1,8 @@
-"""Published weights: where they lie, how a file is found, read without running code, and put into a module.
+"""Published weights: find or download a file, read it without running code, and load it into a module.
 
 A reward names its files as :class:`Weights`, on the Hugging Face hub or in a GitHub repository; the user may give a
-path instead. Nothing that is missing, left over or of another shape passes silently: half a checkpoint gives scores
-that look right.
+path instead. Missing or unexpected weights, or weights of another shape, are an error: an incomplete checkpoint would
+give plausible scores.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Weights:
 
 
 def locate(published: Weights, given: str | PathLike[str] | None = None) -> Path:
-    """Return a local file: `given` (the file, or a directory that holds one of its name), or fetched from the hub.
+    """Return a local file: `given` (the file, or a directory that holds one of its name), or else a download.
 
     Raises:
-        RewardError: there is no such file, it cannot be fetched, or a fetched one has another SHA-256.
+        RewardError: the file does not exist, cannot be downloaded, or has another SHA-256.
     """
     if given is not None:
         path = Path(given).expanduser()
         path = path / published.file if path.is_dir() else path
         if not path.is_file():
-            raise RewardError(f"weights {str(given)!r}: no such file; give {published.file} or the directory it is in")
+            raise RewardError(f"weights {str(given)!r}: no such file; give {published.file} or its directory")
         return path
     try:
         path = _fetch(published)
@@ -60,7 +60,7 @@ def locate(published: Weights, given: str | PathLike[str] | None = None) -> Path
         reason = " ".join(str(error).split())[:200]
         raise RewardError(f"cannot fetch {published}: {reason}; or give weights=PATH of a copy") from error
     if published.sha256 and sha256(path) != published.sha256:
-        raise RewardError(f"{path}: its SHA-256 is not that of {published}; remove the file and fetch it again")
+        raise RewardError(f"{path}: its SHA-256 is not that of {published}; remove the file to download it again")
     return path
 
 
@@ -107,7 +107,7 @@ def read_state(path: Path, unwrap: Iterable[str] = ("state_dict", "model", "modu
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise RewardError(f"{path}: holds no state dict (names to tensors)")
+        raise RewardError(f"{path}: holds no state dict (a mapping of names to tensors)")
     return dict(content)
 
 
@@ -118,10 +118,10 @@ def load_state(
     *,
     rename: Callable[[str], str | None] = lambda name: name,
 ) -> None:
-    """Copy a state dict into a module, in the module's dtype; `rename` maps a published name, None drops it.
+    """Copy a state dict into a module, in the module's dtype; `rename` maps published names, to None to drop one.
 
     Raises:
-        RewardError: lists what is missing, what is left over, and what has another shape.
+        RewardError: lists missing and unexpected weights, and those of another shape.
     """
     renamed = {new: tensor for name, tensor in state.items() if (new := rename(name)) is not None}
     wanted: dict[str, Any] = module.state_dict()

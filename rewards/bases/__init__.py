@@ -1,1 +1,1 @@
-"""Base classes of rewards: two towers, cross encoders, rewards of references or of other rewards."""
+"""Base classes of rewards: two towers, cross encoders, comparison with references, functions of other rewards."""

@@ -1,7 +1,7 @@
-"""Rewards that look at a medium and a prompt together (ImageReward, VQAScore, HPSv3, ...), unlike two towers.
+"""Rewards whose model reads a medium and a prompt together (ImageReward, VQAScore, HPSv3, ...), unlike two towers.
 
-What depends on the medium alone is still computed once for however many prompts: a subclass encodes media, and then
-compares what came out with one prompt for each.
+The part that depends only on the medium is still computed once for any number of prompts: a subclass encodes media,
+and then compares each encoded medium with one prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class CrossEncoderReward(Reward):
 
     @abstractmethod
     def encode_media(self, media: Float[Tensor, " batch *shape"]) -> Any:
-        """Compute what depends on media in [0, 1] alone."""
+        """Compute the part that depends only on the media, given in [0, 1]."""
 
     @abstractmethod
     def compare(self, encoded: Any, prompts: list[str]) -> Float[Tensor, " batch"]:
@@ -54,8 +54,8 @@ class CrossEncoderReward(Reward):
 
 
 def refuse_tokens(name: str, prompts: Sequence[str], tokens: Iterable[str]) -> None:
-    """Raise `RewardError` for a prompt that contains a special token, which would change what the model reads."""
+    """Raise `RewardError` for a prompt that contains a special token, which would change the model's input."""
     for token in tokens:
         for prompt in prompts:
             if token in prompt:
-                raise RewardError(f"{name}: prompt {prompt[:60]!r} contains the special token {token!r}; take it out")
+                raise RewardError(f"{name}: prompt {prompt[:60]!r} contains the special token {token!r}; remove it")

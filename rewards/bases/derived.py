@@ -1,4 +1,4 @@
-"""Rewards made of other rewards: how these are named in options, and which of their facts the whole takes over."""
+"""Rewards that are functions of other rewards: how options name these, and which of their facts are inherited."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from rewards.registry import load_reward
 
 
 def load_inner(spec: Any, common: Mapping[str, Any]) -> Reward:
-    """Return the reward that a name, a mapping of options with `name`, or a reward itself stands for.
+    """Return the reward given by a name, by a mapping of options with `name`, or by a reward itself.
 
     common: options of the whole (device, dtype) that hold unless the mapping says otherwise.
     """
     options = {"name": spec} if isinstance(spec, (str, Reward)) else spec
     if not isinstance(options, Mapping) or "name" not in options:
-        raise RewardError(f"{spec!r} names no reward; give a name, or options as a mapping with `name`")
+        raise RewardError(f"{spec!r} is not a reward; give a name, or options as a mapping with `name`")
     options = dict(options)
     named = options.pop("name")
     if not isinstance(named, Reward):
         return load_reward(named, **{**common, **options})
     if options:
-        raise RewardError(f"{named.name} is loaded already; the options {sorted(options)} come too late")
+        raise RewardError(f"{named.name} is already loaded and cannot take the options {sorted(options)}; remove them")
     return named
 
 
 def inherit_facts(whole: Reward, inner: Sequence[Reward]) -> None:
-    """Set the facts of the whole that follow from its inner rewards alone; all must score one kind of media."""
+    """Set the facts that follow from the inner rewards; all of them must score one kind of media."""
     modalities = sorted({reward.modality for reward in inner})
     if len(modalities) > 1:
         kinds = " and ".join(f"{modality}s" for modality in modalities)

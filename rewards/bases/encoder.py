@@ -1,7 +1,7 @@
-"""Pairs of an image tower and a text tower behind one interface, whichever library they come from.
+"""Rewards on pairs of an image tower and a text tower, from any model library.
 
-`load_encoder` finds out what it is given: a model of open_clip, or a CLIP, SigLIP or ALIGN of transformers.
-`EncoderReward` is the reward on top of one: preprocessing, prefix, truncated prompts.
+`load_encoder` loads a model of open_clip, or a CLIP, SigLIP or ALIGN of transformers.
+`EncoderReward` adds preprocessing, a prefix and the truncation of prompts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class EncoderReward(TwoTowerReward):
         self.preprocessing = check_mode(preprocessing)
 
     def use(self, encoder: Encoder) -> None:
-        """Take an encoder to the reward's device and dtype."""
-        # A convolutional image tower is a quarter faster on a CPU when its channels come last; others do not care.
+        """Move an encoder to the reward's device and dtype."""
+        # A convolutional image tower is a quarter faster on a CPU with channels last; other models are not affected.
         self.encoder = encoder.to(self.device, self.dtype).to(memory_format=torch.channels_last)
         self.source = encoder.source
         self.truncation = Truncation(self.name, encoder.context)
@@ -48,7 +48,7 @@ class EncoderReward(TwoTowerReward):
         return self.encoder.embed_tokens(tokens)
 
     def compare(self, cosine: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """The cosine is the score."""
+        """Return the cosine as the score."""
         return cosine
 
     @property

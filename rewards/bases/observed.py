@@ -1,4 +1,4 @@
-"""Rewards that look at an image once, whatever the prompt, and then hold what they saw to each prompt."""
+"""Rewards that analyse an image once, independent of the prompt, and then compare the result with each prompt."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rewards.media import Media, pil_images, read_media
 
 
 class ObservedReward(Reward):
-    """Compare what is seen in an image with a prompt; subclasses implement `observe` and `rate`."""
+    """Compare observations of an image with a prompt; subclasses implement `observe` and `rate`."""
 
     needs = frozenset({"prompts"})
 
     @abstractmethod
     def observe(self, images: list[Image.Image]) -> Sequence[Any]:
-        """Look at RGB images of one size; return one observation for each."""
+        """Return one observation for each of the RGB images of one size."""
 
     @abstractmethod
     def rate(self, observed: Any, prompt: str) -> float:
@@ -36,7 +36,7 @@ class ObservedReward(Reward):
         return media.new_tensor([self.rate(one, prompt) for one, prompt in zip(seen, prompts or (), strict=True)])
 
     def matrix(self, media: Media, prompts: Sequence[str]) -> Float[Tensor, "batch prompts"]:
-        """Score every image against every prompt: `[B, P]` float32; each image is looked at once."""
+        """Score every image against every prompt: `[B, P]` float32; each image is observed once."""
         self._check_matrix(prompts)
 
         def row(chunk: Tensor, positions: list[int]) -> Tensor:
@@ -45,7 +45,7 @@ class ObservedReward(Reward):
         return self._run(read_media(media, self.modality), row)
 
     def observations(self, media: Media) -> list[Any]:
-        """Return what is seen in each image."""
+        """Return the observation of each image."""
         found: dict[int, Any] = {}
         with torch.inference_mode():
             for positions, group in read_media(media, self.modality):

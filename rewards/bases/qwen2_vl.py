@@ -1,4 +1,4 @@
-"""Qwen2-VL as a reader whose hidden states at special tokens become rewards (HPSv3, VideoReward).
+"""Qwen2-VL as a backbone whose hidden states at special tokens become rewards (HPSv3, VideoReward).
 
 Source: Wang et al. 2024, "Qwen2-VL" (arXiv:2409.12191). The published rewards are full checkpoints of the model, with
 the rows of the word embeddings cut to the tokenizer and its reward tokens, and without use for the language head.
@@ -73,7 +73,7 @@ class Qwen2VLReader(nn.Module):
         if rows != len(self.tokenizer):
             raise RewardError(
                 f"{source} has {rows} word embeddings, the tokenizer of {base} with {', '.join(reward_tokens)} "
-                f"{len(self.tokenizer)} words: these do not belong together"
+                f"{len(self.tokenizer)} words: they do not belong together"
             )
         config = load_pretrained("Qwen2VLConfig", base)
         config.text_config.vocab_size = rows
@@ -139,7 +139,7 @@ class Qwen2VLReader(nn.Module):
 def patchify(
     media: Float[Tensor, "batch frames 3 height width"], patch: int, merge: int, frames: int
 ) -> tuple[Float[Tensor, "batch patches values"], tuple[int, int, int]]:
-    """Cut media into patches, those that will be merged side by side; the last frame is repeated to a full patch.
+    """Cut media into patches, with patches to be merged side by side; the last frame is repeated to a full patch.
 
     Returns the patches and their grid: how many in time, height and width.
     """
@@ -154,7 +154,8 @@ def patchify(
 
 
 def smart_resize(height: int, width: int, *, factor: int, least: int, most: int) -> tuple[int, int]:
-    """Return a size near the given one: multiples of `factor`, its product within the bounds, its ratio nearly kept.
+    """Return a size near the given one: multiples of `factor`, with the pixel count within bounds and nearly the same
+    ratio.
 
     Raises:
         RewardError: one side is more than 200 times the other.

@@ -34,7 +34,7 @@ class ReferenceReward(Reward):
 
     @abstractmethod
     def encode_media(self, media: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
-        """Embed images in [0, 1]; the length of the embedding does not matter."""
+        """Embed images in [0, 1]; the norm of the embedding does not matter."""
 
     def prepare_references(self, references: list[Tensor]) -> list[Tensor]:
         """Turn each set of references into the mean of its unit embeddings `[D]`."""

@@ -1,4 +1,4 @@
-"""Rewards that embed media and prompts apart and compare the embeddings (CLIP, PickScore, HPS, SigLIP, ALIGN ...).
+"""Rewards that embed media and prompts separately and compare the embeddings (CLIP, PickScore, HPS, ALIGN ...).
 
 A subclass embeds; this class caches the prompts' embeddings, compares row by row, and computes `matrix` with every
 embedding made once.
@@ -36,15 +36,15 @@ class TwoTowerReward(Reward):
 
     @abstractmethod
     def encode_media(self, media: Float[Tensor, " batch *shape"]) -> Float[Tensor, "batch features"]:
-        """Embed media in [0, 1]; the length of the embedding does not matter."""
+        """Embed media in [0, 1]; the norm of the embedding does not matter."""
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Float[Tensor, "batch features"]:
-        """Embed prompts; the length of the embedding does not matter. Called once for each prompt."""
+        """Embed prompts; the norm of the embedding does not matter. Called once for each prompt."""
 
     @abstractmethod
     def compare(self, cosine: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """Turn cosines into scores, element by element."""
+        """Map cosines to scores, elementwise."""
 
     def media_embeddings(self, media: Float[Tensor, " batch *shape"]) -> Float[Tensor, "batch features"]:
         """Unit embeddings of media, normalised in at least float32."""
@@ -54,7 +54,7 @@ class TwoTowerReward(Reward):
         """Unit embeddings of prompts; each distinct prompt is encoded once and remembered."""
         found = {prompt: self._cache[prompt] for prompt in prompts if prompt in self._cache}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        # Tensors made in inference mode could not be used in a later call that asks for gradients.
+        # Tensors made in inference mode could not be used in a later call with gradients.
         with torch.inference_mode(False), torch.no_grad():
             for start in range(0, len(missing), PROMPTS_AT_ONCE):
                 chunk = missing[start : start + PROMPTS_AT_ONCE]
@@ -95,7 +95,7 @@ class TwoTowerReward(Reward):
             self._cache.popitem(last=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TwoTowerReward:
-        """Forget the cache when the weights move or change their dtype."""
+        """Clear the cache when the weights move or change their dtype."""
         self._cache.clear()
         return super()._apply(fn, recurse)
 

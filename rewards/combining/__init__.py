@@ -1,1 +1,1 @@
-"""How several rewards become one: modes, parts, transforms, shaping."""
+"""Combination of several rewards into one: modes, parts, transforms, shaping."""

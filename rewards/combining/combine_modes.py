@@ -1,4 +1,4 @@
-"""How the parts of a combination become one score: pure functions on `[parts, batch]`, by the name of the mode."""
+"""Modes that combine the parts into one score: pure functions on `[parts, batch]`, by the name of the mode."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def uncertainty_weighted(values: Scores, lam: float, std: bool) -> Combined:
     squares = (values - mean).square()
     variance = squares.mean(0)
     if std:
-        # The deviation has no gradient where all agree; there it is 0 and so is its gradient.
+        # The deviation has no gradient where all parts agree; both are set to 0 there.
         agree = variance == 0
         squares = squares / torch.where(agree, torch.ones_like(variance), variance).sqrt()
     shares = (values - lam * squares) / len(values)
@@ -85,7 +85,7 @@ def bounds(
     ends = [(low, high) if weight >= 0 else (high, low) for (low, high), weight in zip(ranges, weights, strict=True)]
     if mode in POSITIVE:
         ends = [(max(low, 0.0), max(high, 0.0)) for low, high in ends]
-    # A weight of 0 takes a part out, also one without bounds.
+    # A weight of 0 removes a part, even one without bounds.
     kept = [(pair, weight) for pair, weight in zip(ends, weights, strict=True) if weight != 0]
     if not kept:
         return 0.0, 0.0

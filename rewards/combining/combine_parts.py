@@ -1,4 +1,4 @@
-"""One part of a combination: a reward, and what is done to its scores before they are combined."""
+"""One part of a combination: a reward, and the shaping of its scores before they are combined."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OWN = ("name", "weight", "factor", "offset", "transform", "gate")
 
 
 class Part(nn.Module):
-    """One reward of a combination, with what is done to its scores."""
+    """One reward of a combination, with the shaping of its scores."""
 
     def __init__(self, label: str, spec: Any, common: Mapping[str, Any]) -> None:
         """Load the reward that a specification names, or take one that is given."""
@@ -31,9 +31,11 @@ class Part(nn.Module):
         self.factor = 1.0 if numbers["factor"] is None else numbers["factor"]
         self.offset = numbers["offset"] or 0.0
         if self.factor == 0:
-            raise RewardError(f"part {label!r}: factor is 0; leave the part out")
+            raise RewardError(f"part {label!r}: factor is 0; remove the part")
         if self.gate is not None and set(own) - {"name", "gate"}:
-            raise RewardError(f"part {label!r} is a gate, and a gate has no weight, transform, factor or offset")
+            raise RewardError(
+                f"part {label!r} is a gate, which takes no weight, transform, factor or offset; remove them"
+            )
         self.transform: Transform | None = None
         if own.get("transform") is not None:
             self.transform = make_transform(own["transform"], label)
@@ -44,12 +46,12 @@ class Part(nn.Module):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the reward and its transform need."""
+        """The needs of the reward and of its transform."""
         return self.reward.needs | ({"prompts"} if self.transform and self.transform.needs_prompts else frozenset())
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether neither the reward nor its transform looks at the rest of the batch."""
+        """Whether the score of a sample is independent of the rest of the batch."""
         return self.reward.batch_invariant and (self.transform is None or self.transform.batch_invariant)
 
     @property
@@ -68,7 +70,7 @@ class Part(nn.Module):
         return self.factor * scores + self.offset
 
     def is_open(self, scores: Tensor) -> Tensor:
-        """Tell where the gate is open: scores at the threshold or on its better side; NaN closes it."""
+        """Return where the gate is open: for scores at the threshold or better; NaN closes it."""
         assert self.gate is not None
         return scores >= self.gate if self.reward.higher_is_better else scores <= self.gate
 
@@ -83,7 +85,7 @@ class Part(nn.Module):
 
 
 def weights_of(parts: Sequence[Part], mode: str, normalise: bool) -> list[float]:
-    """Return the weight of each part, 1 where the mode takes none; refuse those that it cannot use as they are."""
+    """Return the weight of each part, 1 if the mode takes none; refuse weights that the mode does not allow."""
     given = [part.weight for part in parts]
     if mode not in WEIGHTED:
         if any(weight is not None for weight in given):
@@ -96,7 +98,7 @@ def weights_of(parts: Sequence[Part], mode: str, normalise: bool) -> list[float]
     weights = [weight for weight in given if weight is not None]
     if len(weights) < len(given):
         missing = ", ".join(part.label for part in parts if part.weight is None)
-        raise RewardError(f"combine: no weight for {missing}; give every part one, or none")
+        raise RewardError(f"combine: no weight for {missing}; give every part a weight, or none")
     total = sum(weights)
     if min(weights) < 0 or total == 0:
         raise RewardError(f"combine: weights are {weights}; mode {mode!r} needs them positive")
@@ -108,7 +110,7 @@ def weights_of(parts: Sequence[Part], mode: str, normalise: bool) -> list[float]
 
 
 def check_direction(parts: Sequence[Part], weights: Sequence[float], mode: str) -> None:
-    """Raise `RewardError` where a part of which less is better would be driven up."""
+    """Raise `RewardError` if a part for which lower is better would be maximised."""
     for part, weight in zip(parts, weights, strict=True):
         if not part.reward.higher_is_better and part.factor * weight > 0:
             raise RewardError(

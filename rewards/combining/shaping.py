@@ -40,7 +40,7 @@ def reference_level(references: Float[Tensor, "*batch references"], z: float = Z
 def log_sigmoid_centred(
     scores: Float[Tensor, " batch"], reference: Float[Tensor, "*reference"] | float
 ) -> Float[Tensor, " batch"]:
-    """LSC: `log sigmoid(score - reference)`, at most 0; the reference is one for all or one a sample."""
+    """LSC: `log sigmoid(score - reference)`, at most 0; one reference for all, or one per sample."""
     return F.logsigmoid(scores - reference)
 
 
@@ -57,7 +57,7 @@ def group_zscore(
 ) -> Float[Tensor, " batch"]:
     """Normalise within groups (the samples of one prompt): `(score - mean) / (std + eps)`.
 
-    groups: one label a sample. The standard deviation is that of the population (Flow-GRPO's code), or with
+    groups: one label per sample. The standard deviation is that of the population (Flow-GRPO's code), or with
     `unbiased` that of a sample (TRL's code). A group of one, or of equal scores, becomes 0, without
     a gradient.
     """
@@ -89,7 +89,7 @@ class Moments:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Moments:
-        """Return the moments of values, NaN and infinities left out."""
+        """Return the moments of values, without NaN and infinities."""
         known = [value for value in values if math.isfinite(value)]
         if not known:
             return cls()
@@ -115,9 +115,9 @@ class RunningStats(nn.Module):
     """Mean and standard deviation of all scores seen so far, for all prompts together or by key.
 
     update_before: a batch enters the statistics before it is normalised by them (as the PAR authors do), else after.
-    warm_up: scores of a key that has seen fewer than this many pass unchanged. frozen: nothing is learnt any more.
-    When torch.distributed is initialised, an update merges the batches of all ranks, so that every rank must call it;
-    `distributed=False` keeps each rank's own. `state_dict` holds the statistics.
+    warm_up: scores of a key that has seen fewer than this many pass unchanged. frozen: the statistics no longer
+    change. When torch.distributed is initialised, an update merges the batches of all ranks, so that every rank must
+    call it; `distributed=False` keeps each rank's own. `state_dict` holds the statistics.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class RunningStats(nn.Module):
         distributed: bool = True,
         eps: float = 1e-8,
     ) -> None:
-        """Start with nothing seen."""
+        """Start without statistics."""
         super().__init__()
         if warm_up < 1:
             raise RewardError(f"warm_up is {warm_up}; at least 1 is allowed")
@@ -138,7 +138,7 @@ class RunningStats(nn.Module):
         self.moments: dict[str, Moments] = {}
 
     def update(self, scores: Float[Tensor, " batch"], keys: Sequence[str] | None = None) -> None:
-        """Count scores in; NaN and infinities are left out."""
+        """Add scores to the statistics, without NaN and infinities."""
         if self.frozen:
             return
         by_key: dict[str, list[float]] = {}
@@ -150,7 +150,7 @@ class RunningStats(nn.Module):
                 self.moments[key] = self.moments.get(key, Moments()).merged(moments)
 
     def normalise(self, scores: Float[Tensor, " batch"], keys: Sequence[str] | None = None) -> Float[Tensor, " batch"]:
-        """Return `(score - mean) / (std + eps)` by what was seen so far; differentiable in the scores."""
+        """Return `(score - mean) / (std + eps)` with the statistics so far; differentiable in the scores."""
         seen = [self.moments.get(key, Moments()) for key in self._keys(scores, keys)]
         cold = [moments.count < self.warm_up for moments in seen]
         mean = scores.new_tensor([0.0 if c else moments.mean for c, moments in zip(cold, seen, strict=True)])
@@ -171,7 +171,7 @@ class RunningStats(nn.Module):
         return {key: [float(number) for number in astuple(moments)] for key, moments in self.moments.items()}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take the statistics over from a `state_dict`."""
+        """Restore the statistics from a `state_dict`."""
         self.moments = {key: Moments(int(count), mean, m2) for key, (count, mean, m2) in state.items()}
 
     @staticmethod

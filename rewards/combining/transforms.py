@@ -36,9 +36,9 @@ ANY = (float("-inf"), float("inf"))
 
 
 class Transform(nn.Module):
-    """Map scores to scores; `batch_invariant` and `needs_prompts` are what a combination takes over.
+    """Map scores to scores; a combination inherits `batch_invariant` and `needs_prompts`.
 
-    `described` tells it from others in the version of a combination.
+    `described` identifies it in the version of a combination.
     """
 
     batch_invariant = True
@@ -53,7 +53,7 @@ class Transform(nn.Module):
 
     @abstractmethod
     def bounds(self, low: float, high: float) -> Bounds:
-        """Return the least and the greatest value that scores within the given bounds become."""
+        """Return the bounds of the transformed scores, from the bounds of the scores."""
 
 
 class LogSigmoid(Transform):
@@ -67,7 +67,7 @@ class LogSigmoid(Transform):
         std: float | None = None,
         z: float = Z85,
     ) -> None:
-        """Settle the level, or that of each prompt."""
+        """Compute the level, or that of each prompt."""
         super().__init__()
         self.levels: Tensor | dict[str, Tensor]
         if references is not None and mean is None and std is None:
@@ -117,7 +117,7 @@ class Sigmoid(Transform):
     """The logistic function."""
 
     def shape(self, scores: Tensor, prompts: Sequence[str] | None, learn: bool) -> Tensor:
-        """Squash."""
+        """Apply the logistic function."""
         return torch.sigmoid(scores)
 
     def bounds(self, low: float, high: float) -> Bounds:
@@ -160,7 +160,7 @@ class RunningZScore(Transform):
         return self.stats(scores, keys) if learn else self.stats.normalise(scores, keys)
 
     def bounds(self, low: float, high: float) -> Bounds:
-        """Anything: the deviation may be small."""
+        """Unbounded, because the deviation may be small."""
         return ANY
 
 
@@ -180,7 +180,7 @@ class GroupZScore(Transform):
         return group_zscore(scores, list(prompts or ()), self.eps, self.unbiased)
 
     def bounds(self, low: float, high: float) -> Bounds:
-        """Anything: a group may be large."""
+        """Unbounded, because a group may be large."""
         return ANY
 
 
@@ -195,7 +195,7 @@ TRANSFORMS: dict[str, type[Transform]] = {
 
 
 def make_transform(spec: str | Mapping[str, Any] | Transform, label: str) -> Transform:
-    """Make a transform from its name, or from `{name: ..., option: ...}`; `label` is the part that it is for."""
+    """Make a transform from its name, or from `{name: ..., option: ...}`; `label` is its part."""
     if isinstance(spec, Transform):
         return spec
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
@@ -245,7 +245,7 @@ def _checked(values: Any, what: str) -> Tensor:
     except (TypeError, ValueError) as error:
         raise RewardError(f"{what}: a list of numbers is expected, got {str(values)[:60]!r}") from error
     if not len(scores) or not scores.isfinite().all():
-        raise RewardError(f"{what}: at least one number, and none that is not finite, is expected")
+        raise RewardError(f"{what}: at least one number is expected, and only finite ones")
     return scores
 
 

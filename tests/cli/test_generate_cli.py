@@ -142,10 +142,10 @@ def test_adapter_directory_and_scale(model, adapter, tmp_path, capsys):
     [
         ("drawbnech", [], "for a prompt of one word write --prompts text:drawbnech"),
         ("no/such.csv", [], "no such file"),
-        ("text:", [], "holds no prompt"),
+        ("text:", [], "no prompt follows"),
         ("a ring", ["--seeds", "1,x"], "'1,x' is no list of whole numbers"),
         ("a ring", ["--seeds", "1,1"], "seeds must be different"),
-        ("a ring", ["--steps", "0"], "'0' is no whole number above 0"),
+        ("a ring", ["--steps", "0"], "'0' is not a whole number above 0"),
         ("a ring", ["--eta", "2"], "must lie between 0 and 1"),
         ("a ring", ["--guidance", "-1"], "--guidance -1.0: must be a number of at least 0"),
         ("a ring", ["--guidance", "nan"], "--guidance nan: must be a number of at least 0"),

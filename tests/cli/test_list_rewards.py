@@ -71,7 +71,7 @@ def test_options_are_those_of_the_class_and_its_bases():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["methods", "sft"], "'sft': only rewards are shown one by one"),
+        (["methods", "sft"], "'sft': only rewards are listed one by one"),
         (["rewards", "aestetic"], "did you mean 'aesthetic'?"),
     ],
 )

@@ -381,7 +381,7 @@ def test_rewards_from_a_file_and_options(tmp_path):
         ),
         (["images", "--rewards", "test-steps", "--out", "s.csv"], "images: holds no videos"),
         (["images", "--out", "s.csv", "--option", "test-redness.x=1"], "has no option 'x'"),
-        (["images", "--out", "s.csv", "--grid", "g.jpg"], "name it g.png"),
+        (["images", "--out", "s.csv", "--grid", "g.jpg"], "name the file g.png"),
         (["images", "--out", "s.csv", "--device", "gpu"], "--device gpu: "),
         (["images", "--out", "s.csv", "--frames", "2", "--fps", "2"], "not allowed with"),
     ],

@@ -55,13 +55,13 @@ def test_a_shipped_config_says_how_its_data_are_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "shapes_vlm/vlm_dpo"]) == 2
-    assert "configs/shapes_vlm/vlm_dpo.yaml say how it is made" in capsys.readouterr().err
+    assert "configs/shapes_vlm/vlm_dpo.yaml describe how to make it" in capsys.readouterr().err
     assert main(["train", "shapes/diffusion_dpo", "data.pairs=mine.parquet"]) == 2
-    assert "say how" not in capsys.readouterr().err
+    assert "describe how" not in capsys.readouterr().err
     recipe.write_text(recipe.read_text().replace("pairs:", "pairs: nowhere.parquet #"))
     assert main(["train", str(recipe)]) == 2
     said = capsys.readouterr().err
-    assert "nowhere.parquet: no such file" in said and "say how" not in said
+    assert "nowhere.parquet: no such file" in said and "describe how" not in said
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(

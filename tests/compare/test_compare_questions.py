@@ -251,9 +251,9 @@ def test_a_trained_system_with_an_adapter_takes_part(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--guidance", "3"], "--guidance is for models that draw"),
-        (["--prompts", "p.txt"], "--prompts is for models that draw"),
-        (["--guidance-control", "3", "--control-prompts", "p"], "--guidance-control is for models that draw"),
+        (["--guidance", "3"], "--guidance applies to image generators"),
+        (["--prompts", "p.txt"], "--prompts applies to image generators"),
+        (["--guidance-control", "3", "--control-prompts", "p"], "--guidance-control applies to image generators"),
         (["--frames", "0"], "frames"),
     ],
 )

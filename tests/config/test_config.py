@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
 
-from mmalign.config.run import dump_config, load_config, load_with_tree
+from mmalign.config.renamed import current_recipe
+from mmalign.config.run import dump_config, load_config, load_schema, load_with_tree
+from mmalign.config.sections import StrictModel
 from mmalign.config.yaml import flatten, list_configs, parse_value, read_tree, write_yaml
 from mmalign.core.errors import UserError
+from mmalign.training.recipe import build_method, complete
 
 RECIPE = """\
 # a recipe
@@ -28,13 +33,13 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def faults(path: Path, *overrides: str) -> list[str]:
+def issues(path: Path, *overrides: str) -> list[str]:
     with pytest.raises(UserError) as caught:
         load_config(path, list(overrides))
     return str(caught.value).splitlines()
 
 
-def test_reads_the_recipe_and_fills_in_the_methods_own_defaults(recipe: Path) -> None:
+def test_reads_the_recipe_and_fills_in_the_methods_own_deissues(recipe: Path) -> None:
     config = load_config(recipe)
     assert config.method_name == "diffusion_dpo"
     assert config.method_options["beta"] == 1000.0
@@ -97,16 +102,16 @@ def test_overrides_win_and_reach_into_lists(recipe: Path) -> None:
     ],
 )
 def test_overrides_that_cannot_be_applied(recipe: Path, override: str, message: str) -> None:
-    (line,) = faults(recipe, override)
+    (line,) = issues(recipe, override)
     assert override.partition("=")[0] in line and message in line
 
 
 def test_an_override_given_twice_is_refused(recipe: Path) -> None:
-    assert "given twice" in faults(recipe, "trainer.steps=1", "trainer.steps=2")[0]
+    assert "given twice" in issues(recipe, "trainer.steps=1", "trainer.steps=2")[0]
 
 
-def test_all_faults_at_once_each_with_key_given_allowed_and_nearest(recipe: Path) -> None:
-    lines = faults(
+def test_all_issues_at_once_each_with_key_given_allowed_and_nearest(recipe: Path) -> None:
+    lines = issues(
         recipe,
         "trainer.stepz=3",
         "trainer.batch_size=ten",
@@ -141,12 +146,12 @@ def test_all_faults_at_once_each_with_key_given_allowed_and_nearest(recipe: Path
     assert sum(line.startswith("the command line: ") for line in lines) == len(lines) - 1
 
 
-def test_faults_name_file_and_line(tmp_path: Path) -> None:
+def test_issues_name_file_and_line(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text(RECIPE + "trainr: {}\n")
     child = tmp_path / "child.yaml"
     child.write_text("extends: base.yaml\ntrainer:\n  steps: 0\n")
-    lines = faults(child)
+    lines = issues(child)
     assert f"{child}:3: trainer.steps: given 0; allowed: greater than or equal to 1" in lines
     assert any(line.startswith(f"{base}:7: trainr: unknown key; did you mean 'trainer'?") for line in lines)
 
@@ -154,7 +159,7 @@ def test_faults_name_file_and_line(tmp_path: Path) -> None:
 def test_a_missing_key_says_what_to_give(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("data: {}\n")
-    lines = faults(path)
+    lines = issues(path)
     assert f"{path}: model: missing; give a model directory, or a hub id 'organisation/name'" in lines
     assert any(line.startswith(f"{path}: method: missing; give `name`") for line in lines)
     assert any("output: missing; give folder that the run writes to" in line for line in lines)
@@ -171,7 +176,7 @@ def test_a_missing_key_says_what_to_give(tmp_path: Path) -> None:
             ["method=prdp", "data={prompts: p}", "rewards=[clip, {name: clip, weight: 2}]"],
             "'clip' occurs more than once",
         ),
-        (["adapter.kind=full", "adapter.rank=4"], "adapter.rank: belongs to kind: lora"),
+        (["adapter.kind=full", "adapter.rank=4"], "adapter.rank: applies to kind: lora only"),
         (["trainer.warmup=500"], "500 steps of warm-up in a run of 400"),
         (["trainer.warmup=3.5"], "a fraction of the steps below 1, or a whole number"),
         (["evaluate={prompts: x, every: 5, rewards: [clop]}"], "did you mean 'clip'?"),
@@ -180,7 +185,7 @@ def test_a_missing_key_says_what_to_give(tmp_path: Path) -> None:
     ],
 )
 def test_what_excludes_each_other(recipe: Path, overrides: list[str], message: str) -> None:
-    assert message in "\n".join(faults(recipe, *overrides))
+    assert message in "\n".join(issues(recipe, *overrides))
 
 
 def test_an_average_of_lora_weights_is_allowed(recipe: Path) -> None:
@@ -214,20 +219,84 @@ class Mine(Method):
         return "method=config_test_methods:Mine"
 
     def test_is_found_and_its_needs_are_checked(self, recipe: Path, mine: str) -> None:
-        assert "learns from prompts, not from pairs" in "\n".join(faults(recipe, mine, "rewards=[clip]"))
-        assert "needs at least one; see `mmalign list rewards`" in "\n".join(faults(recipe, mine, "data={prompts: x}"))
+        assert "learns from prompts, not from pairs" in "\n".join(issues(recipe, mine, "rewards=[clip]"))
+        assert "needs at least one reward; see `mmalign list rewards`" in "\n".join(
+            issues(recipe, mine, "data={prompts: x}")
+        )
         config = load_config(recipe, [mine, "data={prompts: x}", "rewards=[clip]"])
         assert config.method == {"name": "config_test_methods:Mine", "strength": 1.0}
 
-    def test_an_unknown_option_is_a_fault_even_if_its_config_forgot_to_forbid_it(
+    def test_an_unknown_option_is_an_issue_even_if_its_config_forgot_to_forbid_it(
         self, recipe: Path, mine: str
     ) -> None:
-        lines = faults(recipe, mine, "data={prompts: x}", "rewards=[clip]", "method.strenght=2")
+        lines = issues(recipe, mine, "data={prompts: x}", "rewards=[clip]", "method.strenght=2")
         assert any("method.strenght: unknown key; did you mean 'strength'?" in line for line in lines)
 
     def test_pairs_only_options_beside_prompts(self, recipe: Path, mine: str) -> None:
-        lines = faults(recipe, mine, "data={prompts: x, min_margin: 0.1}", "rewards=[clip]")
-        assert "data.min_margin: is about pairs" in lines[0]
+        lines = issues(recipe, mine, "data={prompts: x, min_margin: 0.1}", "rewards=[clip]")
+        assert "data.min_margin: applies to pairs only" in lines[0]
+
+
+class TestRenamedKeys:
+    OLD = "method={name: vlm_dpo, margin_rise: 0.25}"
+
+    def test_the_old_name_is_read_with_a_note_and_the_new_one_written(
+        self, recipe: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        recipe.write_text(
+            RECIPE.replace("{name: diffusion_dpo, beta: 1000}", "\n  name: vlm_dpo\n  margin_rise: 0.25")
+        )
+        config, tree = load_with_tree(recipe, ["method.margin_slope=2"])
+        assert (config.method["dynamic_beta_scale"], config.method["dynamic_beta_slope"]) == (0.25, 2.0)
+        notes = capsys.readouterr().err.splitlines()
+        assert notes == [
+            "method.margin_rise is now called dynamic_beta_scale; the old name is still read",
+            "method.margin_slope is now called dynamic_beta_slope; the old name is still read",
+        ]
+        assert tree.value_origin(("method", "dynamic_beta_scale")) == f"{recipe}:5"
+        assert tree.value_origin(("method", "dynamic_beta_slope")) == "the command line"
+        assert "margin_rise" not in dump_config(config)
+        recipe.write_text(dump_config(config))
+        assert load_config(recipe) == config and capsys.readouterr().err == ""
+
+    def test_a_wrong_value_is_reported_under_the_new_name(self, recipe: Path) -> None:
+        (line,) = issues(recipe, "method={name: vlm_dpo, margin_slope: 0}")
+        assert "method.dynamic_beta_slope: given 0; allowed: greater than 0" in line
+
+    def test_both_names_are_an_error(self, recipe: Path) -> None:
+        (line,) = issues(recipe, self.OLD, "method.dynamic_beta_scale=0.5")
+        assert line.endswith(
+            "method.margin_rise: is the old name of dynamic_beta_scale, which is given too; remove it"
+        )
+
+    def test_options_of_a_config_built_in_python(self, recipe: Path) -> None:
+        config = load_config(recipe, ["method=vlm_dpo"])
+        given = config.model_copy(update={"method": {"name": "vlm_dpo", "margin_rise": 0.25}})
+        assert build_method(given).config.dynamic_beta_scale == 0.25
+        assert complete(given).method == {**config.method, "dynamic_beta_scale": 0.25}
+        both = {"name": "vlm_dpo", "margin_rise": 0.25, "dynamic_beta_scale": 0.5}
+        with pytest.raises(ValueError, match="margin_rise"):
+            build_method(config.model_copy(update={"method": both}))
+
+    def test_one_line_renames_a_key_of_any_schema(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        class Part(StrictModel):
+            renamed: ClassVar[Mapping[str, str]] = {"b": "c"}
+            c: tuple[int, int]
+
+        class Whole(StrictModel):
+            renamed: ClassVar[Mapping[str, str]] = {"first": "part"}
+            part: Part
+            more: list[Part] = []
+
+        path = tmp_path / "whole.yaml"
+        path.write_text("first: {b: [1, 2]}\nmore: [{c: [3, 4]}, {b: [5, 6]}]\n")
+        whole = load_schema(Whole, path)
+        assert whole.part.c == (1, 2) and [one.c for one in whole.more] == [(3, 4), (5, 6)]
+        notes = capsys.readouterr().err.splitlines()
+        assert [line.partition(" ")[0] for line in notes] == ["first", "more.1.b", "part.b"]
+        saved = {"more.0.b": 1, "more.1.c": 2, "part.b": 3, "data.content": "x", "method.b": 4, "method.name": "m"}
+        now = {"more.0.c": 1, "more.1.c": 2, "part.c": 3, "data.content": "x", "method.c": 4, "method.name": "m"}
+        assert current_recipe(saved, Whole, Part) == now
 
 
 def test_extends_merges_and_the_child_wins(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_transparency_lies_over_white_and_other_modes_become_rgb():
     assert open_image(encoded(deep), "x").getpixel((0, 0)) == (128, 128, 128)
     for image in (clear, palette, deep):  # the same rule as that of the rewards
         assert torch.equal(decode_image(encoded(image)), load_image(Image.open(io.BytesIO(encoded(image)))))
-    with pytest.raises(UserError, match="32 bits a channel, mode F; save it with 8 or 16"):
+    with pytest.raises(UserError, match="32 bits per channel, mode F; save it with 8 or 16"):
         open_image(encoded(Image.new("F", (2, 2)), "TIFF"), "x")
 
 

@@ -87,8 +87,8 @@ def test_perturb_by_a_language_model_and_its_mistaken_options(tmp_path: Path, ca
         assert main([*arguments, "--endpoint", server.url, "--llm", "tiny"]) == 0
     assert {row["caption_rejected"] for row in pq.read_table(out).to_pylist()} <= {"a green square", "a green star"}
     for wrong, said in (
-        (["--llm", "tiny"], "--llm belongs to --endpoint"),
-        (["--endpoint", "http://localhost:1"], "give its name by --llm"),
+        (["--llm", "tiny"], "--llm applies to --endpoint"),
+        (["--endpoint", "http://localhost:1"], "give --llm"),
     ):
         assert main([*arguments, *wrong]) == 2
         assert said in capsys.readouterr().err

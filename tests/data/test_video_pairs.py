@@ -253,7 +253,7 @@ def test_the_command_goes_on_and_writes_what_training_reads(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--contrast", "rules"], "--contrast is for captions of images"),
+        (["--contrast", "rules"], "--contrast applies to captions of images"),
         ([], "--model is missing"),
         (["--operators", "drop,revers"], "did you mean 'reverse'"),
         (["--operators", "neighbour"], "needs bank"),
@@ -261,9 +261,9 @@ def test_the_command_goes_on_and_writes_what_training_reads(
         (["--mode", "answers", "--perturb", "captions", "--operators", "flip"], "'flip' changes pictures"),
         (["--perturb", "captions"], "use --mode answers"),
         (["--mode", "answers", "--chosen", "truth"], "--mode questions"),
-        (["--length-ratio", "2"], "descriptions alone"),
-        (["--instruction", "Describe it."], "--instruction: some text, and for descriptions alone"),
-        (["--seed", "-1"], "'-1' is no whole number of at least 0"),
+        (["--length-ratio", "2"], "needs --mode answers"),
+        (["--instruction", "Describe it."], "--instruction: must not be empty, and needs --mode answers"),
+        (["--seed", "-1"], "'-1' is not a whole number of at least 0"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -278,7 +278,7 @@ def test_a_mistyped_source_is_told_so(videos: Path, tmp_path: Path, capsys: pyte
     assert main(["pairs", "perturb", str(wrong), "--model", "m", "--out", str(tmp_path / "out.parquet")]) == 2
     assert f"did you mean '{videos}'" in capsys.readouterr().err
     assert main(["pairs", "perturb", str(tmp_path), "--model", "m", "--out", str(tmp_path / "out.parquet")]) == 2
-    assert f"--model is for videos, and {tmp_path} holds none" in capsys.readouterr().err
+    assert f"--model applies to videos only, and {tmp_path} holds none" in capsys.readouterr().err
 
 
 def test_tables_of_videos(videos: Path, tmp_path: Path) -> None:

@@ -373,5 +373,5 @@ def test_shapes_that_do_not_fit_are_named() -> None:
                 function(rows, before, advantage, clip=1.0)
         with pytest.raises(ValueError, match="clip=-1"):
             function(rows, rows, rows, clip=-1.0)
-    with pytest.raises(ValueError, match="not equal"):
+    with pytest.raises(ValueError, match="they must be equal"):
         gaussian_kl(rows, rows[:1], torch.ones(2))

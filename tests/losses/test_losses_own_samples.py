@@ -197,7 +197,10 @@ def test_dro_by_hand_and_flat_where_the_ranking_holds() -> None:
     [
         (lambda: discounted_probabilities(3, 1.1), "gamma=1.1"),
         (lambda: dense_logit(torch.zeros(2, 3), torch.ones(2, 3).long(), scale=0.0, clip=1.0), "scale=0.0"),
-        (lambda: dense_logit(torch.zeros(2, 1), torch.zeros(2, 1).long(), scale=1.0, clip=1.0), "without a drawn"),
+        (
+            lambda: dense_logit(torch.zeros(2, 1), torch.zeros(2, 1).long(), scale=1.0, clip=1.0),
+            "at least one drawn step",
+        ),
         (lambda: list_mle(torch.zeros(1, 1), torch.zeros(1, 1)), "two images or more"),
         (lambda: step_preference(torch.zeros(1, 3), 0.3), "one candidate makes no pair"),
         (lambda: step_preference(torch.zeros(2, 3), 1.0), "threshold=1.0"),

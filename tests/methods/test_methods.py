@@ -112,7 +112,7 @@ def test_reference_has_no_dropout_and_leaves_the_policy_its_own(model: str) -> N
 
 def test_adapter_reference_needs_an_adapter_and_a_missing_reference_is_named(model: str) -> None:
     generator = load_generator(model, device="cpu")
-    with pytest.raises(ValueError, match="use 'copy'"):
+    with pytest.raises(ValueError, match="use kind 'copy'"):
         Reference(generator, "adapter")
     with pytest.raises(RuntimeError, match="needs = Needs"):
         _ = Run(generator).reference

@@ -186,7 +186,7 @@ def test_capo_is_its_formula_and_takes_calibrated_scores_alone(model: str, tmp_p
     plain = make_method("capo").loss(exact_run(model, 0.0), batch)
     assert plain.loss.item() == pytest.approx(batch.margins.square().mean().item(), rel=1e-12)
     write_scored_pairs(tmp_path / "pairs.parquet", [0.2, -1.5])
-    with pytest.raises(UserError, match="in 0..1, and .* has a margin of 1.7; .*--mode calibrated"):
+    with pytest.raises(UserError, match=r"in \[0, 1\], and .* has a margin of 1.7; .*--mode calibrated"):
         train(run_config("no/such-model", tmp_path / "pairs.parquet", tmp_path / "out", "capo"))
 
 

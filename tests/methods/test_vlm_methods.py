@@ -110,7 +110,7 @@ def test_vlm_dpo_is_its_formula(run: VlmRun) -> None:
     assert output.loss.item() == pytest.approx(sum(-log_sigmoid(0.3 * one) for one in margins) / 2, abs=1e-9)
     assert float(output.metrics["logit"]) == pytest.approx(0.3 * sum(margins) / 2, abs=1e-9)
 
-    options = {"beta": 0.3, "label_smoothing": 0.1, "sft_weight": 0.2, "anchor_weight": 0.5, "margin_rise": 0.5}
+    options = {"beta": 0.3, "label_smoothing": 0.1, "sft_weight": 0.2, "anchor_weight": 0.5, "dynamic_beta_scale": 0.5}
     expected = 0.0
     for i, gap in enumerate((0.5, 3.0)):
         beta = 0.3 * (1 + 0.5 * (1 - math.exp(-0.5 * gap)))
@@ -257,7 +257,7 @@ def test_rdpo_retrieves_the_nearest_other_media(run: VlmRun, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "options", "columns", "message"),
     [
-        ("vlm_dpo", {"margin_rise": 0.5}, {"margin": [1.0, None]}, "1 of 2 pairs .* lack \\('pair-1' first\\)"),
+        ("vlm_dpo", {"dynamic_beta_scale": 0.5}, {"margin": [1.0, None]}, "1 of 2 pairs .* lack \\('pair-1' first\\)"),
         ("vdpo", {"operators": ["revers"]}, {}, "did you mean 'reverse'"),
         ("vdpo", {"operators": ["neighbour"]}, {}, "rdpo with unseen: retrieved"),
         ("rdpo", {"unseen": "column"}, {}, "2 of 2 pairs"),

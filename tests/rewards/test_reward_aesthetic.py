@@ -138,7 +138,7 @@ def test_wrong_input_is_refused(tmp_path, clip_directory, aesthetic):
         load_reward("aesthetic", version="v3")
     with pytest.raises(RewardError, match="no such file; give sac"):
         load_reward("aesthetic", weights=tmp_path / "none.pth")
-    with pytest.raises(RewardError, match="reads embeddings of 16 numbers, the CLIP has 20"):
+    with pytest.raises(RewardError, match="needs embeddings of 16 numbers, and the CLIP has 20"):
         aesthetic.rate(torch.ones(1, 20))
     state = write_mlp(tmp_path / "bad.pth")
     torch.save({name: value for name, value in state.items() if "7.weight" not in name}, tmp_path / "bad.pth")
@@ -152,5 +152,5 @@ def test_wrong_input_is_refused(tmp_path, clip_directory, aesthetic):
         load_head(tmp_path / "bad.pth")
     two = nn.Linear(16, 2)
     torch.save(two.state_dict(), tmp_path / "bad.pth")
-    with pytest.raises(RewardError, match="ends in 2 numbers"):
+    with pytest.raises(RewardError, match="the last layer has 2 outputs"):
         load_head(tmp_path / "bad.pth")

@@ -153,7 +153,7 @@ def test_exif_orientation_and_alpha(tmp_path):
     assert TopLeft()([path, image.rotate(180), half_seen]).tolist() == pytest.approx([1.0, 1.0, 153 / 255])
     palette = Image.new("RGB", (2, 2), (255, 0, 0)).convert("P")
     assert TopLeft()([palette, Image.new("I;16", (2, 2), 0x3344)]).tolist() == pytest.approx([1.0, 51 / 255])
-    with pytest.raises(RewardError, match="32 bits a channel, mode F; save it with 8 or 16"):
+    with pytest.raises(RewardError, match="32 bits per channel, mode F; save it with 8 or 16"):
         TopLeft()([Image.new("F", (2, 2))])
 
 

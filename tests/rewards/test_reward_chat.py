@@ -73,16 +73,19 @@ def test_retry_after_is_respected_and_bounded(server, waits):
 
 def test_lasting_failures_are_errors(server, waits):
     server.failures = [500] * 3
-    with pytest.raises(RewardError, match="failed 3 times, last: status 500: .*on order.*is the server running"):
+    with pytest.raises(
+        RewardError,
+        match="failed 3 times, the last time with: status 500: .*on order.*check that the server is running",
+    ):
         client(server, retries=2).ask([("a", [])])
     server.failures = [401]
-    with pytest.raises(RewardError, match="refuses .status 401: .*on order"):
+    with pytest.raises(RewardError, match="refused the request .status 401: .*on order"):
         client(server).ask([("a", [])])
     server.failures = [(302, {"Location": "http://127.0.0.1:1/elsewhere"})]
-    with pytest.raises(RewardError, match="refuses .status 302"):
+    with pytest.raises(RewardError, match="refused the request .status 302"):
         client(server).ask([("a", [])])
     server.failures = [b'{"choices": []}']
-    with pytest.raises(RewardError, match="answered in an unknown form"):
+    with pytest.raises(RewardError, match="returned an answer of unknown format"):
         client(server).ask([("a", [])])
     with pytest.raises(RewardError, match="failed 1 times"):
         ChatClient(endpoint="http://127.0.0.1:9/v1", model="m", retries=0).ask([("a", [])])
@@ -126,7 +129,7 @@ def test_log_probabilities(tmp_path):
     ("options", "message"),
     [
         ({"endpoint": "localhost:8000"}, "an address like http://localhost:8000/v1"),
-        ({"endpoint": "http://x", "concurrency": 0}, "concurrency 0"),
+        ({"endpoint": "http://x", "concurrency": 0}, "concurrency is 0"),
         ({"endpoint": "http://x", "api_key_env": "NO_SUCH_KEY"}, "environment variable NO_SUCH_KEY is empty"),
     ],
 )

@@ -74,9 +74,9 @@ def test_reference_captions_make_the_harmonic_mean(clip, clip_directory, images,
     assert reward(images, prompts=captions).tolist() == [0.0] * 8, "a CLIPScore of zero leaves nothing"
     with pytest.raises(RewardError, match="captions= has none for the prompt 'new', nor for 0 others"):
         reward(images[:1], prompts=["new"])
-    with pytest.raises(RewardError, match="needs a kind that cuts at zero"):
+    with pytest.raises(RewardError, match="needs a kind that clamps at zero"):
         load_reward("ref-clipscore", weights=clip_directory, captions=known, kind="cosine")
-    with pytest.raises(RewardError, match="no mapping of prompts"):
+    with pytest.raises(RewardError, match="not a mapping of prompts"):
         load_reward("ref-clipscore", weights=clip_directory, captions=tmp_path / "none.json")
 
 
@@ -209,7 +209,7 @@ def test_wrong_names_and_files_are_refused_with_the_fix(clip_directory, tmp_path
         ),
         ({"weights": clip_directory, "kind": "hesel"}, "kind 'hesel' is unknown; did you mean 'hessel'"),
         ({"weights": clip_directory, "preprocessing": "pil"}, "preprocessing 'pil' is unknown"),
-        ({"weights": tmp_path}, "lacks open_clip_config.json, or transformers' config.json"),
+        ({"weights": tmp_path}, "needs open_clip_config.json, or transformers' config.json"),
     ]:
         with pytest.raises(RewardError, match=message) as caught:
             load_reward("clip", **options)
@@ -228,7 +228,7 @@ def test_missing_weights_and_towers_are_errors(write_clip, tmp_path):
         load_reward("clip", weights=tmp_path)
     assert "\n" not in str(caught.value)
     weights.rename(tmp_path / "model.pt")
-    with pytest.raises(RewardError, match="has no weights: open_clip_model.safetensors is expected"):
+    with pytest.raises(RewardError, match="has no weights; open_clip_model.safetensors is expected"):
         load_reward("clip", weights=tmp_path)
     with pytest.raises(RewardError, match="not readable as plain weights"):
         load_reward("clip", weights=tmp_path / "model.pt", model="ViT-B-32")

@@ -148,7 +148,7 @@ def test_weights_are_never_rescaled_in_silence():
     scores = red_green("harmonic", {"weight": 0.6}, {"weight": 1.4}, normalise=True)(TWO)
     assert scores[0].item() == pytest.approx(1 / (0.3 / 0.9 + 0.7 / 0.6))
     assert red_green(first={"weight": 3}, second={"weight": 1}, normalise=True)(TWO)[0].item() == pytest.approx(0.825)
-    with pytest.raises(RewardError, match="no weight for green; give every part one, or none"):
+    with pytest.raises(RewardError, match="no weight for green; give every part a weight, or none"):
         red_green("geometric", {"weight": 0.7})
     with pytest.raises(RewardError, match="mode 'harmonic' needs them positive"):
         red_green("harmonic", {"weight": -1}, {"weight": 2})
@@ -181,15 +181,15 @@ def test_gates_close_on_either_side_and_need_no_gradient():
     leaf = media.clone().requires_grad_()
     reward(leaf).sum().backward()
     assert leaf.grad[0].sum() > 0 and leaf.grad[1:].eq(0).all() and leaf.grad[:, 1:].eq(0).all()
-    with pytest.raises(RewardError, match="part 'x' is a gate, and a gate has no weight"):
+    with pytest.raises(RewardError, match="part 'x' is a gate, which takes no weight"):
         load_reward("combine", parts={"x": {"name": Channel(), "gate": 0.5, "weight": 1}})
-    with pytest.raises(RewardError, match="no part but gates"):
+    with pytest.raises(RewardError, match="all parts are gates"):
         load_reward("combine", parts={"x": {"name": Channel(), "gate": 0.5}})
 
 
 def test_nan_policy():
     media, parts = pictures([0.1, 0.4, 0.0], [0.5, 0.5, 0.5]), {"blank": Blank(), "green": Channel(1)}
-    with pytest.raises(RewardError, match="part 'blank' gave NaN for 1 of 2 media; choose nan='propagate'"):
+    with pytest.raises(RewardError, match="part 'blank' gave NaN for 1 of 2 media; set nan='propagate'"):
         load_reward("combine", parts=parts)(media)
     spread = load_reward("combine", parts=parts, nan="propagate")(media)
     assert spread[0].isnan() and spread[1].item() == pytest.approx(1.0)
@@ -208,7 +208,7 @@ def test_facts_follow_from_the_parts():
     assert "likeness (1)" in outer.version and "0.5 * [1 * blank (1) + 0]" in outer.version
     zscored = red_green(first={"transform": "group-zscore"})
     assert zscored.needs == {"prompts"} and not zscored.batch_invariant
-    with pytest.raises(RewardError, match="not differentiable, because its part 'blank' is not"):
+    with pytest.raises(RewardError, match="not differentiable because its part 'blank' is not"):
         reward(TWO.clone().requires_grad_())
 
     class Motion(Channel):
@@ -365,12 +365,12 @@ def test_wrong_options_are_refused_with_the_fix():
         ({"parts": {"red": Channel()}, "mode": "harmonics"}, "mode 'harmonics' is unknown; did you mean 'harmonic'"),
         ({"parts": {"red": Channel()}, "nan": "skip"}, "nan is 'skip'; .*propagate, raise, or a number"),
         ({"parts": {"red": Channel()}, "spread": "var"}, "spread is 'var'"),
-        ({"parts": {}}, "no part but gates"),
+        ({"parts": {}}, "all parts are gates"),
         ({"parts": {"clop": {}}}, "part 'clop': unknown reward 'clop'; did you mean 'clip'"),
         ({"parts": {"clip": {"knid": 1}}}, "part 'clip': reward 'clip' has no option 'knid'; did you mean 'kind'"),
         ({"parts": {"red": {"name": Channel(), "weight": "0.5"}}}, "part 'red': weight is '0.5'; a finite number"),
-        ({"parts": {"red": {"name": Channel(), "factor": 0}}}, "factor is 0; leave the part out"),
-        ({"parts": {"red": {"name": Channel(), "index": 1}}}, r"options \['index'\] come too late"),
+        ({"parts": {"red": {"name": Channel(), "factor": 0}}}, "factor is 0; remove the part"),
+        ({"parts": {"red": {"name": Channel(), "index": 1}}}, r"cannot take the options \['index'\]"),
         ({"parts": {"red": "clip"}}, "part 'red' is 'clip'; give its options as a mapping, or a weight"),
         ({"parts": {"red": {"name": Channel(), "transform": "zscore"}}}, "transform 'zscore' is unknown"),
     ]:

@@ -150,7 +150,7 @@ def test_a_weights_file_for_an_architecture_of_open_clip(tmp_path, clip_director
     assert torch.equal(whole(images, prompts=captions), expected)
     half = load_reward("clip", weights=tmp_path / "half.pt", model="tiny-file-test")
     assert 0 < (half(images, prompts=captions) - expected).abs().max() < 1e-3
-    with pytest.raises(RewardError, match="is a file: give model="):
+    with pytest.raises(RewardError, match="is a file; also give model="):
         load_encoder(tmp_path / "state.pt")
     del state["visual.proj"]
     torch.save(state, tmp_path / "half.pt")
@@ -172,11 +172,11 @@ def test_wrong_models_are_refused(tmp_path, hf_clip):
     from transformers import BertConfig
 
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(RewardError, match="a model of type 'bert'; allowed: align, clip, siglip"):
+    with pytest.raises(RewardError, match="the model type 'bert' is not supported; allowed: align, clip, siglip"):
         load_encoder(tmp_path)
-    with pytest.raises(RewardError, match="leave out model= and pretrained="):
+    with pytest.raises(RewardError, match="remove model= and pretrained="):
         load_encoder(hf_clip[0], model="ViT-B-32")
-    with pytest.raises(RewardError, match="weights 'no/such': no such directory or file here; as a model of the hub"):
+    with pytest.raises(RewardError, match="weights 'no/such': no such local directory or file; as a hub id"):
         load_encoder("no/such")
     (hf_clip[0] / "preprocessor_config.json").rename(tmp_path / "preprocessor_config.json")
     try:

@@ -245,7 +245,7 @@ def test_prompts_are_read_before_anything_is_detected():
     ("options", "message"),
     [
         ({"form": "soft"}, "form 'soft' is unknown; allowed: correct, dense, strict"),
-        ({"weights": "x"}, "give weights of a detector, or a detector, not both"),
+        ({"weights": "x"}, "give weights or detector, not both"),
         ({"max_objects": 0}, "max_objects is 0"),
         ({"metadata": "nowhere.jsonl"}, "metadata 'nowhere.jsonl': not readable"),
     ],
@@ -368,7 +368,7 @@ def test_onnx_files_are_checked(tmp_path):
     with pytest.raises(RewardError, match="no such file"):
         load_reward("geneval", weights=str(tmp_path / "none.onnx"))
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
-    with pytest.raises(RewardError, match="not readable as an ONNX model"):
+    with pytest.raises(RewardError, match="not a readable ONNX model"):
         OnnxDetector(tmp_path / "bad.onnx")
     with pytest.raises(RewardError, match=r"\[1, 7, h, w\] is expected"):
         OnnxDetector(golden_file("FastestDet.onnx"), names=["a", "b"])
@@ -501,5 +501,5 @@ def test_other_models_are_refused(clip_directory, tmp_path):
 
     config = ViTConfig(architectures=["ViTForImageClassification"])
     config.save_pretrained(tmp_path)
-    with pytest.raises(RewardError, match="is a ViTForImageClassification; a detector is expected"):
+    with pytest.raises(RewardError, match="is a ViTForImageClassification; a detector is needed"):
         load_reward("geneval", weights=tmp_path)

@@ -110,10 +110,10 @@ def test_command_line(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "x"], "--weights belong to one reward"),
+        (["--weights", "x"], "--weights applies to one reward"),
         (["aestetic"], "did you mean 'aesthetic'?"),
-        (["vqa-score"], "reward 'vqa-score': no published number to check; these have one: clip, clip-i"),
-        (["hps", "--golden", "no/such"], "no/such is no folder"),
+        (["vqa-score"], "reward 'vqa-score': no published score to check; rewards with one: clip, clip-i"),
+        (["hps", "--golden", "no/such"], "no/such is not a folder"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

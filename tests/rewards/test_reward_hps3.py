@@ -161,12 +161,12 @@ def test_instructions_are_read_from_texts_and_python_and_known_by_their_hash(tmp
     assert template.fill("{x} {text_prompt}") == text.replace("{text_prompt}", "{x} {text_prompt}")
     monkeypatch.setattr("rewards.backbones.instruction.locate", lambda published: path)
     assert read_instruction(known).text == text
-    with pytest.raises(RewardError, match="prompts.py holds another instruction than the published one"):
+    with pytest.raises(RewardError, match="prompts.py does not hold the published instruction"):
         read_instruction(Instruction(file, ("FIRST", "SECOND"), "0" * 64))
     monkeypatch.undo()
     for given, message in [
-        ("no such file", "neither a file nor a text with {text_prompt} where the prompt goes"),
-        ("{text_prompt} {text_prompt}", "the text given: {text_prompt} must stand in the instruction exactly once"),
+        ("no such file", "not a file, and not a text with {text_prompt} in place of the prompt"),
+        ("{text_prompt} {text_prompt}", "the text given: {text_prompt} must occur in the instruction exactly once"),
     ]:
         with pytest.raises(RewardError, match=message):
             read_instruction(known, given)

@@ -223,7 +223,7 @@ def test_wrong_weights_are_refused_with_what_is_wrong(directory, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS[:-1]) + "\n")
     with pytest.raises(RewardError, match="word embeddings, the tokenizer with .* give tokenizer=PATH"):
         load_reward("image-reward", weights=tmp_path)
-    with pytest.raises(RewardError, match="no such file; give ImageReward.pt or the directory"):
+    with pytest.raises(RewardError, match="no such file; give ImageReward.pt or its directory"):
         load_reward("image-reward", weights=tmp_path / "nowhere")
     with pytest.raises(RewardError, match="preprocessing 'pil' is unknown"):
         load_reward("image-reward", weights=tmp_path, preprocessing="pil")

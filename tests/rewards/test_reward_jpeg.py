@@ -126,7 +126,7 @@ def test_contract(name, form):
         ({"quality": 100}, "quality is 100; 1 to 95"),
         ({"subsampling": "4:2:2"}, "subsampling '4:2:2' is unknown"),
         ({"unit": 0.0}, "unit is 0; a positive number"),
-        ({"form": "distance", "unit": 500.0}, "for form='bytes' alone"),
+        ({"form": "distance", "unit": 500.0}, "only with form='bytes'"),
         ({"weights": "x"}, "has no weights to choose"),
     ],
 )

@@ -180,9 +180,9 @@ def test_files_of_other_models_are_refused(load, directory, tmp_path):
     with pytest.raises(RewardError, match="lacks cross_model.layers.1.1.fn.attn_out.weight; has unknown rm.weight"):
         load(weights=tmp_path / "short.safetensors")
     save_file({"a": torch.ones(1)}, tmp_path / "short.safetensors")
-    with pytest.raises(RewardError, match="lacks cross_model.layers.0.0.fn.to_q.weight: no model of MPS"):
+    with pytest.raises(RewardError, match="lacks cross_model.layers.0.0.fn.to_q.weight; it is not a model of MPS"):
         load(weights=tmp_path / "short.safetensors")
-    with pytest.raises(RewardError, match="threshold is 1.0; below 1"):
+    with pytest.raises(RewardError, match="threshold is 1.0; a number below 1"):
         load(threshold=1.0)
 
 

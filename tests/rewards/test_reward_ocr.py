@@ -102,7 +102,7 @@ def test_lines_are_put_together_and_read_once():
     # hello to help: one replaced, one deleted
     assert matrix.tolist() == [[1.0, 0.5]] * 3 and calls == [(6, 8), (6, 8), (4, 4)]
     assert reward.observations(media) == ["Hello"] * 3 and reward.version == "reader"
-    with pytest.raises(RewardError, match="params are RapidOCR's"):
+    with pytest.raises(RewardError, match="params apply to RapidOCR only"):
         load_reward("ocr", reader=reader, params={})
 
 
@@ -128,7 +128,7 @@ def test_rapidocr_reads_rendered_signs():
     assert reward(media, prompts=prompts).tolist() == pytest.approx([1.0, 1 - 2 / 9, 0.0])
     assert reward.observations(media)[1:] == ["Diffusion", ""]
     assert re.fullmatch(r"rapidocr \d+\.\S+, {.*}", reward.version)
-    with pytest.raises(RewardError, match="RapidOCR refuses"):
+    with pytest.raises(RewardError, match="RapidOCR does not accept"):
         load_reward("ocr", params={"Nothing.at_all": 1})
 
 

@@ -203,8 +203,8 @@ def test_wrong_options_are_refused_with_the_fix(clip, tmp_path):
     listed.write_text('{"a": "b"}')
     for options, message in [
         ({"base": "clop"}, "text-norm: base: unknown reward 'clop'; did you mean 'clip'"),
-        ({"base": {"weights": "x"}}, "names no reward"),
-        ({"base": load_reward("combine", parts={"x": {"name": Silent()}})}, "base 'combine' sees no prompts"),
+        ({"base": {"weights": "x"}}, "is not a reward"),
+        ({"base": load_reward("combine", parts={"x": {"name": Silent()}})}, "base 'combine' does not use prompts"),
         ({"base": clip, "ensemble": "ur"}, "ensemble 'ur' is unknown; .*mean, uncertainty"),
         ({"base": clip, "spread": "var"}, "spread 'var' is unknown"),
         ({"base": clip, "scale": [1.0, 2.0]}, r"scale is \[1.0, 2.0\] for 1 bases"),

@@ -154,7 +154,7 @@ def test_adapter_and_the_rest_over_the_base_give_the_same(made, directory, rewar
     videos = smooth_videos(2)
     assert torch.allclose(other(videos, prompts=PROMPTS[:2]), reward(videos, prompts=PROMPTS[:2]), atol=1e-6)
     torch.save({k: v for k, v in rest.items() if "embed" not in k}, tmp_path / "checkpoint-5/non_lora_state_dict.pth")
-    with pytest.raises(RewardError, match="has 90 word embeddings, the tokenizer of .* these do not belong together"):
+    with pytest.raises(RewardError, match="has 90 word embeddings, the tokenizer of .* they do not belong together"):
         load(tmp_path, base=directory / "base")
 
 

@@ -41,7 +41,7 @@ def test_speeds_are_those_of_raft(raft, dynamic, monkeypatch):
         lengths = np.sort(np.hypot(*flow), axis=None)[::-1]
         expected.append(lengths[: int(136 * 128 * 0.05)].mean())
     assert dynamic.speeds(media)[0].tolist() == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(RewardError, match="frames of 40 x 48 pixels; RAFT needs at least 128 a side"):
+    with pytest.raises(RewardError, match="frames of 40 x 48 pixels; RAFT needs at least 128 per side"):
         dynamic(videos(1))
 
 
@@ -83,7 +83,7 @@ def test_contract_of_dynamic_degree(raft, monkeypatch):
 def test_refusals_of_dynamic_degree(raft, dynamic, tmp_path):
     with pytest.raises(RewardError, match="a video of 2 frames; at least 3 are needed"):
         dynamic(videos(1, 2, 128, 128))
-    with pytest.raises(RewardError, match="4 frames at 24 a second leave 2 at 8 a second"):
+    with pytest.raises(RewardError, match="4 frames at 24 per second leave 2 at 8 per second"):
         load_reward("vbench-dynamic-degree", weights=raft[1], media_fps=24, device="cpu")(videos(1, 4, 128, 128))
     with pytest.raises(RewardError, match="media_fps is 0"):
         load_reward("vbench-dynamic-degree", weights=raft[1], media_fps=0)
@@ -117,7 +117,7 @@ def test_interpolators_are_found_by_name_and_checked():
     for interpolator, message in [
         ("nowhere.at:all", "interpolator 'nowhere.at:all': No module named 'nowhere'"),
         ("torch", "write 'module.path:name'"),
-        (3, "interpolator 3 cannot be called"),
+        (3, "interpolator 3 is not callable"),
     ]:
         with pytest.raises(RewardError, match=message):
             load_reward("motion-smoothness", interpolator=interpolator)

@@ -150,7 +150,7 @@ def test_what_is_not_as_published_is_refused(made, tmp_path):
         ({"aspects": ["motion"]}, "aspects has 'motion'; allowed: dynamic-degree"),
         ({"aspects": []}, "at least one of visual-quality"),
         ({"preprocessing": "pil"}, "preprocessing 'pil' is unknown"),
-        ({"instruction": "no place"}, "neither a file nor a text with {text_prompt}"),
+        ({"instruction": "no place"}, "not a file, and not a text with {text_prompt}"),
     ]:
         with pytest.raises(RewardError, match=message):
             load(path, **options)

@@ -143,7 +143,7 @@ def test_expected_score_under_the_models_probabilities():
     with saying("Final Score: 3.5", "Final Score: 4") as server:
         reward = judge(server, expected=True)
         assert reward(reds(0.5), prompts=["a"]).item() == pytest.approx(0.7), "no digit, and so as it is written"
-        with pytest.raises(RewardError, match="no log probabilities of the score; leave out expected=True"):
+        with pytest.raises(RewardError, match="no log probabilities of the score; remove expected=True"):
             reward(reds(0.5), prompts=["a"])
 
 
@@ -198,9 +198,9 @@ def test_nothing_is_asked_twice_with_a_cache(tmp_path):
     ("options", "message"),
     [
         ({"form": "overal"}, "form 'overal' is unknown; did you mean 'overall'"),
-        ({"on_parse_error": "zero"}, "on_parse_error 'zero'; allowed: min, nan, raise"),
-        ({"template": "Rate this."}, "template lacks {prompt}"),
-        ({"pair_template": "Which?"}, "pair_template lacks {prompt}"),
+        ({"on_parse_error": "zero"}, "on_parse_error 'zero' is unknown; allowed: min, nan, raise"),
+        ({"template": "Rate this."}, "template lacks the placeholder {prompt}"),
+        ({"pair_template": "Which?"}, "pair_template lacks the placeholder {prompt}"),
         ({"endpoint": "localhost"}, "an address like http"),
     ],
 )

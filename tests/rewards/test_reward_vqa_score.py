@@ -177,7 +177,7 @@ def test_tower_apart_shards_and_torch_files(parts, published, directory, reward,
     images = smooth_images(2)
     assert torch.allclose(other(images, prompts=PROMPTS[:2]), reward(images, prompts=PROMPTS[:2]), atol=1e-6)
     (tmp_path / "pytorch_model-2.bin").unlink()
-    with pytest.raises(RewardError, match="pytorch_model-2.bin is missing, which pytorch_model.bin.index.json names"):
+    with pytest.raises(RewardError, match="pytorch_model-2.bin is missing, which pytorch_model.bin.index.json lists"):
         load_reward("vqa-score", weights=tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_wrong_options_and_weights_are_refused(directory, reward, parts, publish
         ({"form": "clip-flan"}, "form 'clip-flan' is unknown; did you mean 'clip-flant5'"),
         ({"question": "Is it so?"}, "exactly one {} is expected"),
         ({"preprocessing": "pil"}, "preprocessing 'pil' is unknown"),
-        ({"form": "vlm", "preprocessing": "reference"}, "options of form='clip-flant5' alone"),
+        ({"form": "vlm", "preprocessing": "reference"}, "apply to form='clip-flant5' only"),
         ({"weights": tmp_path / "nowhere"}, "no such directory; give a model's directory, or its hub repository"),
     ]:
         with pytest.raises(RewardError, match=message):
@@ -211,7 +211,7 @@ def test_wrong_options_and_weights_are_refused(directory, reward, parts, publish
         state = {name: value for name, value in (published | change).items() if value is not None}
         with pytest.raises(RewardError, match=message):
             load_reward("vqa-score", weights=write(tmp_path, parts, state, **settings))
-    with pytest.raises(RewardError, match="prompt 'a </s> cat' contains the special token '</s>'; take it out"):
+    with pytest.raises(RewardError, match="prompt 'a </s> cat' contains the special token '</s>'; remove it"):
         reward(smooth_images(1), prompts=["a </s> cat"])
 
 

@@ -21,7 +21,7 @@ def test_given_files_and_directories(tmp_path):
     (tmp_path / "head.pth").write_bytes(b"x")
     assert locate(published, tmp_path) == locate(published, tmp_path / "head.pth") == tmp_path / "head.pth"
     assert str(published) == "org/name:head.pth@abc" and str(Weights("org/name", "a")) == "org/name:a"
-    with pytest.raises(RewardError, match="no such file; give head.pth or the directory it is in"):
+    with pytest.raises(RewardError, match="no such file; give head.pth or its directory"):
         locate(published, tmp_path / "other.pth")
 
 
@@ -93,7 +93,9 @@ def test_models_of_transformers_are_complete_or_refused(tmp_path, safe):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
     save_file(state, weights)
-    with pytest.raises(RewardError, match=r"lacks weights of ViTModel: layers.0.mlp.fc1.bias, .*fc2.weight: this"):
+    with pytest.raises(
+        RewardError, match=r"lacks weights of ViTModel: layers.0.mlp.fc1.bias, .*fc2.weight: it belongs"
+    ):
         load_pretrained("ViTModel", tmp_path, dtype=torch.float32, add_pooling_layer=False)
     for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / name).unlink(missing_ok=True)

@@ -369,7 +369,7 @@ def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         train_vlm(tmp_path / "a", samples=1, start=Path(other))
     command = ["shapes", "train-vlm", "--out", str(tmp_path / "a"), "--start", "assets/shapes-vlm"]
     assert main([*command, "--look-steps", "9"]) == 2
-    assert "--look-steps is of a stage that --start leaves out" in capsys.readouterr().err
+    assert "--look-steps belongs to a stage that --start skips" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
 

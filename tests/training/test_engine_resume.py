@@ -20,7 +20,14 @@ from tiny_runs import losses, run_config, write_pairs
 
 from mmalign.config.run import RunConfig, dump_config
 from mmalign.core.errors import UserError
-from mmalign.training.checkpoint import Checkpoint, DiskFull, list_checkpoints, load_checkpoint, save_checkpoint
+from mmalign.training.checkpoint import (
+    Checkpoint,
+    DiskFull,
+    check_same_recipe,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from mmalign.training.train import train
 from pipelines import load_generator
 
@@ -129,6 +136,14 @@ def test_another_recipe_or_other_data_is_refused_by_name(world: dict[str, Any], 
         with pytest.raises(UserError, match=message):
             train(run_config(world["sd"], pairs, output, **changes))
     assert (output / "metrics.jsonl").read_text() == before
+
+
+def test_a_checkpoint_saved_under_the_old_name_of_a_key_is_the_same_recipe(tmp_path: Path) -> None:
+    now = {"method.name": "vlm_dpo", "method.beta": 0.1, "method.dynamic_beta_scale": 0.5, "data.content": "ab"}
+    saved = {"method.name": "vlm_dpo", "method.beta": 0.1, "method.margin_rise": 0.5, "data.content": "ab"}
+    check_same_recipe(saved, now, tmp_path)
+    with pytest.raises(UserError, match=r"method.dynamic_beta_scale was 0.25, now 0.5\."):
+        check_same_recipe({**saved, "method.margin_rise": 0.25}, now, tmp_path)
 
 
 def test_a_base_model_trained_anew_under_its_old_path_is_noticed(world: dict[str, Any], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny_runs import BRIGHTNESS, Brightness, losses, online_config
 
 from mmalign.config.run import RunConfig, load_config
 from mmalign.config.sections import DataConfig
-from mmalign.config.yaml import Faults
+from mmalign.config.yaml import ConfigIssues
 from mmalign.core.cost import Cost
 from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.data.batches import PromptBatch
@@ -337,8 +337,8 @@ def test_samples_that_are_not_finite_break_the_run_off(model: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_count": 32}, "min_count 32 is more than buffer_size 16"),
-        ({"advantage": "group"}, "give images_per_prompt of at least 2"),
+        ({"min_count": 32}, "min_count 32 must not be larger than buffer_size 16"),
+        ({"advantage": "group"}, "set images_per_prompt to at least 2"),
     ],
 )
 def test_advantages_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
@@ -389,7 +389,7 @@ def test_reward_without_a_gradient_is_refused_before_anything_loads(tmp_path: Pa
             }
         )
     )
-    with pytest.raises(Faults, match="'shapes-correctness' has no gradient, which method 'align_prop' needs"):
+    with pytest.raises(ConfigIssues, match="'shapes-correctness' has no gradient, which method 'align_prop' needs"):
         load_config(path)
 
 

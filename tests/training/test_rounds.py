@@ -13,7 +13,7 @@ from tiny_runs import BRIGHTNESS, losses, run_config
 
 from mmalign.config.run import RunConfig, load_config
 from mmalign.config.sections import DataConfig
-from mmalign.config.yaml import Faults
+from mmalign.config.yaml import ConfigIssues
 from mmalign.core.errors import UserError
 from mmalign.core.io.parquet import read_metadata
 from mmalign.data.labels import read_labels
@@ -97,7 +97,7 @@ def test_rounds_refuse_what_they_cannot_do(model: str, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("method", "data", "message"),
     [
-        ("sft", "{pairs: some.parquet}", r"data.pairs: rounds make the data themselves; set it to null"),
+        ("sft", "{pairs: some.parquet}", r"data.pairs: rounds sample the training data themselves; set it to null"),
         ("ddpo", "{}", r"rounds: method 'ddpo' draws its own samples"),
         ("diffusion_dpo", "{}", r"rounds.real: method 'diffusion_dpo' learns from pairs, not from good images"),
     ],
@@ -108,5 +108,5 @@ def test_config_with_rounds_names_no_data(tmp_path: Path, method: str, data: str
     real = ", real: some.parquet" if method == "diffusion_dpo" else ""
     rounds = f"rounds: {{count: 2, prompts: shapes-train, reward: shapes-correctness{real}}}\n"
     path.write_text(f"model: m\nmethod: {method}\ndata: {data}\noutput: o\n{rewards}{rounds}")
-    with pytest.raises(Faults, match=message):
+    with pytest.raises(ConfigIssues, match=message):
         load_config(path)

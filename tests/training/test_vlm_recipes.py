@@ -122,12 +122,18 @@ def test_the_command_line_trains_a_vlm(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.resolution": 64}, "data.resolution: method 'vlm_dpo' trains a model that answers"),
-        ({"attention": "xformers"}, "attention: method 'vlm_dpo' trains a model that answers; allowed: sdpa"),
+        (
+            {"data.resolution": 64},
+            "data.resolution: not supported by vision-language methods such as 'vlm_dpo'; remove it",
+        ),
+        ({"attention": "xformers"}, "attention: method 'vlm_dpo' trains a vision-language model; allowed: sdpa"),
         ({"evaluate": "{prompts: x, every: 2, rewards: [clip]}"}, "evaluate.questions: missing"),
-        ({"evaluate": "{questions: x, every: 2, guidance: 3}"}, "evaluate.guidance: method 'vlm_dpo'"),
+        (
+            {"evaluate": "{questions: x, every: 2, guidance: 3}"},
+            "evaluate.guidance: not supported by vision-language methods",
+        ),
         ({"data.frames": 4, "data.fps": 2.0}, "frames and fps exclude each other"),
-        ({"method": "sft", "data.frames": 4}, "data.frames: method 'sft' trains a model that draws"),
+        ({"method": "sft", "data.frames": 4}, "data.frames: not supported by image methods such as 'sft'; remove it"),
     ],
 )
 def test_keys_that_say_nothing_to_a_model_are_faults(

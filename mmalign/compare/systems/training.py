@@ -16,7 +16,7 @@ from mmalign.compare.systems.config import Replica, SystemConfig, SystemsConfig
 from mmalign.compare.systems.facts import read_cost
 from mmalign.config.run import RunConfig, load_config
 from mmalign.config.sections import BudgetConfig
-from mmalign.config.yaml import Faults, flatten
+from mmalign.config.yaml import ConfigIssues, flatten
 from mmalign.core.errors import UserError
 from mmalign.core.progress import note, reset_peak_memory
 from mmalign.core.resources import resolve_model
@@ -62,7 +62,7 @@ def train_systems(config: SystemsConfig, *, train: bool = True, retrain: bool = 
     trainings = plan_trainings(config)
     faults = [fault for one in trainings if (fault := _refusal(one, train, retrain))]
     if faults:
-        raise Faults(faults)
+        raise ConfigIssues(faults)
     _try_out([one for one in trainings if one.state != "finished"])
     for number, training in enumerate(trainings, start=1):
         _complete(training, f"{number}/{len(trainings)} {', '.join(training.systems)} ({training.source})")
@@ -89,7 +89,7 @@ def plan_trainings(config: SystemsConfig) -> list[Training]:
             faults += [f"system '{system.name}': {line}" for line in str(error).splitlines()]
     faults += _nested([*trainings.values()], Path(config.output).resolve())
     if faults:
-        raise Faults(faults)
+        raise ConfigIssues(faults)
     anew: set[Path] = set()
     for training in trainings.values():
         training.state, training.differences = _look_into(training.config)
