@@ -42,8 +42,8 @@ class Registry(Lookup):
             UserError: see `register`.
         """
         name = getattr(target, "name", "")
-        if name in self and self.get(name) is target:
-            return str(name)
+        if isinstance(name, str) and name in self and self.get(name) is target:
+            return name
         return dotted_path(target) or str(self.register(target).name)
 
     def names(self) -> list[str]:
