@@ -46,7 +46,7 @@ def test_trains_with_overrides_and_exports(recipe: Path, tmp_path: Path, capsys:
     assert (output / "pytorch_lora_weights.safetensors").is_file()
     # The same command again finds everything done; started afresh it trains again.
     assert main(["train", str(recipe), "method.beta=500", "trainer.steps=2"]) == 0
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     assert main(["train", str(recipe), "method.beta=600", "trainer.steps=2", "--resume", "never"]) == 0
 
 

@@ -137,7 +137,7 @@ def test_an_unfinished_training_goes_on_to_the_same_weights(
     capsys.readouterr()
     assert train_systems(config) == {"base": str(shared / "base"), "sft": "runs/sft"}
     said = capsys.readouterr().err
-    assert "goes on into runs/sft" in said and "going on from runs/sft/checkpoints/step_00000002" in said
+    assert "goes on into runs/sft" in said and "resuming from runs/sft/checkpoints/step_00000002" in said
     assert (run / "pytorch_lora_weights.safetensors").read_bytes() == weights and losses(run) == whole
 
 
