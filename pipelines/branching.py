@@ -22,6 +22,7 @@ from pipelines.errors import PipelineError
 from pipelines.generator import Generator
 from pipelines.guidance import Autocast, guided_predictor
 from pipelines.kernels import Kernel
+from pipelines.noise import Timestep
 from pipelines.sampling import latent_dtype, noise_stream
 
 
@@ -30,13 +31,13 @@ class Branching:
     """A random sampling step from level `t` to `t_next` by `kernel`: where it started, and what could have come of it.
 
     `clean` are the clean latents predicted from each candidate, None where they were not asked for; `std` is that of
-    the step, the same for all samples.
+    the step, the same for all samples. A batch that mixes steps has levels and `std` for each sample.
     """
 
-    t: int | float
-    t_next: int | float
+    t: Timestep
+    t_next: Timestep
     kernel: Kernel
-    std: float
+    std: float | Float[Tensor, " batch"]
     state: Float[Tensor, "batch *latent"]
     candidates: Float[Tensor, "candidates batch *latent"]
     clean: Float[Tensor, "candidates batch *latent"] | None

@@ -52,6 +52,12 @@ class Trajectory:
     log_probs: Float[Tensor, "steps batch"] | None = None
     kernels: tuple[Kernel, ...] = ()
 
+    def select(self, rows: Int[Tensor, " rows"]) -> Trajectory:
+        """Return some of the samples, by their numbers."""
+        names = [name for name in ("states", "means", "stds", "log_probs") if getattr(self, name) is not None]
+        kept = {name: getattr(self, name)[:, rows] for name in names}
+        return Trajectory(self.latents[rows], self.timesteps, self.next_timesteps, **kept, kernels=self.kernels)
+
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
         """Join trajectories over the same timesteps along the batch."""

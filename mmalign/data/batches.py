@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from pipelines.conditioning import Conditioning
@@ -109,6 +109,16 @@ class PromptBatch:
     def to(self, device: torch.device | str) -> PromptBatch:
         """Return the batch on another device."""
         return replace(self, cond=self.cond.to(device=device))
+
+    def select(self, rows: Int[Tensor, " rows"]) -> PromptBatch:
+        """Return some of the prompts, by their numbers."""
+        chosen = rows.tolist()
+        return PromptBatch(
+            prompts=[self.prompts[row] for row in chosen],
+            cond=self.cond[rows],
+            ids=[self.ids[row] for row in chosen],
+            epoch=self.epoch,
+        )
 
     def repeat(self, times: int) -> PromptBatch:
         """Return the batch with every prompt `times` times in a row, each with an id of its own."""

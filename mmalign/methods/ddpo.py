@@ -53,6 +53,7 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
 
     name: ClassVar[str] = "ddpo"
     Config = DDPOConfig
+    compares_images: ClassVar[bool] = False
 
     def __init__(self, config: DDPOConfig) -> None:
         """Start without statistics."""

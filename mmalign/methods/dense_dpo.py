@@ -31,7 +31,7 @@ class DenseDPOConfig(TrajectoryConfig):
     compared: int = Field(2, ge=2)
     """images of each prompt that an update compares, drawn anew; more than two are ranked (ListMLE)"""
     updates_per_round: int = Field(10, ge=1)
-    """optimiser steps on one round of samples"""
+    """passes over one round of samples; each is one optimiser step, or one for each of its mini-batches"""
     gamma: float = Field(0.9, gt=0, le=1)
     """a sampling step is drawn with probability proportional to gamma ** k, k = 0 the first; 1: uniform"""
     steps_per_image: int = Field(3, ge=1)

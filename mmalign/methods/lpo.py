@@ -75,7 +75,7 @@ class LPO(SPO):
     def step_scores(self, run: Run, samples: PromptBatch, step: Branching) -> Float[Tensor, "candidates batch"]:
         """Return the latent reward of each candidate."""
         level = step.t if self.config.fidelity == "code" else step.t_next
-        scores = [self._score(run, candidate, level, samples) for candidate in step.candidates]
+        scores = [self._score(run, candidate, float(level), samples) for candidate in step.candidates]
         return torch.stack(scores)
 
     def final_rewards(

@@ -27,7 +27,7 @@ class PRDPConfig(TrajectoryConfig):
     images_per_prompt: int = Field(8, ge=2)
     """images sampled for each prompt; all pairs among them are compared"""
     updates_per_round: int = Field(4, ge=1)
-    """optimiser steps on one round of samples"""
+    """passes over one round of samples; each is one optimiser step, or one for each of its mini-batches"""
     beta: float = Field(10.0, gt=0)
     """reward difference for a log-ratio of 1 nat per dimension: the paper's beta times the number of dimensions"""
     clip: float = Field(1e-4, gt=0)

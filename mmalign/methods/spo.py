@@ -7,12 +7,11 @@ the network predicts from a candidate; a reward that reads noisy latents overrid
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from mmalign.losses import dynamic_threshold, gaussian_kl, spo, spo_logit, step_
 from mmalign.methods.base import LossOutput, Needs
 from mmalign.methods.noising import pair_accuracy
 from mmalign.methods.run import Run
+from mmalign.methods.step_pairs import StepPairs, split_pairs
 from mmalign.methods.trajectory import RandomSamplingConfig, SamplingMethod
 from pipelines.branching import Branching, sample_branching
 from pipelines.guidance import guided_predictor
@@ -40,26 +40,17 @@ class SPOConfig(RandomSamplingConfig):
     """softmax gap of best and worst that a pair must exceed, at the sampler's least and at its largest noise"""
     score_scale: float = Field(1.0, gt=0)
     """factor on the rewards before the softmax"""
+    mini_batch_size: int | None = Field(None, ge=1)
+    """pairs of each optimiser step, on each process, in place of `mini_batches`: a round then has as many steps as its
+    pairs above the threshold fill; null: see mini_batches"""
 
     @model_validator(mode="after")
     def _thresholds_are_gaps(self) -> SPOConfig:
+        if self.mini_batch_size is not None and self.mini_batches > 1:
+            raise ValueError(f"mini_batch_size {self.mini_batch_size} and mini_batches {self.mini_batches}: give one")
         if not all(0 <= one < 1 for one in self.threshold):
             raise ValueError(f"threshold {list(self.threshold)}: each gap of probabilities must satisfy 0 <= gap < 1")
         return self
-
-
-@dataclass
-class StepPairs:
-    """One sampling step of every chain of a micro-batch, with its best and its worst candidate."""
-
-    samples: PromptBatch
-    step: Branching
-    valid: Bool[Tensor, " batch"]
-    """Which chains have a best and a worst that differ enough."""
-    share: float
-    """One over the number of steps of the micro-batch: its steps add up to a mean."""
-    rewards: Float[Tensor, " batch"]
-    """Those of the finished images, which nothing is learned from."""
 
 
 class SPO(SamplingMethod[SPOConfig]):
@@ -85,6 +76,19 @@ class SPO(SamplingMethod[SPOConfig]):
         """Sample branching chains with the current policy, score their steps, and keep the best and the worst."""
         return [pairs for batch in batches for pairs in self._draw(run, batch.repeat(self.config.images_per_prompt))]
 
+    def split(self, run: Run, collected: Iterable[StepPairs]) -> Sequence[Sequence[StepPairs]]:
+        """Learn from the whole round at once, or drop, shuffle and cut as `split_pairs` does."""
+        c, held = self.config, list(collected)
+        if c.mini_batches == 1 and c.mini_batch_size is None:
+            return [held] * c.updates_per_round
+        return split_pairs(
+            held,
+            passes=c.updates_per_round,
+            parts=c.mini_batches,
+            size=c.mini_batch_size,
+            random=lambda turn: run.random("mini-batches", run.step, turn),
+        )
+
     def step_scores(self, run: Run, samples: PromptBatch, step: Branching) -> Float[Tensor, "candidates batch"]:
         """Return the score of each candidate: the reward of the clean image that the policy predicts from it."""
         assert step.clean is not None
@@ -106,7 +110,7 @@ class SPO(SamplingMethod[SPOConfig]):
         found: list[tuple[Branching, Tensor]] = []
 
         def judge(step: Branching) -> None:
-            threshold = dynamic_threshold(step.std, (min(stds), max(stds)), c.threshold)
+            threshold = dynamic_threshold(float(step.std), (min(stds), max(stds)), c.threshold)
             best, worst, valid = step_preference(c.score_scale * self.step_scores(run, samples, step), threshold)
             found.append((step.pick(best, worst), valid))
 
@@ -131,7 +135,7 @@ class SPO(SamplingMethod[SPOConfig]):
         with run.reference.active():
             reference = self._mean(run, batch)
         policy = self._mean(run, batch)
-        std = policy.new_full((len(policy),), step.std)
+        std = torch.as_tensor(step.std, dtype=policy.dtype, device=policy.device).expand(len(policy))
         best, worst = (
             gaussian_log_prob(candidate, policy, std) - gaussian_log_prob(candidate, reference, std)
             for candidate in step.candidates
@@ -143,7 +147,7 @@ class SPO(SamplingMethod[SPOConfig]):
             {
                 "loss": losses.detach().mean(),
                 "reward": batch.rewards.mean(),
-                "valid": batch.valid.float().mean(),
+                "valid": batch.valid.float().mean() if batch.valid_share is None else batch.valid_share,
                 "accuracy": pair_accuracy(logit),
                 "kl": gaussian_kl(policy.detach(), reference, std).mean(),
             },

@@ -9,9 +9,9 @@ the objective, and only the recorded latents need memory that grows with the num
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import gaussian_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
+from mmalign.methods.mini_batches import check_parts, places, shuffled_parts
 from mmalign.methods.run import Run
 from pipelines import Kernel, ddim, sample
 from pipelines.guidance import guided_predictor
@@ -57,7 +58,9 @@ class RandomSamplingConfig(SamplingConfig):
     random_steps: tuple[float, float] = (0.0, 1.0)
     """part of the sampling (0 is its start) whose steps are random and trained on; the others are deterministic"""
     updates_per_round: int = Field(1, ge=1)
-    """optimiser steps on one round of samples"""
+    """passes over one round of samples; each is one optimiser step, or one for each of its mini-batches"""
+    mini_batches: int = Field(1, ge=1)
+    """parts that each pass over a round is shuffled and cut into, one optimiser step each; 1: all of it at once"""
 
 
 class TrajectoryConfig(RandomSamplingConfig):
@@ -88,13 +91,40 @@ class Rollout:
     reference_means: Float[Tensor, "steps batch *latent"] | None = None
     advantages: Float[Tensor, " batch"] | None = None
     wanted: Bool[Tensor, "steps batch"] | None = None
-    """The log-probs that the present update looks at; all if not set."""
+    """The log-probs that the present update uses; all if not set."""
+    share: float = 1.0
+    """Weight of the loss; the micro-batches of a mini-batch add up to its mean."""
+    first_pass: bool = False
+    """Whether this is part of a mini-batch of the first pass over a round, in which rewards are logged."""
 
     @property
     def stds(self) -> Float[Tensor, "steps batch"]:
         """The standard deviation of each recorded step; 0 where the sampler is deterministic."""
         assert self.trajectory.stds is not None
         return self.trajectory.stds
+
+    def select(self, rows: Int[Tensor, " rows"], share: float, first_pass: bool) -> Rollout:
+        """Return some of the samples, by their numbers."""
+
+        def of_steps(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[:, rows]
+
+        return replace(
+            self,
+            samples=self.samples.select(rows),
+            trajectory=self.trajectory.select(rows),
+            rewards=self.rewards[rows],
+            parts={name: scores[rows] for name, scores in self.parts.items()},
+            old_means=self.old_means[:, rows],
+            old_log_probs=self.old_log_probs[:, rows],
+            log_probs=self.log_probs[:, rows],
+            reference_log_probs=of_steps(self.reference_log_probs),
+            reference_means=of_steps(self.reference_means),
+            advantages=None if self.advantages is None else self.advantages[rows],
+            wanted=of_steps(self.wanted),
+            share=share,
+            first_pass=first_pass,
+        )
 
     def random_steps(self) -> list[int]:
         """Return the steps that have a density; only these can be learned from."""
@@ -112,7 +142,7 @@ class SamplingMethod(Method[SamplingT]):
         """Keep the configuration."""
         super().__init__(config)
         self.images_per_sample = config.images_per_prompt
-        self.updates_per_round = config.updates_per_round
+        self.updates_per_round = config.updates_per_round * config.mini_batches
 
     def check(self, process: NoiseProcess) -> None:
         """Refuse a sampler without randomness, or one that the schedule does not support."""
@@ -138,6 +168,8 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
     """Base of methods that learn from the log-probabilities of their own samples; `loss` takes a `Rollout`."""
 
     needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="blackbox")
+    compares_images: ClassVar[bool] = True
+    """Whether the loss compares the images of a prompt, so that a mini-batch takes all of them or none."""
     whole_reference: ClassVar[bool] = False
     """Whether the reference's log-probs are wanted at every step; otherwise one step a round is enough to watch by."""
 
@@ -148,6 +180,25 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[Rollout]:
         """Sample and score the images of one round with the current policy."""
         return [self._draw(run, batch.repeat(self.config.images_per_prompt)) for batch in batches]
+
+    def split(self, run: Run, collected: Iterable[Rollout]) -> Sequence[Sequence[Rollout]]:
+        """Pass over the round `updates_per_round` times, each time shuffled and cut into `mini_batches`."""
+        c, held = self.config, list(collected)
+        if c.mini_batches == 1:
+            return [held] * c.updates_per_round
+        unit = c.images_per_prompt if self.compares_images else 1
+        owner, number = places([len(rollout.rewards) // unit for rollout in held])
+        check_parts(len(owner), c.mini_batches, "prompts" if self.compares_images else "images")
+        steps = []
+        for turn in range(c.updates_per_round):
+            for part in shuffled_parts(len(owner), c.mini_batches, run.random("mini-batches", run.step, turn)):
+                step = []
+                for index in owner[part].unique().tolist():
+                    units = number[part[owner[part] == index]].sort().values
+                    rows = (unit * units.unsqueeze(1) + torch.arange(unit)).flatten()
+                    step.append(held[index].select(rows, len(held) * len(units) / len(part), turn == 0))
+                steps.append(step)
+        return steps
 
     def sampler(self, run: Run) -> AbstractContextManager[None]:
         """Return the context for sampling; by default the policy itself samples."""
@@ -208,13 +259,14 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
                 assert batch.reference_means is not None
                 kl = gaussian_kl(mean, batch.reference_means[index], std).mean()
                 part = part + c.kl_weight / len(random_steps) * kl
-            backward(part)
-        return {"loss": output.loss, **self._metrics(run, batch, fresh), **output.metrics}
+            backward(batch.share * part)
+        new = fresh or batch.first_pass
+        return {"loss": output.loss, **self._metrics(run, batch, new), **output.metrics}
 
-    def _metrics(self, run: Run, batch: Rollout, fresh: bool) -> dict[str, Tensor | float]:
+    def _metrics(self, run: Run, batch: Rollout, new: bool) -> dict[str, Tensor | float]:
         ratio = (batch.log_probs.detach() - batch.old_log_probs).abs()
         metrics: dict[str, Tensor | float] = {"log_ratio_mean": ratio.mean(), "log_ratio_max": ratio.max()}
-        if not fresh:
+        if not new:
             return metrics
         metrics |= {"reward": batch.rewards.mean(), "reward_std": batch.rewards.std(correction=0)}
         metrics |= {f"reward/{name}": score.mean() for name, score in batch.parts.items()}
