@@ -125,12 +125,14 @@ def image_run(name: str, model: str, folder: Path, **changes: Any) -> Path:
     return train(run_config(model, pairs, folder / "out", {"name": name, **options}, **common, data=data))
 
 
-def answer_run(name: str, model: str, folder: Path, **changes: Any) -> Path:
+def answer_run(
+    name: str, model: str, folder: Path, options: dict[str, Any] | None = None, count: int = 6, **changes: Any
+) -> Path:
     """Train one method on pairs of answers for a few steps and return its output."""
-    columns = {"difficulty": [2, 1] * 3} if name == "temple" else {}
-    pairs = write_answer_pairs(folder / "data", own_media=True, **columns)
+    columns = {"difficulty": [2, 1] * (count // 2)} if name == "temple" else {}
+    pairs = write_answer_pairs(folder / "data", count, own_media=True, **columns)
     common: dict[str, Any] = {"steps": 4, "learning_rate": 1e-2, **changes}
-    return train(run_config(model, pairs, folder / "out", {"name": name, **ANSWERS[name]}, **common))
+    return train(run_config(model, pairs, folder / "out", {"name": name, **(options or ANSWERS[name])}, **common))
 
 
 def reward_run(model: str, folder: Path) -> Path:
