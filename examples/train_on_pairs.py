@@ -1,7 +1,7 @@
 """Train a LoRA on preference pairs that are made in memory: Direct Preference Optimisation on a tiny model.
 
 Run it as a script, or cell by cell in an editor that knows `# %%` (VS Code, PyCharm, Spyder, Jupyter with jupytext).
-It needs no GPU and no download, and takes about ten seconds: Shapes draws coloured shapes in 32 x 32 pixels.
+It needs no GPU and no download, and takes about ten seconds: Shapes draws coloured shapes in 64 x 64 pixels.
 """
 
 # %% Draw a few candidates for each prompt.
