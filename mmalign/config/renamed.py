@@ -72,9 +72,21 @@ def current_recipe(
     """Return a flat recipe (see `flatten`) under the new names of its keys; `method` is the schema of that section."""
 
     def current(key: str) -> str:
-        section, _, last = key.rpartition(".")
-        path = tuple(int(part) if part.isdigit() else part for part in section.split(".")) if section else ()
-        holder = schema_at(method, path[1:]) if path[:1] == ("method",) else schema_at(schema, path)
+        holder, last = _holder(key, schema, method)
         return key.removesuffix(last) + new_names(holder).get(last, last)
 
     return {current(key): value for key, value in recipe.items()}
+
+
+def default_of(key: str, schema: type[BaseModel], method: type[BaseModel] | None) -> Any:
+    """Return the default of a flat key, which stands for it in a recipe of before the key existed; `...`: none."""
+    holder, last = _holder(key, schema, method)
+    field = holder.model_fields.get(last) if holder else None
+    return ... if field is None or field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _holder(key: str, schema: type[BaseModel], method: type[BaseModel] | None) -> tuple[type[BaseModel] | None, str]:
+    """Return the schema that a flat key belongs to, and the key's name in it."""
+    section, _, last = key.rpartition(".")
+    path = tuple(int(part) if part.isdigit() else part for part in section.split(".")) if section else ()
+    return (schema_at(method, path[1:]) if path[:1] == ("method",) else schema_at(schema, path)), last

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mmalign.config.run import RunConfig, dump_config
+from mmalign.config.run import RunConfig, load_config
 from mmalign.core.errors import UserError
 from mmalign.core.progress import note
 from mmalign.training.output import CONFIG_FILE, is_finished
@@ -27,7 +27,14 @@ def check_chain(resume: str, what: str, work: str) -> None:
 def train_once(one: RunConfig, resume: str) -> Path:
     """Do one of several trainings, unless that is done, and return the folder of the export."""
     output = Path(one.output)
-    if resume == "auto" and is_finished(output) and (output / CONFIG_FILE).read_text("utf-8") == dump_config(one):
+    if resume == "auto" and is_finished(output) and _was_trained_by(one, output):
         note(f"trained already, in {output}")
         return output
     return train_one(one, resume)
+
+
+def _was_trained_by(config: RunConfig, output: Path) -> bool:
+    try:
+        return load_config(output / CONFIG_FILE) == config
+    except UserError:
+        return False

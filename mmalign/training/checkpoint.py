@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from mmalign.config.checks import method_class
-from mmalign.config.renamed import current_recipe
+from mmalign.config.renamed import current_recipe, default_of
 from mmalign.config.run import RunConfig
 from mmalign.core.errors import UserError
 from mmalign.core.progress import note
@@ -122,13 +122,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def check_same_recipe(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
     """Refuse to continue a run under another recipe or with other data: the result would be neither's.
 
-    Keys that were renamed since the checkpoint was saved are compared under their new names.
+    Keys that were renamed since the checkpoint was saved are compared under their new names, and a key that did not
+    exist then counts as its default.
 
     Raises:
         UserError: names every key that differs, with both values.
     """
     method = method_class({"name": saved.get("method.name")})[0]
-    saved = current_recipe(saved, RunConfig, method.Config if method else None)
+    options = method.Config if method else None
+    saved = current_recipe(saved, RunConfig, options)
+    new = {key: default_of(key, RunConfig, options) for key in current.keys() - saved.keys()}
+    saved |= json.loads(json.dumps({key: value for key, value in new.items() if value is not ...}, default=str))
     current = json.loads(json.dumps(current, default=str))
     missing = object()
     different = [

@@ -146,6 +146,16 @@ def test_a_checkpoint_saved_under_the_old_name_of_a_key_is_the_same_recipe(tmp_p
         check_same_recipe({**saved, "method.margin_rise": 0.25}, now, tmp_path)
 
 
+def test_a_key_that_a_checkpoint_does_not_know_counts_as_its_default(tmp_path: Path) -> None:
+    saved = {"method.name": "ddpo", "method.clip": 1e-4, "data.content": "ab"}
+    now = {**saved, "method.mini_batches": 1, "trainer.ema": None, "data.flip": False}
+    check_same_recipe(saved, now, tmp_path)
+    with pytest.raises(UserError, match=r"method.mini_batches was 1, now 2\."):
+        check_same_recipe(saved, {**now, "method.mini_batches": 2}, tmp_path)
+    with pytest.raises(UserError, match=r"data.model was \(absent\), now x\."):
+        check_same_recipe(saved, {**now, "data.model": "x"}, tmp_path)
+
+
 def test_a_base_model_trained_anew_under_its_old_path_is_noticed(world: dict[str, Any], tmp_path: Path) -> None:
     model = shutil.copytree(world["sd"], tmp_path / "model")
     output = train(run_config(str(model), world["pairs"], tmp_path / "out"))
