@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mmalign.core.version import __version__
+
 if TYPE_CHECKING:
     from mmalign.api.compare import compare
     from mmalign.api.generate import generate, load_generator, load_vlm
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from mmalign.methods.base import Method
     from rewards import Reward, load_reward
 
-__version__ = "0.1.0"
 __all__ = [
     "Method",
     "Reward",

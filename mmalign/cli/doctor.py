@@ -18,8 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import mmalign
 from mmalign.core.resources import resource_root
+from mmalign.core.version import __version__
 
 REQUIRED = (
     "torch torchvision diffusers transformers open-clip-torch accelerate peft safetensors datasets pydantic pyyaml "
@@ -55,8 +55,8 @@ def examine() -> dict[str, Any]:
     """Return sections of name -> finding, and the list `problems` (empty on a sound installation)."""
     findings: dict[str, Any] = {
         "mmalign": {
-            "version": mmalign.__version__,
-            "found in": str(Path(mmalign.__file__).parent),
+            "version": __version__,
+            "found in": str(Path(__file__).parent.parent),
             "python": platform.python_version(),
             "system": platform.platform(),
         },

@@ -14,8 +14,8 @@ import sys
 import traceback
 from typing import NoReturn
 
-from mmalign import __version__
 from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.version import __version__
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("the whole story on Shapes: base, pairs, training, comparison, report", "mmalign demo"),

@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import mmalign
 from mmalign.compare.results.results import Comparison, write_results, write_scores
 from mmalign.compare.systems.config import Replica, SystemsConfig
 from mmalign.compare.systems.facts import SystemFacts
@@ -19,6 +18,7 @@ from mmalign.compare.systems.training import train_systems
 from mmalign.config.run import dump_config
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.precision import check_precision
+from mmalign.core.version import __version__
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _machine() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {
-            "mmalign": mmalign.__version__,
+            "mmalign": __version__,
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "diffusers", "transformers")},
         },

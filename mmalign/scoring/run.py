@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmalign import __version__
 from mmalign.core.errors import UserError
 from mmalign.core.io.decode import ALL_FRAMES, Frames
 from mmalign.core.io.items import Item
 from mmalign.core.progress import note, track
+from mmalign.core.version import __version__
 from mmalign.scoring.checks import check_reward
 from mmalign.scoring.choice import TOTAL, Choice, WeightedReward, weighted_total
 from mmalign.scoring.chosen import fingerprint_reward, load_choices

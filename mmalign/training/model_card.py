@@ -7,11 +7,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from mmalign import __version__
 from mmalign.config.run import RunConfig, dump_config
 from mmalign.core.files import write_atomically
 from mmalign.core.io.tables import TABLE_SUFFIXES
 from mmalign.core.resources import is_hub_id
+from mmalign.core.version import __version__
 from mmalign.training.output import CARD_FILE
 from mmalign.training.tasks import task_of
 from mmalign.training.tracking import read_metrics
