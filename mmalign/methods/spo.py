@@ -77,16 +77,10 @@ class SPO(SamplingMethod[SPOConfig]):
         return [pairs for batch in batches for pairs in self._draw(run, batch.repeat(self.config.images_per_prompt))]
 
     def split(self, run: Run, collected: Iterable[StepPairs]) -> Sequence[Sequence[StepPairs]]:
-        """Learn from the whole round at once, or drop, shuffle and cut as `split_pairs` does."""
-        c, held = self.config, list(collected)
-        if c.mini_batches == 1 and c.mini_batch_size is None:
-            return [held] * c.updates_per_round
+        """Learn from the whole round in each step, or drop, shuffle and cut as `split_pairs` does."""
+        c = self.config
         return split_pairs(
-            held,
-            passes=c.updates_per_round,
-            parts=c.mini_batches,
-            size=c.mini_batch_size,
-            random=lambda turn: run.random("mini-batches", run.step, turn),
+            list(collected), run, passes=c.updates_per_round, parts=c.mini_batches, size=c.mini_batch_size
         )
 
     def step_scores(self, run: Run, samples: PromptBatch, step: Branching) -> Float[Tensor, "candidates batch"]:

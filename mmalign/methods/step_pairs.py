@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from mmalign.core.distributed import gather
 from mmalign.data.batches import PromptBatch
 from mmalign.methods.mini_batches import places, shuffled_parts
+from mmalign.methods.run import Run
 from pipelines.branching import Branching
 from pipelines.conditioning import Conditioning
 
@@ -61,13 +62,15 @@ def gather_rows(
 
 
 def split_pairs(
-    held: Sequence[StepPairs], *, passes: int, parts: int, size: int | None, random: Callable[[int], torch.Generator]
+    held: list[StepPairs], run: Run, *, passes: int, parts: int, size: int | None
 ) -> list[list[StepPairs]]:
     """Drop the pairs below the threshold, shuffle the others, and cut them into mini-batches; pairs of all steps mix.
 
     Each pass has `parts` mini-batches or, if `size` is given, as many as pairs of that number fill on the process that
-    has most of them; one with fewer pairs gets smaller ones. `random(turn)` draws the order of a pass.
+    has most of them; one with fewer pairs gets smaller ones. A single part without a size is the round as it is.
     """
+    if parts == 1 and size is None:
+        return [held] * passes
     rows = [pairs.valid.nonzero().flatten().cpu() for pairs in held]
     owner, row = places([len(some) for some in rows])[0], torch.cat(rows)
     count = parts if size is None else max(1, *gather(math.ceil(len(row) / size)))
@@ -81,5 +84,5 @@ def split_pairs(
             if len(few)
         ]
         for turn in range(passes)
-        for part in shuffled_parts(len(row), count, random(turn))
+        for part in shuffled_parts(len(row), count, run.random("mini-batches", run.step, turn))
     ]
