@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -114,9 +115,9 @@ class Learner(ABC):
         for _, name, value in rows:
             columns.setdefault(name, []).append(value)
         means = {name: math.fsum(column) / len(column) for name, column in columns.items()}
-        if distributed.world_size() > 1:
-            local = torch.tensor(list(means.values()), device=self.accelerator.device)
-            means = dict(zip(means, distributed.mean(local).tolist(), strict=True))
+        everyone = distributed.gather(means)  # one whose mini-batches were empty has fewer names
+        names = dict.fromkeys(name for one in everyone for name in one)
+        means = {name: statistics.fmean(one[name] for one in everyone if name in one) for name in names}
         rate: float = self.optimizer.param_groups[0]["lr"]
         return {**means, "learning_rate": rate, "epoch": self.epoch(step), **self.count()}
 
