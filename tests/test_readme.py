@@ -182,9 +182,9 @@ def test_the_table_of_rewards_agrees_with_the_registry() -> None:
     section = text.partition("[start:table] -->")[2].partition("<!-- --8<-- [end:table]")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
     header, *rows = rows
-    assert header == ["reward", "licence", "range", "sees", "limitations"]
+    assert header == ["reward", "licence", "range", "measures", "limitations"]
     assert sorted(row[0].strip("`") for row in rows) == [row[0].strip("`") for row in rows] == sorted(BUILTIN)
-    for name, licence, limits, sees, limitations in rows:
+    for name, licence, limits, measures, limitations in rows:
         facts = Facts.of(reward_class(name.strip("`")))
         assert (licence, limits) == (facts.licence, " .. ".join(f"{bound:g}" for bound in facts.range)), name
-        assert (facts.modality == "video") == sees.startswith("video") and limitations
+        assert (facts.modality == "video") == measures.startswith("video") and limitations
