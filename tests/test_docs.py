@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import types
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mmalign.cli import main
-from mmalign.methods import methods
+from mmalign.core.registry import false_captions, methods, question_sets
+from rewards.registry import ENTRY_POINT_GROUP
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 KEYS = ["Run", "Needs", "Cost", "Result", "Differs from the paper"]
 READMES = [ROOT / "rewards" / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "assets").rglob("README.md")]
+GROUPS = {methods.group, question_sets.group, false_captions.group, ENTRY_POINT_GROUP}
+"""Groups of entry points, which look like modules."""
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *READMES])
 
 
@@ -86,6 +91,52 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             headings = re.findall(r"(?m)^#+ (.*)", place.read_text(encoding="utf-8"))
             slugs = [re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings]
             assert anchor in slugs, target
+
+
+def resolve(name: str) -> object:
+    """Return what a dotted name stands for: a module, or an attribute of one, however deep."""
+    module, *attributes = "", *name.split(".")
+    found: object = types.SimpleNamespace()
+    while attributes:
+        module = f"{module}.{attributes[0]}".lstrip(".")
+        try:
+            found = importlib.import_module(module)
+        except ImportError:
+            break
+        del attributes[0]
+    for attribute in attributes:
+        found = getattr(found, attribute)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_and_names_of_ours_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    for span in re.findall(r"`([^`\n]+)`", prose):
+        if re.fullmatch(r"(mmalign|pipelines|rewards|configs|tests|docs|benchmarks|assets|examples)/[\w./*-]*", span):
+            if "NAME" not in span:  # stands for any name
+                assert list(ROOT.glob(span)), span
+        elif dotted := re.fullmatch(r"((?:mmalign|pipelines|rewards)(?:\.\w+)+)(?:\(.*\))?", span):
+            assert span in GROUPS or resolve(dotted[1]) is not None, span
+    for module in re.findall(r"(?m)^::: ([\w.]+)$", text):
+        resolve(module)
+
+
+def test_the_tree_of_the_readme_names_files_and_what_is_in_them() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where things are")[2].split("```")[1]
+    folder, named = "", []
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(?:([\w]+)/)?", line).groups()  # type: ignore[union-attr]
+        if name:
+            folder = f"mmalign/{name}" if indent else name
+            assert (ROOT / folder).is_dir(), folder
+        if place := re.search(r"  ([\w/]+)\.py: ([\w.]+)$", line):
+            resolve(f"{folder}/{place[1]}".replace("/", ".") + f".{place[2]}")
+            named.append(folder)
+    assert {path.parent.name for path in ROOT.glob("mmalign/*/__init__.py")} == {
+        Path(one).name for one in named if one.startswith("mmalign/")
+    }
 
 
 def test_every_page_is_in_the_navigation() -> None:
