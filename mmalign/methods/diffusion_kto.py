@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.core import distributed as ranks
+from mmalign.core import distributed
 from mmalign.losses import diffusion_kto, kto_reference_point
 from mmalign.losses.diffusion_kto import Utility
 from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
@@ -50,7 +50,7 @@ class DiffusionKTO(Method[DiffusionKTOConfig]):
         noised = noise_images(run, batch, c)
         policy = noised.errors(run.predict)
         gain = noised.errors(run.reference.predict) - policy
-        point = ranks.mean(kto_reference_point(gain))
+        point = distributed.mean(kto_reference_point(gain))
         loss = diffusion_kto(
             gain,
             batch.desirable,

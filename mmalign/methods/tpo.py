@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.core import distributed as ranks
+from mmalign.core import distributed
 from mmalign.core.errors import UserError
 from mmalign.losses import diffusion_kto, kto_reference_point, tdpo, tdpo_logit
 from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
@@ -84,5 +84,5 @@ class TPO(Method[TPOConfig]):
 
     def _tkto(self, gain: Tensor) -> Tensor:
         good = torch.arange(len(gain), device=gain.device) < len(gain) // 2
-        point = ranks.mean(kto_reference_point(gain))
+        point = distributed.mean(kto_reference_point(gain))
         return diffusion_kto(gain, good, point, beta=self.config.beta).mean()
