@@ -50,9 +50,13 @@ def average_gradients(parameters: Sequence[nn.Parameter], world_size: int) -> No
 
     Used instead of wrapping the network in DistributedDataParallel: a method may call the network any number of times
     per loss, with the adapter on or off, with or without a graph, and none of that has to be declared. A parameter
-    without a gradient counts as zero, so that every rank sends the same message.
+    without a gradient counts as zero, so that every rank sends the same message; and alone, if none has one, as in a
+    step whose mini-batch is empty, which is then the same step as on several ranks.
     """
     if world_size == 1:
+        if all(parameter.grad is None for parameter in parameters):
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(world_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from tiny_models import build_tiny_sd
 from tiny_runs import InMemoryPairs
 
+from mmalign.core import distributed
 from mmalign.core.ema import EMA
 from mmalign.data.sampler import BatchSampler
 from mmalign.training.export import ExportError, check_load_back
+from mmalign.training.method_learner import MethodLearner
 from mmalign.training.optim import average_gradients, learning_rate_factor, warmup_steps
 from mmalign.training.tasks.image import ImageProbe
+from mmalign.training.tracking import MetricBuffer
 from pipelines import load_generator
 
 
@@ -87,3 +91,37 @@ def test_gradients_are_averaged_over_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     average_gradients([first, second], world_size=2)
     assert first.grad.tolist() == [4.0, 8.0]
     assert second.grad is not None and second.grad.tolist() == [0.0, 0.0]
+
+
+def test_a_step_without_a_gradient_is_one_of_zeros_on_one_rank_too() -> None:
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    average_gradients([first, second], world_size=1)
+    assert first.grad is not None and first.grad.tolist() == [0.0, 0.0] and second.grad is not None
+    first.grad, second.grad = torch.tensor([2.0, 4.0]), None
+    average_gradients([first, second], world_size=1)
+    assert first.grad.tolist() == [2.0, 4.0] and second.grad is None
+
+
+def test_a_metric_that_only_some_processes_have_is_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose part of a step held no sample has only the norm of its gradient, and says so."""
+
+    def gather(mine: dict[str, float]) -> list[dict[str, float]]:
+        return [mine, {"loss": 3.0, "accuracy": 0.5, "grad_norm": 1.0}, {"loss": 5.0, "grad_norm": 1.0}]
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    learner = object.__new__(MethodLearner)
+    monkeypatch.setattr(learner, "accelerator", SimpleNamespace(device="cpu", scaler=None), raising=False)
+    monkeypatch.setattr(learner, "optimizer", SimpleNamespace(param_groups=[{"lr": 0.1}]), raising=False)
+    monkeypatch.setattr(learner, "_buffer", MetricBuffer(), raising=False)
+    monkeypatch.setattr(learner, "epoch", lambda step: 0.0)
+    monkeypatch.setattr(learner, "count", lambda: {"seconds": 2.0})
+    learner._buffer.add(1, {"grad_norm": 1.0})
+    found = learner.metrics(1)
+    assert found == {
+        "grad_norm": 1.0,
+        "loss": 4.0,
+        "accuracy": 0.5,
+        "learning_rate": 0.1,
+        "epoch": 0.0,
+        "seconds": 2.0,
+    }
