@@ -97,6 +97,7 @@ class Loop:
         self.checkpoints = self.output / CHECKPOINTS
         self.step, self.finished = 0, False
         self._saved = 0  # step of the last checkpoint
+        self._asked = 0  # step at which all processes were last asked whether to stop
         self._clock = (0, 0.0)  # step and time of the last line of metrics
 
     def run(self, resume: str = "auto") -> None:
@@ -110,7 +111,7 @@ class Loop:
             TrainingDiverged: the loss is not finite. DiskFull: no room to save.
             TrainingInterrupted: Ctrl-C; a checkpoint was saved.
         """
-        self.step = self._restore(resume)
+        self.step = self._asked = self._restore(resume)
         self.learner.count()
         self.finished = self.step >= self.settings.steps or self._ended()
         self.output.mkdir(parents=True, exist_ok=True)
@@ -164,8 +165,10 @@ class Loop:
     def _agree_to_stop(self, stop: StopRequest) -> bool:
         if distributed.world_size() == 1:
             return stop.requested
-        if self.step % self.settings.log_every:  # asking all processes costs a message
+        every = self.settings.log_every
+        if self.step // every == self._asked // every:  # asking all processes costs a message
             return False
+        self._asked = self.step
         return any(distributed.gather(stop.requested))
 
     def _log(self) -> dict[str, float]:

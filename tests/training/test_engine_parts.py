@@ -13,8 +13,10 @@ from tiny_runs import InMemoryPairs
 
 from mmalign.core import distributed
 from mmalign.core.ema import EMA
+from mmalign.core.interrupt import StopRequest
 from mmalign.data.sampler import BatchSampler
 from mmalign.training.export import ExportError, check_load_back
+from mmalign.training.loop import Loop
 from mmalign.training.method_learner import MethodLearner
 from mmalign.training.optim import average_gradients, learning_rate_factor, warmup_steps
 from mmalign.training.tasks.image import ImageProbe
@@ -125,3 +127,23 @@ def test_a_metric_that_only_some_processes_have_is_their_mean(monkeypatch: pytes
         "epoch": 0.0,
         "seconds": 2.0,
     }
+
+
+def test_processes_agree_to_stop_at_the_end_of_a_round_though_no_line_is_due_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounds of 3 steps and a line every 4: all are asked once since each line, at the same steps everywhere."""
+    asked = []
+
+    def gather(mine: bool) -> list[bool]:
+        asked.append(loop.step)
+        return [mine, loop.step >= 9]
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", gather)
+    config = SimpleNamespace(output="out", trainer=SimpleNamespace(log_every=4))
+    loop = Loop(None, config)  # type: ignore[arg-type]
+    stopped = []
+    for loop.step in range(3, 16, 3):
+        stopped.append(loop._agree_to_stop(StopRequest()))
+    assert asked == [6, 9, 12] and stopped == [False, False, True, True, False]
