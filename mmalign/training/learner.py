@@ -148,7 +148,8 @@ class Learner(ABC):
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved.tensors["weights"][name])
         load_optimizer_tensors(self.optimizer, list(self.parameters), saved.tensors["optimizer"])
-        self.run.cost.load(saved.values["cost"], distributed.rank(), distributed.world_size())
+        if "cost" in saved.values:  # until 0.1 a latent reward's run counted none
+            self.run.cost.load(saved.values["cost"], distributed.rank(), distributed.world_size())
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.values["scaler"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,18 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(place: Path, tmp_path: Path
     assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
     accuracies = [json.loads((tmp_path / name / "accuracy.json").read_text()) for name in ("whole", "halves")]
     assert accuracies[0] == accuracies[1]
+
+
+def test_a_checkpoint_without_costs_is_resumed(place: Path, tmp_path: Path) -> None:
+    """As written before latent rewards and methods shared one loop."""
+    again = arguments(place, tmp_path / "out", trainer__checkpoint_every=4, trainer__keep_checkpoints=2)
+    assert main(again) == 0
+    losses = [line["loss"] for line in metrics(tmp_path / "out")]
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_00000008")
+    state = tmp_path / "out" / "checkpoints" / "step_00000004" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "values": {}}))
+    assert main(again) == 0
+    assert [line["loss"] for line in metrics(tmp_path / "out")] == losses
 
 
 def test_sdxl_trains_too(place: Path, tmp_path: Path) -> None:
