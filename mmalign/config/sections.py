@@ -129,6 +129,23 @@ class BudgetConfig(StrictModel):
         return self
 
 
+def check_tracker_names(names: list[str]) -> list[str]:
+    """Return names of trackers.
+
+    Raises:
+        ValueError: accelerate knows none of that name.
+    """
+    if not names:
+        return names
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # torch comes with it, and few recipes name a tracker
+
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = sorted(LOGGER_TYPE_TO_CLASS)
+            raise ValueError(f"given the text '{name}'; allowed: {', '.join(known)}{did_you_mean(name, known)}")
+    return names
+
+
 class TrainerConfig(StrictModel):
     """The training loop."""
 
@@ -178,15 +195,7 @@ class TrainerConfig(StrictModel):
     @field_validator("trackers")
     @classmethod
     def _known_trackers(cls, names: list[str]) -> list[str]:
-        if not names:
-            return names
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # torch comes with it, and few recipes name a tracker
-
-        for name in names:
-            if name not in LOGGER_TYPE_TO_CLASS:
-                known = sorted(LOGGER_TYPE_TO_CLASS)
-                raise ValueError(f"given the text '{name}'; allowed: {', '.join(known)}{did_you_mean(name, known)}")
-        return names
+        return check_tracker_names(names)
 
     @model_serializer(mode="wrap")
     def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -113,6 +113,18 @@ def test_a_checkpoint_without_costs_is_resumed(place: Path, tmp_path: Path) -> N
     assert [line["loss"] for line in metrics(tmp_path / "out")] == losses
 
 
+def test_trackers_take_part_and_may_change(place: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    kept = {"trainer__steps": 4, "trainer__checkpoint_every": 2, "trainer__keep_checkpoints": 2}
+    assert main(arguments(place, tmp_path / "out", **kept)) == 0
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_00000004")
+    tracked = {"trainer__trackers": "[tensorboard]", "trainer__tracker_project": "birds"}
+    assert main(arguments(place, tmp_path / "out", **kept, **tracked)) == 0
+    events = EventAccumulator(str(tmp_path / "out" / "birds")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [3, 4]
+
+
 def test_sdxl_trains_too(place: Path, tmp_path: Path) -> None:
     model = build_tiny_sdxl(tmp_path / "sdxl")
     assert main(arguments(place, tmp_path / "out", model=model, trainer__steps=2)) == 0

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from mmalign.config.run import load_schema
-from mmalign.config.sections import DataConfig, Guidance, Share, StrictModel
+from mmalign.config.sections import DataConfig, Guidance, Share, StrictModel, check_tracker_names
 from mmalign.core.errors import UserError
 
 
@@ -45,6 +45,15 @@ class RewardTrainerConfig(StrictModel):
     """steps between two lines of metrics"""
     trackers: list[str] = []
     """where metrics go besides metrics.jsonl, as for `mmalign train`"""
+    tracker_project: str = Field("mmalign", min_length=1)
+    """the project that trackers file the run under"""
+    tracker_run: str | None = Field(None, min_length=1)
+    """what trackers call the run; null: the name of the output's folder"""
+
+    @field_validator("trackers")
+    @classmethod
+    def _known_trackers(cls, names: list[str]) -> list[str]:
+        return check_tracker_names(names)
 
 
 class LatentRewardConfig(StrictModel):

@@ -223,6 +223,8 @@ def _recipe(config: LatentRewardConfig, model: str) -> dict[str, Any]:
     """Return what must be equal for a training to be continued, flat."""
     values = config.model_dump(mode="json", exclude={"output", "model"})
     values["data"] = {key: value for key, value in values["data"].items() if key not in ("pairs", "cache")}
-    for key in ("log_every", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing"):
+    for key in ("log_every", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"):
+        del values["trainer"][key]
+    for key in ("trackers", "tracker_project", "tracker_run"):
         del values["trainer"][key]
     return {"model.content": model, **flatten(values)}
