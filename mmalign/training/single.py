@@ -40,8 +40,7 @@ def train_one(config: RunConfig, resume: str = "auto") -> Path:
         loop.run(resume)
         proof = None
         if accelerator.is_main_process:
-            best = early is not None and early.weights
-            weights = early.applied() if early is not None and best else learner.averaged()
+            weights = early.applied() if early is not None and early.weights else learner.averaged()
             proof = export(config, parts, weights, training_facts(learner, early))
         # Two whole models need not fit: the trained one, with its optimiser, goes before the exported one is read.
         del parts, learner, early, loop

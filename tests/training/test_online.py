@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from mmalign.methods.run import Run
 from mmalign.methods.trajectory import RatioError
 from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.live import LiveRewards
+from mmalign.training import single
+from mmalign.training.single import make_early_stopping
 from mmalign.training.train import train
 from pipelines import load_generator
 from rewards import Reward
@@ -267,7 +270,9 @@ def test_align_prop_raises_its_reward(model: str, tmp_path: Path) -> None:
     assert sum(rewards[-4:]) > 1.05 * sum(rewards[:4])
 
 
-def test_best_weights_are_exported_when_the_held_out_reward_falls(model: str, tmp_path: Path) -> None:
+def test_best_weights_are_exported_when_the_held_out_reward_falls(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that darkens its images on purpose: by brightness, step 0 stays the best and two looks later it ends."""
     config = online_config(
         model,
@@ -285,7 +290,24 @@ def test_best_weights_are_exported_when_the_held_out_reward_falls(model: str, tm
             "early_stop": {"reward": BRIGHTNESS, "patience": 2},
         },
     )
+    kept, alive = [], []
+
+    def remember(*arguments: Any) -> Any:
+        early = make_early_stopping(*arguments)
+        assert early is not None
+        kept.append(early)
+        return early
+
+    def check(*arguments: Any) -> None:
+        early = kept.pop()
+        weights = weakref.ref(next(iter(early.weights.values())))
+        early.weights = {}
+        alive.append(weights())
+
+    monkeypatch.setattr(single, "make_early_stopping", remember)
+    monkeypatch.setattr(single, "verify", check)
     train(config)
+    assert alive == [None]  # nothing but `kept` held the best weights while the export was read back
     assert list(losses(tmp_path, f"evaluation/{BRIGHTNESS}")) == [0, 2, 4]
     generator = load_generator(str(tmp_path), device="cpu")
     biggest = max(float(p.detach().abs().max()) for n, p in generator.network.named_parameters() if "lora_B" in n)
