@@ -175,7 +175,7 @@ def _write(
     used = [name for name in types if name in columns.required or name in given]
     names = [(columns.written.get(name, name), types[name]) for name in used]
     schema = pa.schema([*names, *((name, _NUMBER) for name in columns.added)])
-    unnamed = folder / f"{kind}.parquet"
+    unnamed = folder / f".{kind}.{os.getpid()}.parquet"  # of this process alone: all processes of a run come here
     with atomic_parquet(unnamed, schema, {}) as writer:
         for number, row in enumerate(chain([first], iterator)):
             where = f"{kind}: row {number}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -213,6 +214,27 @@ def test_labels_of_bytes_arrays_and_tensors_are_the_images_they_were(tmp_path: P
     rows[2]["label"] = "bad"
     assert read_labels(write_labels(rows, tmp_path), DataConfig()).labels() == [True, False, False]
     assert len(list((tmp_path / "data").glob("labels-*.parquet"))) == 2
+
+
+def test_processes_that_write_the_same_objects_do_not_take_each_others_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process of a script that `accelerate launch` has started comes here at the same time."""
+    from mmalign.api.objects import write_labels
+
+    rows = [{"prompt": "p", "image": Image.new("RGB", (8, 8), "red"), "label": True}]
+    replace, pid, others = Path.replace, os.getpid(), []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if not others:
+            others.append("begun")
+            monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+            others.append(write_labels(rows, tmp_path))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    written = write_labels(rows, tmp_path)
+    assert others[1] == written and [path.name for path in (tmp_path / "data").iterdir()] == [Path(written).name]
 
 
 def test_a_dataset_with_the_columns_of_pick_a_pic(tmp_path: Path) -> None:
