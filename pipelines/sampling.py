@@ -190,8 +190,12 @@ def sample(
     chosen = pick_kernel(kernel, eta)
     chosen.check(generator.process)
     plan = _Plan(schedule, chosen.for_steps(len(schedule.levels)), segment, record)
-    if choose("solver", solver, SOLVERS) == "dpm++" and (kernel or chosen.random or record or segment != WHOLE):
-        raise PipelineError("solver 'dpm++' is for inference only; kernel, eta, record and segment need 'ddim'.")
+    own = kernel or chosen.random or record or segment != WHOLE or schedule is steps
+    if choose("solver", solver, SOLVERS) == "dpm++" and own:
+        raise PipelineError(
+            "solver 'dpm++' is for inference only, on its own levels; kernel, eta, record, segment and a schedule of"
+            " yours need 'ddim'."
+        )
     _check_batch(generator, cond, chosen.random, seeds, latents, batch_size)
     if segment.start and latents is None:
         raise PipelineError(f"a segment from step {segment.start} on needs latents at the level of that step.")

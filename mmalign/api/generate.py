@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
@@ -222,12 +223,13 @@ def generate(
     from mmalign.scoring.checks import check_device
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    numbers = [seeds] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    several: Any = [seeds] if isinstance(seeds, Integral) else seeds
+    numbers = [int(seed) for seed in several]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError("prompts: give one text or a list of texts")
     if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
         raise UserError(f"seeds {numbers}: must be different whole numbers of at least 0")
-    name = None if hasattr(model, "encode_prompts") else os.fspath(model)
+    name = None if hasattr(model, "encode_prompts") else _named(model)
     options = Sampling(
         name or "",
         steps,
@@ -248,6 +250,15 @@ def generate(
         made = [(tensor_to_image(item.image), texts[item.prompt_index], item.seed) for item in drawn]
     images, used, of = zip(*made, strict=True)
     return Images(images, used, of)
+
+
+def _named(model: Any) -> str:
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    raise UserError(
+        f"model: a {type(model).__name__}; give a directory, the result of a training, a hub id, or what "
+        "mmalign.load_generator returned"
+    )
 
 
 def load_generator(model: str | os.PathLike[str], **options: Any) -> Any:

@@ -126,6 +126,8 @@ class Method(ABC, Generic[ConfigT]):
     """Images that the policy denoises per sample of the data (2 for a pair): the unit of the reported speed."""
     updates_per_round: int = 1
     """Optimiser steps on the result of one `collect`."""
+    rounds_vary: bool = False
+    """Whether the samples decide how many optimiser steps a round has; `updates_per_round` is then the least."""
     stages: Sequence[int] = ()
     """Difficulties of pairs that are trained on one after another; each stage starts where the previous one ended."""
 

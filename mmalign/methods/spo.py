@@ -62,6 +62,11 @@ class SPO(SamplingMethod[SPOConfig]):
     predict_clean: ClassVar[bool] = True
     """Whether `step_scores` looks at the clean images predicted from the candidates."""
 
+    def __init__(self, config: SPOConfig) -> None:
+        """Keep the configuration."""
+        super().__init__(config)
+        self.rounds_vary = config.mini_batch_size is not None
+
     def describe(self) -> str:
         """Return the conventions: the units of beta, the clip and the threshold."""
         c = self.config

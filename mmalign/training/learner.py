@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +113,10 @@ class Learner(ABC):
         columns: dict[str, list[float]] = {}
         for _, name, value in rows:
             columns.setdefault(name, []).append(value)
-        means = {name: math.fsum(column) / len(column) for name, column in columns.items()}
+        means = {name: _mean(column) for name, column in columns.items()}
         everyone = distributed.gather(means)  # one whose mini-batches were empty has fewer names
         names = dict.fromkeys(name for one in everyone for name in one)
-        means = {name: statistics.fmean(one[name] for one in everyone if name in one) for name in names}
+        means = {name: _mean([one[name] for one in everyone if name in one]) for name in names}
         rate: float = self.optimizer.param_groups[0]["lr"]
         return {**means, "learning_rate": rate, "epoch": self.epoch(step), **self.count()}
 
@@ -164,3 +163,8 @@ class Learner(ABC):
                     f"the {name.replace('_', ' ')} became {value} at step {step}; nothing was saved after it, {last}. "
                     "Lower trainer.learning_rate, or use trainer.precision bf16 or fp32"
                 )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean; NaN where both infinities are among the values."""
+    return math.fsum(values) / len(values) if {math.inf, -math.inf} - set(values) else math.nan

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmalign.config.run import RunConfig
 from mmalign.core import distributed
 from mmalign.core.ema import EMA
+from mmalign.core.errors import UserError
 from mmalign.training.checkpoint import Checkpoint
 from mmalign.training.learner import Learner
 from mmalign.training.optim import build_optimizer
@@ -85,14 +86,28 @@ class MethodLearner(Learner):
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return what a checkpoint holds; see `Learner.state`."""
         tensors, values = super().state()
-        values |= {"method": self.method.state_dict(), "rounds": self.rounds}
+        values |= {
+            "method": self.method.state_dict(),
+            "rounds": self.rounds,
+            "steps_left_of_round": len(self._pending),
+        }
         if self.ema:
             tensors["ema"] = self.ema.shadow
             values["ema_updates"] = self.ema.updates
         return tensors, values
 
     def load(self, saved: Checkpoint) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: the run ended in the middle of a round, and there are more steps now.
+        """
+        if saved.values.get("steps_left_of_round") and saved.step < self.settings.steps:
+            raise UserError(
+                f"the run ended at step {saved.step}, in the middle of a round of samples, and cannot be extended to "
+                f"trainer.steps {self.settings.steps}: the rest of the round was made by the policy of before; choose "
+                "another output, or start again with --resume never"
+            )
         super().load(saved)
         if self.ema:
             self.ema.load(saved.tensors["ema"], saved.values["ema_updates"])

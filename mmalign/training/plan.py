@@ -22,7 +22,8 @@ class Plan:
     samples_per_step: int
     images_per_step: int
     unit: str
-    epochs: float
+    epochs: float | None
+    """Passes over the data; None: the samples decide how many steps a round of them has."""
     trainable: int
     parameters: int
     warmup: int
@@ -30,7 +31,9 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the plan as indented lines."""
-        passes = f"{self.epochs:.2f} passes" if self.epochs < 10 else f"{self.epochs:.0f} passes"
+        passes = "as many passes as their rounds take"
+        if self.epochs is not None:
+            passes = f"{self.epochs:.2f} passes" if self.epochs < 10 else f"{self.epochs:.0f} passes"
         share = 100 * self.trainable / self.parameters
         return "\n".join(
             [
@@ -71,7 +74,7 @@ def make_plan(config: RunConfig, method: Method[Any], samples: int, generator: A
         samples_per_step=per_step,
         images_per_step=per_step * method.images_per_sample,
         unit=task_of(config).unit,
-        epochs=rounds / (samples // per_step),
+        epochs=None if method.rounds_vary else rounds / (samples // per_step),
         trainable=sum(p.numel() for p in generator.trainable_parameters()),
         parameters=sum(p.numel() for p in generator.network.parameters()),
         warmup=warmup_steps(trainer.warmup, trainer.steps),
