@@ -41,7 +41,7 @@ def load_generator(
     `name_or_path` is a diffusers directory, a Hub id ``org/name[@revision]``, or what `Generator.save_lora` wrote,
     which names its own base model (found by way of `resolve`). `adapter` is a LoRA file or directory to load on top.
     `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``. Raises `PipelineError`
-    for what is no model of a supported kind, `MissingModelError` for what is not there.
+    for a model of an unsupported kind, `MissingModelError` for a missing one.
 
     >>> load_generator("assets/shapes-sd", device="cpu").family
     'sd'
@@ -67,11 +67,11 @@ def load_generator(
 def fingerprint_model(
     name_or_path: str | Path, *, adapter: str | Path | None = None, resolve: Callable[[str], str] = str
 ) -> str:
-    """Return 32 hex digits that identify what `load_generator` would load, given the same; nothing is loaded.
+    """Return 32 hex digits that identify the model that `load_generator` would load; nothing is loaded.
 
     They change with weights, configurations, tokenizer and scheduler, and with nothing else that lies in a directory.
     An adapter counts together with its base model; a Hub id stands for the commit that it resolves to. Raises
-    `PipelineError` for what is no model of a supported kind.
+    `PipelineError` for a model of an unsupported kind.
     """
     name, adapter = _base_and_adapter(str(name_or_path), adapter, resolve)
     if is_hub_id(name):
@@ -152,7 +152,7 @@ def _fetch(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _family(index: dict[str, Any], name: str) -> type[Generator]:
-    """Return the generator class for a pipeline index, or say what kind of model it is instead."""
+    """Return the generator class for a pipeline index, or raise an error that names the kind of model."""
     pipeline = str(index.get("_class_name"))
     if pipeline not in FAMILIES:
         raise PipelineError(
@@ -165,7 +165,7 @@ def _family(index: dict[str, Any], name: str) -> type[Generator]:
 
 
 def _not_a_pipeline(path: Path) -> PipelineError:
-    """Explain a directory that is no diffusers pipeline by what it holds."""
+    """Return an error for a directory that is no diffusers pipeline, by its files."""
     inside = sorted(entry.name for entry in path.iterdir() if (entry / INDEX).is_file())
     if inside:
         return PipelineError(f"{path} is not a model but holds {', '.join(inside)}; did you mean {path / inside[0]}?")

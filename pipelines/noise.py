@@ -1,7 +1,7 @@
-"""One object for how media turn into noise and back: epsilon, v and sample diffusion, and rectified flow.
+"""Noise processes: epsilon, v and sample diffusion, and rectified flow, with one interface.
 
-Every process here is ``x_t = alpha(t) * x0 + sigma(t) * noise``; they differ in the two coefficients and in what the
-network is asked to predict. Methods and samplers use `NoiseProcess` alone and never ask which family they run on.
+Every process here is ``x_t = alpha(t) * x0 + sigma(t) * noise``; they differ in the two coefficients and in the
+network's prediction. Methods and samplers use `NoiseProcess` alone and do not depend on the family.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Schedule(NamedTuple):
 
 
 class NoiseProcess(ABC):
-    """How clean media become noise and come back; `from_scheduler` picks the kind.
+    """A noise process, from clean media to noise and back; `from_scheduler` picks the kind.
 
     Sources: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), rectified flow (arXiv 2209.03003). A timestep
     is a number, or a tensor ``[batch]`` with one level a sample; ``-1`` means the level at which sampling ends.
@@ -102,7 +102,7 @@ class NoiseProcess(ABC):
     def target(
         self, x0: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], t: Timestep
     ) -> Float[Tensor, "batch *latent"]:
-        """Return what the network should output for ``add_noise(x0, noise, t)``."""
+        """Return the network's target for ``add_noise(x0, noise, t)``."""
         match self.prediction:
             case "epsilon":
                 return noise

@@ -1,7 +1,7 @@
 """The Shapes video language model, untrained: tokenizer, processor and network of transformers' own classes.
 
 A LLaVA-OneVision: a SigLIP tower sees one frame of 48 px at a time as 6 x 6 patches, a projector's features are pooled
-to 3 x 3 a frame, and a Qwen2 language model reads them frame after frame; it alone sees time.
+to 3 x 3 a frame, and a Qwen2 language model reads them frame after frame; only the language model combines frames.
 """
 
 from __future__ import annotations

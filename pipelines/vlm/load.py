@@ -39,7 +39,7 @@ def load_vlm(
     adapter directory to load on top. `device` defaults to CUDA where there is one.
 
     Raises:
-        PipelineError: no such model, one of another kind, or an option that is not known.
+        PipelineError: no such model, one of another kind, or an unknown option.
     """
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, ATTENTION)
@@ -80,7 +80,7 @@ def fingerprint_vlm(name_or_path: str | Path, *, resolve: Callable[[str], str] =
 
 
 def _config(name: str) -> dict[str, Any]:
-    """Return the model's configuration, and fetch nothing else."""
+    """Return the model's configuration without fetching anything else."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -98,7 +98,7 @@ def _config(name: str) -> dict[str, Any]:
 
 
 def _model_class(config: dict[str, Any], name: str) -> Any:
-    """Return the class in transformers, or say what kind of model it is instead."""
+    """Return the class in transformers, or raise an error that names the kind of model."""
     import transformers
 
     kind = str(config.get("model_type"))
@@ -115,7 +115,7 @@ def _model_class(config: dict[str, Any], name: str) -> Any:
 
 
 def _load(model_class: Any, name: str, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
-    """Return network and processor; a package that the processor misses, and missing weights, are named."""
+    """Return network and processor; errors name a missing package or missing weights."""
     from transformers import AutoProcessor
 
     source, pinned = repository(name) if is_hub_id(name) else (str(Path(name).expanduser()), {})
@@ -131,6 +131,6 @@ def _load(model_class: Any, name: str, dtype: torch.dtype, attention: str) -> tu
             )
     missing = sorted(report["missing_keys"])
     if missing:
-        # transformers would go on with random weights.
+        # transformers would continue with random weights.
         raise PipelineError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} first; fetch it again.")
     return network, processor

@@ -1,4 +1,4 @@
-"""The summary of a comparison on the console: one table, the verdicts, where the report lies."""
+"""The summary of a comparison on the console: one table, the verdicts and the path of the report."""
 
 from __future__ import annotations
 

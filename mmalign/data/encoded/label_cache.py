@@ -1,4 +1,4 @@
-"""Labelled images encoded once, by the same cache as pairs, and dealt out as `LabelBatch`."""
+"""Labelled images encoded once, by the same cache as pairs, and returned as `LabelBatch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts of an online method encoded once, and dealt out as `PromptBatch`."""
+"""Prompts of an online method encoded once, and returned as `PromptBatch`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build_prompt_cache(
 ) -> CachedPrompts:
     """Encode each distinct prompt that the cache does not hold yet and return all of them ready for training.
 
-    A prompt's id is its text and which occurrence it is, so that a repeated one gets other noise.
+    A prompt's id is its text and the number of its occurrence, so that a repeated one gets other noise.
     """
     folder = cache_folder(data, cache_dir)
     distinct = list(dict.fromkeys(prompts))
