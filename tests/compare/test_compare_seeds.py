@@ -159,7 +159,7 @@ def test_seeds_other_than_the_configs_own_all_lie_beside_it(shared: Path, room: 
         ({"training_seeds": [1, 1]}, r"training_seeds: given \[1, 1\]; allowed: different whole numbers"),
         ({"training_seeds": [-1]}, r"training_seeds: given \[-1\]; allowed: different whole numbers of at least 0"),
         ({"training_seeds": []}, "training_seeds: List should have at least 1 item"),
-        ({"overrides": ("trainer.seed=3",)}, "'sft' overrides trainer.seed=3, and training_seeds say it; remove one"),
+        ({"overrides": ("trainer.seed=3",)}, "'sft' overrides trainer.seed=3, and training_seeds sets it; remove one"),
         ({"baseline": "sft-seed2"}, "no system is called 'sft-seed2'"),
     ],
 )

@@ -47,7 +47,7 @@ def test_what_cannot_be_known_is_said(tmp_path: Path) -> None:
     assert "name no reward" in find_trained_on(str(model))[1]
     model = fake_model(tmp_path / "b", model="org/base", data={"pairs": str(tmp_path / "gone.parquet")})
     names, remark = find_trained_on(str(model))
-    assert names == [] and "gone.parquet are not here" in remark
+    assert names == [] and "gone.parquet do not exist" in remark
     facts = read_system("b", str(model), 4.0, trained_on=["oracle"])
     assert (facts.trained_on, facts.remark) == (["oracle"], "")
 

@@ -88,7 +88,7 @@ class Operator:
         if not self.temporal:
             raise UserError(f"{self.name} changes frames, not their order; only temporal operators take a list")
         if count < 1:
-            raise UserError(f"{self.name}: the video has no frame")
+            raise UserError(f"{self.name}: no frame is given")
         self._check(options)
         return list(self.function(count, np.random.default_rng([seed, count]), **options))
 
