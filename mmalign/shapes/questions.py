@@ -173,8 +173,8 @@ def judge_caption(question: VideoQuestion, caption: str) -> bool:
         nouns = {word for name in question.names for word in (name, name.removeprefix("the "))}
         clauses = [clause for clause in clauses if any(re.search(rf"\b{noun}\b", clause) for noun in nouns)]
     text = " . ".join(clauses) if question.topic != "speed" else caption.lower()
-    told = {
+    stated = {
         answer for value, answer in question.answers
         if re.search(say(question.topic, value, question.subject, question.names).words, text)
     }  # fmt: skip
-    return told == {question.answer}
+    return stated == {question.answer}

@@ -273,7 +273,7 @@ def _learn_preferences(
     """Second stage: which of the generated images of a prompt is better, by correctness or, where equal, quality."""
     correct, quality = samples.correctness, samples.quality
     groups = [members for members in samples.groups() if preferred(correct[members], quality[members]).any()]
-    log(f"{len(samples.images)} pictures, {len(groups)} prompts with a preference")
+    log(f"{len(samples.images)} images, {len(groups)} prompts with a preference")
     prompts = [samples.prompts[members[0]] for members in groups]
     flips = [mirrored(prompt) for prompt in prompts]
     may_flip = np.array([split_of(text) == "train" and not asks_for_held_out(parse(text)) for text in flips])

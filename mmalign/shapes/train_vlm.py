@@ -186,7 +186,7 @@ def learn_to_look(
     def loss_of(step: int) -> tuple[Tensor, Marks]:
         if step % HINT_EVERY == 0:
             return lesson_loss(network, lessons.batch(rows, questions, with_hint=True), probes)
-        return lesson_loss(network, lessons.looks(4 * rows, names), probes)
+        return lesson_loss(network, lessons.names_after_videos(4 * rows, names), probes)
 
     seeing = (network.model.vision_tower, network.model.multi_modal_projector)
     for part in seeing:

@@ -53,11 +53,11 @@ class Lesson(NamedTuple):
 def describe(tracks: Sequence[Track], size: int) -> str:
     """Describe the number of shapes and the motion of each, in order of appearance, then of the alphabet."""
     number = truth("count", (), tracks, size)
-    told = [say("count", str(number), (), ()).statement]
+    sentences = [say("count", str(number), (), ()).statement]
     first = {next(s for s in track if s): track.index(next(s for s in track if s)) for track in tracks if any(track)}
     for seen in sorted(first, key=lambda s: (first[s], s.colour, s.shape)):
-        told.append(_statement_of(seen.shape, f"the {seen.colour} {seen.shape}", tracks, size))
-    return " ".join(told)
+        sentences.append(_statement_of(seen.shape, f"the {seen.colour} {seen.shape}", tracks, size))
+    return " ".join(sentences)
 
 
 def _statement_of(shape: str, name: str, tracks: Sequence[Track], size: int) -> str:
@@ -86,8 +86,8 @@ def lessons_of(family: Family, name: str, seed: int = 0) -> list[list[Lesson]]:
         lesson = Lesson(question.prompt, question.label, question.topic, unseen, value, statement)
         lessons[question.member].append(lesson)
     request = DESCRIBE[sum(name.encode()) % len(DESCRIBE)]
-    for scene, told in zip(family.scenes, lessons, strict=True):
-        told.append(Lesson(request, describe(unroll(scene), scene.size), "described"))
+    for scene, own in zip(family.scenes, lessons, strict=True):
+        own.append(Lesson(request, describe(unroll(scene), scene.size), "described"))
     return lessons
 
 
@@ -139,7 +139,7 @@ class Lessons:
             videos.append(draw(tracks[-1], scene.background, scene.size))
         return torch.stack(videos), tracks
 
-    def looks(self, rows: int, names: Sequence[int]) -> Batch:
+    def names_after_videos(self, rows: int, names: Sequence[int]) -> Batch:
         """One video each of the next families, and after it every one of these tokens, each by itself.
 
         Those of a video stand as far behind it as any token of a question could, by chance.

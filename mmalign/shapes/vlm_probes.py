@@ -107,8 +107,8 @@ def motion_labels(tracks: Sequence[tuple[Track, ...]]) -> Tensor:
 
 def _numbers(track: Track, shape: str, topics: Mapping[str, tuple[str, ...]]) -> list[int]:
     """The number of the truth among the values of each topic, or `UNKNOWN`."""
-    told = [(values, truth(topic, (shape,), (track,), SIZE)) for topic, values in topics.items()]
-    return [values.index(value) if value in values else UNKNOWN for values, value in told]
+    truths = [(values, truth(topic, (shape,), (track,), SIZE)) for topic, values in topics.items()]
+    return [values.index(value) if value in values else UNKNOWN for values, value in truths]
 
 
 def _read_numbers(
@@ -232,21 +232,21 @@ class Names(torch.nn.Module):
         at = after & torch.isin(ids, self.ids)
         places = at.nonzero().tolist()
         known = [self._of(video) for video in tracks]
-        told = [known[row][self.names[int(ids[row, token])]] for row, token in places]
+        named_facts = [known[row][self.names[int(ids[row, token])]] for row, token in places]
         what, when, *named = self.read(states[at].float()).split(self.sizes, 1)
-        other = torch.tensor([one[0] for one in told])
+        other = torch.tensor([one[0] for one in named_facts])
         loss = F.cross_entropy(what, other)
-        marks = {"{kind}": [bool(a) for a, b in zip(what.argmax(1) == other, told, strict=True) if b[0]]}
-        there = torch.tensor([bool(one[1]) for one in told])
+        marks = {"{kind}": [bool(a) for a, b in zip(what.argmax(1) == other, named_facts, strict=True) if b[0]]}
+        there = torch.tensor([bool(one[1]) for one in named_facts])
         if there.any():
-            loss = loss + F.mse_loss(when[there], torch.tensor([one[1] for one in told if one[1]]))
-        read, right = _read_numbers(named, torch.tensor([one[2] for one in told]), self.labels, "{}")
+            loss = loss + F.mse_loss(when[there], torch.tensor([one[1] for one in named_facts if one[1]]))
+        read, right = _read_numbers(named, torch.tensor([one[2] for one in named_facts]), self.labels, "{}")
         return loss + read, {**marks, **right}
 
     def _of(self, video: tuple[Track, ...]) -> dict[str, tuple[int, list[float], list[int]]]:
         """By name: number of the other name or 0; when first and last seen, and speed; numbers of motion labels."""
         nothing: tuple[int, list[float], list[int]] = (0, [], [UNKNOWN] * len(self.labels))
-        told = dict.fromkeys(_NAMES, nothing)
+        named_facts = dict.fromkeys(_NAMES, nothing)
         for track in video:
             frames = [frame for frame, seen in enumerate(track) if seen]
             last = next((seen for seen in reversed(track) if seen), None)
@@ -255,9 +255,9 @@ class Names(torch.nn.Module):
             moved = steps([(track,)])[0].flatten(0, 1)
             pace = moved[moved[:, 3] > 0, :2].norm(dim=1)
             when = [frames[0] / 4, frames[-1] / 4, float(pace.mean()) if len(pace) else 0.0]
-            told[last.shape] = (_NAMES.index(last.colour) + 1, when, _numbers(track, last.shape, self.labels))
-            told[last.colour] = (_NAMES.index(last.shape) + 1, *nothing[1:])
-        return told
+            named_facts[last.shape] = (_NAMES.index(last.colour) + 1, when, _numbers(track, last.shape, self.labels))
+            named_facts[last.colour] = (_NAMES.index(last.shape) + 1, *nothing[1:])
+        return named_facts
 
 
 class Probes(torch.nn.Module):

@@ -45,8 +45,8 @@ def tell_clips(
         for seed in [seed_of(f"{item.id}/compose")]
         for one in each
     ]
-    told = iter(answerer.answer(requests, "compose descriptions"))
-    return [[next(told) for _ in each] for each in lists]
+    composed = iter(answerer.answer(requests, "compose descriptions"))
+    return [[next(composed) for _ in each] for each in lists]
 
 
 def _captions(

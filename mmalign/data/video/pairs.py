@@ -264,8 +264,8 @@ class _Pipeline:
             for count in [len(clip_lengths(self.reader.states(item)))]
         ]
         compose = self.settings.captions == "model"
-        told = tell_clips(kept, orders, self.reader, self.answerer, self._answer_seed, compose=compose)
-        for item, (chosen, *others) in zip(kept, told, strict=True):
+        composed = tell_clips(kept, orders, self.reader, self.answerer, self._answer_seed, compose=compose)
+        for item, (chosen, *others) in zip(kept, composed, strict=True):
             for perturbation, rejected in zip(self._perturbations, others, strict=True):
                 yield _Candidate(item, perturbation, chosen, self._seed(item, perturbation)), rejected
 
