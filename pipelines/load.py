@@ -48,7 +48,7 @@ def load_generator(
     """
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, PROCESSORS)
-    name, adapter = _base_and_adapter(str(name_or_path), adapter, resolve)
+    name, adapter = base_and_adapter(str(name_or_path), adapter, resolve, is_adapter_directory)
     root, index = _locate(name)
     generator_class = _family(index, name)
     generator = generator_class(
@@ -73,7 +73,7 @@ def fingerprint_model(
     An adapter counts together with its base model; a Hub id stands for the commit that it resolves to. Raises
     `PipelineError` for a model of an unsupported kind.
     """
-    name, adapter = _base_and_adapter(str(name_or_path), adapter, resolve)
+    name, adapter = base_and_adapter(str(name_or_path), adapter, resolve, is_adapter_directory)
     if is_hub_id(name):
         with explained(name, "diffusers"):
             file = fetch_file(name, INDEX)
@@ -93,11 +93,11 @@ def is_adapter_directory(path: str | Path) -> bool:
     return (Path(path) / WEIGHTS_NAME).is_file() and not (Path(path) / INDEX).is_file()
 
 
-def _base_and_adapter(
-    name: str, adapter: str | Path | None, resolve: Callable[[str], str]
+def base_and_adapter(
+    name: str, adapter: str | Path | None, resolve: Callable[[str], str], is_adapter: Callable[[str], bool]
 ) -> tuple[str, str | Path | None]:
-    """Return the whole model and the adapter that are meant by a name and an adapter given beside it."""
-    if not is_adapter_directory(name):
+    """Return the whole model and the adapter that a name and an adapter beside it stand for."""
+    if not is_adapter(name):
         return name, adapter
     if adapter is not None:
         raise PipelineError(f"{name} is itself an adapter, so adapter={adapter} cannot be loaded too; give one.")
@@ -134,10 +134,14 @@ def _locate(name: str) -> tuple[Path, dict[str, Any]]:
         )
     if is_hub_id(name):
         return _fetch(name)
+    raise missing_model(path, f"diffusers directory (with {INDEX})")
+
+
+def missing_model(path: Path, wanted: str) -> MissingModelError:
+    """Return the error for a path without a model, with the nearest directory beside it."""
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    raise MissingModelError(
-        f"no model at {path}; give a diffusers directory (with {INDEX}) or a Hub id org/name."
-        f"{nearest(path.name, siblings)}"
+    return MissingModelError(
+        f"no model at {path}; give a {wanted} or a Hub id org/name.{nearest(path.name, siblings)}"
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from pipelines.components import file_digest, fingerprint, parse_dtype, quiet_loading, read_json
-from pipelines.errors import MissingDependencyError, MissingModelError, PipelineError, choose, nearest
+from pipelines.errors import MissingDependencyError, PipelineError, choose, nearest
 from pipelines.hub import explained, fetch_file, is_hub_id, repository
-from pipelines.load import base_of
+from pipelines.load import base_and_adapter, base_of, missing_model
 from pipelines.vlm.adapters import CONFIG_NAME, PEFT_WEIGHTS, is_vlm_adapter
 from pipelines.vlm.families import FAMILIES
 from pipelines.vlm.model import VisionLanguageModel
@@ -43,11 +43,7 @@ def load_vlm(
     """
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, ATTENTION)
-    name = str(name_or_path)
-    if is_vlm_adapter(name):
-        if adapter is not None:
-            raise PipelineError(f"{name} is itself an adapter, so adapter={adapter} cannot be loaded too; give one.")
-        name, adapter = base_of(Path(name), resolve), name
+    name, adapter = base_and_adapter(str(name_or_path), adapter, resolve, is_vlm_adapter)
     model_class = _model_class(_config(name), name)
     network, processor = _load(model_class, name, torch_dtype, attention)
     network.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -88,11 +84,7 @@ def _config(name: str) -> dict[str, Any]:
             raise PipelineError(f"{path} is not a vision-language model: it has no config.json{hint}.")
         return read_json(path / "config.json")
     if not is_hub_id(name):
-        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        raise MissingModelError(
-            f"no model at {path}; give a directory with config.json or a Hub id org/name."
-            f"{nearest(path.name, siblings)}"
-        )
+        raise missing_model(path, "directory with config.json")
     with explained(name, "transformers"):
         return read_json(fetch_file(name, "config.json"))
 

@@ -39,7 +39,6 @@ def build_pair_cache(
     table: PairTable,
     generator: Any,
     data: DataConfig,
-    cache_dir: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
     *,
     batch_size: int = 16,
@@ -54,7 +53,7 @@ def build_pair_cache(
     """
     margins = torch.tensor(table.margins(), dtype=torch.float32)
     return CachedPairs(
-        **encode_table(table, pair_sides, generator, data, cache_dir, progress, batch_size, memory_limit),
+        **encode_table(table, pair_sides, generator, data, progress, batch_size, memory_limit),
         margins=None if bool(margins.isnan().all()) else margins,
     )
 
@@ -89,7 +88,6 @@ def encode_table(
     sides: Callable[[RecordT], Mapping[str, Media]],
     generator: Any,
     data: DataConfig,
-    cache_dir: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
     batch_size: int = 16,
     memory_limit: int = MEMORY_LIMIT,
@@ -104,13 +102,12 @@ def encode_table(
     Raises:
         UserError: an image cannot be read.
     """
-    folder = cache_folder(data, cache_dir)
     return {
-        "prompts": PromptEncoder(folder, generator, batch_size).encode(table.prompts, memory_limit),
+        "prompts": PromptEncoder(cache_folder(data), generator, batch_size).encode(table.prompts, memory_limit),
         "prompt_slots": torch.tensor([table.prompt_index(index) for index in range(len(table))]),
         "empty_slot": len(table.prompts),
         "caption_dropout": data.caption_dropout,
-        **encode_sides(table, sides, generator, data, cache_dir, progress, batch_size, memory_limit),
+        **encode_sides(table, sides, generator, data, progress, batch_size, memory_limit),
     }
 
 
@@ -119,15 +116,14 @@ def encode_sides(
     sides: Callable[[RecordT], Mapping[str, Media]],
     generator: Any,
     data: DataConfig,
-    cache_dir: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
     batch_size: int = 16,
     memory_limit: int = MEMORY_LIMIT,
 ) -> dict[str, Any]:
     """Encode the images alone, as `encode_table` does, and return the fields of `CachedSides`."""
-    folder = cache_folder(data, cache_dir)
     transform = PairTransform(data.resolution or generator.image_size, data.crop)
-    images = _ImageEncoder(folder, generator, transform, batch_size, flips=(False, True) if data.flip else (False,))
+    flips = (False, True) if data.flip else (False,)
+    images = _ImageEncoder(cache_folder(data), generator, transform, batch_size, flips)
     slots = array("q")
     for name, record in zip(table.ids, table, strict=True):
         decision = transform.decide(name)
@@ -144,9 +140,9 @@ def encode_sides(
     }
 
 
-def cache_folder(data: DataConfig, cache_dir: str | Path | None = None) -> Path:
+def cache_folder(data: DataConfig) -> Path:
     """Return the folder of what is encoded or computed once."""
-    return Path(cache_dir or data.cache or default_cache_dir()).expanduser()
+    return Path(data.cache or default_cache_dir()).expanduser()
 
 
 @dataclass(kw_only=True)
