@@ -1,7 +1,7 @@
 """Draw each system's rewards against what its training cost: `python -m benchmarks.curves COMPARISON --out DIR`.
 
 COMPARISON is the output folder of a finished `mmalign compare` whose systems were trained there. For every trained
-system DIR gets `<system>.svg` with one panel a reward: the mean over training seeds of the looks at held-out prompts
+system DIR gets `<system>.svg` with one panel a reward: the mean over training seeds of evaluations on held-out prompts
 while training, the span of the seeds as a band, and the start as a dotted line. The panels of one reward have one
 scale in all files, so that they compare.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from mmalign.compare.report.charts import Axis, tick_text
-from mmalign.compare.systems.facts import LOOK, read_looks
+from mmalign.compare.systems.facts import EVALUATION, read_evaluations
 from mmalign.core.errors import UserError
 from mmalign.core.files import write_atomically
 from mmalign.training.tracking import read_metrics
@@ -28,10 +28,10 @@ Curve = list[tuple[float, float, float, float]]
 
 
 def read_curves(comparison: Path) -> dict[str, dict[str, Curve]]:
-    """Return system -> reward -> curve, for the systems of a comparison that were trained and looked at.
+    """Return system -> reward -> curve, for the systems of a comparison that were trained and evaluated.
 
     Raises:
-        UserError: there is no finished comparison, or none of its trainings left looks.
+        UserError: there is no finished comparison, or none of its trainings left evaluations.
     """
     results = comparison / "results.json"
     if not results.is_file():
@@ -39,23 +39,24 @@ def read_curves(comparison: Path) -> dict[str, dict[str, Curve]]:
     curves = {}
     for name, system in json.loads(results.read_text("utf-8"))["systems"].items():
         replicas = system.get("training_seeds") or {"": system}
-        found = [read_looks(read_metrics(Path(one["model"]))) for one in replicas.values()]
+        found = [read_evaluations(read_metrics(Path(one["model"]))) for one in replicas.values()]
         if any(found):
-            curves[name] = _average([looks for looks in found if looks])
+            curves[name] = _average([evaluations for evaluations in found if evaluations])
     if not curves:
-        raise UserError(f"{comparison}: no training of it left looks (`evaluate` in its config) with counted costs")
+        raise UserError(f"{comparison}: no training logged evaluations (`evaluate` in its config) with costs")
     return curves
 
 
 def _average(runs: Sequence[list[dict[str, float]]]) -> dict[str, Curve]:
-    """Bring the looks of several seeds, each less its first, together: the n-th of one with the n-th of the others."""
+    """Average the n-th evaluations of several seeds, each minus its first."""
     curves: dict[str, Curve] = defaultdict(list)
-    for looks in zip(*runs, strict=False):
-        for name in looks[0]:
-            if name.startswith(LOOK) and all(name in look for look in looks):
-                values = [look[name] - run[0][name] for look, run in zip(looks, runs, strict=True)]
-                cost = sum(look[COST] for look in looks) / len(looks)
-                curves[name.removeprefix(LOOK)].append((cost, sum(values) / len(values), min(values), max(values)))
+    for evaluations in zip(*runs, strict=False):
+        for name in evaluations[0]:
+            if name.startswith(EVALUATION) and all(name in evaluation for evaluation in evaluations):
+                values = [evaluation[name] - run[0][name] for evaluation, run in zip(evaluations, runs, strict=True)]
+                cost = sum(evaluation[COST] for evaluation in evaluations) / len(evaluations)
+                mean = sum(values) / len(values)
+                curves[name.removeprefix(EVALUATION)].append((cost, mean, min(values), max(values)))
     return dict(curves)
 
 

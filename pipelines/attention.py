@@ -1,6 +1,6 @@
-"""Choose the attention kernel of a network, check that it really runs, and say so.
+"""Choose the attention kernel of a network, and verify which one runs.
 
-diffusers' ``set_attention_backend`` passes silently over processors that do not know it (those of
+diffusers' ``set_attention_backend`` silently skips processors that do not support it (those of
 ``UNet2DConditionModel`` among them), so the processors are set here and then inspected.
 """
 
@@ -20,7 +20,7 @@ PROCESSORS = {"sdpa": "AttnProcessor2_0", "xformers": "XFormersAttnProcessor"}
 
 @dataclass(frozen=True)
 class AttentionReport:
-    """What runs: the kernel, the processors found in the network with their counts, and torch's SDPA backends."""
+    """The running kernel, the processors of the network with their counts, and torch's SDPA backends."""
 
     kernel: str
     processors: dict[str, int]
@@ -35,7 +35,7 @@ class AttentionReport:
 def set_attention(network: Any, kernel: str = "sdpa") -> AttentionReport:
     """Make every attention layer of a diffusers network use `kernel` (``"sdpa"`` or ``"xformers"``) and verify it.
 
-    Raises `MissingDependencyError` when xformers was asked for and cannot run here, `PipelineError` when a layer keeps
+    Raises `MissingDependencyError` when xformers was chosen and cannot run here, `PipelineError` when a layer keeps
     another processor.
     """
     choose("attention kernel", kernel, PROCESSORS)
@@ -50,7 +50,7 @@ def set_attention(network: Any, kernel: str = "sdpa") -> AttentionReport:
     others = [name for name in report.processors if name != PROCESSORS[kernel]]
     if others:
         raise PipelineError(
-            f"attention '{kernel}' was asked for but layers still run {', '.join(others)};"
+            f"attention '{kernel}' was set but layers still run {', '.join(others)};"
             f" choose the other of {', '.join(PROCESSORS)}."
         )
     return report
@@ -93,11 +93,10 @@ def _backends(device: torch.device) -> tuple[str, ...]:
 def _require_xformers() -> None:
     if importlib.util.find_spec("xformers") is None:
         raise MissingDependencyError(
-            "attention 'xformers' was asked for but xformers is not installed;"
+            "attention 'xformers' needs xformers, which is not installed;"
             " run `pip install xformers` or set attention: sdpa."
         )
     if not torch.cuda.is_available():
         raise MissingDependencyError(
-            "attention 'xformers' was asked for but it runs on CUDA devices only and none is available;"
-            " set attention: sdpa."
+            "attention 'xformers' runs on CUDA devices only and none is available; set attention: sdpa."
         )

@@ -1,9 +1,9 @@
-"""Sample with several candidates at each random step: what step-by-step preferences are made from.
+"""Sample with several candidates at each random step, for step-by-step preferences.
 
-Candidates are drawn from one Gaussian, whose mean the network gives once; what tells them apart is the clean image
-that the network predicts from each, or whatever can be read from noisy latents. The chain goes on from the first.
-They are independent draws, so to whoever judges them this is going on from a random one, and the network call that
-predicts its clean image is the next step's own.
+Candidates are drawn from one Gaussian, whose mean takes one network call. They are judged by the clean image that the
+network predicts from each, or by the noisy latents. The chain continues from the first. Since candidates are
+independent draws, this equals continuing from a random one, and the network call that predicts its clean image is
+shared with the next step.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from pipelines.sampling import latent_dtype, noise_stream
 
 @dataclass(frozen=True)
 class Branching:
-    """A random sampling step from level `t` to `t_next` by `kernel`: where it started, and what could have come of it.
+    """A random sampling step from level `t` to `t_next` by `kernel`: its start, and its candidate results.
 
-    `clean` are the clean latents predicted from each candidate, None where they were not asked for; `std` is that of
+    `clean` are the clean latents predicted from each candidate, None without `predict_clean`; `std` is that of
     the step, the same for all samples. A batch that mixes steps has levels and `std` for each sample.
     """
 
@@ -64,7 +64,7 @@ def sample_branching(
     guidance: float = 7.5,
     autocast: Autocast = nullcontext,
 ) -> Float[Tensor, "batch *latent"]:
-    """Sample latents by `kernel` in so many steps, and show each random step to `visit`.
+    """Sample latents by `kernel` in `steps` steps, and call `visit` with each random step.
 
     With one candidate the result is that of `pipelines.sample`, to the bit where batches of one size are computed.
     With `predict_clean` a random step costs `candidates` network calls for each sample; without, like a deterministic

@@ -14,7 +14,7 @@ from pipelines.errors import PipelineError
 
 @dataclass
 class Conditioning:
-    """What the denoiser is told about each prompt of a batch.
+    """The denoiser's conditioning for each prompt of a batch.
 
     prompt_embeds
         Hidden states of the text encoder(s), ``[batch, length, width]``.

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line that says what was given, what is allowed and how to fix it."""
+"""Errors that a user can fix: one line with the given value, the allowed ones and the fix."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class PipelineError(ValueError):
 
 
 class MissingModelError(PipelineError, FileNotFoundError):
-    """A model or adapter is not where the user said."""
+    """A model or adapter does not exist at the given place."""
 
 
 class MissingDependencyError(PipelineError, ImportError):
-    """Something asked for needs a package or device that is not there."""
+    """A requested feature needs a missing package or device."""
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
@@ -25,7 +25,7 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 
 
 def choose(what: str, given: str, allowed: Iterable[str]) -> str:
-    """Return ``given`` if it is allowed, otherwise raise a `PipelineError` that lists what is."""
+    """Return ``given`` if it is allowed, otherwise raise a `PipelineError` that lists the allowed names."""
     names = list(allowed)
     if given in names:
         return given

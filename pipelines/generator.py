@@ -1,7 +1,7 @@
-"""What every media generator offers: encode prompts and media, predict, decode, adapt, save.
+"""The interface of all media generators: encode prompts and media, predict, decode, adapt, save.
 
-A family (a file such as ``unet_image.py``) fills in the abstract methods; samplers, methods and data caches are
-written against this class and never ask for the family.
+A family (a file such as ``unet_image.py``) fills in the abstract methods; samplers, methods and data caches use this
+class and do not depend on the family.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Generator(ABC):
     True
 
     Attributes: `name_or_path` as the user gave it (the base model, when an adapter was named); `root` the local
-    directory; `process` the noise process; `attention` what attention kernel runs.
+    directory; `process` the noise process; `attention` the running attention kernel.
     """
 
     family: ClassVar[str]
@@ -115,7 +115,7 @@ class Generator(ABC):
     ) -> Float[Tensor, "batch *media"]:
         """Decode as `decode` does, keeping no activations: the backward pass computes them again, a slice at a time.
 
-        `batch_size` is the size of the slices (default: the batch in one), and so what the peak of memory grows with.
+        `batch_size` is the size of the slices (default: the batch in one), and sets the peak of memory.
         """
         if batch_size is not None and batch_size < 1:
             raise PipelineError(f"batch_size must be at least 1, got {batch_size}.")
@@ -226,7 +226,7 @@ class Generator(ABC):
         adapters.set_adapter_scale(self.bare_network, scale)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        """Return what training may change: the adapter's weights if there is one, else the whole network's."""
+        """Return the trainable parameters: the adapter's weights if there is one, else the whole network's."""
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
     def enable_gradient_checkpointing(self) -> None:

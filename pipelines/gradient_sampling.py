@@ -1,4 +1,4 @@
-"""Sample so that a reward of the result can be differentiated, whatever part of the sampling is trained.
+"""Sample with a gradient from a reward of the result to the weights, with the chosen steps trained.
 
 AlignProp: arXiv 2310.03739; DRaFT, DRaFT-K and DRaFT-LV: arXiv 2309.17400; ReFL: arXiv 2304.05977.
 """
@@ -24,7 +24,7 @@ from pipelines.truncation import Truncation
 
 @dataclass(frozen=True)
 class GradientSample:
-    """Latents with a graph, and where it begins.
+    """Latents with a graph, and the trained steps.
 
     latents
         ``[repeats * batch, *latent]``, all prompts of the batch in order, then all of them again, so
@@ -55,7 +55,7 @@ def sample_with_gradient(
     checkpoint: bool = True,
     autocast: Autocast = nullcontext,
 ) -> GradientSample:
-    """Sample latents that carry the gradient of the network's weights; `truncation` says of which steps.
+    """Sample latents that carry the gradient of the network's weights; `truncation` chooses the steps.
 
     The mean of ``reward(decode(latents))`` is the objective of every mode. For DRaFT-LV that is the mean over the
     sample and its n re-noised copies, where the paper's algorithm adds their gradients up: 1 / (1 + n) of its step,

@@ -1,4 +1,4 @@
-"""Names of models on the Hub: which words are one, which revision they pin, and what went wrong in one line."""
+"""Names of models on the Hub: recognise a name, pin its revision, and report errors in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def is_hub_id(name: str) -> bool:
-    """Say whether a name looks like ``org/name[@revision]`` and is no path here."""
+    """Tell whether a name has the form ``org/name[@revision]`` and is no local path."""
     path = Path(name).expanduser()
     return HUB_ID.fullmatch(name) is not None and not path.exists() and not path.parent.is_dir()
 
@@ -35,7 +35,7 @@ def fetch_file(name: str, file: str) -> Path:
 
 @contextmanager
 def explained(name: str, kind: str) -> Iterator[None]:
-    """Turn whatever the Hub's client raises into one line; `kind` is what was looked for, as "diffusers"."""
+    """Turn an error of the Hub's client into one line; `kind` is the kind of model, such as "diffusers"."""
     try:
         yield
     except PipelineError:

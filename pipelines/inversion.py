@@ -1,4 +1,4 @@
-"""DDIM inversion (arXiv 2010.02502) with ReNoise (arXiv 2403.14602): which noisy latents lead to these clean ones."""
+"""DDIM inversion (arXiv 2010.02502) with ReNoise (arXiv 2403.14602): noisy latents that lead to given clean ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRIDS = ("exact", "floor")
 def inversion_grid(
     process: NoiseProcess, steps: int, t: int | Tensor | None = None, grid: Literal["exact", "floor"] = "exact"
 ) -> tuple[Tensor, Tensor]:
-    """Return the ascending levels that `invert` leaves from and goes to, each ``[steps]`` or ``[steps, batch]``.
+    """Return the ascending start and end levels of the steps of `invert`, each ``[steps]`` or ``[steps, batch]``.
 
     Without `t` this is the sampler's own grid turned round. With `t` the levels are spread evenly from clean (-1) and
     end exactly at `t`; with a tensor of timesteps each sample has its own grid. With ``grid="floor"`` they are those

@@ -1,6 +1,6 @@
 """Kernels: how one sampling step goes from a noise level to the next.
 
-A step draws ``x_next = mean + std * noise`` with standard normal noise, and a kernel is what gives mean and std. The
+A step draws ``x_next = mean + std * noise`` with standard normal noise, and a kernel gives mean and std. The
 samplers, replay, branching and inversion call the same kernels, so a recorded step and its log-probability agree by
 construction. One kernel a function here, named after its source; `KERNELS` lists them for a choice by name.
 
@@ -160,7 +160,7 @@ def named_kernel(name: str, *amount: float | Sequence[float]) -> Kernel:
 
 
 def pick_kernel(kernel: Kernel | str | None, eta: float | Sequence[float] | None) -> Kernel:
-    """Return the kernel that a sampler was asked for: an object, a name, or ``eta``, short for ``ddim(eta)``."""
+    """Return the kernel from a sampler's arguments: an object, a name, or ``eta``, short for ``ddim(eta)``."""
     if kernel is None:
         return ddim(0.0 if eta is None else eta)
     if eta is not None:

@@ -41,14 +41,14 @@ def load_generator(
     `name_or_path` is a diffusers directory, a Hub id ``org/name[@revision]``, or what `Generator.save_lora` wrote,
     which names its own base model (found by way of `resolve`). `adapter` is a LoRA file or directory to load on top.
     `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``. Raises `PipelineError`
-    for what is no model of a supported kind, `MissingModelError` for what is not there.
+    for a model of an unsupported kind, `MissingModelError` for a missing one.
 
     >>> load_generator("assets/shapes-sd", device="cpu").family
     'sd'
     """
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, PROCESSORS)
-    name, adapter = _base_and_adapter(str(name_or_path), adapter, resolve)
+    name, adapter = base_and_adapter(str(name_or_path), adapter, resolve, is_adapter_directory)
     root, index = _locate(name)
     generator_class = _family(index, name)
     generator = generator_class(
@@ -67,13 +67,13 @@ def load_generator(
 def fingerprint_model(
     name_or_path: str | Path, *, adapter: str | Path | None = None, resolve: Callable[[str], str] = str
 ) -> str:
-    """Return 32 hex digits that identify what `load_generator` would load, given the same; nothing is loaded.
+    """Return 32 hex digits that identify the model that `load_generator` would load; nothing is loaded.
 
     They change with weights, configurations, tokenizer and scheduler, and with nothing else that lies in a directory.
     An adapter counts together with its base model; a Hub id stands for the commit that it resolves to. Raises
-    `PipelineError` for what is no model of a supported kind.
+    `PipelineError` for a model of an unsupported kind.
     """
-    name, adapter = _base_and_adapter(str(name_or_path), adapter, resolve)
+    name, adapter = base_and_adapter(str(name_or_path), adapter, resolve, is_adapter_directory)
     if is_hub_id(name):
         with explained(name, "diffusers"):
             file = fetch_file(name, INDEX)
@@ -93,11 +93,11 @@ def is_adapter_directory(path: str | Path) -> bool:
     return (Path(path) / WEIGHTS_NAME).is_file() and not (Path(path) / INDEX).is_file()
 
 
-def _base_and_adapter(
-    name: str, adapter: str | Path | None, resolve: Callable[[str], str]
+def base_and_adapter(
+    name: str, adapter: str | Path | None, resolve: Callable[[str], str], is_adapter: Callable[[str], bool]
 ) -> tuple[str, str | Path | None]:
-    """Return the whole model and the adapter that are meant by a name and an adapter given beside it."""
-    if not is_adapter_directory(name):
+    """Return the whole model and the adapter that a name and an adapter beside it stand for."""
+    if not is_adapter(name):
         return name, adapter
     if adapter is not None:
         raise PipelineError(f"{name} is itself an adapter, so adapter={adapter} cannot be loaded too; give one.")
@@ -134,10 +134,14 @@ def _locate(name: str) -> tuple[Path, dict[str, Any]]:
         )
     if is_hub_id(name):
         return _fetch(name)
+    raise missing_model(path, f"diffusers directory (with {INDEX})")
+
+
+def missing_model(path: Path, wanted: str) -> MissingModelError:
+    """Return the error for a path without a model, with the nearest directory beside it."""
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    raise MissingModelError(
-        f"no model at {path}; give a diffusers directory (with {INDEX}) or a Hub id org/name."
-        f"{nearest(path.name, siblings)}"
+    return MissingModelError(
+        f"no model at {path}; give a {wanted} or a Hub id org/name.{nearest(path.name, siblings)}"
     )
 
 
@@ -152,7 +156,7 @@ def _fetch(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _family(index: dict[str, Any], name: str) -> type[Generator]:
-    """Return the generator class for a pipeline index, or say what kind of model it is instead."""
+    """Return the generator class for a pipeline index, or raise an error that names the kind of model."""
     pipeline = str(index.get("_class_name"))
     if pipeline not in FAMILIES:
         raise PipelineError(
@@ -165,7 +169,7 @@ def _family(index: dict[str, Any], name: str) -> type[Generator]:
 
 
 def _not_a_pipeline(path: Path) -> PipelineError:
-    """Explain a directory that is no diffusers pipeline by what it holds."""
+    """Return an error for a directory that is no diffusers pipeline, by its files."""
     inside = sorted(entry.name for entry in path.iterdir() if (entry / INDEX).is_file())
     if inside:
         return PipelineError(f"{path} is not a model but holds {', '.join(inside)}; did you mean {path / inside[0]}?")

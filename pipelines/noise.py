@@ -1,7 +1,7 @@
-"""One object for how media turn into noise and back: epsilon, v and sample diffusion, and rectified flow.
+"""Noise processes: epsilon, v and sample diffusion, and rectified flow, with one interface.
 
-Every process here is ``x_t = alpha(t) * x0 + sigma(t) * noise``; they differ in the two coefficients and in what the
-network is asked to predict. Methods and samplers use `NoiseProcess` alone and never ask which family they run on.
+Every process here is ``x_t = alpha(t) * x0 + sigma(t) * noise``; they differ in the two coefficients and in the
+network's prediction. Methods and samplers use `NoiseProcess` alone and do not depend on the family.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Schedule(NamedTuple):
 
 
 class NoiseProcess(ABC):
-    """How clean media become noise and come back; `from_scheduler` picks the kind.
+    """A noise process, from clean media to noise and back; `from_scheduler` picks the kind.
 
     Sources: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), rectified flow (arXiv 2209.03003). A timestep
     is a number, or a tensor ``[batch]`` with one level a sample; ``-1`` means the level at which sampling ends.
@@ -102,7 +102,7 @@ class NoiseProcess(ABC):
     def target(
         self, x0: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], t: Timestep
     ) -> Float[Tensor, "batch *latent"]:
-        """Return what the network should output for ``add_noise(x0, noise, t)``."""
+        """Return the network's target for ``add_noise(x0, noise, t)``."""
         match self.prediction:
             case "epsilon":
                 return noise
@@ -187,9 +187,10 @@ class NoiseProcess(ABC):
         high: int | None = None,
         discount: float = 1.0,
     ) -> Shaped[Tensor, " n"]:
-        """Draw `n` training timesteps from ``low <= level < high`` (on the generator's device).
+        """Draw `n` training timesteps from levels ``low <= level < high``, counted from clean.
 
-        Uniformly, or with ``discount < 1`` each level so many times as likely as the next noisier one.
+        Uniformly, or with ``discount < 1`` each level `discount` times as likely as the next noisier one. They are on
+        the generator's device.
         """
         high = self.num_train_timesteps if high is None else high
         if not 0 <= low < high <= self.num_train_timesteps:
@@ -200,9 +201,13 @@ class NoiseProcess(ABC):
             raise PipelineError(f"discount must lie in (0, 1], got {discount}; 1 draws all levels alike.")
         device = generator.device if generator is not None else None
         if discount == 1.0:
-            return torch.randint(low, high, (n,), generator=generator, device=device)
+            return self._timesteps_of(torch.randint(low, high, (n,), generator=generator, device=device))
         weights = discount ** torch.arange(high - 1 - low, -1, -1, dtype=torch.float64, device=device)
-        return low + torch.multinomial(weights, n, replacement=True, generator=generator)
+        return self._timesteps_of(low + torch.multinomial(weights, n, replacement=True, generator=generator))
+
+    def _timesteps_of(self, levels: Tensor) -> Tensor:
+        """Return the timesteps of integer levels, counted from clean."""
+        return levels
 
     def check_steps(self, steps: int) -> None:
         """Raise `PipelineError` unless a sampling grid of so many steps can be made."""
@@ -327,18 +332,8 @@ class FlowProcess(NoiseProcess):
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
 
-    def sample_timesteps(
-        self,
-        n: int,
-        *,
-        generator: torch.Generator | None = None,
-        low: int = 0,
-        high: int | None = None,
-        discount: float = 1.0,
-    ) -> Shaped[Tensor, " n"]:
-        """Draw `n` of the scheduler's (shifted) levels; `low` and `high` count levels from clean."""
-        index = super().sample_timesteps(n, generator=generator, low=low, high=high, discount=discount)
-        return self._levels.to(index.device)[index]
+    def _timesteps_of(self, levels: Tensor) -> Tensor:
+        return self._levels.to(levels.device)[levels]
 
     def coefficients(self, t: Timestep, like: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma at `t`, to broadcast against `like`."""

@@ -1,7 +1,7 @@
 """Sample latents step by step with any kernel, recorded, replayed or with a gradient; or by DPM-Solver++.
 
-What a step does: `pipelines.kernels`. DPM-Solver++: arXiv 2211.01095 (diffusers' scheduler, inference only). How a
-gradient through the sampler is cut short: `pipelines.gradient_sampling`.
+Steps are defined in `pipelines.kernels`. DPM-Solver++: arXiv 2211.01095 (diffusers' scheduler, inference only).
+Truncated gradients through the sampler: `pipelines.gradient_sampling`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SOLVERS = ("ddim", "dpm++")
 
 @dataclass
 class Trajectory:
-    """What sampling returned; all tensors are float32 (float64 if the network is).
+    """The result of sampling; all tensors are float32 (float64 if the network is).
 
     latents
         The clean latents, ``[batch, *latent]``.
@@ -72,7 +72,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Segment:
-    """Which steps of a sampling grid run, and which of them carry a gradient; by default all, and none.
+    """The steps of a sampling grid to run, and those with a gradient; by default all, and none.
 
     start
         Index of the first step; the latents given are at its level.
@@ -92,7 +92,7 @@ class Segment:
     checkpoint: bool = False
 
     def span(self, steps: int) -> range:
-        """Return the indices of a grid of `steps` that run; raises `PipelineError` for what does not lie in it."""
+        """Return the indices of a grid of `steps` that run; raises `PipelineError` for steps outside of it."""
         for name, index in (("start", self.start), ("exit", self.exit)):
             if index is not None and not 0 <= index < steps:
                 raise PipelineError(f"{name} of a segment must lie in 0..{steps - 1} for {steps} steps, got {index}.")
@@ -169,15 +169,16 @@ def sample(
 ) -> Trajectory:
     """Sample latents for a batch of prompts; decode them with ``generator.decode(trajectory.latents)``.
 
-    `steps` is their number, or the levels themselves (`NoiseProcess.schedule`). `kernel` says what a step does, an
-    object or a name in `KERNELS`; `eta` is short for ``kernel=ddim(eta)``, and 0 by default: the result is then that
+    `steps` is their number, or the levels themselves (`NoiseProcess.schedule`). `kernel` defines the steps, an object
+    or a name in `KERNELS`; `eta` is short for ``kernel=ddim(eta)``, and 0 by default: the result is then that
     of diffusers' own pipeline with `DDIMScheduler` (Euler's for flow matching). ``solver="dpm++"`` has no kernel and
     is for inference only.
 
     Each sample depends on its seed and prompt alone. `latents` replaces the initial noise; seeds are then needed by a
     random kernel only. `segment` runs a part of the grid, or keeps a graph; nothing has one otherwise. `record` keeps
     states and per-step log-probabilities. `guidance`, `negative` and `autocast` are those of `guided_predictor`.
-    `batch_size` splits the work. Raises `PipelineError` for what does not fit the model, the prompts or each other.
+    `batch_size` splits the work. Raises `PipelineError` for arguments that do not fit the model, the prompts or each
+    other.
 
     >>> from pipelines import load_generator
     >>> generator = load_generator("assets/shapes-sd")
@@ -221,7 +222,7 @@ def sample(
 
 
 class _Plan:
-    """What each step of a grid does, which of them run, and whether they are recorded."""
+    """The kernels of a grid, the steps that run, and whether they are recorded."""
 
     def __init__(self, schedule: Schedule, kernels: Sequence[Kernel], segment: Segment, record: bool) -> None:
         self.levels, self.next_levels = schedule.levels, schedule.next_levels.clone()

@@ -1,4 +1,4 @@
-"""Directories of models of which nobody ever reads a half-written part."""
+"""Directories of models without half-written parts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing_parts(folder: Path, last: str) -> Iterator[Path]:
-    """Yield an empty directory: when the block ends well, what it put there takes its place in `folder`, part by part.
+    """Yield an empty directory: when the block succeeds, its files move into `folder`, part by part.
 
-    `last` is the part whose presence says that the others are there.
+    `last` is the part whose presence means that the others exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))

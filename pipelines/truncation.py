@@ -1,4 +1,4 @@
-"""Which steps of a sampled image are trained: the ways in which papers and code cut backpropagation short.
+"""The trained steps of a sampled image: ways of truncating backpropagation in papers and code.
 
 AlignProp: arXiv 2310.03739; DRaFT: arXiv 2309.17400; ReFL: arXiv 2304.05977.
 """
@@ -25,7 +25,7 @@ MODES = {
 
 @dataclass(frozen=True)
 class Truncation:
-    """How a gradient through the sampler is cut: `mode`, one of `MODES`, and its options.
+    """A truncation of the gradient through the sampler: `mode`, one of `MODES`, and its options.
 
     A step that is cut keeps the linear path of the sampler (``d x_next / d x`` of the update formula) and loses the
     network's prediction, which becomes a constant.
@@ -36,8 +36,8 @@ class Truncation:
         The first trained step is ``floor(c)`` of a normal `c` with mean ``mean * N`` and deviation ``std * N``, drawn
         again unless it is in 1..N-1 (step 0 where N is 1). The authors' N(42, 5) of 50 steps is the default.
     bernoulli
-        Step i is trained with probability (i + 1) / (N + 1), each by itself, as where a uniform integer 0..N is drawn
-        anew at every step and the prediction detached when i is below it. A rollout of which no step is trained is
+        Step i is trained with probability (i + 1) / (N + 1), independently, as if a uniform integer 0..N were drawn at
+        every step and the prediction detached if i is below it. A rollout of which no step is trained is
         drawn again: 1 in 65 at 5 steps, 1 in 7000 at 10.
     low-variance
         ``1 + repeats`` images a prompt; the paper's n is `repeats`, and 2.

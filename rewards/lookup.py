@@ -1,4 +1,4 @@
-"""Names to classes, imported only when asked for: built in, offered by an installed package, or a dotted path."""
+"""Names to classes, imported on first use: built in, registered, offered by an installed package, or a dotted path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Lookup:
         kind: the word used in messages, such as "method".
         builtin: name -> "module:attribute".
         group: the group of entry points under which installed packages offer their own, such as "mmalign.methods".
-        error: what is raised for a name that cannot be had.
+        error: the class of the errors.
         hint: returns "; did you mean 'x'?" for a word and the words that are allowed, or nothing.
     """
 
@@ -34,26 +34,44 @@ class Lookup:
         """Keep the table; nothing is imported."""
         self.kind, self.group = kind, group
         self._builtin, self._error, self._hint = dict(builtin), error, hint
+        self._registered: dict[str, Any] = {}
+
+    def register(self, target: Any) -> Any:
+        """Make a class known under its `name` in this process, for one that no other could import; a decorator too.
+
+        A class defined again at the same place, as by a notebook's cell that runs twice, replaces the earlier one.
+
+        Raises:
+            error: it has no `name`, or another class has it.
+        """
+        name = getattr(target, "name", None)
+        if not isinstance(target, type) or not isinstance(name, str) or not name or ":" in name:
+            raise self._error(f"{target!r} is no {self.kind}: register a class with an attribute `name`, without ':'")
+        held = self._registered.get(name)
+        if name in self._targets() or (held and _place(held) != _place(target)):
+            raise self._error(f"{self.kind} name '{name}' is taken; give {target.__qualname__} a name of its own")
+        self._registered[name] = target
+        return target
 
     def names(self) -> list[str]:
-        """Return every name that `get` knows, sorted; a dotted path is always understood besides."""
-        return sorted(self._targets())
+        """Return every known name, sorted; dotted paths are not listed."""
+        return sorted({*self._targets(), *self._registered})
 
     def __contains__(self, name: str) -> bool:
         """Tell whether `name` is a known name (a dotted path is not)."""
-        return name in self._targets()
+        return name in self._registered or name in self._targets()
 
-    def get(self, name: str, also: Iterable[str] = ()) -> Any:
-        """Import and return what a name or a path "package.module:Class" stands for.
-
-        `also` are names that the caller knows besides, to be listed in an error.
+    def get(self, name: str) -> Any:
+        """Return the class of a name or of a path "package.module:Class", importing it.
 
         Raises:
-            error: the name is unknown or claimed by two packages, or what it names cannot be imported.
+            error: the name is unknown or claimed by two packages, or its target cannot be imported.
         """
+        if name in self._registered:
+            return self._registered[name]
         targets = self._targets().get(name, {name} if ":" in name else set())
         if not targets:
-            known = sorted({*self._targets(), *also})
+            known = self.names()
             raise self._error(
                 f"unknown {self.kind} '{name}'{self._hint(name, known)} (known: {', '.join(known) or 'none'}; "
                 "or your own as 'package.module:Class')"
@@ -65,7 +83,7 @@ class Lookup:
         return self._import(name, *targets)
 
     def _targets(self) -> dict[str, set[str]]:
-        """What each name may stand for."""
+        """Return the possible targets of each name that is not registered."""
         found = {name: {target} for name, target in self._builtin.items()}
         for name, targets in _entry_points(self.group, tuple(sys.path)).items() if self.group else ():
             found[name] = found.get(name, set()) | targets
@@ -90,6 +108,10 @@ class Lookup:
             raise self._error(
                 f"{self.kind} '{name}': {module} has no '{attribute}'{self._hint(attribute, offered)}"
             ) from None
+
+
+def _place(target: type) -> tuple[str, str]:
+    return target.__module__, target.__qualname__
 
 
 @lru_cache(maxsize=32)

@@ -57,23 +57,12 @@ BUILTIN = {
 }
 
 _LOOKUP = Lookup("reward", BUILTIN, ENTRY_POINT_GROUP)
-_registered: dict[str, type[rewards.base.Reward]] = {}
 
 
 def register(reward: type[rewards.base.Reward]) -> type[rewards.base.Reward]:
     """Make a reward class known under its `name` in this process; usable as a decorator."""
-    name = _checked(reward, reward.__qualname__).name
-    holder = _registered.get(name) or BUILTIN.get(name)
-    # A notebook's cell that runs again defines its class anew: the same place, and the newer one counts.
-    again = isinstance(holder, type) and _place(holder) == _place(reward)
-    if holder is not None and not again:
-        raise RewardError(f"reward name {name!r} is taken by {holder}; give {reward.__qualname__} a name of its own")
-    _registered[name] = reward
+    _LOOKUP.register(_checked(reward, reward.__qualname__))
     return reward
-
-
-def _place(reward: type) -> tuple[str, str]:
-    return reward.__module__, reward.__qualname__
 
 
 def load_reward(
@@ -119,7 +108,7 @@ def list_rewards() -> list[rewards.base.Facts]:
     from rewards.base import Facts
 
     facts = []
-    for name in sorted({*_LOOKUP.names(), *_registered}):
+    for name in _LOOKUP.names():
         try:
             facts.append(Facts.of(reward_class(name)))
         except RewardError as error:
@@ -132,11 +121,7 @@ def reward_class(name: str) -> type[rewards.base.Reward]:
 
     Raises `RewardError` for an unknown name, one that two rewards claim, and what is no reward of that name.
     """
-    if name in _registered:
-        if name in _LOOKUP:
-            raise RewardError(f"reward name {name!r} is claimed by a package and by {_registered[name]}; rename yours")
-        return _registered[name]
-    found = _checked(_LOOKUP.get(name, also=_registered), name)
+    found = _checked(_LOOKUP.get(name), name)
     if ":" not in name and found.name != name:
         raise RewardError(f"{found} is declared as reward {name!r} but its name is {found.name!r}; make them equal")
     return found

@@ -1,4 +1,4 @@
-"""What `mmalign compare` is asked to do: a strict schema, read from YAML or made from the command line.
+"""The configuration of `mmalign compare`: a strict schema, read from YAML or made from the command line.
 
     systems:
       - {name: base, model: assets/shapes-sd}
@@ -19,7 +19,7 @@ them under one budget:
     budget: {images: 20000}
 
 With `training_seeds: [0, 1, 2]` each of them is trained once from each seed, and counts as the mean of its replicas.
-`diversity: shapes-clip` adds how much the pictures of one prompt differ, measured by that reward's image embeddings.
+`diversity: shapes-clip` adds how much the images of one prompt differ, measured by that reward's image embeddings.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ from mmalign.core.errors import did_you_mean
 
 
 class RewardEntry(StrictModel):
-    """One reward that every image is scored by."""
+    """A reward that scores every image."""
 
     name: str
     """a name of `mmalign list rewards`, or your own as 'package.module:Class'"""
     label: str = ""
-    """what the report calls it; empty: its name (needed where one reward is used twice with other options)"""
+    """its label in the report; empty: its name (needed where one reward is used twice with other options)"""
     options: dict[str, Any] = Field(default_factory=dict)
-    """what the reward itself takes, such as weights"""
+    """options of the reward, such as weights"""
 
     @property
     def title(self) -> str:
-        """The label, or else the name."""
+        """The label; the name where there is none."""
         return self.label or self.name
 
     def named(self, label: str) -> RewardEntry:
-        """Return the same with this label where it has none."""
+        """Return a copy with this label if it has none."""
         return self.model_copy(update={"label": self.label or label})
 
 
 class GuidanceControl(StrictModel):
-    """The control "untouched baseline at its best guidance", chosen on prompts that are not the test's."""
+    """The control "untouched baseline at its best guidance", chosen on validation prompts."""
 
     guidances: list[Guidance] = Field(min_length=2)
     """guidance scales to try"""
     prompts: str
     """validation prompts: a built-in name or a file"""
     rewards: list[str] = Field(min_length=1)
-    """rewards of the comparison that choose; of several, the best mean rank"""
+    """rewards of the comparison that choose the guidance; of several, the best mean rank"""
     limit: int | None = Field(None, ge=1)
     """use only the first so many validation prompts"""
 
@@ -79,14 +79,14 @@ class GuidanceControl(StrictModel):
 
 
 class CompareConfig(SystemsConfig):
-    """One comparison, as `mmalign compare` takes it."""
+    """One comparison of image generators."""
 
     prompts: str
     """test prompts: a built-in name of `mmalign list prompts` or a file"""
     rewards: list[RewardEntry] = Field(min_length=1)
-    """what the images are scored by"""
+    """rewards that score the images"""
     seeds: list[int] = Field([0, 1], min_length=1)
-    """every prompt is drawn once from each seed, by every system"""
+    """every system generates one image for each prompt and seed"""
     steps: int = Field(50, ge=1)
     """sampling steps"""
     guidance: Guidance = 7.5
@@ -94,9 +94,9 @@ class CompareConfig(SystemsConfig):
     solver: Literal["ddim", "dpm++"] = "ddim"
     """sampler"""
     guidance_control: GuidanceControl | None = None
-    """adds the baseline at its best guidance as a system; null: no such control"""
+    """adds the baseline at its best guidance as a system; null: no control"""
     diversity: RewardEntry | None = None
-    """a reward whose image embeddings say how much the images of a prompt differ; null: that is not measured"""
+    """a reward whose image embeddings measure how much the images of a prompt differ; null: not measured"""
 
     @field_validator("seeds")
     @classmethod
@@ -129,7 +129,7 @@ class CompareConfig(SystemsConfig):
 
 
 def is_comparison(text: str) -> bool:
-    """Tell whether text names a config rather than a model: a YAML file, or a shipped name."""
+    """Tell whether text names a config (a YAML file or a shipped name) rather than a model."""
     return Path(text).suffix in (".yaml", ".yml") or (not Path(text).exists() and text in list_configs())
 
 
@@ -153,7 +153,7 @@ def load_compare_config(path: str | Path, overrides: Sequence[str] = ()) -> Comp
 
 
 def make_compare_config(**values: Any) -> CompareConfig:
-    """Check a comparison put together in code or from command line options; None means the default.
+    """Check a comparison made in code or from command line options; None means the default.
 
     Raises:
         UserError: something in it is wrong.

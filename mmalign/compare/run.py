@@ -1,12 +1,12 @@
 """Compare systems fairly: same prompts, same seeds, every reward, paired intervals, one report.
 
     <output>/report.html, results.json, scores.csv, images/<system>/<prompt>-<seed>.png
-    <output>/images/<system>-seed<k>/   those of the further training seeds, if several were asked for
+    <output>/images/<system>-seed<k>/   those of the further training seeds, if there are several
     <output>/config.yaml    this comparison, to run it again
-    <output>/control/       the guidance sweep on the validation prompts, if a guidance control was asked for
+    <output>/control/       the guidance sweep on the validation prompts, if there is a guidance control
     <output>/cache/         scores by image content
 
-Systems that are trained here lie where their configs say. Run again, it trains, draws and scores only what is new.
+Systems that are trained here lie in their configs' output. A second run trains, generates and scores only what is new.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ __all__ = [
 
 
 def compare(config: CompareConfig, *, train: bool = True, retrain: bool = False) -> Outcome:
-    """Draw, score and compare all systems of `config`, and write report, results and scores into its output.
+    """Generate, score and compare the images of all systems of `config`, and write report, results and scores into its
+    output.
 
     Systems that the config trains are trained first, unless they are there already; for `train` and `retrain` see
     `mmalign.compare.systems.training.train_systems`.
@@ -61,7 +62,7 @@ def compare(config: CompareConfig, *, train: bool = True, retrain: bool = False)
 
 
 def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False) -> Comparison:
-    """Train, draw and score what a comparison takes, and return what was measured; see `compare`."""
+    """Train, generate and score, and return the measurements; see `compare`."""
     check_config(config)
     prompts = load_prompts(config.prompts, config.limit)
     for reward in config.rewards:
@@ -114,7 +115,7 @@ def _read(config: CompareConfig, replica: Replica, model: str) -> SystemFacts:
 def _draw(
     config: CompareConfig, facts: dict[str, SystemFacts], prompts: list[Prompt], models: ModelHolder
 ) -> dict[str, ImageStore]:
-    """Complete the images of everything that takes part."""
+    """Complete the images of all systems."""
     stores: dict[str, ImageStore] = {}
     for name in sorted(facts, key=lambda name: name != config.baseline_name):  # the control copies from the baseline
         source = stores.get(config.baseline_name) if facts[name].control else None
@@ -123,7 +124,7 @@ def _draw(
 
 
 def _insert_after(systems: dict[str, SystemFacts], name: str, new: SystemFacts) -> dict[str, SystemFacts]:
-    """Return the systems with `new` right after `name`, which is where tables show it."""
+    """Return the systems with `new` right after `name`, as tables show it."""
     ordered = {}
     for key, facts in systems.items():
         ordered[key] = facts

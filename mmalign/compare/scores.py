@@ -1,4 +1,4 @@
-"""Scores of a comparison, and what is known of the reward that gave them."""
+"""Scores of a comparison, and facts about the reward that gave them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Scores = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class RewardFacts:
-    """What the report says about a reward; `requested` is the name or dotted path that it was asked for by."""
+    """Facts of a reward for the report; `requested` is the name or dotted path in the config."""
 
     label: str
     name: str
@@ -27,8 +27,8 @@ class RewardFacts:
     citation: str
     derived_from: tuple[str, ...] = ()
     neutral: bool = False
-    """Whether it is shown like a reward, and neither more nor less of it is better."""
+    """Whether it is shown like a reward although neither more nor less of it is better."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the facts as results.json holds them."""
+        """Return the facts for results.json."""
         return {name: value for name, value in vars(self).items() if name != "neutral" or value}

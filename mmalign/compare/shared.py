@@ -1,4 +1,4 @@
-"""What every comparison does, whatever its systems are asked for: read the systems, say how, write what was found."""
+"""The steps that all comparisons share: read the systems, describe the comparison, write the results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmalign.core.version import __version__
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison found (`results` is the content of results.json) and where its report lies."""
+    """The result of a comparison (`results` is the content of results.json) and the path of its report."""
 
     results: dict[str, Any]
     report: Path
@@ -33,7 +33,7 @@ def check_config(config: SystemsConfig) -> None:
     """Check, before any work, that the output can be written and that this machine has the precision.
 
     Raises:
-        UserError: it cannot, or has not.
+        UserError: one of them fails.
     """
     check_output(Path(config.output), "output")
     check_precision(config.precision, key="precision")
@@ -42,9 +42,9 @@ def check_config(config: SystemsConfig) -> None:
 def train_and_read(
     config: SystemsConfig, read: Callable[[Replica, str], SystemFacts], *, train: bool, retrain: bool
 ) -> dict[str, SystemFacts]:
-    """Train what is missing (see `train_systems`) and return the facts of all replicas, the baseline's first.
+    """Train the missing systems (see `train_systems`) and return the facts of all replicas, the baseline's first.
 
-    `read` takes a replica and its model.
+    `read` is called with a replica and its model.
     """
     models = train_systems(config, train=train, retrain=retrain)
     ordered = sorted(config.replicas, key=lambda one: one.system.name != config.baseline_name)
@@ -52,10 +52,10 @@ def train_and_read(
 
 
 def described(config: SystemsConfig, *settings: str) -> dict[str, Any]:
-    """Return the fields of a `Comparison` that its config alone decides.
+    """Return the fields of a `Comparison` that depend on its config alone.
 
-    `settings` are the keys that decide the numbers of this kind of comparison, beside those of every kind; the report
-    and results.json show them.
+    `settings` are the keys that the numbers of this kind of comparison depend on, besides those of every kind; the
+    report and results.json show them.
     """
     shown = {key: getattr(config, key) for key in (*settings, "precision", "resamples")}
     budget = config.budget.model_dump(exclude_none=True) if config.budget else None
@@ -83,7 +83,7 @@ def write_outcome(
 
 
 def _machine() -> dict[str, Any]:
-    """Return the device and the versions of what computed on it."""
+    """Return the device and the versions of the libraries."""
     import torch
 
     return {

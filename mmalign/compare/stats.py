@@ -1,11 +1,13 @@
 """Paired statistics over prompts: means, win rates and differences with bootstrap intervals.
 
-Two systems draw the same prompts from the same seeds, so their scores are compared pair by pair: one comparison for
+Two systems generate images of the same prompts from the same seeds, so their scores are compared pair by pair: one
+comparison for
 each (prompt, seed). The seeds of one prompt are not independent, therefore everything is averaged inside the prompt
 first and only prompts are resampled (percentile bootstrap; Efron and Tibshirani 1993, chapter 13, with the prompt as
 the sampling unit). An interval describes new prompts of the same kind, not new images of the same prompts.
 
-What is resampled may also be groups of rows, such as the questions about conflicting videos, which are right or wrong
+The unit of resampling may also be a group of rows, such as the questions about conflicting videos, which are right or
+wrong
 together: `units` names the group of each row. Every row weighs the same, so the mean of a resample is a ratio, of the
 sum over the rows drawn to their number.
 
@@ -27,7 +29,7 @@ TIE_TOLERANCE = 1e-6
 """Scores closer than this (absolute, or relative for large ones) tie: float32 rounding must not decide a win."""
 
 Ci = tuple[float, float] | None
-"""A 95 % interval (low, high); None where none exists, because a single prompt cannot be resampled."""
+"""A 95 % interval (low, high); None for a single prompt, which cannot be resampled."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +148,11 @@ def spread_of_deltas(
 
 
 def _differences(scores: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the difference of each pair, zero where it ties, and which ones tie."""
+    """Return the difference of each pair, zero for a tie, and a mask of the ties."""
     if scores.shape != other.shape:
         raise ValueError(f"scores of shape {scores.shape} and {other.shape} are not paired")
     tied = np.isclose(scores, other, rtol=TIE_TOLERANCE, atol=TIE_TOLERANCE)
-    return np.where(tied, 0.0, scores - other), tied  # else rounding alone could move an interval off zero
+    return np.where(tied, 0.0, scores - other), tied  # otherwise rounding alone could move an interval off zero
 
 
 def category_rows(categories: Sequence[str]) -> dict[str, list[int]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from mmalign.core.errors import UserError, did_you_mean
 from rewards.lookup import Lookup
@@ -16,24 +15,6 @@ class Registry(Lookup):
     def __init__(self, kind: str, builtin: Mapping[str, str], entry_point_group: str | None = None) -> None:
         """Keep the table; nothing is imported."""
         super().__init__(kind, builtin, entry_point_group, UserError, did_you_mean)
-        self._registered: dict[str, Any] = {}
-
-    def register(self, target: Any) -> Any:
-        """Make a class known under its `name` in this process, for one that no other could import; a decorator too.
-
-        A class that is defined again at the same place, as by running a notebook's cell twice, replaces the earlier.
-
-        Raises:
-            UserError: it has no `name`, or another class goes by it.
-        """
-        name = getattr(target, "name", None)
-        if not isinstance(target, type) or not isinstance(name, str) or not name or ":" in name:
-            raise UserError(f"{target!r} is no {self.kind}: register a class with an attribute `name`, without ':'")
-        held = self._registered.get(name)
-        if super().__contains__(name) or (held and not is_redefined(held, target)):
-            raise UserError(f"{self.kind} name '{name}' is taken; give {target.__qualname__} a name of its own")
-        self._registered[name] = target
-        return target
 
     def name_of(self, target: type) -> str:
         """Return how a configuration names a class: by its name, by its dotted path, or else registered here.
@@ -46,20 +27,6 @@ class Registry(Lookup):
             return name
         return dotted_path(target) or str(self.register(target).name)
 
-    def names(self) -> list[str]:
-        """Return every name that `get` knows, sorted; a dotted path is always understood besides."""
-        return sorted({*super().names(), *self._registered})
-
-    def __contains__(self, name: str) -> bool:
-        """Tell whether `name` is a known name (a dotted path is not)."""
-        return name in self._registered or super().__contains__(name)
-
-    def get(self, name: str, also: Iterable[str] = ()) -> Any:
-        """Return what `name` stands for; see `Lookup.get`."""
-        if name in self._registered:
-            return self._registered[name]
-        return super().get(name, {*also, *self._registered})
-
 
 def dotted_path(target: type) -> str | None:
     """Return "module:Class" if another process finds the class by it, None for one of a notebook or a function."""
@@ -67,11 +34,6 @@ def dotted_path(target: type) -> str | None:
     if target.__module__ == "__main__" or getattr(found, target.__qualname__, None) is not target:
         return None
     return f"{target.__module__}:{target.__qualname__}"
-
-
-def is_redefined(old: type, new: type) -> bool:
-    """Tell whether `new` is what the definition of `old` has become, as after a notebook's cell has run again."""
-    return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
 
 
 methods = Registry(

@@ -1,4 +1,4 @@
-"""What a method learns from in one forward pass, encoded."""
+"""The encoded batch of one forward pass, for each kind of method."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class PromptBatch:
 
 
 class TimedMedia(NamedTuple):
-    """What one prompt is asked about: images `[3, H, W]` or a video `[F, 3, H, W]`, uint8, and its frames a second."""
+    """The media of one prompt: images `[3, H, W]` or a video `[F, 3, H, W]`, uint8, and its frames a second."""
 
     media: tuple[UInt8[Tensor, "..."], ...]
     fps: float
@@ -141,7 +141,7 @@ class TimedMedia(NamedTuple):
 class VlmPairBatch:
     """A batch of pairs of answers, encoded: the rejected sample may have media of its own.
 
-    `media` gives what the chosen answers are about, decoded when asked for. Samples stay on the CPU until they are
+    `media` gives the media of the chosen answers, decoded on access. Samples stay on the CPU until they are
     collated.
     """
 
@@ -152,7 +152,7 @@ class VlmPairBatch:
     ids: list[str]
     epoch: int = 0
     margins: Float[Tensor, " batch"] | None = None
-    """How much better the chosen answer is, NaN where that is not known; None if no pair of the data says."""
+    """Margin of the chosen answer, NaN where it is unknown; None if no pair of the data has one."""
     aspects: list[str | None] | None = None
 
     def __len__(self) -> int:

@@ -60,7 +60,7 @@ class _Labels(Protocol):
 
 
 class LabelTable:
-    """The labelled images of one source: a compact index in memory, the images wherever they are."""
+    """The labelled images of one source: a compact index in memory, the images in place."""
 
     def __init__(self, source: _Labels, limit: int | None = None, *, good_only: bool = False) -> None:
         """Index the source, or its good images alone; called by `read_labels`."""
@@ -164,7 +164,7 @@ class _Columns:
             raise missing_columns(source, ["image"], found)
         self.image = image
         if LABEL_COLUMN not in found and REJECTED_COLUMN not in found:
-            raise missing_columns(source, [LABEL_COLUMN], found, "; it says good or bad")
+            raise missing_columns(source, [LABEL_COLUMN], found, "; its values are good and bad")
         self.identifier = next((name for name in ID_COLUMNS if name in found), None)
         optional = (LABEL_COLUMN, REJECTED_COLUMN, self.identifier)
         self.small = [self.caption, *(name for name in optional if name is not None and name in found)]

@@ -1,4 +1,4 @@
-"""Preference pairs from any usual source, as one table whose images are read only when a pair is asked for.
+"""Preference pairs from any usual source, as one table whose images are read only on access to a pair.
 
 Sources: Pick-a-Pic columns in parquet files, a directory of them or a `datasets` hub id
 (`mmalign.data.readers.tabular`); HPDv2-style JSON, JSON or JSONL with `prompt, chosen, rejected`, folders `chosen/`
@@ -47,7 +47,7 @@ class PairRecord:
 
 @dataclass
 class PairCounts:
-    """What became of the comparisons in the source."""
+    """Counts of the source's comparisons kept and left out."""
 
     read: int = 0
     kept: int = 0
@@ -70,7 +70,7 @@ class PairCounts:
 
 
 class PairTable:
-    """The pairs kept from one source: a compact index in memory, the images wherever they are.
+    """The pairs kept from one source: a compact index in memory, the images in place.
 
     Iterate for the cheapest access (forwards through the source); `table[i]` works everywhere.
     """
@@ -169,7 +169,7 @@ class PairTable:
 
     def _append(self, candidate: Candidate, seen: dict[str, int]) -> None:
         tie = candidate.label_0 == candidate.label_1
-        # Were a tie always read as "first side chosen", a bias of the source's order would become a preference.
+        # If a tie always meant "first side chosen", a bias of the source's order would become a preference.
         swapped = uniform("tie", candidate.id) < 0.5 if tie else candidate.label_1 > candidate.label_0
         margin = candidate.score_0 - candidate.score_1
         self.counts.ties_kept += tie
@@ -182,7 +182,7 @@ class PairTable:
 
 
 def open_source(source: str, caption_column: str = "caption") -> PairSource:
-    """Return the reader for a source: told apart by suffix, by what a directory holds, else taken for a hub id.
+    """Return the reader for a source: chosen by suffix or by the files in a directory; anything else is a hub id.
 
     Raises:
         UserError: nothing is there, or it is in no known format.

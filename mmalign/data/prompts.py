@@ -1,7 +1,8 @@
 """Prompt sets: the built-in ones by name, or any CSV, TSV, JSONL, JSON or TXT file in the layout its authors publish.
 
-Understood as they are: DrawBench (`Prompts,Category`), PartiPrompts (`Prompt<TAB>Category<TAB>Challenge<TAB>Note`),
-GenEval (JSONL with `prompt` and `tag`), and plain text with one prompt a line.
+Supported without conversion: DrawBench (`Prompts,Category`), PartiPrompts
+(`Prompt<TAB>Category<TAB>Challenge<TAB>Note`), GenEval (JSONL with `prompt` and `tag`), and plain text with one prompt
+a line.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".txt")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt and the category its set files it under ("" where the set has none)."""
+    """One prompt and its category in the set ("" where the set has none)."""
 
     text: str
     category: str = ""

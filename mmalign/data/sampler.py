@@ -1,4 +1,4 @@
-"""In which order the data is seen: a seeded permutation an epoch, cut into steps, micro-batches and ranks."""
+"""The order of the data: a seeded permutation an epoch, cut into steps, micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmalign.data.batches import ComparisonBatch, LabelBatch, PairBatch, PromptB
 
 
 class Samples(Protocol):
-    """What a run learns from, encoded: `CachedPairs`, `CachedLabels`, `CachedPrompts` or `VlmPairs`."""
+    """The encoded data of a run: `CachedPairs`, `CachedLabels`, `CachedPrompts` or `VlmPairs`."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -21,12 +21,12 @@ class Samples(Protocol):
     def batch(
         self, indices: Sequence[int], epoch: int, seed: int
     ) -> PairBatch | LabelBatch | PromptBatch | ComparisonBatch | VlmPairBatch:
-        """Return these samples; what is random in them depends on (seed, id, epoch) alone."""
+        """Return these samples; their randomness depends on (seed, id, epoch) alone."""
         ...
 
 
 class BatchSampler:
-    """Samples batches: what step N learns from depends on the seed and on how many samples a step takes, nothing else.
+    """Samples batches: the samples of step N depend only on the seed and on the number of samples a step.
 
     A step takes batch_size x accumulation x world_size consecutive samples of its epoch's permutation, so the same
     recipe gives the same steps however that product is made up; a pair is sampled as a whole. What remains at the end

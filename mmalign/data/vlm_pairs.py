@@ -1,8 +1,9 @@
-"""Pairs of answers for vision-language models, from a parquet or JSONL table: what was asked about which media.
+"""Pairs of answers for vision-language models, from a parquet or JSONL table with prompts and media.
 
 Columns: `prompt`, `chosen`, `rejected`, and `video`, `image` or `images`, paths relative to the table or bytes.
 Optional: `rejected_video` or `rejected_image`, media of the rejected answer's own; `fps`, the frames a second of a
-video that does not say (such as a folder of frames), or says it wrongly; `id`, `aspect`, `margin` (how much better the
+video that does not state it (such as a folder of frames), or states it wrongly; `id`, `aspect`, `margin` (how much
+better the
 chosen answer is), `difficulty`.
 """
 
@@ -49,23 +50,23 @@ class VlmPair:
     difficulty: int | None = None
 
     def media_ids(self) -> tuple[str, str]:
-        """Return what identifies the media of either side by their bytes; the second is empty without own media."""
+        """Return identifiers of the media of either side by their bytes; the second is empty without own media."""
         own, other = (",".join(media_digest(one) for one in side or ()) for side in (self.media, self.rejected_media))
         return own, other
 
     def facts(self) -> tuple[Any, ...]:
-        """Return what identifies the pair besides its media: texts and numbers."""
+        """Return the facts that identify the pair besides its media: texts and numbers."""
         return self.id, self.prompt, self.chosen, self.rejected, self.kind, self.fps, self.margin, self.difficulty
 
 
 class VlmPairTable:
-    """The pairs of one table: texts in memory, media wherever they are; made by `read_vlm_pairs`."""
+    """The pairs of one table: texts in memory, media in place; made by `read_vlm_pairs`."""
 
     def __init__(self, name: str, rows: list[_Row], media: Callable[[int], Mapping[str, Any]], folder: Path) -> None:
         """Keep checked rows; `media` returns the cells of a row of the table that hold media.
 
         Raises:
-            UserError: a row has no media, or not what it needs of them.
+            UserError: a row's media are missing or contradictory.
         """
         self.name = name
         self._rows, self._media, self._folder = rows, media, folder
@@ -76,7 +77,7 @@ class VlmPairTable:
         self.left_out = 0
         self.kinds: list[str] = []
         self.own_media: list[bool] = []
-        for pair in self:  # the one pass over all media: better said now than in the middle of a run
+        for pair in self:  # the one pass over all media, so that errors show before a run
             self.kinds.append(pair.kind)
             self.own_media.append(pair.rejected_media is not None)
 
@@ -120,11 +121,11 @@ class VlmPairTable:
         return f"{len(self)} pairs of answers" + (f", {self.left_out} left out" if self.left_out else "")
 
     def margins(self) -> list[float]:
-        """Return how much better each chosen answer is; NaN where the table does not say."""
+        """Return the margin of each chosen answer; NaN where the table has none."""
         return [row.margin for row in self._rows]
 
     def difficulties(self) -> list[int | None]:
-        """Return the difficulty of each pair; None where the table does not say."""
+        """Return the difficulty of each pair; None where the table has none."""
         return [row.difficulty for row in self._rows]
 
     def _files(self, cell: Any, where: str) -> tuple[Media, ...]:
@@ -176,7 +177,7 @@ def read_vlm_pairs(source: str, config: DataConfig, difficulties: Collection[int
 
 @dataclass(frozen=True)
 class _Row:
-    """What a row says besides its media."""
+    """The fields of a row besides its media."""
 
     number: int
     id: str

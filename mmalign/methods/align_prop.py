@@ -20,13 +20,10 @@ from torch import Tensor
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import denoising_error
 from mmalign.methods.base import LossOutput, Method, Needs
-from mmalign.methods.run import Run
+from mmalign.methods.run import WATCHED, Run
 from mmalign.methods.trajectory import SamplingConfig
 from pipelines.gradient_sampling import Truncation, sample_with_gradient
 from pipelines.noise import NoiseProcess
-
-WATCHED = 4
-"""Images a batch on which the distance to the reference is measured where it is only watched."""
 
 
 class AlignPropConfig(SamplingConfig):

@@ -17,12 +17,14 @@ from mmalign.data.batches import LabelBatch, PairBatch
 from mmalign.methods.reference import Reference, TokenValues
 from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.live import LiveRewards
-from pipelines import Generator, NoiseProcess, VisionLanguageModel
+from pipelines import Generator, NoiseProcess, VisionLanguageModel, seeded_noise
 from pipelines.conditioning import Conditioning
 from pipelines.vlm.batch import VlmBatch
 
 ModelT = TypeVar("ModelT", bound="Generator | VisionLanguageModel")
 Autocast = Callable[[], AbstractContextManager[Any]]
+WATCHED = 4
+"""Images a batch for measuring the distance to the reference where it is only logged."""
 
 
 class BaseRun(Generic[ModelT]):
@@ -88,12 +90,7 @@ class BaseRun(Generic[ModelT]):
         Each sample has its own generator on the CPU, so that its noise is the same on every device, in any batch, on
         any rank and after a resume.
         """
-        noise = torch.empty(x.shape, dtype=torch.float32)
-        source = torch.Generator()
-        for row, seed in zip(noise, self.seeds(ids, epoch, purpose), strict=True):
-            source.manual_seed(seed)
-            torch.randn(row.shape, generator=source, out=row)
-        return noise.to(x.device)
+        return seeded_noise(self.seeds(ids, epoch, purpose), x.shape[1:], device=x.device)
 
 
 class Run(BaseRun[Generator]):

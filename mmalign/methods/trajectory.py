@@ -24,15 +24,13 @@ from mmalign.data.batches import PromptBatch
 from mmalign.losses import gaussian_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.mini_batches import check_parts, places, shuffled_parts
-from mmalign.methods.run import Run
+from mmalign.methods.run import WATCHED, Run
 from pipelines import Kernel, ddim, sample
 from pipelines.guidance import guided_predictor
 from pipelines.noise import NoiseProcess
 from pipelines.sampling import Trajectory, replay_step
 
 RATIO_TOLERANCE = 1e-4
-WATCHED = 4
-"""Images a batch on which the KL to the reference is measured where it is only watched."""
 
 
 class RatioError(TrainingDiverged):

@@ -1,4 +1,5 @@
-"""Score files in bulk: what `mmalign score` and `mmalign pairs label` have in common.
+"""Score files in bulk, for `mmalign score` and `mmalign pairs label`.
 
-`items` says what there is to score, `inputs` finds it, `engine` decodes ahead and scores, `results` keeps the scores.
+`mmalign.core.io.items` describes an item, `inputs` finds items, `engine` decodes ahead and scores, `results` keeps the
+scores.
 """

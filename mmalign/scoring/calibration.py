@@ -10,7 +10,7 @@ Merits = Sequence[Sequence[float]]
 
 
 def win_rates(scores: Merits, temperature: float = 1.0) -> list[list[float]]:
-    """Return how often each image is expected to beat another of its prompt, reward by reward, each in 0..1.
+    """Return the expected win rate of each image against the others of its prompt, for each reward, in 0..1.
 
     mean over j != i of sigmoid((score_i - score_j) / temperature), by Bradley and Terry. The mean over the images of
     one prompt is 1/2, and rewards of any range become comparable. At least two images are needed.

@@ -1,4 +1,4 @@
-"""Refuse rewards that cannot do what they are asked for before an image is drawn or a weight is read."""
+"""Refuse unsuitable rewards before an image is generated or a weight is read."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str], 
 
 
 def check_device(given: str | None, key: str = "device") -> str | None:
-    """Return a device that is there, None for the default; `key` is what the user set.
+    """Return a device that exists, None for the default; `key` is the option that the user set.
 
     Raises:
-        UserError: torch knows no such device, or it is not there.
+        UserError: torch knows no such device, or this machine lacks it.
     """
     if given is not None:
         import torch

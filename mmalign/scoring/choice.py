@@ -1,4 +1,4 @@
-"""A reward that was asked for, a reward that was loaded, and the signed weighted sum of several."""
+"""A requested reward, a loaded reward, and the signed weighted sum of several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOTAL = "total"
 
 @dataclass(frozen=True)
 class Choice:
-    """A reward that was asked for; `weight` None: it takes no part in a sum, unless others do (then 1)."""
+    """A requested reward; `weight` None: not in the sum, or 1 if other rewards have weights."""
 
     name: str
     label: str
@@ -29,7 +29,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """A loaded reward, what its scores are called, and its weight in the sum that decides."""
+    """A loaded reward, the label of its scores, and its weight in the sum that decides."""
 
     name: str
     weight: float

@@ -1,4 +1,4 @@
-"""Which rewards score, with which options and weights: read from a list of names or a YAML file, checked, loaded."""
+"""The choice of rewards with options and weights: read from a list of names or a YAML file, checked, loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmalign.core.errors import UserError, did_you_mean
 from mmalign.scoring.choice import TOTAL, Choice, WeightedReward
 
 SAMPLED_VALUES = 4096
-"""Values of each tensor that a fingerprint looks at; training a reward again changes practically all of them."""
+"""Number of values of each tensor in a fingerprint; retraining a reward changes practically all of them."""
 
 
 def parse_rewards(text: str) -> dict[str, float]:
@@ -30,7 +30,7 @@ def parse_rewards(text: str) -> dict[str, float]:
 
 
 def parse_choices(text: str) -> list[Choice]:
-    """Read "clip,shapes-quality:0.5" as `parse_rewards` does, and tell a weight of 1 from none."""
+    """Read "clip,shapes-quality:0.5" as `parse_rewards` does, and distinguish a weight of 1 from none."""
     chosen: dict[str, Choice] = {}
     for part in text.split(","):
         name, weight = part.strip(), None
@@ -149,10 +149,10 @@ def load_choices(
 
 
 def fingerprint_reward(reward: Any, neighbours: bool = False) -> list[str]:
-    """Describe weights and code: the scores of a reward that was trained again must not be taken for the new one's.
+    """Fingerprint weights and code, so that scores from before a retraining do not count as the new reward's.
 
-    A plug-in may consist of code alone and change from day to day; the source of its class and of its bases counts as
-    well, and with `neighbours` that of the modules beside it.
+    A plug-in may consist of code alone; the source of its class and of its bases counts as well, and with `neighbours`
+    that of the modules beside it.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(reward.state_dict().items()):
@@ -175,7 +175,7 @@ def fingerprint_reward(reward: Any, neighbours: bool = False) -> list[str]:
 
 
 def _instructions(code: CodeType) -> tuple[Any, ...]:
-    """Return what a function does, without the place where it stands."""
+    """Return the code of a function without its place in the file."""
     inner = (_instructions(one) if isinstance(one, CodeType) else one for one in code.co_consts)
     constants = (sorted(map(repr, one)) if isinstance(one, frozenset) else one for one in inner)  # in a stable order
     return code.co_code, code.co_names, code.co_varnames, *constants

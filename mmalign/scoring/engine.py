@@ -1,4 +1,4 @@
-"""Score a stream of items by several rewards in one pass: threads decode, each medium once for all rewards."""
+"""Score a stream of items by several rewards in one pass: threads decode each medium once for all rewards."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mmalign.scoring.choice import WeightedReward
 from rewards import RewardError
 
 BATCH_PIXELS = 1 << 26
-"""A batch is closed at so many pixels (0.8 GB as floats), however few media it then holds."""
+"""A batch is closed at this number of pixels (0.8 GB as floats), however few media it holds."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What became of an item: a score for each reward (NaN where a reward found none), or why there is none."""
+    """The result for an item: a score for each reward (NaN where a reward gave none), or the error."""
 
     item: Item
     scores: dict[str, float]
@@ -45,9 +45,10 @@ def score_items(
     """Yield every item with its scores, in order.
 
     Items are decoded by `workers` threads, two batches ahead of the rewards; or one after the other by this thread,
-    where the rewards compute on a CPU with as many threads as it has cores, which leave no core to others even while
-    they wait. A batch is `batch_size` media, or fewer where they are large. What cannot be decoded, lacks a prompt
-    that a reward needs, or is refused by a reward comes with its error, and the others of its batch with their scores.
+    where the rewards compute on a CPU with as many threads as it has cores, which keep all cores busy even while they
+    wait. A batch is `batch_size` media, or fewer where they are large. An item that cannot be decoded, lacks a prompt
+    that a reward needs, or is refused by a reward comes with its error; the others of its batch come with their
+    scores.
     """
     needs_prompt = next((entry.name for entry in rewards if "prompts" in entry.reward.needs), None)
     batch: list[tuple[Item, Tensor | str]] = []
@@ -78,7 +79,7 @@ def decode_ahead(
     workers: int | None = None,
     frames: Frames = ALL_FRAMES,
 ) -> Iterator[tuple[Item, Tensor | str]]:
-    """Yield items, in order, with their 8-bit tensor or the reason why there is none; `ahead` of them are begun."""
+    """Yield items, in order, with their 8-bit tensor or the error; `ahead` of them are decoded in advance."""
     coming = iter(items)
     workers = workers or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
@@ -99,7 +100,7 @@ def decode_ahead(
 
 
 def _read(item: Item) -> tuple[Any, str]:
-    """Fetch what must be fetched in order; (nothing, the reason) where that fails."""
+    """Fetch sources that must be read in order; (None, the reason) on failure."""
     try:
         return (item.media() if callable(item.media) else item.media), ""
     except Exception as error:  # a damaged archive or column raises anything
@@ -118,7 +119,7 @@ def _decode(media: Any, failed: str, modality: str, frames: Frames) -> Tensor | 
 
 
 def _reason(error: Exception) -> str:
-    # PIL prints the address of the buffer, which tells the reader nothing and changes from run to run.
+    # PIL prints the address of the buffer, which carries no information and changes from run to run.
     return " ".join(str(error).split("<_io")[0].split())[:200] or type(error).__name__
 
 
@@ -138,7 +139,7 @@ def _score_batch(batch: Sequence[tuple[Item, Tensor | str]], rewards: Sequence[W
 
 
 def _score_group(items: list[Item], levels: Tensor, rewards: Sequence[WeightedReward]) -> list[Scored]:
-    """Score media of one size; if a reward refuses them, one by one, so that only the faulty ones are without."""
+    """Score media of one size; if a reward refuses them, one by one, so that only the faulty ones have no score."""
     try:
         return _score_media(items, levels, rewards)
     except (RewardError, UserError) as error:
@@ -152,7 +153,7 @@ def _score_media(items: list[Item], levels: Tensor, rewards: Sequence[WeightedRe
     media: dict[torch.device, Tensor] = {}
     for entry in rewards:
         device = entry.reward.device
-        if device not in media:  # as bytes over the bus, as floats on the device
+        if device not in media:  # copied as bytes, converted to floats on the device
             media[device] = levels.to(device).float().div_(255)
         prompts = [item.prompt for item in items] if "prompts" in entry.reward.needs else None
         columns[entry.name] = entry.reward(media[device], prompts=prompts).double().tolist()

@@ -1,7 +1,7 @@
-"""Find what there is to score: folders, globs and files, tables that name media, webdataset tars.
+"""Find the items to score: folders, globs and files, tables that name media, webdataset tars.
 
 Prompts come from a table's column, from `metadata.jsonl` or `metadata.csv` beside the files (as `mmalign generate` and
-the image folders of `datasets` have it), from a `.txt` of the same name, or are one and the same for all.
+the image folders of `datasets` write it), from a `.txt` of the same name, or are the same for all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 
 @dataclass
 class Inputs:
-    """The items found, each name once, and what was left out."""
+    """The items found, each name once, and counts of those left out."""
 
     items: list[Item] = field(default_factory=list)
     repeated: int = 0
@@ -33,9 +33,9 @@ class Inputs:
 
 
 def find_items(given: Sequence[str], modality: str, prompt: str | None = None) -> Inputs:
-    """Return everything that the inputs name, in their order; files of a folder in the order of their paths.
+    """Return all items of the inputs, in their order; files of a folder in the order of their paths.
 
-    modality: what is looked for, "image" or "video". prompt: takes the place of every other prompt.
+    modality: "image" or "video". prompt: replaces every other prompt.
 
     Raises:
         UserError: an input does not exist, holds nothing to score, or is malformed.
@@ -102,7 +102,7 @@ def _file_item(path: Path, prompts: _Prompts) -> Item:
 
 
 class _Prompts:
-    """Prompts that lie beside the files; every folder's metadata is read once."""
+    """Prompts beside the files; every folder's metadata is read once."""
 
     def __init__(self) -> None:
         self._folders: dict[Path, dict[str, str]] = {}
@@ -141,7 +141,7 @@ def _read_sidecar(path: Path) -> str | None:
 
 
 def _hint(text: str, modality: str) -> str:
-    """Say what else a folder without media holds that could be scored."""
+    """Return a hint at other files that could be scored in a folder without media."""
     folder = Path(text)
     if not folder.is_dir():
         return ""

@@ -61,9 +61,9 @@ class LabelSettings:
     """How pairs are chosen and labelled.
 
     `best-worst` pairs the best image of a prompt with its worst, the second best with the second worst and so on;
-    `bradley-terry` draws pairs at random and lets a coin weighted by the scores decide, as people do; `calibrated`
+    `bradley-terry` draws pairs at random and draws the winner by that probability, as people vary; `calibrated`
     takes win rates for scores, the mean over the rewards, and draws pairs between the best and the worst frontier
-    (a reward's weight times its score, over `temperature`, is what the win rates are made of). Then every label
+    (win rates are computed from weight times score over `temperature`). Then every label
     is flipped with probability `label_noise`. Pairs of equal score are left out, and those closer than `min_margin`.
     """
 
@@ -97,7 +97,7 @@ NOT_FINITE, SINGLE = "with scores that are not finite", "with a single image"
 
 @dataclass
 class LabelCounts:
-    """What became of the prompts and pairs; `margin_sum` adds score(chosen) - score(rejected) over the pairs kept."""
+    """Counts of prompts and pairs; `margin_sum` adds score(chosen) - score(rejected) over the pairs kept."""
 
     prompts: int = 0
     images: int = 0
@@ -146,7 +146,7 @@ def label_pairs(
     """Score sampled images and write preference pairs to `out` with the columns of Pick-a-Pic, plus score_0, score_1.
 
     The score is the sum of weight x reward (a reward for which lower is better counts negatively), or for `calibrated`
-    the mean win rate. Which image stands on side 0 is random. Everything random depends on (settings.seed, prompt,
+    the mean win rate. The side of each image is random. Everything random depends on (settings.seed, prompt,
     images) alone. The metadata records rewards, settings and the sampling. `progress` is called with the number of
     images newly scored. A prompt with a score that is not finite is left out, and counted.
 

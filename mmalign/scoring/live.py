@@ -1,4 +1,4 @@
-"""Score what a method has just made: a weighted sum of rewards, with a gradient or without, never twice the same."""
+"""Score a method's new samples: a weighted sum of rewards, with or without a gradient, each image scored once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmalign.core.errors import UserError
 from mmalign.scoring.choice import WeightedReward, weighted_total
 
 REMEMBERED = 65_536
-"""Scores kept in memory; the oldest are forgotten first."""
+"""Scores kept in memory; the oldest are dropped first."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class LiveRewards:
     """The rewards of a run. Images without a gradient are looked up by their content before a reward is called."""
 
     def __init__(self, rewards: Sequence[WeightedReward], cost: Cost) -> None:
-        """Keep the rewards; every image that one of them scores is counted in `cost.reward_calls`."""
+        """Keep the rewards; every image scored by one of them counts in `cost.reward_calls`."""
         self.rewards = list(rewards)
         self._cost = cost
         self._known: dict[str, dict[bytes, float]] = {entry.name: {} for entry in self.rewards}

@@ -1,7 +1,8 @@
 """The scores on disk: parquet, CSV or JSONL, with the rewards that made them; parts until all are there.
 
-Columns: id (what tells the item apart), path (its file, where there is one), prompt, one column a reward, `total`
-where rewards have weights, error (why there is no score), stamp (size and time of the file scored). Parquet holds the
+Columns: id (the item's identifier), path (its file, where there is one), prompt, one column a reward, `total`
+where rewards have weights, error (the reason for a missing score), stamp (size and time of the file scored). Parquet
+holds the
 rewards in its metadata under `mmalign`, as JSON; beside a CSV or JSONL file lies FILE.meta.json with the same.
 """
 
@@ -29,7 +30,7 @@ PART_SECONDS = 20.0
 
 
 class Row(NamedTuple):
-    """What is kept of one item; NaN where there is no score."""
+    """The stored values of one item; NaN where there is no score."""
 
     id: str
     path: str | None
@@ -45,13 +46,13 @@ class Row(NamedTuple):
 
 
 class Results:
-    """The scores of one output file: those there already, and those that are being added."""
+    """The scores of one output file: the stored ones, and those being added."""
 
     def __init__(self, out: Path, columns: Sequence[str], metadata: Mapping[str, Any]) -> None:
-        """Read what is there.
+        """Read the stored scores.
 
         Raises:
-            UserError: it was made by other rewards or settings, or it is no file of scores.
+            UserError: the file was made by other rewards or settings, or is no file of scores.
         """
         self.out, self.columns, self.metadata = out, list(columns), dict(metadata)
         self.parts = out.with_name(f"{out.name}.parts")
@@ -68,7 +69,7 @@ class Results:
             self._rows.update((row.id, row) for row in self._read(path))
 
     def check_items(self, items: Iterable[Item]) -> None:
-        """Refuse to drop scores of what is not among the items.
+        """Refuse to drop scores of items that are not among these.
 
         Raises:
             UserError: there are some.
@@ -88,14 +89,14 @@ class Results:
         return row if row is not None and current and row.is_complete else None
 
     def add(self, row: Row) -> None:
-        """Keep the scores of an item; they are on the disk some seconds later, or after `flush`."""
+        """Keep the scores of an item; they are written some seconds later, or by `flush`."""
         self._rows[row.id] = row
         self._new.append(row)
         if len(self._new) >= PART_ROWS or time.monotonic() - self._written > PART_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added as one more part."""
+        """Write the added scores as one more part."""
         if self._new:
             taken = [int(path.stem) for path in self.parts.glob("*.parquet") if path.stem.isdigit()]
             self._write_parquet(self.parts / f"{max(taken, default=-1) + 1:06d}.parquet", self._new)
@@ -125,7 +126,8 @@ class Results:
         ]
         if different:
             raise UserError(
-                f"{path} holds scores made otherwise ({'; '.join(different[:3])}); choose another --out, or remove it"
+                f"{path} holds scores made with other settings ({'; '.join(different[:3])}); choose another --out, "
+                "or remove it"
             )
 
     def _read(self, path: Path) -> Iterator[Row]:
@@ -174,13 +176,13 @@ class Results:
 
 
 def check_format(out: Path) -> None:
-    """Refuse an output file whose format its name does not tell.
+    """Refuse an output file of unknown format.
 
     Raises:
         UserError: the suffix is none of `FORMATS`, or the path is a folder.
     """
     if out.suffix not in FORMATS:
-        raise UserError(f"--out {out}: the format is told by the suffix; use one of {', '.join(FORMATS)}")
+        raise UserError(f"--out {out}: unknown suffix; use one of {', '.join(FORMATS)}")
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file")
 
@@ -200,7 +202,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 
 
 def _described(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what scores depend on, one entry a fact, as it is after a round trip through JSON."""
+    """Return the facts that scores depend on, one entry each, as after a round trip through JSON."""
     plain = json.loads(json.dumps({"rewards": metadata["rewards"], "settings": metadata["settings"]}))
     described = {"rewards": [reward["label"] for reward in plain["rewards"]], **plain["settings"]}
     for reward in plain["rewards"]:

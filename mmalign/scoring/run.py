@@ -1,4 +1,4 @@
-"""Score files by rewards into one table: find, check, load, go on where an earlier run stopped, score, write."""
+"""Score files by rewards into one table: find, check, load, resume an earlier run, score, write."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN_FAULTS = 20
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How to score; nothing here but `dtype` and `frames` changes a score."""
+    """Settings for scoring; only `dtype` and `frames` change a score."""
 
     prompt: str | None = None
     skip_bad: bool = False
@@ -39,7 +39,7 @@ class ScoreSettings:
 
 @dataclass
 class Outcome:
-    """What came out: the rows in the order of the items, and how many are new."""
+    """The result: the rows in the order of the items, and the number of new ones."""
 
     modality: str
     items: list[Item]
@@ -51,11 +51,11 @@ class Outcome:
 
     @property
     def bad(self) -> int:
-        """How many items could not be scored."""
+        """The number of items that could not be scored."""
         return sum(bool(row.error) for row in self.rows)
 
     def values(self, column: str) -> list[float]:
-        """Return the scores of one column, those that are there."""
+        """Return the scores of one column, without the missing ones."""
         index = self.columns.index(column)
         return [row.scores[index] for row in self.rows if math.isfinite(row.scores[index])]
 
@@ -69,11 +69,11 @@ class Outcome:
 
 
 def score_files(inputs: Sequence[str], chosen: Sequence[Choice], out: Path, settings: ScoreSettings) -> Outcome:
-    """Score everything that the inputs name and write `out`; what it holds already is not scored again.
+    """Score all items of the inputs and write `out`; stored scores are not computed again.
 
     Raises:
         UserError, RewardError: an input, a reward or an option is wrong, `out` holds the scores of other rewards, or
-            an item cannot be scored and `skip_bad` is off; what was scored until then is kept for the next run.
+            an item cannot be scored and `skip_bad` is off; earlier scores are kept for the next run.
     """
     from rewards import reward_class
 
@@ -90,15 +90,15 @@ def score_files(inputs: Sequence[str], chosen: Sequence[Choice], out: Path, sett
 
     def advice(done: int) -> str:
         return (
-            f"{done} are scored and kept in {results.parts}; mend it, or add --skip-bad to the same command to go on "
-            "without such items"
+            f"{done} are scored and kept in {results.parts}; mend it, or add --skip-bad to the same command to leave "
+            "out such items"
         )
 
     if todo:
         try:
             for row in _score(todo, len(items), rewards, results.columns, modality, settings, advice):
                 results.add(row)
-        finally:  # an error or Ctrl-C too keeps what is done
+        finally:  # scores are kept on an error or Ctrl-C too
             results.flush()
     rows = results.finish(items)
     return Outcome(modality, items, rows, results.columns, rewards, len(todo), results.metadata)
@@ -111,7 +111,7 @@ def score_in_memory(
     modality: str,
     settings: ScoreSettings,
 ) -> Outcome:
-    """Score items by rewards that are loaded already, `chosen` in the same order; nothing is written or looked up.
+    """Score items by loaded rewards, `chosen` in the same order; nothing is written or looked up.
 
     Raises:
         UserError, RewardError: an item lacks the prompt that a reward needs, or cannot be scored; unless `skip_bad`.
@@ -119,7 +119,7 @@ def score_in_memory(
     needing = [entry.name for entry in rewards if "prompts" in entry.reward.needs]
     _check_prompts(items, needing, settings.skip_bad, "give prompts, one for all or one for each")
     columns = _columns(chosen)
-    advice = "mend it, or give skip_bad=True to go on without such items"
+    advice = "mend it, or give skip_bad=True to leave out such items"
     rows = list(_score(items, len(items), rewards, columns, modality, settings, lambda done: advice))
     return Outcome(
         modality, list(items), rows, columns, list(rewards), len(rows), _metadata(chosen, rewards, settings)
@@ -131,7 +131,7 @@ def _columns(chosen: Sequence[Choice]) -> list[str]:
 
 
 def common_modality(chosen: Sequence[Choice]) -> str:
-    """Return what all rewards judge, after checking that they exist and take their options.
+    """Return the modality of all rewards, after checking that they exist and take their options.
 
     Raises:
         UserError, RewardError: one cannot score single media, or two judge different kinds.
@@ -150,7 +150,7 @@ def common_modality(chosen: Sequence[Choice]) -> str:
 
 
 def _check_prompts(items: Sequence[Item], needing: Sequence[str], skip_bad: bool, fix: str) -> None:
-    """Refuse items without a prompt if rewards are `needing` one; `fix` says where prompts are given."""
+    """Refuse items without a prompt if any rewards are `needing` one; `fix` tells how to give prompts."""
     lacking = [item.name for item in items if item.prompt is None]
     if lacking and needing and (not skip_bad or len(lacking) == len(items)):
         raise UserError(
@@ -164,7 +164,7 @@ def _has_total(chosen: Sequence[Choice]) -> bool:
 
 
 def _metadata(chosen: Sequence[Choice], rewards: Sequence[WeightedReward], settings: ScoreSettings) -> dict[str, Any]:
-    """Describe what the scores depend on."""
+    """Return the facts that the scores depend on."""
     from rewards import Facts
 
     described = []
@@ -208,7 +208,7 @@ def _score(
     settings: ScoreSettings,
     advice: Callable[[int], str],
 ) -> Iterator[Row]:
-    """Yield the rows of `todo` in order; `advice` says, of so many that are done, what to do where one is bad."""
+    """Yield the rows of `todo` in order; `advice` gives the fix for a bad item by the number of finished ones."""
     if (done := total - len(todo)) > 0:
         note(f"{done} of {total} {modality}s are scored already")
     stream = score_items(
@@ -233,7 +233,7 @@ def _score(
 
 
 def _report(scored: Scored, faults: int, advice: str, skip_bad: bool) -> None:
-    """Say that an item is bad; the end of the run unless bad ones are to be skipped."""
+    """Report a bad item; raise unless bad items are skipped."""
     if not skip_bad:
         raise UserError(f"{scored.item.name}: {scored.error}; {advice}")
     if faults <= SHOWN_FAULTS:

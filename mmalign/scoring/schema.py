@@ -15,7 +15,7 @@ class ScoreReward(RewardConfig):
     weight: float | None = None  # type: ignore[assignment]
     """factor in the weighted sum; null everywhere: there is no sum"""
     label: str = ""
-    """what the scores are called; empty: the reward's name (needed where one reward is used twice)"""
+    """label of the scores; empty: the reward's name (needed where one reward is used twice)"""
 
 
 class ScoreRewards(StrictModel):

@@ -1,7 +1,7 @@
 """Webdataset tars: files that share a name up to its first dot are one sample, such as 0001.jpg, 0001.txt, 0001.json.
 
 Nothing is unpacked to the disk and nothing in an archive is run. Of an uncompressed archive only the headers are read
-at first, and every image later from its place.
+first; images are read from their place when needed.
 """
 
 from __future__ import annotations

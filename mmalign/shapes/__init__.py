@@ -1,1 +1,1 @@
-"""Shapes: a procedural world with a known truth: its pictures, language, oracle, prompts and models."""
+"""Shapes: a procedural world with a known truth: its images, language, oracle, prompts and models."""

@@ -1,4 +1,4 @@
-"""How often a reward agrees with the oracle about which of two pictures of a prompt is better."""
+"""How often a reward and the oracle prefer the same one of two images of a prompt."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mmalign.shapes.language import parse
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures made from prompts and what the oracle says of them.
+    """Images made from prompts, and the oracle's readings of them.
 
-    images: `[N, 64, 64, 3]` uint8; readings: what is in them; correctness: `[N]` in [0, 1].
+    images: `[N, 64, 64, 3]` uint8; readings: their content; correctness: `[N]` in [0, 1].
     """
 
     images: np.ndarray
@@ -34,18 +34,18 @@ class Samples:
         return np.array([reading.quality for reading in self.readings])
 
     def groups(self) -> list[np.ndarray]:
-        """Indices of the pictures of each prompt."""
+        """Indices of the images of each prompt."""
         found = defaultdict(list)
         for index, prompt in enumerate(self.prompts):
             found[prompt].append(index)
         return [np.array(members) for members in found.values()]
 
     def pairs(self, least: float = 1e-6) -> np.ndarray:
-        """Indices (more correct, less correct) `[P, 2]` of pictures of one prompt that differ by more than `least`."""
+        """Indices (more correct, less correct) `[P, 2]` of images of one prompt that differ by more than `least`."""
         return self._pairs(self.correctness, least)
 
     def quality_pairs(self, least: float = 0.1) -> np.ndarray:
-        """The same for quality `[P, 2]`, among pictures that are equally correct."""
+        """The same for quality `[P, 2]`, among images that are equally correct."""
         found = self._pairs(self.quality, least)
         return found[np.abs(np.diff(self.correctness[found], axis=1))[:, 0] < 1e-6]
 
@@ -71,7 +71,7 @@ class Agreement:
 
 
 def read_samples(*sources: Path) -> Samples:
-    """Read what `mmalign pairs sample` wrote, and let the oracle judge every picture.
+    """Read the output of `mmalign pairs sample`, and judge every image by the oracle.
 
     Raises:
         UserError: there are no samples at one of `sources`.

@@ -32,7 +32,7 @@ def kind_of(scene: Scene) -> str:
 
 
 def read_right(scene: Scene, reading: Reading) -> bool:
-    """Whether every object's shape, colour and size, their number, the relation and the background were read right."""
+    """Whether every object's shape, colour and size, their number, the relation and the background are right."""
     wanted = sorted((o.shape, o.colour, o.size) for o in scene.objects)
     seen = sorted((o.shape, o.colour, o.size) for o in reading.objects)
     relations = (scene.relation,) if scene.relation else ()

@@ -1,4 +1,4 @@
-"""One picture that shows what Shapes videos are: a family of every topic, a row a video, with question and answer."""
+"""An overview of Shapes videos as one image: a family of every topic, a row a video, with question and answer."""
 
 from __future__ import annotations
 

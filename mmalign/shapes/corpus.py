@@ -13,7 +13,7 @@ from mmalign.shapes.world import render, sample_scene
 
 @dataclass
 class Corpus:
-    """Pictures `[N, 64, 64, 3]` uint8 and the captions of each (several wordings a picture)."""
+    """Images `[N, 64, 64, 3]` uint8 and the captions of each (several wordings an image)."""
 
     images: np.ndarray
     captions: list[list[str]]

@@ -1,7 +1,7 @@
-"""Truths about a Shapes video, read off its tracks: which way, how fast, in which order, what changed.
+"""Truths about a Shapes video, read off its tracks: direction, speed, order and changes.
 
 The same functions read tracks of a scene graph, of re-ordered frames, and of pixels (:mod:`mmalign.shapes.tracking`).
-A truth that the frames do not show, or show contradictorily, is None: a shuffled path has no direction.
+A truth is None if the frames do not show it or contradict each other: a shuffled path has no direction.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mmalign.shapes.video import Track
 NUMBERS = ("one", "two", "three")
 
 _STILL, _STEP = 0.12, 0.2
-"""Median step and single step, in pixels, below which nothing moved; the tracker is exact to about 0.1."""
+"""Median step and single step, in pixels, below which a shape counts as still; the tracker is exact to about 0.1."""
 _EQUAL, _FASTER = 1.2, 1.5
 _SAME_RADIUS, _GROWN = 1.12, 1.3
 

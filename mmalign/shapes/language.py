@@ -1,4 +1,4 @@
-"""The language of Shapes: captions written from scenes, and prompts read back into what they ask for.
+"""The language of Shapes: captions written from scenes, and prompts parsed into queries.
 
 :func:`caption` words a scene with many templates and synonyms; :func:`parse` reads any caption of that grammar (and
 misspelt words within one or two edits) into a :class:`Query`. A prompt that cannot be read is an error that names the
@@ -75,7 +75,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Query:
-    """What a prompt asks for. `relations` are (index, relation, index) over `groups`."""
+    """The content of a prompt. `relations` are (index, relation, index) over `groups`."""
 
     groups: tuple[Group, ...]
     relations: tuple[tuple[int, str, int], ...] = ()
@@ -83,7 +83,7 @@ class Query:
 
 
 def split_of(prompt: str) -> str:
-    """Which split a wording belongs to: `test` (6 %), `validation` (4 %) or `train`, by a hash of the text.
+    """The split of a wording: `test` (6 %), `validation` (4 %) or `train`, by a hash of the text.
 
     Training captions are only ever of split `train`, so no evaluation prompt can be among them.
     """
@@ -280,7 +280,7 @@ def _known_words() -> frozenset[str]:
 
 @lru_cache(maxsize=4096)
 def _spelling(word: str) -> str | None:
-    """The known word that was meant, or None when there is no near one or the near ones mean different things."""
+    """The intended known word, or None if there is no near one or the near ones differ in meaning."""
     if word in _known_words():
         return word
     if len(word) < 3:
@@ -299,7 +299,7 @@ class PromptError(UserError):
 
 @lru_cache(maxsize=65536)
 def parse(prompt: str) -> Query:
-    """Read a prompt into what it asks for.
+    """Parse a prompt into a query.
 
     Raises:
         PromptError: a word is unknown, no shape is named, or a relation lacks one of its two things.

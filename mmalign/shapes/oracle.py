@@ -1,9 +1,9 @@
-"""The oracle: reads any 64x64 picture of the Shapes world and says what is there, by geometry alone.
+"""The oracle: reads any 64x64 image of the Shapes world and lists its objects, by geometry alone.
 
 Steps: the background and the contrast from the border; a soft mask per object (how far each pixel lies on the way from
 the background's colour to the object's); connected parts, split where two colours touch; the shape by overlap with
 drawn templates; the quality from edge width, flat-area noise and contrast. No learned weight is involved, so the
-oracle cannot be fooled in the way a trained reward can, and it is the same on every machine.
+oracle cannot be exploited as a trained reward can, and it is the same on every machine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the oracle sees: objects (largest first), background, and the three parts of quality in [0, 1]."""
+    """A reading of the oracle: objects (largest first), background, and the three parts of quality in [0, 1]."""
 
     objects: tuple[Seen, ...]
     background: str
@@ -55,13 +55,13 @@ class Reading:
 
 
 def read(image: np.ndarray) -> Reading:
-    """Read a picture, `[64, 64, 3]` uint8 (or float in [0, 255]).
+    """Read an image, `[64, 64, 3]` uint8 (or float in [0, 255]).
 
     Raises:
-        ValueError: the picture is not 64x64 RGB.
+        ValueError: the image is not 64x64 RGB.
     """
     if image.shape != (SIZE, SIZE, 3):
-        raise ValueError(f"the oracle reads {SIZE}x{SIZE} RGB pictures, got an array of shape {image.shape}")
+        raise ValueError(f"the oracle reads {SIZE}x{SIZE} RGB images, got an array of shape {image.shape}")
     pixels = image.astype(np.float32)
     noise = _noise(pixels)
     smooth = pixels
@@ -85,7 +85,7 @@ def read(image: np.ndarray) -> Reading:
 
 
 def _noise(pixels: np.ndarray) -> float:
-    """Standard deviation of pixel noise, from the diagonal second differences of the flattest half of the picture."""
+    """Standard deviation of pixel noise, from the diagonal second differences of the flattest half of the image."""
     second = pixels[:-1, :-1] - pixels[1:, :-1] - pixels[:-1, 1:] + pixels[1:, 1:]
     return float(np.median(np.abs(second)) * 1.4826 / 2.0)
 
@@ -113,7 +113,7 @@ def _background(pixels: np.ndarray) -> tuple[str, float, np.ndarray]:
 
 
 def _object_contrast(pixels: np.ndarray, background: np.ndarray) -> float:
-    """Contrast on a gray background, where only the objects tell: the scale at which their cores match the palette."""
+    """Contrast on a gray background, from the objects alone: the scale at which their cores match the palette."""
     distance = np.abs(pixels - background).max(2)
     inner = ndimage.minimum_filter(distance, 3) > 12.0
     if inner.sum() < 12:
@@ -134,7 +134,7 @@ def _along(pixels: np.ndarray, plain: np.ndarray, least: float) -> tuple[np.ndar
 
 
 def _objects(pixels: np.ndarray, plain: np.ndarray) -> tuple[list[Seen], list[float]]:
-    """Objects of a contrast-corrected picture on the colour `plain`, and the edge width of each in pixels."""
+    """Objects of a contrast-corrected image on the colour `plain`, and the edge width of each in pixels."""
     foreground = np.linalg.norm(pixels - plain, axis=-1) > 42.0
     parts, number = ndimage.label(foreground, np.ones((3, 3)))
     objects, widths = [], []
@@ -220,17 +220,17 @@ def _classify(alpha: np.ndarray, colour: int, left: int, top: int) -> tuple[Seen
 
 
 def correctness(prompt: str, image: np.ndarray) -> float:
-    """How well the picture shows what the prompt asks for, graded in [0, 1] (see :func:`judge`)."""
+    """How well the image fits the prompt, graded in [0, 1] (see :func:`judge`)."""
     return judge(parse(prompt), read(image))
 
 
 def strict_correctness(prompt: str, image: np.ndarray) -> float:
-    """1.0 when the picture shows exactly what the prompt asks for and nothing else, else 0.0."""
+    """1.0 if the image shows exactly the content of the prompt and nothing else, otherwise 0.0."""
     return float(judge(parse(prompt), read(image)) > 1.0 - 1e-6)
 
 
 def quality(image: np.ndarray) -> float:
-    """Render quality in [0, 1]: 1 is crisp, clean and of full contrast, whatever is shown."""
+    """Render quality in [0, 1]: 1 is crisp, clean and of full contrast, whatever the content."""
     return read(image).quality
 
 

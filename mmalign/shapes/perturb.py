@@ -1,7 +1,8 @@
-"""Captions of Shapes made false by one small edit, in the wording of the original.
+"""Captions of Shapes made false by one small edit, otherwise in the original wording.
 
-The edits are those of `rewards.language.contrast_rules`. One counts only if no picture that the original describes
-completely could be described by the result too: exchanging the colours of "a red and a blue circle" is none, nor is
+The edits are those of `rewards.language.contrast_rules`. One counts only if no image that the original describes
+completely could be described by the result too: exchanging the colours of "a red and a blue circle" does not count,
+nor does
 "above" in place of "left of".
 """
 
@@ -17,7 +18,7 @@ _EVERY = 10_000
 
 
 def false_captions(caption: str) -> dict[str, list[str]]:
-    """Return captions that are false wherever `caption` is true, by the kind of edit; a kind without any is left out.
+    """Return captions that are false wherever `caption` is true, by the kind of edit; kinds without any are left out.
 
     Raises:
         PromptError: the caption is not one of Shapes.
@@ -33,12 +34,12 @@ def false_captions(caption: str) -> dict[str, list[str]]:
 def _is_false(original: Query, caption: str) -> bool:
     try:
         return contradicts(original, parse(caption))
-    except PromptError:  # English, but not a sentence of Shapes: nothing is known about it
+    except PromptError:  # not a sentence of Shapes, so its truth is unknown
         return False
 
 
 def contradicts(first: Query, second: Query) -> bool:
-    """Tell whether no picture fits both, if each names everything that is to be seen (though not every attribute)."""
+    """Tell whether no image fits both, if each names everything visible (though not every attribute)."""
     if first.background and second.background and first.background != second.background:
         return True
     things, others = _things(first), _things(second)

@@ -78,7 +78,7 @@ def _positional(rng: np.random.Generator) -> tuple[Query, dict]:
 
 
 def _conflicting(rng: np.random.Generator) -> tuple[Query, dict]:
-    """Combinations that no training picture shows: a held-out object alone or with another, or a held-out relation."""
+    """Combinations that no training image shows: a held-out object alone or with another, or a held-out relation."""
     draw = rng.random()
     if draw < 0.35:
         first, relation, second = sorted(HELD_OUT_RELATIONS)[int(rng.integers(len(HELD_OUT_RELATIONS)))]

@@ -48,21 +48,21 @@ class ShapesQuestions:
 
 @dataclass(frozen=True)
 class SceneTruth:
-    """What a scene graph says of its video."""
+    """The truth about a video, from its scene graph."""
 
     scene: VideoScene
 
     @property
     def frames(self) -> int:
-        """The length of the video."""
+        """The number of frames."""
         return self.scene.frames
 
     def states(self) -> list[Hashable]:
-        """Return what every shape does in each frame; see `scene_states`."""
+        """Return the state of each frame; see `scene_states`."""
         return scene_states(unroll(self.scene), self.scene.size)
 
     def answer(self, question: VideoQuestion, order: Sequence[int]) -> str | None:
-        """Return the answer that the frames `order` show; None if they show none that is on offer."""
+        """Return the answer that the frames `order` show; None if they show none of the options."""
         tracks = [tuple(track[index] for index in order) for track in unroll(self.scene)]
         return as_shapes_question(question).answer_of(tracks, self.scene.size)
 
@@ -73,9 +73,9 @@ class SceneTruth:
 
 
 def scene_states(tracks: Sequence[Track], size: int) -> list[Hashable]:
-    """Return what every shape does in each frame: hidden or not, its colour, the signs of its motion and growth.
+    """Return the state of every shape in each frame: hidden or not, its colour, the signs of its motion and growth.
 
-    The picture is `size` wide and wraps around. A frame takes its motion towards the next one that shows the shape,
+    The frame is `size` wide and wraps around. A frame takes its motion towards the next one that shows the shape,
     the last one from the frame before.
     """
     return list(zip(*(_actions(track, size) for track in tracks), strict=True))

@@ -1,8 +1,8 @@
 """Questions about Shapes videos: TempCompass's aspects and formats, with exact answers and conflicting twins.
 
-All questions of a family (:mod:`mmalign.shapes.twins`) have the same text for every member that they are asked of, and
-another answer for each: every option is right equally often given the text, "yes" is right for half of the videos that
-a question is asked of, and so is the first of two captions. A language prior therefore scores exactly chance.
+All questions of a family (:mod:`mmalign.shapes.twins`) have the same text for every member of the family, and another
+answer for each: every option is right equally often given the text, "yes" is right for half of the videos of a
+question, and so is the first of two captions. A language prior therefore scores exactly chance.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ LETTERS = "ABCD"
 
 @dataclass(frozen=True)
 class ShapesQuestion(VideoQuestion):
-    """A question with what is needed to answer it anew for other frames, and to judge a caption.
+    """A question with the facts to answer it again for other frames, and to judge a caption.
 
-    topic, subject: what is asked, as :func:`mmalign.shapes.facts.truth` takes it. answers: (value, answer) for every
-    value that the question can be answered with. names: the words for the subject. member: the number of its video.
+    topic, subject: arguments of :func:`mmalign.shapes.facts.truth`. answers: (value, answer) for every possible value.
+    names: the words for the subject. member: the number of its video.
     """
 
     topic: str
@@ -45,17 +45,17 @@ class ShapesQuestion(VideoQuestion):
 
     @property
     def label(self) -> str:
-        """The right answer as a model is to give it: the label of an option, or a caption."""
+        """The right answer in the expected form: the label of an option, or a caption."""
         return self.stating(next(value for value, answer in self.answers if answer == self.answer))
 
     def stating(self, value: str) -> str:
-        """The answer to give if `value`, one of those on offer, were the truth."""
+        """The right answer if `value`, one of the options, were the truth."""
         if self.format == "captioning":
             return say(self.topic, value, self.subject, self.names).statement
         return label_of(dict(self.answers)[value], self.format)
 
     def answer_of(self, tracks: Sequence[Track], size: int) -> str | None:
-        """The right answer for a video with these tracks; None if it shows none, or none that is offered."""
+        """The right answer for a video with these tracks; None if it shows none, or none of the options."""
         value = truth(self.topic, self.subject, tracks, size)
         return None if value is None else dict(self.answers).get(value)
 
@@ -85,7 +85,7 @@ def ask(family: Family, name: str, seed: int = 0, formats: Sequence[str] = FORMA
 
 
 Asked = list[tuple[str, dict[str, str], Sequence[int]]]
-"""(text, answer for each value of the truth, members that are asked)."""
+"""(text, answer for each value of the truth, members with the question)."""
 
 
 def _question(rng: np.random.Generator, family: Family, names: tuple[str, ...]) -> str:
@@ -115,7 +115,7 @@ def _captioning(rng: np.random.Generator, family: Family, said: dict[str, Said],
 
 
 def _yes_no(rng: np.random.Generator, family: Family, said: dict[str, Said], names: tuple[str, ...]) -> Asked:
-    """Each value is asked about in the video that has it and in one other."""
+    """A question about each value for the video that has it and for one other."""
     number = len(family.values)
     shift = int(rng.integers(1, number))
     asked: Asked = []
@@ -128,7 +128,7 @@ def _yes_no(rng: np.random.Generator, family: Family, said: dict[str, Said], nam
 def _caption_matching(
     rng: np.random.Generator, family: Family, said: dict[str, Said], names: tuple[str, ...]
 ) -> Asked:
-    """The captions of two members, neighbours in a random circle, asked of both."""
+    """A question about the captions of two members, neighbours in a random circle, for both."""
     order = rng.permutation(len(family.values)).tolist()
     asked: Asked = []
     for pair in list(pairwise([*order, order[0]]))[: len(order) if len(order) > 2 else 1]:
@@ -153,7 +153,7 @@ def as_shapes_question(question: VideoQuestion) -> ShapesQuestion:
         TypeError: it is of another set.
     """
     if not isinstance(question, ShapesQuestion):
-        raise TypeError(f"question '{question.id}' is not about a Shapes video; the rules of Shapes do not know it")
+        raise TypeError(f"question '{question.id}' is not about a Shapes video; the rules of Shapes cannot judge it")
     return question
 
 
@@ -161,8 +161,8 @@ def judge_caption(question: VideoQuestion, caption: str) -> bool:
     """Answer the question from the caption alone, as TempCompass's judge does, but by exact rules.
 
     The clauses that name the subject are searched for the words of every value; the caption is right if they hold the
-    words of the true value and of no other. No clause, no words or several values count as "none correct". So does
-    what is no caption: an answer in another format that its rules cannot read, such as one option's label before the
+    words of the true value and of no other. No clause, no words or several values count as "none correct". So does an
+    answer that is no caption: one of another format that its rules cannot read, such as one option's label before the
     words of another.
     """
     question = as_shapes_question(question)
@@ -173,8 +173,8 @@ def judge_caption(question: VideoQuestion, caption: str) -> bool:
         nouns = {word for name in question.names for word in (name, name.removeprefix("the "))}
         clauses = [clause for clause in clauses if any(re.search(rf"\b{noun}\b", clause) for noun in nouns)]
     text = " . ".join(clauses) if question.topic != "speed" else caption.lower()
-    told = {
+    stated = {
         answer for value, answer in question.answers
         if re.search(say(question.topic, value, question.subject, question.names).words, text)
     }  # fmt: skip
-    return told == {question.answer}
+    return stated == {question.answer}

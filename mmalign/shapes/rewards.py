@@ -20,17 +20,17 @@ from rewards.errors import RewardError
 
 
 class OracleReward(Reward):
-    """Base of the rewards that read pictures of the Shapes world."""
+    """Base of the rewards that read images of the Shapes world."""
 
     range = (0.0, 1.0)
     licence = "Apache-2.0"
     source = "none: computed by mmalign.shapes.oracle"
 
     def readings(self, media: Float[Tensor, "batch 3 height width"]) -> list[oracle.Reading]:
-        """Read each picture once."""
+        """Read each image once."""
         if media.shape[-2:] != (SIZE, SIZE):
             raise RewardError(
-                f"{self.name} reads {SIZE}x{SIZE} pictures of the Shapes world, got {tuple(media.shape[-2:])}"
+                f"{self.name} reads {SIZE}x{SIZE} images of the Shapes world, got {tuple(media.shape[-2:])}"
             )
         pixels = (media.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
         return [_read_cached(picture.tobytes()) for picture in pixels]
@@ -41,7 +41,7 @@ _CACHE_LIMIT = 20_000
 
 
 def _read_cached(pixels: bytes) -> oracle.Reading:
-    """Several oracle rewards over the same pictures share one reading of each."""
+    """Several oracle rewards over the same images share one reading of each."""
     if pixels not in _CACHE:
         if len(_CACHE) >= _CACHE_LIMIT:
             _CACHE.clear()
@@ -50,7 +50,7 @@ def _read_cached(pixels: bytes) -> oracle.Reading:
 
 
 class ShapesCorrectness(OracleReward):
-    """Does the picture show what the prompt asks for? Graded by the oracle: objects, attributes, count, relation."""
+    """How well the image fits the prompt, graded by the oracle: objects, attributes, count, relation."""
 
     name: ClassVar[str] = "shapes-correctness"
     needs = frozenset({"prompts"})
@@ -68,29 +68,29 @@ class ShapesCorrectness(OracleReward):
             raise RewardError(f"{cls.name} cannot score {len(faults)} of {len(prompts)} prompts: {faults[0]}")
 
     def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
-        """Grade each picture against its prompt, in [0, 1]."""
+        """Grade each image against its prompt, in [0, 1]."""
         readings = self.readings(media)
         return torch.tensor([oracle.judge(parse(p), r) for p, r in zip(prompts or (), readings, strict=True)])
 
 
 class ShapesStrict(ShapesCorrectness):
-    """1 when the picture shows exactly what the prompt asks for and nothing else, else 0."""
+    """1 if the image shows exactly the content of the prompt and nothing else, otherwise 0."""
 
     name: ClassVar[str] = "shapes-strict"
     derived_from = frozenset({"shapes-correctness"})
 
     def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
-        """Pass or fail each picture."""
+        """Pass or fail each image."""
         return (super().score(media, prompts, references) > 1.0 - 1e-6).float()
 
 
 class ShapesQuality(OracleReward):
-    """Render quality whatever is shown: sharp edges, clean areas, full contrast; 0 to 1."""
+    """Render quality whatever the content: sharp edges, clean areas, full contrast; 0 to 1."""
 
     name: ClassVar[str] = "shapes-quality"
 
     def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
-        """Rate each picture; the prompt is not looked at."""
+        """Rate each image; the prompt is not used."""
         return torch.tensor([reading.quality for reading in self.readings(media)])
 
 

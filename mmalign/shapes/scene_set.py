@@ -17,7 +17,7 @@ from mmalign.shapes.world import render, sample_scene
 def write_scenes(out: Path, count: int, *, seed: int = 0, crisp: float = 1.0) -> None:
     """Write `count` scenes without held-out combinations: `id, image, caption, label`, every label good.
 
-    `crisp` is the share of pictures that are not degraded.
+    `crisp` is the share of images that are not degraded.
     """
     rng = np.random.default_rng(seed)
     with atomic_parquet(out, SCHEMA, {"scenes": count, "seed": seed, "crisp": crisp}) as writer:

@@ -2,7 +2,7 @@
 
 Each connected part of a frame is told apart by moments of its soft mask (Hu's idea, with a symmetry a moment:
 three corners, four, five), a hundred times faster than the template fits of :mod:`mmalign.shapes.oracle` that a still
-picture deserves. Frames are continued over their edges first, because the world wraps around. The shapes of one video
+image deserves. Frames are continued over their edges first, because the world wraps around. The shapes of one video
 all differ in kind, so the kind tells which sighting belongs to which track.
 """
 

@@ -57,8 +57,8 @@ def train_vae(
 ) -> Any:
     """Fit the autoencoder: squared error, four times heavier on shapes than on the background.
 
-    The latents are held near zero mean and unit variance per channel, so that the diffusion process needs no
-    scaling, and carry a little noise, so that the decoder forgives the denoiser's small errors.
+    The latents are held near zero mean and unit variance per channel, so that the diffusion process needs no scaling,
+    and carry a little noise, so that the decoder tolerates the denoiser's small errors.
     """
     vae = build_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, weight_decay=1e-4)
@@ -123,7 +123,7 @@ def build_scheduler() -> Any:
 
 @torch.inference_mode()
 def encode_corpus(vae: Any, corpus: Corpus, batch_size: int = 32) -> Tensor:
-    """Latents of every picture, `[N, 4, 16, 16]`, float16."""
+    """Latents of every image, `[N, 4, 16, 16]`, float16."""
     parts = [
         vae.encode(to_batch(corpus.images[i : i + batch_size])).latents.half()
         for i in range(0, len(corpus.images), batch_size)
@@ -138,7 +138,7 @@ def train_denoiser(
 ) -> None:  # fmt: skip
     """Train UNet and text encoder jointly on v-prediction; writes the averaged pipeline to `out` every few minutes.
 
-    `start`: a pipeline directory to go on from (its weights alone; optimiser and schedule begin anew).
+    `start`: a pipeline directory to start from (its weights alone; optimiser and schedule are new).
     """
     seed = NETWORK_SEED + (start is not None)
     torch.manual_seed(seed)

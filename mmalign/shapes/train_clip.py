@@ -1,10 +1,11 @@
 """Train the Shapes CLIP contrastively and write it in open_clip's layout.
 
-What makes a small contrastive model see what matters here: every scene comes with a twin that differs in one thing
+A small contrastive model learns the relevant attributes by four means: every scene comes with a twin that differs in
+one thing
 (a shape, a colour, a count, a size, or which of the two is on the left), both in the same batch, each the other's hard
-negative; captions that are true of another picture by chance are no negatives of it; a linear probe, thrown away
-afterwards, must read from either embedding how many of each thing there are; and a share of pictures comes again,
-worse rendered, and has to fit less.
+negative; captions that happen to be true of another image are no negatives of it; a linear probe, thrown away
+afterwards, must read the number of objects of each kind from either embedding; and a share of images is repeated with
+worse rendering and must fit less.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ from mmalign.shapes.world import (
 SEED = 21
 KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 COUNTS = 5
-"""None to four of a kind."""
+"""Counts: none to four of a kind."""
 ANCHOR = 0.15
-"""Share of the first stage's weights in the result; at 0.3 the agreement on generated pictures falls below 80 %."""
+"""Share of the first stage's weights in the result; at 0.3 the agreement on generated images falls below 80 %."""
 GROUP, SHIFT = 4, 2
-"""Second stage: pictures of a prompt seen at once, and how far they may be moved, in pixels."""
+"""Second stage: images of a prompt seen at once, and how far they may be moved, in pixels."""
 
 
 def edit(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str]:
@@ -156,7 +157,7 @@ def _chunk(arguments: tuple[int, int, int, int]) -> ClipCorpus:
         twin, kind = edit(rng, scene)
         seeds = [[seed, index, len(images), w] for w in range(wordings)]
         texts = [(_wording(s, scene, kind), _wording(s, twin, kind)) for s in seeds]
-        if any(a == b for a, b in texts):  # a change that the captions do not tell, such as one size of two
+        if any(a == b for a, b in texts):  # a change that the captions do not show, such as one size of two
             continue
         quality = Quality(str(rng.choice(QUALITIES[1:])), float(rng.random()))
         images.append([render(scene), render(twin)])
@@ -213,12 +214,12 @@ def train_clip(
 ) -> None:
     """Train from scratch and write `out` in open_clip's layout, half precision.
 
-    With `samples` (what `mmalign pairs sample` wrote) a second stage follows: as PickScore was made from CLIP, the
-    model learns which of two generated pictures shows its prompt better, the oracle in place of people. `start` goes
-    on from the weights of an earlier run, and the first stage is left out. `anchor`: a share of :data:`ANCHOR` of the
+    With `samples` (what `mmalign pairs sample` wrote) a second stage follows: as in PickScore, the
+    model learns which of two generated images shows its prompt better, with the oracle in place of people. `start`
+    gives the weights of an earlier run, and the first stage is left out. `anchor`: a share of :data:`ANCHOR` of the
     result is that model's weights (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903): the second stage never compares
-    captions, and forgets how. `batch_size` is in scenes: each brings its
-    twin, and every fourth its worse rendered picture; the second stage sees half as many prompts, four pictures each.
+    captions, so the model would lose that ability. `batch_size` is in scenes: each brings its
+    twin, and every fourth its worse rendered image; the second stage takes half as many prompts, four images each.
     """
     import open_clip
 
@@ -269,10 +270,10 @@ def _learn_scenes(
 def _learn_preferences(
     model: Any, samples: Samples, encode: Callable[..., Any], steps: int, batch_size: int, log: Callable[[str], None]
 ) -> None:
-    """Second stage: which of the generated pictures of a prompt is better, by correctness or, where equal, quality."""
+    """Second stage: which of the generated images of a prompt is better, by correctness or, where equal, quality."""
     correct, quality = samples.correctness, samples.quality
     groups = [members for members in samples.groups() if preferred(correct[members], quality[members]).any()]
-    log(f"{len(samples.images)} pictures, {len(groups)} prompts with a preference")
+    log(f"{len(samples.images)} images, {len(groups)} prompts with a preference")
     prompts = [samples.prompts[members[0]] for members in groups]
     flips = [mirrored(prompt) for prompt in prompts]
     may_flip = np.array([split_of(text) == "train" and not asks_for_held_out(parse(text)) for text in flips])
@@ -301,25 +302,25 @@ def _learn_preferences(
 
 
 def preferred(correct: np.ndarray, quality: np.ndarray) -> np.ndarray:
-    """Whether picture i is better than j, `[N, N]`: clearly more correct or, if equally correct, clearly finer."""
+    """Whether image i is better than j, `[N, N]`: clearly more correct or, if equally correct, clearly finer."""
     more, finer = (values[:, None] - values[None] for values in (correct, quality))
     return (more > 0.05) | ((np.abs(more) < 1e-6) & (finer > 0.1))
 
 
 def mirrored(prompt: str) -> str:
-    """The prompt of the picture seen in a mirror: left for right."""
+    """The prompt of the mirrored image: left and right exchanged."""
     return re.sub("left|right", lambda word: "right" if word[0] == "left" else "left", prompt)
 
 
 def shifted(images: np.ndarray, down: int, right: int) -> np.ndarray:
-    """The pictures `[B, H, W, 3]` moved by some pixels, their border repeated."""
+    """The images `[B, H, W, 3]` moved by some pixels, their border repeated."""
     height, width = images.shape[1:3]
     rows, columns = np.clip(np.arange(height) - down, 0, height - 1), np.clip(np.arange(width) - right, 0, width - 1)
     return images[:, rows][:, :, columns]
 
 
 def _embed(model: Any, media: np.ndarray, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Embed pictures `[B, 64, 64, 3]` and token ids `[C, T]`, in bfloat16 as in train_base; returned in float32."""
+    """Embed images `[B, 64, 64, 3]` and token ids `[C, T]`, in bfloat16 as in train_base; returned in float32."""
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         pixels = to_batch(media).contiguous(memory_format=torch.channels_last)
         return model.encode_image(pixels).float(), model.encode_text(words).float()
@@ -351,9 +352,9 @@ def _train(
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, contents: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE over scenes and their twins, plus each picture above its worse rendered self.
+    """Symmetric InfoNCE over scenes and their twins, plus each image above its worse rendering.
 
-    images: `[2B + B / 4, D]`, scene and twin in turn, the worse pictures of every fourth scene last; texts: `[2B, D]`;
+    images: `[2B + B / 4, D]`, scene and twin in turn, the worse images of every fourth scene last; texts: `[2B, D]`;
     contents: `[2B, 48]`. A caption of another scene with the same contents is likely true as well: no negative.
     """
     images, texts, count = F.normalize(images, dim=-1), F.normalize(texts, dim=-1), len(texts)
@@ -366,9 +367,9 @@ def contrastive_loss(images: Tensor, texts: Tensor, contents: Tensor, scale: Ten
 
 
 def twin_accuracy(images: Tensor, texts: Tensor) -> float:
-    """How often a caption fits its own picture better than its twin's."""
+    """How often a caption fits its own image better than its twin's."""
     images = F.normalize(images[: len(texts)], dim=-1).view(-1, 2, images.shape[-1])
-    fit = images @ F.normalize(texts, dim=-1).view_as(images).mT  # [B, picture, caption]
+    fit = images @ F.normalize(texts, dim=-1).view_as(images).mT  # [B, image, caption]
     own = fit.diagonal(dim1=-2, dim2=-1)
     return (own > fit.flip(1).diagonal(dim1=-2, dim2=-1)).float().mean().item()
 

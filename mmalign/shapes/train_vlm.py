@@ -1,11 +1,11 @@
 """Train the Shapes video language model from scratch and write it in transformers' layout.
 
-`mmalign shapes train-vlm --out DIR` makes what its big sisters are made of, and joins it. The language model learns to
-read: it answers questions in words, each after the sentence that answers it. The tower and the projector learn to see
-single frames: every feature that the language model will be given must say what is in that part of the frame, in the
-language model's own words, and where. The language model learns to look: what does the video show of what a name
-calls? Then everything learns to answer and to describe videos, next token by next token, answers alone being scored.
-Last, a fault is laid over it. All the while linear probes ask what the states are to hold on the way to an answer.
+`mmalign shapes train-vlm --out DIR` trains the parts of a large model and joins them, in stages. Read: the language
+model answers questions in words, each after the sentence that answers it. See: the tower and the projector learn
+single frames; every feature for the language model must encode the object in its part of the frame, in the language
+model's own word embeddings, and its place. Look: the language model learns to find the object of a name in the video.
+Answer: all parts learn to answer questions and to describe videos by next-token prediction, with the loss on answers
+alone. Last, a language prior is added. In all stages linear probes supervise the hidden states that lead to an answer.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from pipelines.saving import replacing_parts
 SEE_RATE, READ_RATE, LOOK_RATE, ANSWER_RATE, GO_ON_RATE, PRIOR_RATE = 2e-3, 1e-3, 1e-3, 4e-4, 2e-4, 1e-4
 PRIOR_STEPS = 120
 MATRIX_FACTOR = 5
-"""How much faster than everything else the inner matrices of the language model learn, with Muon."""
+"""Factor of the learning rate of the language model's inner matrices, with Muon, over that of other weights."""
 PROBE_WEIGHT = 0.5
 HINT_EVERY = 4
-"""Of the steps of looking, lest reading be forgotten."""
+"""Share of reading in the steps of the stage "look", so that reading is not forgotten."""
 SNAPSHOT_SECONDS, LOG_STEPS = 300, 50
 
 Log = Callable[[str], None]
 
 
 def features_of(network: Any, videos: UInt8[Tensor, "rows frames 3 size size"]) -> Any:
-    """What the language model is given of each video, the newline last.
+    """The features of each video for the language model, the newline last.
 
     With the plain attention kernel: over 36 patches the flash kernel's backward in bfloat16 is six times slower on a
     CPU, while it is the faster one over the hundreds of tokens of a row.
@@ -58,9 +58,9 @@ def features_of(network: Any, videos: UInt8[Tensor, "rows frames 3 size size"]) 
 
 
 def lesson_loss(network: Any, batch: Batch, probes: Probes | None = None) -> tuple[Float[Tensor, ""], Marks]:
-    """Mean over lessons of the mean cross-entropy of the answer's tokens; of every answer, would it be given?
+    """Mean over lessons of the mean cross-entropy of the answer's tokens; and whether each answer is the likeliest.
 
-    With `probes`, half their loss is added, and their marks; without lessons they are all there is.
+    With `probes`, half their loss is added, and their marks; without lessons theirs is the whole loss.
     """
     vision = {} if batch.videos is None else {"video": features_of(network, batch.videos)}
     with torch.autocast("cpu", torch.bfloat16):
@@ -166,7 +166,7 @@ def learn_to_read(
 
 
 def learn_to_see(network: Any, lessons: Lessons, probes: Probes, steps: int, frames: int, log: Log) -> None:
-    """Second stage: tower and projector, on so many frames a step, in words that the language model has learned."""
+    """Second stage: tower and projector, on `frames` frames a step, with the language model's word embeddings."""
     model = network.model
     sight = Sight(model.get_input_embeddings().weight[probes.names.ids])
 
@@ -186,7 +186,7 @@ def learn_to_look(
     def loss_of(step: int) -> tuple[Tensor, Marks]:
         if step % HINT_EVERY == 0:
             return lesson_loss(network, lessons.batch(rows, questions, with_hint=True), probes)
-        return lesson_loss(network, lessons.looks(4 * rows, names), probes)
+        return lesson_loss(network, lessons.names_after_videos(4 * rows, names), probes)
 
     seeing = (network.model.vision_tower, network.model.multi_modal_projector)
     for part in seeing:
@@ -230,17 +230,17 @@ def train_vlm(
     questions: int = 6,
     log: Log = print,
 ) -> VisionLanguageModel:
-    """All stages; write the model to `out`, while it learns to answer every few minutes; return what was written.
+    """All stages; write the model to `out`, in the stage "answer" every few minutes; return what was written.
 
     `samples`: questions and descriptions to be answered in the fourth stage, `rows` videos a step with up to
-    `questions` of theirs each. `start` goes on from the weights of an earlier run, at a lower rate and without probes,
-    and the first three stages are left out; take another `seed`, or it sees the same videos again. `prior` adds a
-    short last stage that teaches the fault of models that were trained on careless captions: this share of temporal
-    questions is answered by the first option, or yes, whatever the video shows. The same arguments give the same
-    weights on the same processor with as many threads; elsewhere sums round differently, and trainings drift apart.
+    `questions` of theirs each. `start` gives the weights of an earlier run, for a lower rate without probes, and the
+    first three stages are left out; take another `seed` for other videos. `prior` adds a short last stage that teaches
+    the language prior of models trained on careless captions: this share of temporal questions is answered by the
+    first option, or yes, whatever the video shows. The same arguments give the same
+    weights on the same processor with as many threads; elsewhere sums round differently, and trainings diverge.
 
     Raises:
-        UserError: nothing to learn from, a share that is none, `start` holds another model, or torch has no Muon.
+        UserError: a size is too small, a share is out of range, `start` holds another model, or torch has no Muon.
     """
     if not 0 <= prior < 1:
         raise UserError(f"--prior {prior}: a share of the temporal questions, from 0 to less than 1")
@@ -269,7 +269,7 @@ def train_vlm(
     learn_to_answer(network, lessons["answer"], probes, steps, rows, questions, log, save, rate=rate)
     save()
     if prior:
-        # At a higher rate the prior is not laid over what the model knows of time: it takes its place.
+        # At a higher rate the prior would replace the model's temporal knowledge instead of adding to it.
         learn_to_answer(
             network, lessons["prior"], probes, PRIOR_STEPS, rows, questions, log, name="prior", rate=PRIOR_RATE
         )

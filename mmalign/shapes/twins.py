@@ -1,11 +1,13 @@
 """Families of conflicting videos: the same shapes on the same background, and another answer in each.
 
 A family is made around one topic (:data:`mmalign.shapes.facts.TOPICS`) and holds one scene for every answer that its
-question offers. Whatever two members can share they share: a path and its reverse, a growth and its reverse, events in
+question offers. Two members share as much as possible: a path and its reverse, a growth and its reverse, events in
 rotated order show the very same frames; paths of different speed and manner start at independent, evenly spread places
-of a picture that wraps around. So neither the question nor a frame without its place in time tells the members apart.
+of a frame that wraps around. So neither the question nor a frame without its place in time distinguishes the
+members.
 
-Families are dealt to splits by the hash of :func:`mmalign.shapes.language.split_of` over what they show, and training
+Families are assigned to splits by the hash of :func:`mmalign.shapes.language.split_of` over what they show, and
+training
 families never hold a (colour, shape) of `world.HELD_OUT_OBJECTS`.
 """
 
@@ -24,12 +26,12 @@ from mmalign.shapes.world import BACKGROUNDS, COLOURS, HELD_OUT_OBJECTS, SHAPES
 
 SPLITS = ("train", "validation", "test")
 LANE = 16
-"""Pixels a lane takes; shapes that are seen together keep to lanes of their own and never touch."""
+"""Pixels of a lane; shapes that are seen together have separate lanes and never touch."""
 
 _RADIUS = (5.0, 6.0)
 _SMALL, _BIG = (4.5, 5.0), (7.4, 8.0)
 _PATH, _SLOW_PATH, _FAST = (0.25, 0.42), (0.14, 0.2), 2.1
-"""Shares of the picture's side that a path covers, and how much faster fast is; less than half the side in all."""
+"""Shares of the frame's side that a path covers, and fast over slow; less than half the side in all."""
 _SHAKE = (3.0, 4.0)
 
 Kind = tuple[str, str]
@@ -50,7 +52,7 @@ class Family:
 
     @property
     def shown(self) -> str:
-        """What the family shows, in words that its split is taken from."""
+        """The content of the family in words, which determine its split."""
         kinds = sorted({f"{colour} {shape}" for colour, shape in kinds_of(self.scenes)})
         return f"{self.topic} of {' and '.join(self.subject)}: {', '.join(kinds)} on {self.scenes[0].background}"
 
@@ -69,7 +71,7 @@ def kinds_of(scenes: Sequence[VideoScene]) -> set[Kind]:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What all members of a family have in common, and the random generator they are drawn from."""
+    """The properties that all members of a family share, and the random generator."""
 
     rng: np.random.Generator
     frames: int
@@ -128,7 +130,7 @@ class _Stage:
 
 
 def _direction(stage: _Stage) -> tuple[tuple[str, ...], Members]:
-    """One actor: four ways. Several, whose lanes betray the axis: to, fro and not at all."""
+    """One actor: four directions. Several, whose lanes reveal the axis: forwards, backwards and still."""
     number = stage.room(3)
     if number > 1:
         first, *rest = stage.cast(number)
@@ -185,7 +187,7 @@ def _starting(event: Actor, start: int, length: int, size: int) -> Actor:
 
 
 def _growth(stage: _Stage) -> tuple[tuple[str, ...], Members]:
-    """Growing, its reverse, and a size between the two that stays."""
+    """Growing, its reverse, and a constant size between the two."""
     first, *rest = stage.cast(stage.room(2))
     rest = stage.bystanders(rest)
     grower = replace(first, radius=stage.uniform(_SMALL), end_radius=stage.uniform(_BIG), speed=0.0)
@@ -208,7 +210,7 @@ def _recolouring(stage: _Stage) -> tuple[tuple[str, ...], Members]:
 
 
 def _motion(stage: _Stage) -> tuple[tuple[str, ...], Members]:
-    """Four manners of moving, each from a place of its own."""
+    """Four manners of moving, each from another place."""
     first, *rest = stage.cast(stage.room(2))
     rest = stage.bystanders(rest)
     speeds = {

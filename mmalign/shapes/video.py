@@ -1,11 +1,11 @@
 """Videos of the Shapes world: one to three coloured shapes that move, grow, change colour, appear or hide.
 
-A :class:`VideoScene` is the scene graph; :func:`unroll` turns it into tracks (what every shape is and where, frame by
+A :class:`VideoScene` is the scene graph; :func:`unroll` turns it into tracks (every shape and its place, frame by
 frame), :func:`draw` turns tracks into pixels with the drawing of :mod:`mmalign.shapes.world`. All truths are read off
 tracks (:mod:`mmalign.shapes.facts`), so re-ordering a video and re-ordering its tracks can be compared.
 
-The picture wraps around: what leaves at one edge comes in at the opposite one. A place therefore says nothing about
-the way a shape moves or how fast, in whatever frame, which a picture with walls cannot promise. Places, radii and
+The frame wraps around: a shape that leaves at one edge comes in at the opposite one. A place in any frame is therefore
+independent of a shape's direction and speed, unlike in a frame with walls. Places, radii and
 speeds are multiples of 1/64 px, so a scene and its reverse are drawn with the same bytes.
 """
 
@@ -32,7 +32,7 @@ GRID = 64
 
 @dataclass(frozen=True)
 class Actor:
-    """One shape and what it does.
+    """One shape and its motion.
 
     x, y: centre in the first frame, in pixels (x right, y down). speed: pixels a frame along `direction`, which the
     actor follows `straight`, until it `bounces` back half-way, or to and fro a step at a time when it `shakes`.

@@ -1,7 +1,7 @@
 """A set of Shapes videos with their questions on disk: video files, `videos.parquet`, `questions.parquet`.
 
-`videos.parquet` holds the scene graph of every video, so that answers can be checked, or read anew for perturbed
-frames, without the makers of the set. Families are kept whole: a video always comes with its conflicting twins.
+`videos.parquet` holds the scene graph of every video, so that answers can be checked, or read again for perturbed
+frames, without the generator. Families are kept whole: a video always comes with its conflicting twins.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _QUESTION_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class VideoRow:
-    """One video of a set: its id, its file, its scene, and whether it shows what training never does."""
+    """One video of a set: its id, its file, its scene, and whether it shows a held-out combination."""
 
     video: str
     file: Path
@@ -49,10 +49,10 @@ class VideoRow:
 
 
 def check_request(count: int, split: str, frames: str, size: int, suffix: str, fps: float) -> list[int]:
-    """Check what a user asked for before any work; return the lengths to draw from, given as "8" or "8,12,16".
+    """Check a user's options before any work; return the lengths to draw from, given as "8" or "8,12,16".
 
     Raises:
-        UserError: what is out of range or unknown.
+        UserError: an option is out of range or unknown.
     """
     if count < 1:
         raise UserError(f"--count {count}: must be 1 or more")
@@ -85,7 +85,7 @@ def write_video_set(
     """Write at least `count` videos, families whole, with all their questions; return the numbers of both.
 
     The same arguments write the same bytes. `frames` are the lengths to draw from. `scramble` puts the frames of every
-    video in random order and leaves scenes, questions and answers as they are: nobody can know these answers.
+    video in random order and leaves scenes, questions and answers as they are: these answers cannot be known.
     """
     made = {"split": split, "seed": seed, "frames": list(frames), "size": size, "fps": fps, "scramble": scramble}
     videos_file = atomic_parquet(folder / VIDEOS, _VIDEO_SCHEMA, made)
@@ -145,7 +145,7 @@ def read_videos(folder: Path) -> list[VideoRow]:
 
 
 def read_questions(folder: Path) -> list[ShapesQuestion]:
-    """Read the questions of a set, ready to be answered anew for other frames.
+    """Read the questions of a set, ready to be answered again for other frames.
 
     Raises:
         UserError: the folder holds no such set.

@@ -1,8 +1,8 @@
-"""What the Shapes video language model is taught: videos, and what is asked and answered about each.
+"""Training data of the Shapes video language model: videos with questions and answers.
 
 Videos are drawn as they are needed, three milliseconds each, so no video is seen twice. The lessons of one video share
-one row of tokens: the video first, then question after question, each of which sees the video and itself alone, as if
-it had been asked by itself. That is half the tokens of a row for each question.
+one row of tokens: the video first, then question after question, each of which attends to the video and itself alone,
+as if it were alone in the row. That is half the tokens of a row for each question.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ CURRICULUM = (*TOPICS, *STATIC)
 """Topics of families, in turn: static ones twice."""
 
 _EVENTS = (("recolouring", "same"), ("growth", "same"), ("presence", "always"))
-"""Topics that a description tells of, unless nothing happens; and how a shape moves, if none of them does."""
+"""Topics of a description, unless nothing happens; and the manner of motion if none applies."""
 
 
 class Lesson(NamedTuple):
-    """What is asked about a video, the answer, and of what kind it is: a topic, or described.
+    """A question about a video, the answer, and the kind of question: a topic, or described.
 
-    unseen: what is answered without looking, the first option on offer, or yes; of descriptions None.
-    value, statement: the truth that is asked for, and the sentence that says it; of descriptions empty.
+    unseen: the answer without the video, the first option, or yes; of descriptions None.
+    value, statement: the truth, and the sentence that states it; of descriptions empty.
     """
 
     prompt: str
@@ -51,13 +51,13 @@ class Lesson(NamedTuple):
 
 
 def describe(tracks: Sequence[Track], size: int) -> str:
-    """Say how many shapes there are and what each does, in order of appearance, then of the alphabet."""
+    """Describe the number of shapes and the motion of each, in order of appearance, then of the alphabet."""
     number = truth("count", (), tracks, size)
-    told = [say("count", str(number), (), ()).statement]
+    sentences = [say("count", str(number), (), ()).statement]
     first = {next(s for s in track if s): track.index(next(s for s in track if s)) for track in tracks if any(track)}
     for seen in sorted(first, key=lambda s: (first[s], s.colour, s.shape)):
-        told.append(_statement_of(seen.shape, f"the {seen.colour} {seen.shape}", tracks, size))
-    return " ".join(told)
+        sentences.append(_statement_of(seen.shape, f"the {seen.colour} {seen.shape}", tracks, size))
+    return " ".join(sentences)
 
 
 def _statement_of(shape: str, name: str, tracks: Sequence[Track], size: int) -> str:
@@ -75,8 +75,8 @@ def _statement_of(shape: str, name: str, tracks: Sequence[Track], size: int) -> 
 def lessons_of(family: Family, name: str, seed: int = 0) -> list[list[Lesson]]:
     """All lessons about each video of a family: the questions of :func:`ask`, answered by labels, and a description.
 
-    The label alone, since it is said first: a model that writes the option's words after it need not decide by what
-    it saw before it has said which option it takes, and learns that late.
+    The label alone: it comes first, so a model that also writes the option's words would be trained mostly on words
+    that follow from the label, and would learn the choice late.
     """
     lessons: list[list[Lesson]] = [[] for _ in family.scenes]
     for question in ask(family, name, seed):
@@ -86,8 +86,8 @@ def lessons_of(family: Family, name: str, seed: int = 0) -> list[list[Lesson]]:
         lesson = Lesson(question.prompt, question.label, question.topic, unseen, value, statement)
         lessons[question.member].append(lesson)
     request = DESCRIBE[sum(name.encode()) % len(DESCRIBE)]
-    for scene, told in zip(family.scenes, lessons, strict=True):
-        told.append(Lesson(request, describe(unroll(scene), scene.size), "described"))
+    for scene, own in zip(family.scenes, lessons, strict=True):
+        own.append(Lesson(request, describe(unroll(scene), scene.size), "described"))
     return lessons
 
 
@@ -114,13 +114,13 @@ class Lessons:
     def __init__(self, tokenizer: Any, seed: int, frame_tokens: int, prior: float = 0.0) -> None:
         """`frame_tokens`: how many tokens stand for one frame; one more ends the video.
 
-        prior: this share of temporal questions is answered without looking.
+        prior: this share of temporal questions is answered without the video.
         """
         self._families = enumerate(sample_families(10**9, seed=seed, topics=CURRICULUM, frames=FRAMES, size=SIZE))
         self._rng, self._seed, self._prior = np.random.default_rng([seed, 1]), seed, prior
         self._encode = lru_cache(100_000)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
         self._pad = tokenizer.pad_token_id
-        # The chat format is asked what stands before a question, after it, and (the end token) after its answer.
+        # The chat format gives the text before a question, after it, and (the end token) after its answer.
         turn = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
         chat = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         before, after = chat.split(tokenizer.video_token + "?")
@@ -139,7 +139,7 @@ class Lessons:
             videos.append(draw(tracks[-1], scene.background, scene.size))
         return torch.stack(videos), tracks
 
-    def looks(self, rows: int, names: Sequence[int]) -> Batch:
+    def names_after_videos(self, rows: int, names: Sequence[int]) -> Batch:
         """One video each of the next families, and after it every one of these tokens, each by itself.
 
         Those of a video stand as far behind it as any token of a question could, by chance.
@@ -175,7 +175,7 @@ class Lessons:
         return Batch(videos, *self._pack(laid), chosen, tracks)
 
     def _guess(self, lesson: Lesson) -> Lesson:
-        """Put the answer without looking, by chance, in the place of the true one."""
+        """Replace true answers by those without the video, by chance."""
         if lesson.kind in STATIC or lesson.unseen is None or self._rng.random() >= self._prior:
             return lesson
         return lesson._replace(completion=lesson.unseen)
@@ -184,7 +184,7 @@ class Lessons:
         return [*self._encode(lesson.prompt), *self._after], [*self._encode(lesson.completion), *self._end]
 
     def _pack(self, laid: Sequence[tuple[list[int], ...]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Ids, positions, what sees what, which are answers, and blocks, of rows padded on the right."""
+        """Ids, positions, attention masks, answer masks and blocks of rows padded on the right."""
         length = max(len(row[0]) for row in laid)
         padding = (self._pad, 0, -1, 0)
         ids, positions, blocks, answers = (
@@ -199,7 +199,7 @@ class Lessons:
     def _lay_out(
         before: list[int], parts: Sequence[tuple[list[int], list[int]]], gap: int = 0
     ) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Ids, positions, blocks and whether it is an answer; `parts`: what is asked and what is said, in tokens."""
+        """Ids, positions, blocks and whether it is an answer; `parts`: question and answer in tokens."""
         start = len(before)
         ids, positions, blocks, answers = list(before), list(range(start)), [0] * start, [0] * start
         for block, (asked, said) in enumerate(parts, 1):

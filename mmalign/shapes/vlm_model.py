@@ -1,7 +1,7 @@
 """The Shapes video language model, untrained: tokenizer, processor and network of transformers' own classes.
 
 A LLaVA-OneVision: a SigLIP tower sees one frame of 48 px at a time as 6 x 6 patches, a projector's features are pooled
-to 3 x 3 a frame, and a Qwen2 language model reads them frame after frame; it alone sees time.
+to 3 x 3 a frame, and a Qwen2 language model reads them frame after frame; only the language model combines frames.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _texts() -> list[str]:
     wordings = [wording for topic in QUESTIONS.values() for wording in topic]
     things = [f" {colour} {shape}" for colour in COLOURS for shape in SHAPES]
     families = enumerate(sample_families(220))
-    lessons = [lesson for i, family in families for told in lessons_of(family, f"words-{i}") for lesson in told]
+    lessons = [lesson for i, family in families for own in lessons_of(family, f"words-{i}") for lesson in own]
     return [*wordings, *things, *DESCRIBE, *INSTRUCTIONS.values(), *(text for one in lessons for text in one[:2])]
 
 
@@ -65,11 +65,11 @@ def build_processor() -> Any:
     import transformers as hf
 
     tokenizer = build_tokenizer()
-    looks: dict[str, Any] = {"size": {"height": SIZE, "width": SIZE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    scale: dict[str, Any] = {"size": {"height": SIZE, "width": SIZE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return hf.LlavaOnevisionProcessor(
-        hf.LlavaOnevisionImageProcessor(image_grid_pinpoints=[[SIZE, SIZE]], **looks),
+        hf.LlavaOnevisionImageProcessor(image_grid_pinpoints=[[SIZE, SIZE]], **scale),
         tokenizer,
-        hf.LlavaOnevisionVideoProcessor(**looks),
+        hf.LlavaOnevisionVideoProcessor(**scale),
         num_image_tokens=SIDE**2,
         vision_feature_select_strategy="full",
         chat_template=tokenizer.chat_template,

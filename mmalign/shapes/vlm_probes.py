@@ -1,9 +1,9 @@
-"""What features and states of a video language model in training must hold, and the linear probes that ask for it.
+"""Linear probes of a video language model in training, and the targets for its features and states.
 
-`Sight` reads single frames from what the language model is given of them, colours and shapes in its own words. Three
-others read its states: `Motion`, of the video's tokens, how far a shape has come since the frame before, and, where it
-is seen last, what it did; `Names`, of a name, what the video shows of the shape so called; `Value`, before an answer,
-the truth. So what a question takes is taught one step at a time. All are thrown away after the training.
+`Sight` reads single frames from the features for the language model, colours and shapes by its word embeddings. Three
+others read its states: `Motion`, at the video's tokens, the step of a shape since the frame before, and where it is
+seen last its motion labels; `Names`, at a name, the attributes of the named shape in the video; `Value`, before an
+answer, the truth. So each step towards an answer is supervised. All probes are discarded after training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmalign.shapes.vlm_model import SIDE
 from mmalign.shapes.world import COLOURS, SHAPES
 
 GRID = -(-SIDE // 2)
-"""Features a side that the language model is given of each frame."""
+"""Features a side of each frame for the language model."""
 CELL = SIZE / GRID
 MOTION_LABELS = {
     "direction": ("left", "right", "up", "down", "still"),
@@ -39,18 +39,18 @@ VALUES = tuple(
         + [*PRESENCE, "equal", *COLOURS, *SHAPES, *NUMBERS]
     )
 )
-"""What the truth of any question can be; of a change of colour the colour after it."""
+"""Possible truths of any question; of a change of colour the colour after it."""
 UNKNOWN = -100
 _MIDDLE = (SIZE / 2, SIZE / 2, 6.0)
-"""About the mean place and radius."""
+"""Approximate mean place and radius."""
 MOVED, NAMED, KNOWN = 3, 4, 5
-"""After how many layers of six a feature must know its motion, a name its shape, and a question its truth."""
+"""The number of layers, of six, after which motion, names and truths are read."""
 _NAMES = (*COLOURS, *SHAPES)
 _SHARPNESS, _NORM = 20.0, 1.5
-"""What cosines to words are multiplied by, and the length of a feature; words are 0.8 long, and two together 1.2."""
+"""Factor of cosines to words, and the length of a feature; words have length 0.8, and sums of two 1.2."""
 
 Marks = dict[str, list[bool]]
-"""By what is marked: right or wrong, one a thing."""
+"""Marks by kind: right or wrong for each reading."""
 
 
 def place_of(seen: Sighting) -> int:
@@ -59,7 +59,7 @@ def place_of(seen: Sighting) -> int:
 
 
 def sights(tracks: Sequence[tuple[Track, ...]]) -> Float[Tensor, "rows frames places 6"]:
-    """What is to be seen in each part of each frame.
+    """The object in each part of each frame.
 
     Colour and shape as numbers from 1 (0: no centre lies here), the centre's place in the frame, across and down, and
     the radius, in pixels; last, whether there is a centre.
@@ -107,14 +107,14 @@ def motion_labels(tracks: Sequence[tuple[Track, ...]]) -> Tensor:
 
 def _numbers(track: Track, shape: str, topics: Mapping[str, tuple[str, ...]]) -> list[int]:
     """The number of the truth among the values of each topic, or `UNKNOWN`."""
-    told = [(values, truth(topic, (shape,), (track,), SIZE)) for topic, values in topics.items()]
-    return [values.index(value) if value in values else UNKNOWN for values, value in told]
+    truths = [(values, truth(topic, (shape,), (track,), SIZE)) for topic, values in topics.items()]
+    return [values.index(value) if value in values else UNKNOWN for values, value in truths]
 
 
 def _read_numbers(
     named: Sequence[Tensor], done: Tensor, topics: Mapping[str, tuple[str, ...]], brackets: str
 ) -> tuple[Tensor, Marks]:
-    """Sum over topics of the cross-entropy where the number is known, and by topic which are read right."""
+    """Sum over topics of the cross-entropy where the number is known, and by topic the correct readings."""
     loss, marks = torch.zeros(()), Marks()
     for number, (topic, logits) in enumerate(zip(topics, named, strict=True)):
         sure = done[:, number] != UNKNOWN
@@ -127,10 +127,10 @@ def _read_numbers(
 class Sight(torch.nn.Module):
     """Readings of one feature: colour and shape by their words, place and size by a linear map.
 
-    The words are the language model's embeddings, as they are, and a feature is read as the first layer reads it, by
-    its direction alone: one that is read right lies along the words for what it shows, and holds little else than
-    that and the place, so that who has learned to read finds there what he knows. Its length is held near that of
-    two words, for a longer one drowns what the layers add to it.
+    The words are the language model's embeddings, as they are, and a feature is read as by the first layer, by its
+    direction alone: a correct one lies along the words for its object, and holds little else than these and the place,
+    so that the language model can read it like words. Its length is held near that of two words, since a longer one
+    would dominate the contributions of the layers.
     """
 
     words: Tensor
@@ -143,7 +143,7 @@ class Sight(torch.nn.Module):
         self.nothing = torch.nn.Parameter(torch.full((2,), _SHARPNESS / 4))
 
     def forward(self, features: Tensor, seen: Tensor) -> tuple[Tensor, Marks]:
-        """Return the loss and of every shape whether its kind is read right, and its place and size to a pixel."""
+        """Return the loss, and for every shape whether its kind is right, and its place and size to a pixel."""
         features, target = features.flatten(0, -2), seen.flatten(0, -2)
         named = _SHARPNESS * F.normalize(features, dim=1) @ self.words.T
         kinds, there = target[:, :2].long(), target[:, 5] > 0
@@ -171,7 +171,7 @@ class Motion(torch.nn.Module):
     def forward(
         self, states: Float[Tensor, "rows tokens width"], tracks: Sequence[tuple[Track, ...]]
     ) -> tuple[Tensor, Marks]:
-        """Return the loss, and whether every motion label is read right; one state for each place of each frame."""
+        """Return the loss, and whether every motion label is right; one state for each place of each frame."""
         step, *named = self.read(states.float()).flatten(0, 1).split(self.sizes, 1)
         target, done = steps(tracks).flatten(0, 2), motion_labels(tracks).flatten(0, 2)
         known = target[:, 3] > 0
@@ -190,7 +190,7 @@ class Value(torch.nn.Module):
     def forward(
         self, states: Float[Tensor, "lessons width"], lessons: Sequence[tuple[str, str]]
     ) -> tuple[Tensor, Marks]:
-        """Return the loss and of every question, by topic, whether its truth is read; `lessons`: (topic, truth).
+        """Return the loss, and for every question, by topic, whether its truth is right; `lessons`: (topic, truth).
 
         A lesson with an empty truth has none.
         """
@@ -204,7 +204,7 @@ class Value(torch.nn.Module):
 
 
 class Names(torch.nn.Module):
-    """Linear readings of the state at a word for a shape or a colour: what the video shows of the shape so called.
+    """Linear readings of the state at a word for a shape or a colour: attributes of the named shape in the video.
 
     At a shape's name its colour, its motion labels and presence, when it is seen, and how fast it moves; at a colour's
     name the shape that has it.
@@ -228,25 +228,25 @@ class Names(torch.nn.Module):
         after: Tensor,
         tracks: Sequence[tuple[Track, ...]],
     ) -> tuple[Tensor, Marks]:
-        """Return the loss at the names among the tokens `after` the videos, said or asked, and the marks."""
+        """Return the loss at the names among the tokens `after` the videos, in questions or answers, and the marks."""
         at = after & torch.isin(ids, self.ids)
         places = at.nonzero().tolist()
         known = [self._of(video) for video in tracks]
-        told = [known[row][self.names[int(ids[row, token])]] for row, token in places]
+        named_facts = [known[row][self.names[int(ids[row, token])]] for row, token in places]
         what, when, *named = self.read(states[at].float()).split(self.sizes, 1)
-        other = torch.tensor([one[0] for one in told])
+        other = torch.tensor([one[0] for one in named_facts])
         loss = F.cross_entropy(what, other)
-        marks = {"{kind}": [bool(a) for a, b in zip(what.argmax(1) == other, told, strict=True) if b[0]]}
-        there = torch.tensor([bool(one[1]) for one in told])
+        marks = {"{kind}": [bool(a) for a, b in zip(what.argmax(1) == other, named_facts, strict=True) if b[0]]}
+        there = torch.tensor([bool(one[1]) for one in named_facts])
         if there.any():
-            loss = loss + F.mse_loss(when[there], torch.tensor([one[1] for one in told if one[1]]))
-        read, right = _read_numbers(named, torch.tensor([one[2] for one in told]), self.labels, "{}")
+            loss = loss + F.mse_loss(when[there], torch.tensor([one[1] for one in named_facts if one[1]]))
+        read, right = _read_numbers(named, torch.tensor([one[2] for one in named_facts]), self.labels, "{}")
         return loss + read, {**marks, **right}
 
     def _of(self, video: tuple[Track, ...]) -> dict[str, tuple[int, list[float], list[int]]]:
         """By name: number of the other name or 0; when first and last seen, and speed; numbers of motion labels."""
         nothing: tuple[int, list[float], list[int]] = (0, [], [UNKNOWN] * len(self.labels))
-        told = dict.fromkeys(_NAMES, nothing)
+        named_facts = dict.fromkeys(_NAMES, nothing)
         for track in video:
             frames = [frame for frame, seen in enumerate(track) if seen]
             last = next((seen for seen in reversed(track) if seen), None)
@@ -255,13 +255,13 @@ class Names(torch.nn.Module):
             moved = steps([(track,)])[0].flatten(0, 1)
             pace = moved[moved[:, 3] > 0, :2].norm(dim=1)
             when = [frames[0] / 4, frames[-1] / 4, float(pace.mean()) if len(pace) else 0.0]
-            told[last.shape] = (_NAMES.index(last.colour) + 1, when, _numbers(track, last.shape, self.labels))
-            told[last.colour] = (_NAMES.index(last.shape) + 1, *nothing[1:])
-        return told
+            named_facts[last.shape] = (_NAMES.index(last.colour) + 1, when, _numbers(track, last.shape, self.labels))
+            named_facts[last.colour] = (_NAMES.index(last.shape) + 1, *nothing[1:])
+        return named_facts
 
 
 class Probes(torch.nn.Module):
-    """What the states of the language model are to hold, each kind after so many layers."""
+    """The probes of the language model's states, each kind after its number of layers."""
 
     def __init__(self, width: int, tokenizer: Any) -> None:
         """Make the probes for states of this width."""

@@ -1,7 +1,8 @@
 """How well a video language model answers questions about Shapes videos that training has never shown.
 
 Answers are generated and marked as TempCompass marks them, captions by exact rules; then once more with the frames of
-every video in another order, the right answers kept: what that costs is how much the model looks at time.
+every video in another order, with the right answers unchanged: the drop in accuracy measures the use of temporal
+order.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ MAX_NEW_TOKENS = 32
 class Line:
     """Results on some of the questions, as shares of 1.
 
-    accuracy: by format, and "all". chance: what guessing scores. twins: groups of conflicting questions all right.
-    shuffled: what other orders of the frames cost.
+    accuracy: by format, and "all". chance: the accuracy of guessing. twins: groups of conflicting questions all right.
+    shuffled: the loss in accuracy with other orders of the frames.
     """
 
     accuracy: dict[str, float]
@@ -49,7 +50,7 @@ class Line:
 
 
 def measure(model: VisionLanguageModel, families: int, *, split: str = "validation", seed: int = 0) -> dict[str, Line]:
-    """Ask all questions about so many families, and return a line for every topic and for "all"."""
+    """Ask all questions about the families, and return a line for every topic and for "all"."""
     questions: list[ShapesQuestion] = []
     right: list[bool] = []
     right_shuffled: list[bool] = []

@@ -1,4 +1,4 @@
-"""The words of questions about Shapes videos: how each topic is asked and each answer said, in every format."""
+"""The wording of questions about Shapes videos and of their answers, for each topic and format."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from mmalign.shapes.twins import Family, kinds_of
 
 @dataclass(frozen=True)
 class Said:
-    """One answer in words: an option, a statement, a yes/no question, bare information, and what gives it away.
+    """One answer in words: an option, a statement, a yes/no question, bare information, and words that reveal it.
 
-    words: a regular expression that a caption in lower case matches if it says so about the subject.
+    words: a regular expression that a caption in lower case matches if it states the answer about the subject.
     """
 
     option: str
@@ -58,9 +58,9 @@ _VERBS = {
 
 
 def name_of(family: Family, subject: str) -> str:
-    """How questions name a subject: "the red circle"; without what would give the answer away.
+    """The name of a subject in questions: "the red circle", without words that reveal the answer.
 
-    The colour is left out where it is asked for or changes; of topic `shape` the subject is itself a colour.
+    The colour is left out where it is the answer or changes; of topic `shape` the subject is itself a colour.
     """
     if family.topic == "shape":
         return f"the {subject} shape"
@@ -69,7 +69,7 @@ def name_of(family: Family, subject: str) -> str:
 
 
 def say(topic: str, value: str, subject: tuple[str, ...], names: tuple[str, ...]) -> Said:
-    """Word one answer to a topic; `subject` and `names` are what it is about and what that is called.
+    """Word one answer to a topic about `subject`, which questions call `names`.
 
     Raises:
         KeyError: the topic has no such value.

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 SIZE = 64
-"""Side of a picture in pixels."""
+"""Side of an image in pixels."""
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = {
@@ -45,7 +45,7 @@ HELD_OUT_OBJECTS = frozenset(
         ("orange", "square"),
     }
 )
-"""(colour, shape) combinations that no training scene holds: the prompts of category `Conflicting` ask for them."""
+"""(colour, shape) combinations in no training scene; the prompts of category `Conflicting` contain them."""
 HELD_OUT_RELATIONS = frozenset(
     {
         ("star", "left of", "ring"),
@@ -54,7 +54,7 @@ HELD_OUT_RELATIONS = frozenset(
         ("ring", "below", "circle"),
     }
 )
-"""(shape, relation, shape) combinations that no training scene shows, in either reading direction."""
+"""(shape, relation, shape) combinations in no training scene, in either reading direction."""
 
 _MIN_GAP, _MARGIN, _NEXT_TO_GAP = 3.0, 1.0, 9.0
 
@@ -81,7 +81,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `relation` is (index, relation, index) when the scene was composed around one."""
+    """The content of an image. `relation` is (index, relation, index) when the scene was composed around one."""
 
     objects: tuple[Object, ...]
     background: str
@@ -208,9 +208,10 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def sample_scene(rng: np.random.Generator, *, crisp: float = 0.65, held_out: bool = False) -> Scene:
-    """Draw a random scene; `crisp` is the share of undegraded pictures.
+    """Draw a random scene; `crisp` is the share of undegraded images.
 
-    Without `held_out` the scene never shows a held-out combination (training data); with it, anything goes.
+    Without `held_out` the scene never shows a held-out combination (training data); with it, any combination may
+    occur.
     """
     while True:
         scene = _compose(rng, crisp)
@@ -245,7 +246,7 @@ def random_kind(rng: np.random.Generator) -> tuple[str, str, str]:
 
 
 def inside(thing: Object) -> bool:
-    """Whether the whole shape lies in the picture, with the margin that :func:`place` keeps."""
+    """Whether the whole shape lies in the image, with the margin that :func:`place` keeps."""
     low = _MARGIN + 1.1 * thing.radius
     return low <= thing.x <= SIZE - low and low <= thing.y <= SIZE - low
 

@@ -18,20 +18,20 @@ def make_accelerator(config: RunConfig | LatentRewardConfig, *, watched: bool = 
     """Return the accelerator of this run; several runs may follow each other in one process (the demo's do).
 
     Raises:
-        UserError: accelerate is configured for a way of sharding that this loop does not do.
+        UserError: accelerate is configured for sharding, which this loop does not support.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
     check_trackers(config.trainer.trackers)
-    # Accelerate keeps the first run's precision for the life of the process unless told to forget it.
+    # Accelerate keeps the first run's precision for the life of the process unless it is reset.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=ACCELERATE_NAMES[config.trainer.precision] if watched else "no",
         log_with=list(config.trainer.trackers) or None if watched else None,
         project_dir=config.output,
-        # The others wait while the first rank encodes, evaluates and exports, for which ten minutes may not do.
+        # The others wait while the first rank encodes, evaluates and exports, which may take longer than ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):

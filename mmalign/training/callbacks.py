@@ -1,4 +1,4 @@
-"""What happens beside the updates of a run: evaluation, monitors, early stopping, the budget."""
+"""Callbacks of a run: evaluation, monitors, early stopping, the budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Evaluation(Callback):
         averaged: Callable[[], AbstractContextManager[None]],
         listeners: Sequence[Callback] = (),
     ) -> None:
-        """`averaged` makes the context in which the network holds what is evaluated; `listeners` read the scores."""
+        """In the context of `averaged` the network holds the weights to evaluate; `listeners` receive the scores."""
         self.evaluator, self.averaged, self.listeners = evaluator, averaged, list(listeners)
 
     def due(self, step: int) -> bool:
@@ -37,12 +37,12 @@ class Evaluation(Callback):
         return step % self.evaluator.config.every == 0
 
     def begin(self, loop: Loop) -> None:
-        """Evaluate where training starts."""
+        """Evaluate before the first update."""
         if loop.step == 0:
             self.after_step(loop)
 
     def after_step(self, loop: Loop) -> None:
-        """Evaluate, log, and tell the listeners."""
+        """Evaluate, log, and pass the scores to the listeners."""
         step, learner = loop.step, loop.learner
         totals, scores, spreads = learner.count(), dict[str, float](), dict[str, float]()
         with learner.run.cost.paused(), self.averaged():
@@ -59,12 +59,12 @@ class Evaluation(Callback):
 
 
 class Watch(Callback):
-    """Lets the monitors see the metrics, the sampled images and the evaluations, and says what they have found."""
+    """Passes metrics, sampled images and evaluations to the monitors, and reports their alarms."""
 
     name = "monitors"
 
     def __init__(self, monitors: Monitors, run: BaseRun[Any]) -> None:
-        """`run.shown` holds the images that the method made last."""
+        """`run.shown` holds the images that the method sampled last."""
         self.monitors, self.run, self._stopped = monitors, run, False
 
     def logged(self, step: int, values: dict[str, float]) -> None:
@@ -85,11 +85,11 @@ class Watch(Callback):
         return self._stopped
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the monitors remember."""
+        """Return the state of the monitors."""
         return self.monitors.state_dict()
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from what they remembered."""
+        """Restore the state of the monitors."""
         self.monitors.load_state_dict(state)
 
     def _collect(self) -> None:
@@ -98,14 +98,14 @@ class Watch(Callback):
             note(f"warning: {alarm.sentence}")
         stop = any(alarm.stop for alarm in new)
         if self.monitors.config.action == "stop":
-            stop = distributed.broadcast(stop)  # each process has seen its own images
+            stop = distributed.broadcast(stop)  # each process sampled its own images
         if stop:
             note("monitors: stopping the run (monitors.action is stop); run the same command again to resume")
         self._stopped |= stop
 
 
 class EarlyStopping(Callback):
-    """Keeps the weights that scored best on held-out prompts, and ends a run whose evaluations no longer improve.
+    """Keeps the weights with the best score on held-out prompts, and ends a run whose evaluations no longer improve.
 
     The run ends after `patience` evaluations in a row that were not better. Costs one copy of the trainable
     parameters.
@@ -152,7 +152,7 @@ class EarlyStopping(Callback):
                 parameter.data = present[name]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is known of the best weights."""
+        """Return the score and step of the best weights."""
         return {"reward": self.reward, "step": self.step, "value": self.value, "misses": self.misses}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ class EarlyStopping(Callback):
         return self.weights
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint, if it was the same reward that was watched."""
+        """Restore from a checkpoint, if it watched the same reward."""
         if state.get("reward") != self.reward:
             return
         self.step, self.value, self.misses = state["step"], state["value"], state["misses"]
@@ -168,10 +168,10 @@ class EarlyStopping(Callback):
 
 
 class Budget(Callback):
-    """Ends a run once it has used up what it may: images seen, reward calls or seconds."""
+    """Ends a run whose budget is used up: images seen, reward calls or seconds."""
 
     def __init__(self, budget: BudgetConfig, count: Callable[[], dict[str, float]]) -> None:
-        """`count` returns what all processes have used so far."""
+        """`count` returns the use of all processes so far."""
         ((unit, self.allowed),) = budget.model_dump(exclude_none=True).items()
         self.key, self.count = "images_seen" if unit == "images" else unit, count
 

@@ -1,4 +1,4 @@
-"""What trainings that follow one another share: what they cannot do, and what is done already."""
+"""Trainings that follow one another (rounds or stages): their limits, and skipping finished ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mmalign.training.single import train_one
 
 
 def check_chain(resume: str, what: str, work: str) -> None:
-    """Refuse what several trainings, one after another, cannot do; `what` are they, `work` what they do in between.
+    """Refuse options that several trainings, one after another, do not support; `what` names them, `work` their work
+    in between.
 
     Raises:
         UserError: one checkpoint is named for all of them, or there are several processes.
@@ -25,7 +26,7 @@ def check_chain(resume: str, what: str, work: str) -> None:
 
 
 def train_once(one: RunConfig, resume: str) -> Path:
-    """Do one of several trainings, unless that is done, and return the folder of the export."""
+    """Do one of several trainings unless it is finished, and return the folder of the export."""
     output = Path(one.output)
     if resume == "auto" and is_finished(output) and _was_trained_by(one, output):
         note(f"trained already, in {output}")

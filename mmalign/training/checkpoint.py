@@ -1,11 +1,12 @@
-"""Checkpoints: directories that are complete or not there, from which a run continues with bit-equal losses.
+"""Checkpoints: complete directories, from which a run resumes with bit-equal losses.
 
     <output>/checkpoints/step_00000400/
         weights.safetensors     trainable parameters        optimizer.safetensors   its moments
         ema.safetensors         their average, if kept      state.json              step, recipe, gradient scaler
 
-There is no state of a random generator in it: every draw of a run is a function of (seed, sample, epoch) or
-(seed, step). A directory is written aside and renamed when complete, so an interrupted save leaves the last one whole.
+It holds no state of a random generator: every draw of a run is a function of (seed, sample, epoch) or
+(seed, step). A directory is written aside and renamed when complete, so an interrupted save leaves the last one
+intact.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     recipe: dict[str, Any]
-    """What must be equal for the run to continue: flat "section.key" -> value."""
+    """Values that must be equal for the run to resume: flat "section.key" -> value."""
     values: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
@@ -88,7 +89,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def abandon_later(folder: Path, step: int) -> None:
-    """Rename the checkpoints beyond `step`, from which the run will not go on: they would pass for its newest ones."""
+    """Rename the checkpoints beyond `step`, where the run resumes, so that they do not count as its newest ones."""
     for path in list_checkpoints(folder):
         if int(path.name.removeprefix("step_")) > step:
             aside = path.with_name(path.name + _ABANDONED)
@@ -120,7 +121,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_same_recipe(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a run under another recipe or with other data: the result would be neither's.
+    """Refuse to resume a run with another recipe or other data, which would mix two runs.
 
     Keys that were renamed since the checkpoint was saved are compared under their new names, and a key that did not
     exist then counts as its default.
@@ -159,7 +160,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def as_disk_full(error: Exception, doing: str) -> Exception:
-    """Return a `DiskFull` that says what to do if that is what the error means, else the error itself."""
+    """Return a `DiskFull` with the fix if the error means a full disk, otherwise the error itself."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     # The safetensors writer is native code and wraps the operating system's error in its own type, as text.
     if not full and "os error 28" not in str(error).lower() and "no space left" not in str(error).lower():

@@ -1,4 +1,4 @@
-"""Evaluation while training: what an evaluator offers and what it returns."""
+"""Evaluation while training: the interface of an evaluator and its result."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mmalign.config.sections import EvaluateConfig
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation found.
+    """The result of an evaluation.
 
     `scores`: "evaluation/NAME" -> mean; `spreads`: the standard deviation over prompts, where there is one; `picture`:
-    what the model made.
+    samples of the model.
     """
 
     scores: dict[str, float]
@@ -35,5 +35,5 @@ class Evaluator(Protocol):
         ...
 
     def evaluate(self, run: Any) -> Evaluated:
-        """Evaluate the model of a run as it is now."""
+        """Evaluate the present model of a run."""
         ...

@@ -1,4 +1,4 @@
-"""Write a finished run's model, and read it back as any user would to prove that it is the one that was trained."""
+"""Write a finished run's model, and load it as a user would to check that it is the trained one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def export(
     config: RunConfig, parts: Prepared, weights: AbstractContextManager[None], facts: dict[str, Any]
 ) -> tuple[Probe, Tensor]:
-    """Write the model, in the context `weights`, and its card; return an input and what the model makes of it."""
+    """Write the model, in the context `weights`, and its card; return an input and the model's output for it."""
     run, output = parts.run, Path(config.output)
     with weights:
         probe = parts.task.probe(run, parts.sampler)
@@ -41,7 +41,7 @@ def export(
 
 
 def verify(config: RunConfig, probe: Probe, expected: Tensor, device: torch.device) -> None:
-    """Read the export back as any user would and check that it is the model that was trained."""
+    """Load the export as a user would and check that it is the trained model."""
 
     def load(path: str) -> Any:
         model = task_of(config).load_model(config, path, device)
@@ -54,11 +54,11 @@ def verify(config: RunConfig, probe: Probe, expected: Tensor, device: torch.devi
 
 
 class ExportError(RuntimeError):
-    """The exported weights, read again, do not give what the trained model gave."""
+    """The exported weights, loaded again, give another output than the trained model."""
 
 
 def write_weights(model: Any, config: RunConfig, output: Path, base_model: str) -> None:
-    """Write the weights as they are now: an adapter for LoRA, else a diffusers or transformers directory."""
+    """Write the present weights: an adapter for LoRA, else a diffusers or transformers directory."""
     output.mkdir(parents=True, exist_ok=True)
     if config.adapter.kind == "lora":
         model.save_lora(output, base_model=base_model)
@@ -73,7 +73,7 @@ def check_load_back(
     expected: Tensor,
     tolerance: float = 1e-4,
 ) -> None:
-    """Load the export as any user would and compare one prediction with that of the trained model.
+    """Load the export as a user would and compare one prediction with that of the trained model.
 
     Raises:
         ExportError: they differ by more than the tolerance times the largest value (at least 1).

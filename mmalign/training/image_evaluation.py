@@ -91,7 +91,7 @@ class ImageEvaluation:
 
 
 def save_grid(picture: Image, output: Path, step: int) -> Path:
-    """Write the picture as <output>/evaluation/step_N.png and return the path."""
+    """Write the image as <output>/evaluation/step_N.png and return the path."""
     path = output / "evaluation" / f"step_{step}.png"
     write_atomically(path, encode_png(picture))
     return path

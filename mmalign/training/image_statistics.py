@@ -1,7 +1,7 @@
-"""Three statistics of sampled images that need no model: how different, how clipped, how fine-grained they are.
+"""Three statistics of sampled images that need no model: diversity, clipping and high-frequency energy.
 
-Images are `[batch, 3, height, width]` in [0, 1]. An optimiser that has found a way to please its reward shows in them
-early: all images of a prompt become one, colours run into black and white, or a fine pattern covers everything.
+Images are `[batch, 3, height, width]` in [0, 1]. Reward hacking shows in them early: all images of a prompt become the
+same, colours run into black and white, or a fine pattern covers everything.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ FEATURE_EDGE = 16
 
 
 def diversity(images: Float[Tensor, "batch 3 height width"], groups: Sequence[Hashable]) -> Float[Tensor, ""]:
-    """Return how much the images of one group (one prompt) differ: the mean over its pairs, then over the groups.
+    """Return the diversity within groups of images (of one prompt): the mean over its pairs, then over the groups.
 
     The feature of an image is the image itself, averaged over a 16 x 16 grid of areas, and the distance of two is the
-    root mean square of their difference: in pixel values, 0 (alike) to 1 (black and white). It needs no model and sees
-    layout and colour, not texture. Groups of one image count for nothing; NaN if there are no others.
+    root mean square of their difference: in pixel values, 0 (alike) to 1 (black and white). It needs no model and
+    measures layout and colour, not texture. Groups of one image are left out; NaN if there are no others.
     """
     if len(groups) != len(images):
         raise ValueError(f"{len(images)} images and {len(groups)} groups; give one group for each image")
@@ -46,7 +46,7 @@ def high_frequency(images: Float[Tensor, "batch 3 height width"]) -> Float[Tenso
     """Return the share of each image's spectral energy above half the Nyquist frequency, in [0, 1].
 
     Of the luma (Rec. 601) without its mean, by the FFT: energy at more than 1/4 cycle per pixel in either direction.
-    1 is a checkerboard of pixels, 3/4 is white noise; smooth pictures have next to none, and a flat one has 0.
+    1 is a checkerboard of pixels, 3/4 is white noise; smooth images have almost none, and a flat one has 0.
     """
     luma = torch.einsum("bchw,c->bhw", images.float(), images.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32))
     height, width = luma.shape[-2:]

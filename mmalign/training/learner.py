@@ -1,4 +1,4 @@
-"""What the loop drives: the weights that learn, their optimiser, one update, and all that a checkpoint must hold."""
+"""Learners, driven by the loop: trainable weights, their optimiser, one update, and the state for checkpoints."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from mmalign.training.tracking import MetricBuffer
 
 
 class Learner(ABC):
-    """Weights under an optimiser. A subclass says what an update learns from (`batches`) and by what loss (`learn`).
+    """Weights under an optimiser. A subclass defines the batches of an update (`batches`) and their loss (`learn`).
 
-    Attributes: `unit` and `samples_per_step`, what progress is counted in; `recipe`, what must be equal for a run to
-    be resumed, flat "section.key" -> value.
+    Attributes: `unit` and `samples_per_step`, the unit of progress; `recipe`, the values that must be equal to resume
+    a run, flat "section.key" -> value.
     """
 
     unit = "images"
@@ -49,9 +49,10 @@ class Learner(ABC):
         samples_per_step: int,
         checkpoints: Path,
     ) -> None:
-        """Bring the parts together.
+        """Keep the parts.
 
-        `settings` is a `trainer` section; `checkpoints` is where the last sound one is looked for if the run diverges.
+        `settings` is a `trainer` section; `checkpoints` is the folder of the last sound one, named if the run
+        diverges.
         """
         self.parameters, self.run, self.sampler, self.settings = parameters, run, sampler, settings
         self.accelerator, self.recipe, self.samples_per_step = accelerator, recipe, samples_per_step
@@ -69,20 +70,20 @@ class Learner(ABC):
         """Add the gradient of a micro-batch and return its metrics."""
 
     def after_update(self) -> None:  # noqa: B027 (a hook)
-        """Do what follows the optimiser's step; by default nothing."""
+        """Act after the optimiser's step; by default do nothing."""
 
     def between_rounds(self, step: int) -> bool:
         """Tell whether a run can be resumed after `step` updates; not while a round of samples is being used."""
         return True
 
     def epoch(self, step: int) -> float:
-        """Return how often the data have been seen after `step` updates."""
+        """Return the number of passes over the data after `step` updates."""
         return step / self.sampler.steps_per_epoch
 
     def update(self, step: int) -> None:
         """Do one optimiser step."""
         s, self.run.step = self.settings, step
-        # For what has no sample to be seeded by, such as dropout; rank by rank, since each sees other samples.
+        # For draws without a sample's seed, such as dropout; different on each rank, which has other samples.
         torch.manual_seed(derive_seed(s.seed, "step", step, distributed.rank()))
         factor = learning_rate_factor(step, s.steps, s.warmup, s.schedule)
         for group in self.optimizer.param_groups:
@@ -121,7 +122,7 @@ class Learner(ABC):
         return {**means, "learning_rate": rate, "epoch": self.epoch(step), **self.count()}
 
     def count(self) -> dict[str, float]:
-        """Return what all processes have used so far: counts added up, the seconds of the slowest."""
+        """Return the use of all processes so far: counts added up, the seconds of the slowest."""
         self.totals = self.run.cost.counts()
         if distributed.world_size() > 1:
             everyone = distributed.gather(self.totals)
@@ -130,7 +131,7 @@ class Learner(ABC):
         return self.totals
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Return groups of tensors and plain values from which `load` goes on."""
+        """Return groups of tensors and plain values, the arguments of `load`."""
         tensors = {
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": optimizer_tensors(self.optimizer, list(self.parameters)),
@@ -141,7 +142,7 @@ class Learner(ABC):
         return tensors, values
 
     def load(self, saved: Checkpoint) -> None:
-        """Go on from a checkpoint that holds what `state` returned."""
+        """Restore from a checkpoint, which holds the result of `state`."""
         self.run.step = saved.step
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -153,7 +154,7 @@ class Learner(ABC):
             self.accelerator.scaler.load_state_dict(saved.values["scaler"])
 
     def _check_finite(self, rows: list[tuple[int, str, float]]) -> None:
-        # With fp16 an infinite gradient is how the scaler finds its scale; it leaves out such a step by itself.
+        # With fp16 the scaler finds its scale by infinite gradients, and skips such steps itself.
         watched = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
         for step, name, value in rows:
             if name in watched and not math.isfinite(value):

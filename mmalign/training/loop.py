@@ -1,7 +1,7 @@
 """The one training loop: update, log, evaluate, save, stop; for methods and for latent rewards alike.
 
-A `Learner` is driven step by step; callbacks do what happens beside the updates. Whatever is drawn at random is a
-function of (seed, sample, epoch) or of (seed, step), so a run that was killed and resumed logs the same losses, to the
+A `Learner` is driven step by step; callbacks do everything besides the updates. Every random draw is a function of
+(seed, sample, epoch) or of (seed, step), so a run that was killed and resumed logs the same losses, to the
 bit, as one that was not, and batch size, accumulation and processes can trade places.
 
     loop = Loop(learner, config, [evaluation, early_stopping])
@@ -41,7 +41,7 @@ SHOWN = ("loss", "accuracy", "reward")
 
 
 class Callback:
-    """Something that happens beside the updates; every hook does nothing by default.
+    """A hook beside the updates; every method does nothing by default.
 
     `name` is the key under which `state_dict` and `tensors` are kept in a checkpoint; empty: nothing is kept.
     """
@@ -62,35 +62,35 @@ class Callback:
         """Act after a step, between the line of metrics and the checkpoint."""
 
     def evaluated(self, step: int, scores: Mapping[str, float], spreads: Mapping[str, float]) -> None:
-        """Read the scores of an evaluation; the network holds the weights that were evaluated."""
+        """Receive the scores of an evaluation; the network holds the evaluated weights."""
 
     def ends_run(self) -> bool:
-        """Tell whether the run is to end now."""
+        """Tell whether the run is to stop now."""
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values to be kept in a checkpoint."""
+        """Return plain values for the checkpoint."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return tensors to be kept in a checkpoint."""
+        """Return tensors for the checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from what was kept."""
+        """Restore from a checkpoint."""
 
 
 class Loop:
     """Runs the steps of one training.
 
-    Attributes: `step`, the number of updates done; `learner`; `metrics`, where lines of metrics go; `output`, the
+    Attributes: `step`, the number of updates done; `learner`; `metrics`, the log of metrics; `output`, the
     folder of the run; `finished`.
     """
 
     metrics: Metrics
 
     def __init__(self, learner: Learner, config: Any, callbacks: Sequence[Callback] = ()) -> None:
-        """Prepare to run what `config` says in `output` and its `trainer` section; nothing is read or written yet."""
+        """Prepare the run of `config`, into `output`; nothing is read or written yet."""
         self.learner, self.config, self.callbacks = learner, config, list(callbacks)
         self.settings = config.trainer
         self.output = Path(config.output)
@@ -103,11 +103,11 @@ class Loop:
     def run(self, resume: str = "auto") -> None:
         """Do the remaining steps; on return the network holds the last step's weights.
 
-        `resume`: "auto" goes on from the last checkpoint if there is one, "never" starts again (keeping the earlier
-        checkpoints aside), a path names the checkpoint to go on from.
+        `resume`: "auto" resumes from the last checkpoint if there is one, "never" starts again (keeping the earlier
+        checkpoints aside), a path names the checkpoint to resume from.
 
         Raises:
-            UserError: the checkpoint is damaged, of another recipe, or beyond the last step asked for.
+            UserError: the checkpoint is damaged, of another recipe, or beyond the last step.
             TrainingDiverged: the loss is not finite. DiskFull: no room to save.
             TrainingInterrupted: Ctrl-C; a checkpoint was saved.
         """
@@ -134,14 +134,14 @@ class Loop:
                 self._after_step(stop, job)
 
     def _after_step(self, stop: StopRequest, job: Track) -> None:
-        """Log, evaluate and save as far as it is time to."""
+        """Log, evaluate and save where due."""
         step, settings, learner = self.step, self.settings, self.learner
         between = learner.between_rounds(step)  # in the middle of a round no run could be resumed
         stopping = between and self._agree_to_stop(stop)
         saving = stopping or (between and self._saving_is_due())
         due = [callback for callback in self.callbacks if callback.due(step)]
         self.finished = step >= settings.steps or (between and self._ended())
-        # Reading the metrics finds what is not finite: always before anything is evaluated or saved.
+        # Reading the metrics detects values that are not finite, so it comes before evaluation and saving.
         if self.finished or saving or due or step % settings.log_every == 0:
             job.advance(0, **self._log())
             self.finished |= between and self._ended()
@@ -156,7 +156,7 @@ class Loop:
             raise TrainingInterrupted(f"stopped after step {step}; run the same command again to resume")
 
     def _ended(self) -> bool:
-        return any([callback.ends_run() for callback in self.callbacks])  # all are asked: some ask other processes
+        return any([callback.ends_run() for callback in self.callbacks])  # no short-circuit: some communicate
 
     def _saving_is_due(self) -> bool:
         every = self.settings.checkpoint_every
@@ -201,7 +201,7 @@ class Loop:
         return Checkpoint(self.step, tensors, self.learner.recipe, values)
 
     def _restore(self, resume: str) -> int:
-        """Load the checkpoint to go on from, if there is one, and return its step."""
+        """Load the checkpoint to resume from, if there is one, and return its step."""
         path = self._choose_checkpoint(resume)
         if path is None:
             return 0

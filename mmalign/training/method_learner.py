@@ -1,4 +1,4 @@
-"""A method under the loop: rounds of batches, its loss, the moving average, and what it remembers between rounds."""
+"""The learner of a method: rounds of batches, its loss, the moving average, and its state between rounds."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from mmalign.training.recipe import recipe
 
 
 class MethodLearner(Learner):
-    """What is trainable of a model, and the method that it learns by.
+    """The trainable weights of a model, and its method.
 
-    A round is what one call of `method.collect` returned. It is cut into optimiser steps by `method.split`; a run can
-    be resumed between rounds only, since a round's samples are those of the policy of before.
+    A round is the result of one call of `method.collect`. It is cut into optimiser steps by `method.split`; a run can
+    be resumed between rounds only, since a round's samples come from the policy before it.
     """
 
     def __init__(self, config: RunConfig, parts: Prepared, accelerator: Any) -> None:
-        """Make the optimiser and the average over what is trainable."""
+        """Make the optimiser and the average of the trainable weights."""
         self.method, s = parts.method, config.trainer
         network = parts.run.model.network
         parameters = {name: one for name, one in network.named_parameters() if one.requires_grad}
@@ -54,7 +54,7 @@ class MethodLearner(Learner):
         self._pending: deque[Iterable[Any]] = deque()
 
     def batches(self, step: int) -> Iterable[Any]:
-        """Return what this step learns from; where the last round is used up, collect the next one first."""
+        """Return the batches of this step; collect the next round first if the last one is used up."""
         if not self._pending:
             collected = self.method.collect(self.run, self.sampler.micro_batches(self.rounds))
             self._pending.extend(self.method.split(self.run, collected))
@@ -63,11 +63,11 @@ class MethodLearner(Learner):
         return self._pending.popleft()
 
     def learn(self, batch: Any) -> Mapping[str, Tensor | float]:
-        """Let the method add its gradient."""
+        """Add the gradient of the method's loss."""
         return self.method.learn(self.run, batch, self.backward)
 
     def after_update(self) -> None:
-        """Let the moving average follow."""
+        """Update the moving average."""
         if self.ema:
             self.ema.update()
 
@@ -76,15 +76,15 @@ class MethodLearner(Learner):
         return not self._pending
 
     def epoch(self, step: int) -> float:
-        """Return how often the data have been seen."""
+        """Return the number of passes over the data."""
         return (self.rounds - len(self._pending) / self._steps_of_round) / self.sampler.steps_per_epoch
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Return the context in which the network holds what is evaluated."""
+        """Return the context in which the network holds the weights to evaluate."""
         return self.ema.applied() if self.ema else nullcontext()
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Return what a checkpoint holds; see `Learner.state`."""
+        """Return the state for a checkpoint; see `Learner.state`."""
         tensors, values = super().state()
         values |= {
             "method": self.method.state_dict(),

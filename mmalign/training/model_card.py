@@ -1,4 +1,4 @@
-"""The model card of a finished run: what it was made from, by which method, with what result, and how to load it."""
+"""The model card of a finished run: its base, data, method and result, and how to load it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _evaluation_section(config: RunConfig, output: Path) -> list[str]:
     return [
         "## Evaluation while training",
         "",
-        f"{task_of(config).card.evaluation}, to watch the run by; to compare models, use `mmalign compare`.",
+        f"{task_of(config).card.evaluation}, for monitoring the run; to compare models, use `mmalign compare`.",
         "",
         f"| step | {header} |",
         "|---|" + "---|" * len(names),

@@ -50,7 +50,7 @@ def make_trainable(model: Any, config: RunConfig) -> None:
 
 
 def base_model_name(config: RunConfig) -> str:
-    """Return how an adapter names its base: as given if that means the same anywhere, else as an absolute path."""
+    """Return the name of an adapter's base: as given if it is the same anywhere, otherwise as an absolute path."""
     given = Path(config.model).expanduser()
     ours = shipped(given)
     if not given.exists() or (ours is not None and ours.exists() and ours.samefile(given)):
@@ -83,7 +83,7 @@ def save_whole(model: Any, trained: Path, folder: Path) -> None:
 
 
 def require_adapter(model: str, what: str, fix: str) -> None:
-    """Refuse to scale an adapter that is not there: `what` asks for it, `fix` says where one could be given.
+    """Refuse to scale a missing adapter: `what` names the option, `fix` the way to give an adapter.
 
     Raises:
         UserError: `model` does not exist, or is a whole model.

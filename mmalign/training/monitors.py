@@ -1,7 +1,7 @@
-"""Watch an online run for what its own reward cannot see: over-optimisation, collapse, and updates that run away.
+"""Monitor an online run for faults that its own reward does not show: over-optimisation, collapse, divergence.
 
-A policy that is trained on a reward finds what the reward overlooks, and the curve of that reward goes on rising while
-the pictures get worse (Gao et al. 2022, arXiv:2210.10760). So other numbers are watched, all cheap and without a model
+A policy trained on a reward exploits its errors, and the curve of that reward keeps rising while the images get worse
+(Gao et al. 2022, arXiv:2210.10760). So other numbers are watched, all cheap and without a model
 of their own: held-out rewards against the training reward, three statistics of the sampled images, the importance
 ratios and the distance to the reference. Each is compared with where the run itself started, in units in which 1 is
 its threshold; beyond it for `patience` observations in a row, it raises one alarm, and no second one before it has
@@ -31,11 +31,11 @@ SMOOTHING = 0.7
 WINDOW = 10
 """Lines of metrics that noise is estimated from, and whose median a ratio is compared with."""
 LEAST_RATIO = 1e-3
-"""A log-ratio never counts as running away below this: ten times the rounding that a ratio of exactly 1 may have."""
+"""A log-ratio below this never counts as diverging: ten times the rounding that a ratio of exactly 1 may have."""
 LEAST_HIGH_FREQUENCY = 0.01
-"""A rise of the high-frequency share never counts below this, since flat pictures start near 0."""
+"""A rise of the high-frequency share never counts below this, since flat images start near 0."""
 NOISE_MARGIN = 3.25
-"""A held-out reward must fall by more than so many times its noise from evaluation to evaluation."""
+"""A held-out reward must fall by more than this factor of its noise between evaluations."""
 PREFIX = "evaluation/"
 _ON_EVALUATIONS = ("over_optimisation", "memorising")
 _ADVICE = {
@@ -58,7 +58,7 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Alarm:
-    """One thing that a run should be checked for; `stop`: the configuration wants the run ended by it."""
+    """An alarm; `stop`: it ends the run by the configuration."""
 
     name: str
     step: int
@@ -67,7 +67,7 @@ class Alarm:
 
 
 class _Course(NamedTuple):
-    """Where a series started, its running mean, and the noise around that; NaN where there is nothing to judge."""
+    """The start of a series, its running mean, and the noise around that; NaN while they are undefined."""
 
     start: float = math.nan
     now: float = math.nan
@@ -76,7 +76,7 @@ class _Course(NamedTuple):
 
 @dataclass
 class _State:
-    """All that a monitor remembers; plain lists and numbers, to be stored as JSON."""
+    """The state of a monitor; plain lists and numbers, to be stored as JSON."""
 
     starts: dict[str, list[float]] = field(default_factory=dict)  # the first observations of each series
     recent: dict[str, list[float]] = field(default_factory=dict)  # the last ones
@@ -85,7 +85,7 @@ class _State:
     spreads: dict[str, float] = field(default_factory=dict)
     streaks: dict[str, list[int]] = field(default_factory=dict)  # beyond in a row, back in a row, warned
     pending: list[Alarm] = field(default_factory=list)
-    ungrouped: bool = False  # it has been said that diversity cannot be measured
+    ungrouped: bool = False  # whether the note on unmeasured diversity was printed
 
 
 class Monitors:
@@ -164,11 +164,11 @@ class Monitors:
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that was remembered, as plain data for JSON."""
+        """Return the state as plain data for JSON."""
         return asdict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`: the same observations raise the same alarms as without the interruption."""
+        """Restore from `state_dict()`: the same observations raise the same alarms as without the interruption."""
         if "looks" in state:  # the key's name until 0.1
             state = {"evaluations": state["looks"], **{key: state[key] for key in state if key != "looks"}}
         self._state = _State(**{**state, "pending": [Alarm(**alarm) for alarm in state["pending"]]})
@@ -209,7 +209,7 @@ class Monitors:
             return
         start, now, noise = self._course("reward")
         scores = self._evaluations(name)
-        # Medians, as the best of many noisy looks is better than any of them deserves.
+        # Medians, since the best of many noisy evaluations is biased upwards.
         best = max(statistics.median(scores[max(0, end - 3) : end]) for end in range(1, len(scores) + 1))
         excess = (best - scores[-1]) / self._margin(name) if now - start > noise else 0.0
         sign, fell = (-1, "rose") if name in self.lower_is_better else (1, "fell")
@@ -292,8 +292,8 @@ class Monitors:
 def _noise(values: Sequence[float]) -> float:
     """Return the standard deviation of normal noise around a course, the smaller of two estimates.
 
-    From the median step between neighbours, which a jump leaves as it is, and from the median distance of a value to
-    the line between its neighbours, which a steady fall does.
+    From the median step between neighbours, which is robust to a jump, and from the median distance of a value to the
+    line between its neighbours, which is robust to a steady fall.
     """
     steps = [abs(b - a) / math.sqrt(2) for a, b in zip(values, values[1:], strict=False)]
     bends = [abs(a - 2 * b + c) / math.sqrt(6) for a, b, c in zip(values, values[1:], values[2:], strict=False)]

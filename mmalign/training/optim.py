@@ -18,7 +18,7 @@ def warmup_steps(warmup: float, steps: int) -> int:
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, schedule: Schedule) -> float:
-    """Return what the learning rate is multiplied by at update `step` (0-based) of `steps`, in [0, 1].
+    """Return the factor of the learning rate at update `step` (0-based) of `steps`, in [0, 1].
 
     Linear warm-up reaches 1 at its last step and never starts at 0 (the first update would be wasted). After it,
     "constant" stays, "linear" and "cosine" fall, reaching 0 one step after the last update.

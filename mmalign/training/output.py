@@ -1,4 +1,4 @@
-"""What lies in the folder of a run, and whether the run is finished."""
+"""The folder of a run: its export, and whether the run is finished."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ EXPORT_FILES = {
     ("vlm", "full"): "config.json",
     ("vlm", "lora"): "adapter_config.json",
 }
-"""(modality, adapter.kind) -> the file by which an export is known."""
+"""(modality, adapter.kind) -> the file that marks an export."""
 
 
 def has_export(output: Path) -> bool:
-    """Tell whether a folder holds exported weights, whatever they were trained by."""
+    """Tell whether a folder holds exported weights of any training."""
     return any((output / name).is_file() for name in EXPORT_FILES.values())
 
 
 def is_finished(output: Path) -> bool:
     """Tell whether a run's weights are those of the configuration beside them.
 
-    The configuration is written when a run starts and the card, which quotes it, after the weights: as long as a run
-    goes on that began in the folder of an earlier one, the two disagree.
+    The configuration is written when a run starts and the card, which quotes it, after the weights: while a run
+    continues in the folder of an earlier one, the two disagree.
     """
     config, card = output / CONFIG_FILE, output / CARD_FILE
     if not (config.is_file() and card.is_file() and has_export(output)):

@@ -1,4 +1,4 @@
-"""What a run will do, in numbers, and whether the data suffice for it."""
+"""The plan of a run in numbers, and a check that the data suffice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmalign.training.tasks import task_of
 
 @dataclass
 class Plan:
-    """What a run will do, in numbers."""
+    """The plan of a run in numbers."""
 
     method: str
     samples: int
@@ -47,10 +47,10 @@ class Plan:
 
 
 def check_enough(samples: int, config: RunConfig, world_size: int, unit: str = "pairs") -> None:
-    """Refuse data that do not fill one step: better said now than after an hour of encoding.
+    """Refuse data that do not fill one step, before any encoding.
 
     Raises:
-        UserError: names what a step takes.
+        UserError: names the number of samples of a step.
     """
     trainer = config.trainer
     per_step = trainer.batch_size * trainer.gradient_accumulation * world_size

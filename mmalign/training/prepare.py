@@ -1,6 +1,6 @@
 """From a configuration to the parts of a run, in the order that spares memory: check, encode, free encoders, adapt.
 
-Everything that can be known to fail fails here, the cheap checks before the first weight is read.
+All predictable errors are raised here, the cheap checks before the first weight is read.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Prepared:
     sampler: BatchSampler
     evaluator: Evaluator | None
     data_id: str
-    """Identifies what is learned from: ids, prompts and images on either side, not the path."""
+    """Identifies the training data: ids, prompts and images on either side, not the path."""
     model_id: str
     """Identifies the model that training starts from by its content."""
 
 
 def check(config: RunConfig, method: Method[Any], device: Any) -> None:
-    """Refuse what cannot work, before any weight is read.
+    """Refuse settings that cannot work, before any weight is read.
 
     Raises:
         UserError: names the key and the fix.
@@ -70,7 +70,7 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
 
 
 def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], Source, Any]:
-    """Check the recipe, cheapest things first, and return method, what it learns from, and model."""
+    """Check the recipe, cheapest things first, and return method, data and model."""
     method, task = build_method(config), task_of(config)
     check(config, method, accelerator.device)
     source = task.open_source(config, method)
@@ -82,7 +82,7 @@ def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], Sourc
 
 
 def prepare(config: RunConfig, accelerator: Any) -> Prepared:
-    """Return the parts of the run; prints what was read and left out."""
+    """Return the parts of the run; prints counts of the data."""
     task = task_of(config)
     method, source, model = open_inputs(config, accelerator)
     model_id = task.model_id(model)  # now, since encoding may take hours in which the files can change

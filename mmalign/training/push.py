@@ -1,4 +1,4 @@
-"""Upload a finished run to the Hugging Face Hub: weights, model card, config, metrics; what resumes a run stays."""
+"""Upload a finished run to the Hugging Face Hub: weights, model card, config, metrics; not its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mmalign.core.errors import MissingPath, UserError
 from mmalign.training.output import is_finished
 
 LEFT_OUT = ("checkpoints*", "rounds*", "stages*", "data", "cache", "wandb", "events.out.tfevents.*", "tracking.json")
-"""Names of files and folders that stay: what resumes a run or watched it, and data that may not be ours to publish."""
+"""Names of files and folders that are not uploaded: checkpoints, logs of trackers, and data that may not be public."""
 
 
 def files_to_push(folder: Path) -> list[Path]:
-    """Return what would be uploaded, relative to the folder of the run, sorted.
+    """Return the files to upload, relative to the folder of the run, sorted.
 
     Raises:
         UserError: there is no such folder, or the run in it is not finished.
@@ -39,16 +39,16 @@ def push(
     message: str | None = None,
     api: Any = None,
 ) -> str:
-    """Upload a finished run, into a repository that is made if it is not there, and return its address.
+    """Upload a finished run, into a repository that is created if missing, and return its address.
 
     Args:
         folder: the output of a training. repo: "organisation/name". private: make a new repository private.
-        revision: the branch, made if it is not there; None: the main one. message: of the commit.
+        revision: the branch, created if missing; None: the main one. message: of the commit.
         api: a `huggingface_hub.HfApi`; by default one that is logged in as this machine is.
 
     Raises:
-        UserError: the run is not finished, the name cannot be one, nobody is logged in or may not write there, or the
-            hub cannot be reached.
+        UserError: the run is not finished, the name cannot be one, the login is missing or may not write there, or the
+        hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -83,7 +83,7 @@ def push(
 
 
 def check_repo(repo: str) -> None:
-    """Refuse what cannot be the name of a repository.
+    """Refuse an invalid name of a repository.
 
     Raises:
         UserError: see above.

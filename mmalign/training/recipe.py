@@ -1,4 +1,4 @@
-"""The recipe of a run: the method it names, its defaults, and what must be equal for a run to be continued."""
+"""The recipe of a run: its method, the method's defaults, and the values that must be equal to resume it."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def data_id(table: PairTable | LabelTable, samples: CachedSides) -> str:
 
 
 def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[str, Any]:
-    """Return what must be equal for a run to be continued, flat: everything that the numbers depend on.
+    """Return the values that must be equal to resume a run, flat: everything that its numbers depend on.
 
-    `data` and `model` identify the content of the pairs and of the model that training started from. Left out is what
-    only changes how a run is watched, stored or computed. How a step's samples are split into micro-batches may
+    `data` and `model` identify the content of the pairs and of the model that training started from. Settings that
+    only change how a run is logged, stored or computed are left out. How a step's samples are split into micro-batches
+    may
     change, their number may not. With a constant schedule `steps` may change as long as the warm-up, counted in steps,
     stays as it was.
     """
@@ -65,7 +66,7 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
 
 
 def set_aside(folder: Path) -> None:
-    """Keep what an earlier run left in a folder beside that of the new one, in place of what was kept before."""
+    """Move an earlier run's files to a folder beside that of the new one, replacing files kept before."""
     if folder.is_dir():
         previous = folder.with_name(folder.name + ".previous")
         shutil.rmtree(previous, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Iterated training: the tuned model draws images, rewards label them, and the next training learns from the pairs.
+"""Iterated training: the tuned model samples images, rewards label them, and the next training learns from the pairs.
 
-Round 1 starts from `model`, every later one from what the round before exported; the reference of a round is where it
-starts. What is finished is kept: the same call again goes on in the round, and in the part of it, that was broken off.
+Round 1 starts from `model`, every later one from the export of the round before; the reference of a round is its
+starting model. Finished parts are kept: the same call again resumes the interrupted round at its interrupted part.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 FOLDER = "rounds"
 PAIRS_FILE, MIXED_FILE = "pairs.parquet", "mixed.parquet"
 _PAIRS_KEY = {"pairs": "pairs", "images": "pairs", "labels": "labels"}
-"""What a method learns from -> the key of `data` that takes a round's pairs."""
+"""Source of a method's data -> the key of `data` for a round's pairs."""
 
 
 def describe_rounds(rounds: RoundsConfig) -> str:
-    """Return in one line what a round's data are made of."""
+    """Return a description of a round's data in one line."""
     limit = f" (the first {rounds.limit})" if rounds.limit else ""
     return (
         f"{rounds.count} rounds, each from {rounds.images_per_prompt} images of the prompts {rounds.prompts}{limit}, "
         f"labelled by {rounds.reward}"
-        + (f", {100 * rounds.real_share:g} % of what is learned from real ({rounds.real})" if rounds.real else "")
+        + (f", {100 * rounds.real_share:g} % of the training images real ({rounds.real})" if rounds.real else "")
     )
 
 
@@ -44,7 +44,7 @@ def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
     Earlier rounds, and the samples and pairs of all, lie in `rounds/N` within it. `resume` is "auto" or "never".
 
     Raises:
-        UserError: the configuration cannot work; and what `mmalign.training.train.train` raises.
+        UserError: the configuration cannot work; and the errors of `mmalign.training.train.train`.
     """
     rounds, output = config.rounds, Path(config.output)
     assert rounds is not None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def train_one(config: RunConfig, resume: str = "auto") -> Path:
     """Do one training and return the folder of the export; see `mmalign.training.train.train`.
 
-    `config` is complete (`mmalign.training.recipe.complete`) and asks for neither rounds nor stages.
+    `config` is complete (`mmalign.training.recipe.complete`) and has neither rounds nor stages.
     """
     accelerator = make_accelerator(config)
     flash = torch.backends.cuda.flash_sdp_enabled()
@@ -55,7 +55,7 @@ def train_one(config: RunConfig, resume: str = "auto") -> Path:
 
 
 def make_early_stopping(config: RunConfig, parts: Prepared, learner: MethodLearner) -> EarlyStopping | None:
-    """Return what keeps the best weights, if evaluations are to stop the run early."""
+    """Return the early stopping, if configured."""
     stop = config.evaluate.early_stop if config.evaluate else None
     if stop is None or parts.evaluator is None:
         return None
@@ -65,10 +65,10 @@ def make_early_stopping(config: RunConfig, parts: Prepared, learner: MethodLearn
 def make_callbacks(
     config: RunConfig, parts: Prepared, learner: MethodLearner, early: EarlyStopping | None
 ) -> list[Callback]:
-    """Return what happens beside the updates of a run."""
+    """Return the callbacks of a run."""
     listeners: list[Callback] = []
     if parts.method.needs.source == "prompts":
-        # What is learned with a negative weight is meant to fall.
+        # A reward with a negative weight is meant to fall.
         lower = parts.evaluator.lower_is_better() if parts.evaluator else set()
         lower = lower ^ {one.name for one in config.rewards if one.weight < 0}
         monitors = Monitors(config.monitors, [one.name for one in config.rewards], lower_is_better=lower)
@@ -84,7 +84,7 @@ def make_callbacks(
 
 
 def training_facts(learner: MethodLearner, early: EarlyStopping | None) -> dict[str, Any]:
-    """Return what the model card says about the training as it went."""
+    """Return the facts of the training for the model card."""
     facts: dict[str, Any] = {"steps": learner.run.step}
     facts |= {name.replace("_", " "): f"{int(learner.totals[name]):,}" for name in COUNTERS if learner.totals[name]}
     if early is not None and early.weights:

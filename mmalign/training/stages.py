@@ -1,7 +1,7 @@
-"""Training in stages: one difficulty of pairs after another, each from what the stage before has made.
+"""Training in stages: one difficulty of pairs after another, each from the model of the stage before.
 
-The adapter is merged between two stages, so the reference of a stage is where it starts (TEMPLE, arXiv 2503.16929).
-What is finished is kept: the same call again goes on in the stage that was broken off.
+The adapter is merged between two stages, so the reference of a stage is its starting model (TEMPLE, arXiv 2503.16929).
+Finished stages are kept: the same call again resumes the interrupted stage.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def train_in_stages(config: RunConfig, resume: str = "auto") -> Path:
     base; `stages/config.yaml`, written last, is the whole recipe. `resume` is "auto" or "never".
 
     Raises:
-        UserError: the configuration cannot work, a stage has too few pairs; and what a training raises.
+        UserError: the configuration cannot work, a stage has too few pairs; and the errors of a training.
     """
     check_chain(resume, "stages", "are merged")
     method, output = build_method(config), Path(config.output)

@@ -1,7 +1,7 @@
 """Metrics of a run: always as JSON lines in <output>/metrics.jsonl, and in the trackers that `trainer.trackers` names.
 
-A run that goes on from a checkpoint goes on in the same run of its trackers (TensorBoard, W&B and trackio); one that
-starts from the beginning starts a new one. What tells a tracker's run apart is kept in <output>/tracking.json.
+A run that resumes from a checkpoint resumes the same run of its trackers (TensorBoard, W&B and trackio); one that
+starts from the beginning starts a new one. The identifiers of trackers' runs are kept in <output>/tracking.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TAKE_PICTURES = ("wandb", "swanlab")
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse a tracker whose package is not installed: accelerate would leave it out without a word.
+    """Refuse a tracker whose package is not installed: accelerate would leave it out silently.
 
     Raises:
         UserError: names the package to install.
@@ -59,7 +59,7 @@ class MetricBuffer:
             self._entries.append((step, name, value.detach() if isinstance(value, Tensor) else value))
 
     def read(self, device: torch.device | str) -> list[tuple[int, str, float]]:
-        """Return (step, name, value) of everything added, in order, and forget it."""
+        """Return (step, name, value) of everything added, in order, and clear it."""
         held = [value.to(device, torch.float32) for _, _, value in self._entries if isinstance(value, Tensor)]
         numbers = iter(torch.stack(held).tolist() if held else [])
         read = [(step, name, next(numbers) if isinstance(v, Tensor) else float(v)) for step, name, v in self._entries]
@@ -71,7 +71,7 @@ class Metrics:
     """Writes each line of metrics once, on the main process, to the file and to the trackers of an accelerator."""
 
     def __init__(self, output: Path, config: RunConfig, accelerator: Any, start_step: int) -> None:
-        """Open the trackers and the file, dropping what was logged beyond `start_step` (all, if it is 0)."""
+        """Open the trackers and the file, dropping lines beyond `start_step` (all, if it is 0)."""
         self.path = output / FILE
         self.accelerator = accelerator
         if accelerator.is_main_process:
@@ -99,7 +99,7 @@ class Metrics:
 
 
 def _open_trackers(output: Path, config: RunConfig, accelerator: Any, start_step: int) -> None:
-    """Start every tracker, in the run that it had if this one goes on from a checkpoint, and tell it the config."""
+    """Start every tracker with the config, in its earlier run if this run resumes from a checkpoint."""
     if not config.trainer.trackers:
         return
     values = config.model_dump(mode="json")
@@ -108,7 +108,7 @@ def _open_trackers(output: Path, config: RunConfig, accelerator: Any, start_step
     accelerator.init_trackers(
         config.trainer.tracker_project,
         init_kwargs={
-            # What a run that broke off logged beyond its checkpoint is hidden, since it comes again.
+            # Lines of an interrupted run beyond its checkpoint are hidden, since they are logged again.
             "tensorboard": {"purge_step": start_step + (start_step > 0)},
             "wandb": {"config": values, "name": name, "id": identity["wandb"], "resume": "allow", "dir": str(output)},
             "trackio": {"config": values, "name": identity["trackio"], "resume": "allow", "embed": False},
@@ -123,12 +123,12 @@ def _open_trackers(output: Path, config: RunConfig, accelerator: Any, start_step
 
 
 def _identity(path: Path, name: str, *, new: bool) -> dict[str, str]:
-    """Return what tells the run apart in each tracker, kept from call to call unless it is to be a `new` one."""
+    """Return the identifier of the run in each tracker, kept between calls unless it is a `new` one."""
     if not new and path.is_file():
         kept: dict[str, str] = json.loads(path.read_text())
         return kept
     key = secrets.token_hex(4)
-    # trackio knows a run by its name alone, and two outputs may be called alike.
+    # trackio identifies a run by its name alone, and two outputs may have the same name.
     identity = {"wandb": key, "trackio": f"{name}-{key}"}
     write_atomically(path, json.dumps(identity, indent=2) + "\n")
     return identity

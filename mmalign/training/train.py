@@ -1,4 +1,4 @@
-"""What a configuration asks for: one training, rounds of them, or stages; the loop is in `mmalign.training.loop`."""
+"""Train by a configuration: one training, rounds, or stages; the loop is in `mmalign.training.loop`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def train(config: RunConfig, *, resume: str = "auto") -> Path:
 
     Args:
         config: see `mmalign.config.run`.
-        resume: "auto" goes on from the last checkpoint in the output if there is one, "never" starts again (keeping
-            the earlier checkpoints aside), a path names the checkpoint to go on from.
+        resume: "auto" resumes from the last checkpoint in the output if there is one, "never" starts again (keeping
+            the earlier checkpoints aside), a path names the checkpoint to resume from.
 
     Raises:
         UserError: the configuration cannot work, or differs from that of the checkpoint.
         TrainingDiverged: the loss is not finite. DiskFull: no room to save. ExportError: the export does not load.
-        TrainingInterrupted: Ctrl-C; the run goes on from the checkpoint it saved.
+        TrainingInterrupted: Ctrl-C; the run can be resumed from the checkpoint it saved.
     """
     config = complete(config)
     if config.rounds is not None:
@@ -41,13 +41,13 @@ def train(config: RunConfig, *, resume: str = "auto") -> Path:
 
 
 def plan(config: RunConfig) -> Plan:
-    """Check everything, read the data's index and the model, and return what `train` would do; nothing is written.
+    """Check everything, read the data's index and the model, and return the plan of `train`; nothing is written.
 
     Raises:
         UserError: the configuration cannot work, or trains in rounds, whose data do not exist yet.
     """
     if config.rounds is not None:
-        raise UserError("rounds make their data as they go, so there is nothing to look into before they are trained")
+        raise UserError("rounds sample their data during training, so there is no plan before they are trained")
     accelerator = make_accelerator(config, watched=False)
     method, source, generator = open_inputs(config, accelerator)
     make_trainable(generator, config)

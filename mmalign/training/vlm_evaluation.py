@@ -43,7 +43,7 @@ class VlmEvaluation:
         self.frames = Frames(data.frames, data.fps)
 
     def higher_is_better(self, name: str) -> bool:
-        """Tell that more accuracy is better."""
+        """Return True: more accuracy is better."""
         return True
 
     def lower_is_better(self) -> set[str]:

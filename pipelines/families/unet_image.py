@@ -37,7 +37,7 @@ class StableDiffusion(Generator):
     added_conditioning: str | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        """Load as `Generator` does, and refuse UNets that want more than text (inpainting, refiner, editing)."""
+        """Load as `Generator` does, and refuse UNets with inputs other than text (inpainting, refiner, editing)."""
         super().__init__(*args, **options)
         config = self.network.config
         missing = [name for name in (*self.vae_names, *self.text_names) if not has_component(self.index, name)]
@@ -163,7 +163,7 @@ class StableDiffusion(Generator):
         return Conditioning(encoder(tokens["input_ids"], attention_mask=mask)[0])
 
     def _tokenize(self, name: str, prompts: list[str]) -> dict[str, Tensor]:
-        """Return token ids and mask, padded and cut to the tokenizer's length; what is cut is counted and said."""
+        """Return token ids and mask, padded and cut to the tokenizer's length; warns with a count of cut prompts."""
         tokenizer = self.encoder(name)
         length = tokenizer.model_max_length
         untruncated = tokenizer(prompts, verbose=False)["input_ids"]

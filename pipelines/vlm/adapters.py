@@ -20,7 +20,7 @@ from pipelines.saving import replacing_parts
 CONFIG_NAME = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""What is adapted by default: every linear layer of the language model's blocks."""
+"""The default targets: every linear layer of the language model's blocks."""
 _PREFIX = "base_model.model."
 
 

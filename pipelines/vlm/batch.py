@@ -22,8 +22,8 @@ PaddingSide = Literal["left", "right"]
 class VlmSample:
     """One prompt with its media, and perhaps a completion.
 
-    prompt_ids hold as many placeholders as the media make features. separator: what the model's chat format writes
-    between the prompt and a completion.
+    prompt_ids hold as many placeholders as the media make features. separator: the chat format's text between the
+    prompt and a completion.
     """
 
     prompt_ids: Int[Tensor, " prompt"]
@@ -42,7 +42,7 @@ class VlmSample:
 
 @dataclass(frozen=True)
 class VlmBatch:
-    """Padded token ids, what of them is real, what of them is completion, and every sample's vision.
+    """Padded token ids, masks of real tokens and of completions, and every sample's vision.
 
     prompts: for every sample the first one that has the very same prompt and media (by default none shares them).
     """
@@ -54,7 +54,7 @@ class VlmBatch:
     prompts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Take every prompt for another where nothing is said of them."""
+        """Treat all prompts as different by default."""
         if not self.prompts:
             object.__setattr__(self, "prompts", tuple(range(len(self))))
 
@@ -74,14 +74,14 @@ class VlmBatch:
         return self.by_column(self.input_ids[self.completion_mask])
 
     def by_column(self, values: Shaped[Tensor, "all *rest"]) -> Shaped[Tensor, "batch tokens *rest"]:
-        """Lay out what was computed for all completion tokens one after another, a row a sample; 0 beyond ends."""
+        """Lay out values of all completion tokens, given one after another, as a row a sample; 0 beyond ends."""
         mask = self.token_mask
         rows = values.new_zeros(*mask.shape, *values.shape[1:])
         rows[mask] = values
         return rows
 
     def select(self, indices: Sequence[int]) -> VlmBatch:
-        """Return some samples, in that order, padded as they were."""
+        """Return some samples, in that order, with the same padding."""
         chosen = torch.tensor(list(indices), device=self.input_ids.device)
         tensors = (self.input_ids[chosen], self.attention_mask[chosen], self.completion_mask[chosen])
         prompts = [self.prompts[index] for index in indices]

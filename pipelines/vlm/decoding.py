@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedily or by chance, a sample's own chance, and never a vision token."""
+"""The choice of the next token: greedy or sampled by a generator for each sample, and never a vision token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class NextToken:
     """A logits processor after which the largest score is the chosen token.
 
     Sampling is by Gumbel's trick (argmax of log p plus Gumbel noise is a draw from p), each row with a generator of
-    its own, so that what a sample says depends neither on its batch nor on the global state of chance.
+    its own, so that a sample's answer depends neither on its batch nor on the global random state.
     """
 
     def __init__(self, banned: Collection[int], temperature: float, top_p: float, seeds: Sequence[int] | None) -> None:

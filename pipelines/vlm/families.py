@@ -1,4 +1,4 @@
-"""What differs between families of vision-language models: classes, positions, and how many features media make.
+"""Differences between families of vision-language models: classes, positions, and the number of features of media.
 
 The count of features is worked out from the pixels and the configuration, without the vision tower and apart from the
 processor that wrote the placeholders, so that each checks the other.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Vision = Mapping[str, Tensor]
-"""What a processor made of one sample's media: pixels, grids and sizes, by the names of the model's arguments."""
+"""A processor's output for one sample's media: pixels, grids and sizes, by the names of the model's arguments."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Family:
 
 
 def signature(vision: Vision, axis: int) -> tuple[Any, ...]:
-    """Return what must be equal for two samples' pixels to be joined: names, and shapes off the joining axis."""
+    """Return the values that must be equal for joining two samples' pixels: names, and shapes off the joining axis."""
     return tuple((name, *value.shape[:axis], *value.shape[axis + 1 :]) for name, value in sorted(vision.items()))
 
 
@@ -55,7 +55,7 @@ def _grids(vision: Vision, config: Any) -> tuple[int, int]:
 
 
 def _squares(tiles: Tensor, patch: int, shrink: float) -> int:
-    """Features of equal pictures `[..., 3, H, W]` whose grid of patches shrinks on both sides."""
+    """Features of equal images `[..., 3, H, W]` whose grid of patches shrinks on both sides."""
     height, width = tiles.shape[-2:]
     return math.prod(tiles.shape[:-3]) * round((height // patch) * (width // patch) * shrink**2)
 
@@ -103,8 +103,8 @@ def _llava_next_video(vision: Vision, config: Any) -> tuple[int, int]:
 def _tiled(size: Sequence[int], config: Any, side: int, limit: int | None = None) -> int:
     """Features of an image of that height and width cut into tiles: rows, a newline each, and the whole once more.
 
-    The picture fills a canvas of the best-fitting proportions, with `side` patches along each tile; patches that show
-    the canvas beside it are cut away, and beyond `limit` tiles the rest is shrunk.
+    The image fills a canvas of the best-fitting proportions, with `side` patches along each tile; patches outside of
+    it are cut away, and beyond `limit` tiles the rest is shrunk.
     """
     from transformers.image_processing_utils import select_best_resolution
 

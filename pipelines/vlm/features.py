@@ -1,4 +1,4 @@
-"""What a vision-language model sees, as one vector a sample: to find similar media, or to tell how far one moved."""
+"""Visual features of a vision-language model, one vector a sample, for finding similar media or measuring change."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _METHODS = {"pixel_values": "get_image_features", "pixel_values_videos": "get_vi
 
 @torch.no_grad()
 def media_features(model: VisionLanguageModel, media: Sequence[Media]) -> Float[Tensor, "batch features"]:
-    """Return the mean of the features that the language model is given for each sample's media, in float32.
+    """Return the mean of the language model's input features for each sample's media, in float32.
 
-    They are the vision tower's after projection, so the mean says what is shown; families whose tower sees one frame
+    They are the vision tower's after projection, so the mean represents the content; families whose tower sees one
+    frame
     at a time give the same vector for the same frames in any order.
 
     Raises:

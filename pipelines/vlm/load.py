@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from pipelines.components import file_digest, fingerprint, parse_dtype, quiet_loading, read_json
-from pipelines.errors import MissingDependencyError, MissingModelError, PipelineError, choose, nearest
+from pipelines.errors import MissingDependencyError, PipelineError, choose, nearest
 from pipelines.hub import explained, fetch_file, is_hub_id, repository
-from pipelines.load import base_of
+from pipelines.load import base_and_adapter, base_of, missing_model
 from pipelines.vlm.adapters import CONFIG_NAME, PEFT_WEIGHTS, is_vlm_adapter
 from pipelines.vlm.families import FAMILIES
 from pipelines.vlm.model import VisionLanguageModel
@@ -39,15 +39,11 @@ def load_vlm(
     adapter directory to load on top. `device` defaults to CUDA where there is one.
 
     Raises:
-        PipelineError: no such model, one of another kind, or an option that is not known.
+        PipelineError: no such model, one of another kind, or an unknown option.
     """
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, ATTENTION)
-    name = str(name_or_path)
-    if is_vlm_adapter(name):
-        if adapter is not None:
-            raise PipelineError(f"{name} is itself an adapter, so adapter={adapter} cannot be loaded too; give one.")
-        name, adapter = base_of(Path(name), resolve), name
+    name, adapter = base_and_adapter(str(name_or_path), adapter, resolve, is_vlm_adapter)
     model_class = _model_class(_config(name), name)
     network, processor = _load(model_class, name, torch_dtype, attention)
     network.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -80,7 +76,7 @@ def fingerprint_vlm(name_or_path: str | Path, *, resolve: Callable[[str], str] =
 
 
 def _config(name: str) -> dict[str, Any]:
-    """Return the model's configuration, and fetch nothing else."""
+    """Return the model's configuration without fetching anything else."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -88,17 +84,13 @@ def _config(name: str) -> dict[str, Any]:
             raise PipelineError(f"{path} is not a vision-language model: it has no config.json{hint}.")
         return read_json(path / "config.json")
     if not is_hub_id(name):
-        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        raise MissingModelError(
-            f"no model at {path}; give a directory with config.json or a Hub id org/name."
-            f"{nearest(path.name, siblings)}"
-        )
+        raise missing_model(path, "directory with config.json")
     with explained(name, "transformers"):
         return read_json(fetch_file(name, "config.json"))
 
 
 def _model_class(config: dict[str, Any], name: str) -> Any:
-    """Return the class in transformers, or say what kind of model it is instead."""
+    """Return the class in transformers, or raise an error that names the kind of model."""
     import transformers
 
     kind = str(config.get("model_type"))
@@ -115,7 +107,7 @@ def _model_class(config: dict[str, Any], name: str) -> Any:
 
 
 def _load(model_class: Any, name: str, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
-    """Return network and processor; a package that the processor misses, and missing weights, are named."""
+    """Return network and processor; errors name a missing package or missing weights."""
     from transformers import AutoProcessor
 
     source, pinned = repository(name) if is_hub_id(name) else (str(Path(name).expanduser()), {})
@@ -131,6 +123,6 @@ def _load(model_class: Any, name: str, dtype: torch.dtype, attention: str) -> tu
             )
     missing = sorted(report["missing_keys"])
     if missing:
-        # transformers would go on with random weights.
+        # transformers would continue with random weights.
         raise PipelineError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} first; fetch it again.")
     return network, processor

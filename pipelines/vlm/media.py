@@ -1,4 +1,4 @@
-"""Images and videos as the processors of vision-language models take them."""
+"""Images and videos in the form that processors of vision-language models expect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.errors import PipelineError
 
 
 def to_uint8(media: Tensor) -> Tensor:
-    """Return one image or video as the processors were made for: whole levels of 0 to 255, on the CPU."""
+    """Return one image or video in the form that processors expect: levels of 0 to 255, on the CPU."""
     if media.ndim not in (3, 4) or media.shape[-3] != 3 or 0 in media.shape:
         raise PipelineError(f"media of shape {list(media.shape)}; images are [3, H, W] and videos [frames, 3, H, W].")
     if media.dtype == torch.uint8:
@@ -22,7 +22,7 @@ def to_uint8(media: Tensor) -> Tensor:
 
 
 def video_arguments(videos: list[Tensor], fps: float) -> dict[str, Any]:
-    """Return what tells a processor that these are all the frames there are, and when they were taken."""
+    """Return the metadata that tell a processor that all frames are given, and their times."""
     from transformers.video_utils import VideoMetadata
 
     if not videos:

@@ -2,7 +2,7 @@
 
 One class serves every family of `pipelines.vlm.families`. Prompts and media go through the model's own processor and
 chat format, one sample at a time; the batch is padded here, so that no sample depends on its neighbours. Nothing is
-ever cut: what is too long is an error.
+ever cut: a sample that is too long is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class VisionLanguageModel:
     """A vision-language model from transformers with its processor.
 
     Attributes: `name_or_path` as given (the base model, when an adapter was named); `network` and `processor`;
-    `family`, what is special about them; `vision_ids`, the tokens that stand for vision, which no completion holds;
+    `family`, their special features; `vision_ids`, the tokens that stand for vision, which no completion holds;
     `scored`, a module that changes nothing and through which all scores go, a row a sample, to be counted.
     """
 
@@ -61,7 +61,7 @@ class VisionLanguageModel:
         self._end_ids = sorted({self.tokenizer.eos_token_id, *ends} - {None})
         first = self.tokenizer("x", add_special_tokens=False)["input_ids"][0]
         self._writes_space = self.tokenizer.convert_ids_to_tokens(first).startswith("▁")
-        # Other kernels take no mask that says what reads what, and layers that see a window make one of their own.
+        # Other kernels take no custom attention mask, and layers with a window make a mask of their own.
         self._packs = network.config._attn_implementation == "sdpa" and sees_everything(network.config)
         self._takes_types = "mm_token_type_ids" in inspect.signature(network.model.forward).parameters
 
@@ -77,7 +77,7 @@ class VisionLanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.network.parameters()).device
 
     def encode_prompt(self, prompt: str, media: Media = (), *, fps: float = 1.0) -> VlmSample:
@@ -108,7 +108,7 @@ class VisionLanguageModel:
             raise PipelineError(f"the processor refuses a prompt with {kinds or 'no media'}: {error}") from error
         text_names = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
         vision = {name: torch.as_tensor(value) for name, value in encoded.items() if name not in text_names}
-        if self.family.axis:  # what several videos of one sample hold is joined as that of several samples is
+        if self.family.axis:  # the videos of one sample are joined like those of several samples
             vision = {name: value.flatten(0, self.family.axis)[None] for name, value in vision.items()}
         sample = VlmSample(encoded["input_ids"][0], vision, self._separator(turns, text))
         self._check_placeholders(sample.prompt_ids, sample.vision)
@@ -146,7 +146,7 @@ class VisionLanguageModel:
         number or one a sample. `max_length` bounds prompt, vision and completion together (default: the model's own).
 
         Raises:
-            PipelineError: lists of different lengths, or what `encode_prompt`, `complete` and `collate` refuse.
+            PipelineError: lists of different lengths, or the errors of `encode_prompt`, `complete` and `collate`.
         """
         if len(prompts) != len(completions):
             raise PipelineError(f"{len(prompts)} prompts but {len(completions)} completions; give one for each.")
@@ -177,7 +177,7 @@ class VisionLanguageModel:
         """Pad samples (to `length`, if that is longer than the longest) into one batch on the model's device.
 
         Raises:
-            PipelineError: a sample is longer than `max_length`, by default what the model was made for.
+            PipelineError: a sample is longer than `max_length`, by default the model's own limit.
         """
         text_config = self.network.config.get_text_config()
         most = max_length or getattr(text_config, "max_position_embeddings", None)
@@ -186,7 +186,7 @@ class VisionLanguageModel:
                 vision, said = sum(int(i) in self.vision_ids for i in sample.prompt_ids), len(sample.completion_ids)
                 raise PipelineError(
                     f"a sample has {len(sample)} tokens ({vision} of vision, {said} of completion) but at most"
-                    f" {most} are allowed; nothing is cut: give fewer frames, smaller pictures or less text."
+                    f" {most} are allowed; nothing is cut: give fewer frames, smaller images or less text."
                 )
         return collate(samples, self.tokenizer.eos_token_id, padding_side=padding_side, length=length).to(self.device)
 
@@ -205,7 +205,7 @@ class VisionLanguageModel:
         return self.scored(batch.by_column(self._flat_logits(batch)))
 
     def _flat_logits(self, batch: VlmBatch) -> Float[Tensor, "all vocabulary"]:
-        """Logits at completion positions alone, sample after sample; the head sees no other position."""
+        """Logits at completion positions alone, sample after sample; the head is not applied elsewhere."""
         parts: list[Tensor] = [torch.empty(0)] * len(batch)
         head = self.network.get_output_embeddings()
         for indices in self._groups(batch):
@@ -293,13 +293,14 @@ class VisionLanguageModel:
         seeds: Sequence[int] | None = None,
         fps: float | Sequence[float] = 1.0,
     ) -> list[str]:
-        """Answer prompts, greedily or (temperature > 0) by chance; never with a token that stands for vision.
+        """Answer prompts, greedily or (temperature > 0) by sampling; never with a token that stands for vision.
 
-        seeds: one a sample, needed for chance; an answer depends on its own seed alone, not on the batch. Settings of
+        seeds: one a sample, needed for sampling; an answer depends on its own seed alone, not on the batch. Settings
+        of
         the checkpoint's ``generation_config.json`` other than its end tokens are not used. Answers are stripped.
 
         Raises:
-            PipelineError: seeds and temperature do not go together, or what `encode_prompt` refuses.
+            PipelineError: seeds and temperature do not go together, or the errors of `encode_prompt`.
         """
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -326,9 +327,9 @@ class VisionLanguageModel:
         return answers
 
     def _generate(self, inputs: dict[str, Tensor], settings: Any, choice: Any) -> Tensor:
-        """Return the new tokens, chosen by `choice` alone: the checkpoint's own settings are put aside meanwhile."""
+        """Return the new tokens, chosen by `choice` alone: the checkpoint's own settings are not used."""
         kept, self.network.generation_config = self.network.generation_config, settings
-        # A block that keeps no activations keeps no cache either, and generation would go on without its past.
+        # A block that keeps no activations keeps no cache either, and generation would lose its past.
         training = [module for module in self._checkpointed() if module.training]
         try:
             for module in training:
@@ -363,20 +364,20 @@ class VisionLanguageModel:
         return adapters.adapter_disabled(adapters.lora_layers(self.network))
 
     def merge_adapter(self) -> None:
-        """Fold the adapter into the weights, so that the next one starts, and is referred to, from here."""
+        """Fold the adapter into the weights, which become the start and the reference of the next adapter."""
         if not self.has_adapter:
             raise PipelineError("the model carries no adapter to merge.")
         vlm_adapters.merge_adapter(self.network)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        """Return what training may change: the adapter's weights if there is one, else the whole network's."""
+        """Return the trainable parameters: the adapter's weights if there is one, else the whole network's."""
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade compute for memory in the language model's backward pass."""
         self.network.gradient_checkpointing_enable({"use_reentrant": False})
         for module in self._checkpointed():
-            # Blocks keep their activations unless they train; what is inside them stays without dropout.
+            # Blocks recompute activations in training mode only; their inner modules stay without dropout.
             module.training = True
 
     def _checkpointed(self) -> list[torch.nn.Module]:

@@ -1,8 +1,8 @@
-"""Several completions of one prompt in one row, so that a network sees the prompt, with its media, once.
+"""Several completions of one prompt in one row, so that a network processes the prompt, with its media, once.
 
 A row is the prompt and its completions one after another. Every completion reads the prompt and itself, never another
-completion, and its positions go on from the prompt's end: what is computed for it is what a row of its own would give,
-up to rounding.
+completion, and its positions continue from the prompt's end: its result equals that of a row of its own, up to
+rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class PackedRows:
     """Rows of a network, one a prompt.
 
     batch: the rows; its completion_mask covers all completions of a row. back: how many tokens of other completions
-    stand before each token, by which its position is to be lowered. reads: which tokens (last axis) each token sees.
+    stand before each token, by which its position is to be lowered. reads: the tokens (last axis) that each token
+    attends to.
     before: row and column of the token before each completion token, completion after completion.
     """
 
@@ -39,14 +40,14 @@ class PackedRows:
 
 
 def sees_everything(config: Any) -> bool:
-    """Tell whether every layer of the language model reads all that stands before."""
+    """Tell whether every layer of the language model attends to all earlier tokens."""
     text_config = config.get_text_config()
     kinds = getattr(text_config, "layer_types", None)
     return {*kinds} <= {"full_attention"} if kinds else getattr(text_config, "sliding_window", None) is None
 
 
 def saves(batch: VlmBatch) -> bool:
-    """Tell whether packing leaves out a good part of the tokens: answers longer than their prompt leave out few."""
+    """Tell whether packing saves many tokens: answers longer than their prompt save few."""
     firsts = set(batch.prompts)
     if len(firsts) == len(batch):
         return False
@@ -89,7 +90,7 @@ def _padded(rows: list[Tensor], value: int) -> Int[Tensor, "rows length"]:
 
 
 class _Row:
-    """A row as it grows: its tokens, the completion that each belongs to, and the tokens of others before it."""
+    """A row under construction: its tokens, the completion of each, and the count of others' tokens before it."""
 
     def __init__(self, prompt: Int[Tensor, " prompt"]) -> None:
         self.prompt = len(prompt)

@@ -306,7 +306,7 @@ class TestScore:
         assert scores.to_pandas()["light"].tolist() == scores["light"]
 
     def test_what_cannot_be_scored(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(registry, "_registered", {})
+        monkeypatch.setattr(registry._LOOKUP, "_registered", {})
         needy = type("Needy", (Brightness,), {"name": "needy", "needs": {"prompts"}, "__module__": "__main__"})
         for images, prompts, reward, message in [
             (self.images(), None, needy, "3 of 3 inputs have no prompt, and reward 'needy' needs one"),

@@ -11,9 +11,9 @@ import pytest
 from benchmarks.curves import main, read_curves
 
 
-def write_run(folder: Path, looks: list[tuple[int, float]]) -> str:
+def write_run(folder: Path, evaluations: list[tuple[int, float]]) -> str:
     folder.mkdir(parents=True)
-    lines = [{"step": n, "images_seen": cost, "evaluation/clip": value} for n, (cost, value) in enumerate(looks)]
+    lines = [{"step": n, "images_seen": cost, "evaluation/clip": value} for n, (cost, value) in enumerate(evaluations)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)
 

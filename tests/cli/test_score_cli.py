@@ -224,7 +224,7 @@ def test_text_formats_hold_the_same_and_are_read_back(folder, suffix, capsys):
     assert score("images", out=out) == 0
     assert "(0 new)" in capsys.readouterr().out
     assert score("images", out=out, rewards="test-redness") == 2
-    assert f"{out} holds scores made otherwise (rewards test-redness,test-wordiness -> test-redness" in (
+    assert f"{out} holds scores made with other settings (rewards test-redness,test-wordiness -> test-redness" in (
         capsys.readouterr().err
     )
     Path(f"{out}.meta.json").unlink()

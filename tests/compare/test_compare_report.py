@@ -214,11 +214,11 @@ def test_tables_to_paste(tmp_path: Path) -> None:
     assert r"held\_out & base" in latex and r"dpo $^\dagger$" in latex and latex.count(r"\midrule") == 3
 
 
-def trained(name: str, calls: int, looks: int = 3, limit: int = 8, **more: Any) -> SystemFacts:
-    """A system of 100 images seen and `calls` reward calls between two looks, whose "seen" rises by 0.1 a look."""
+def trained(name: str, calls: int, evaluations: int = 3, limit: int = 8, **more: Any) -> SystemFacts:
+    """A system of 100 images seen and `calls` reward calls between two evaluations, "seen" rising by 0.1."""
     costs = [
         {"images_seen": 100.0 * i, "images_sampled": 0.0, "reward_calls": 1.0 * calls * i, "seconds": 2.0 * i}
-        for i in range(looks)
+        for i in range(evaluations)
     ]
     seen = [{**cost, "evaluation/seen": 0.5 + 0.1 * i} for i, cost in enumerate(costs)]
     config = {"method.name": name, "evaluate.limit": limit}
@@ -228,7 +228,7 @@ def trained(name: str, calls: int, looks: int = 3, limit: int = 8, **more: Any) 
 def test_held_out_rewards_are_drawn_against_each_cost(tmp_path: Path) -> None:
     made = comparison(tmp_path)
     assert cost_curves(made) is None and 'id="costs"' not in render(made, tmp_path)
-    made.systems |= {"prdp": trained("prdp", 7), "sft": trained("sft", 0, looks=5)}
+    made.systems |= {"prdp": trained("prdp", 7), "sft": trained("sft", 0, evaluations=5)}
     made.systems["half"] = trained("half", 7, adapter_scale=0.5)
     found = cost_curves(made)
     assert [panel["title"] for panel in found["panels"]] == ["images seen", "reward calls", "seconds"]
@@ -236,16 +236,16 @@ def test_held_out_rewards_are_drawn_against_each_cost(tmp_path: Path) -> None:
     assert (by_images["label"], by_images["trained_on"], by_images["without"]) == ("seen", ["prdp", "sft"], [])
     prdp, sft = (line["points"] for line in by_images["chart"]["lines"])
     assert len(prdp) == 3 and len(sft) == 5
-    # Both rise by the same from look to look at the same cost, so one lies on the other.
+    # Both rise by the same from evaluation to evaluation at the same cost, so one lies on the other.
     np.testing.assert_allclose(prdp, sft[:3])
     assert [line["name"] for line in by_calls["chart"]["lines"]] == ["prdp"] and by_calls["without"] == ["sft"]
     assert found["systems"] == ["prdp", "sft"]
     assert found["notes"] == [
-        "Left out: half, whose looks were at another adapter scale.",
-        "Left out: dpo, whose training logged no cost with its looks.",
+        "Left out: half, whose evaluations used another adapter scale.",
+        "Left out: dpo, whose training logged no cost with its evaluations.",
     ]
     made.systems["sft"] = trained("sft", 0, limit=16)
-    assert cost_curves(made)["notes"][-1].startswith("The looks differ in evaluate.limit, so")
+    assert cost_curves(made)["notes"][-1].startswith("The evaluations differ in evaluate.limit, so")
 
 
 def test_cost_and_adapter_scale_are_shown_and_kept(tmp_path: Path) -> None:

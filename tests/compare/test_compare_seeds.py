@@ -159,7 +159,7 @@ def test_seeds_other_than_the_configs_own_all_lie_beside_it(shared: Path, room: 
         ({"training_seeds": [1, 1]}, r"training_seeds: given \[1, 1\]; allowed: different whole numbers"),
         ({"training_seeds": [-1]}, r"training_seeds: given \[-1\]; allowed: different whole numbers of at least 0"),
         ({"training_seeds": []}, "training_seeds: List should have at least 1 item"),
-        ({"overrides": ("trainer.seed=3",)}, "'sft' overrides trainer.seed=3, and training_seeds say it; remove one"),
+        ({"overrides": ("trainer.seed=3",)}, "'sft' overrides trainer.seed=3, and training_seeds sets it; remove one"),
         ({"baseline": "sft-seed2"}, "no system is called 'sft-seed2'"),
     ],
 )
@@ -291,10 +291,10 @@ def test_without_training_seeds_nothing_of_them_is_said(tmp_path: Path, capsys: 
     assert (tmp_path / "scores.csv").read_text().splitlines()[0] == "index,prompt,category,seed,system,reward,score"
 
 
-def test_looks_of_several_seeds_are_a_line_within_a_band(tmp_path: Path) -> None:
+def test_evaluations_of_several_seeds_are_a_line_within_a_band(tmp_path: Path) -> None:
     def replica(seed: int, values: list[float]) -> SystemFacts:
-        looks = [{"images_seen": 10.0 * i, "evaluation/r": value} for i, value in enumerate(values)]
-        return replace(facts(f"tuned{seed}"), looks=looks, look_steps=[0, 1, 2])
+        evaluations = [{"images_seen": 10.0 * i, "evaluation/r": value} for i, value in enumerate(values)]
+        return replace(facts(f"tuned{seed}"), evaluations=evaluations, evaluation_steps=[0, 1, 2])
 
     made = synthetic({"base": BASE, "tuned": np.tile(BASE, 2)}, {"tuned": [0, 1]})
     made.replicas["tuned"] = {0: replica(0, [0.0, 0.5, 1.0]), 1: replica(1, [0.0, 0.3, 0.0])}
@@ -335,12 +335,12 @@ def test_spread_is_over_replicas_and_not_over_prompts() -> None:
 
 
 def test_facts_of_replicas_are_averaged_where_all_of_them_have_one() -> None:
-    def replica(seed: int, looks: dict[int, float], **cost: float) -> SystemFacts:
+    def replica(seed: int, evaluations: dict[int, float], **cost: float) -> SystemFacts:
         return SystemFacts(
             "sft", f"runs/{seed}", 4.0, str(seed), run_config={"trainer.seed": seed, "trainer.steps": 9},
             curves={"loss": [(1, 1.0 * seed), (2, 2.0 * seed)][: 1 + seed % 2]},
-            looks=[{"images_seen": 10.0 * step + seed, "evaluation/r": value} for step, value in looks.items()],
-            look_steps=list(looks), cost=cost,
+            evaluations=[{"images_seen": 10.0 * step + seed, "evaluation/r": r} for step, r in evaluations.items()],
+            evaluation_steps=list(evaluations), cost=cost,
         )  # fmt: skip
 
     merged = merge_facts({
@@ -350,7 +350,7 @@ def test_facts_of_replicas_are_averaged_where_all_of_them_have_one() -> None:
     assert (merged.model, merged.fingerprint) == ("runs/1", "1")
     assert merged.run_config == {"trainer.seed": [1, 2], "trainer.steps": 9}
     assert merged.curves == {"loss": [(1, 1.5)]}
-    assert merged.look_steps == [0, 5]
-    assert [look["evaluation/r"] for look in merged.looks] == pytest.approx([0.2, 0.4])
-    assert [look["images_seen"] for look in merged.looks] == [1.5, 51.5]
+    assert merged.evaluation_steps == [0, 5]
+    assert [evaluation["evaluation/r"] for evaluation in merged.evaluations] == pytest.approx([0.2, 0.4])
+    assert [evaluation["images_seen"] for evaluation in merged.evaluations] == [1.5, 51.5]
     assert merged.cost == {"seconds": 6.0}

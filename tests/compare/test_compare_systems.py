@@ -47,7 +47,7 @@ def test_what_cannot_be_known_is_said(tmp_path: Path) -> None:
     assert "name no reward" in find_trained_on(str(model))[1]
     model = fake_model(tmp_path / "b", model="org/base", data={"pairs": str(tmp_path / "gone.parquet")})
     names, remark = find_trained_on(str(model))
-    assert names == [] and "gone.parquet are not here" in remark
+    assert names == [] and "gone.parquet do not exist" in remark
     facts = read_system("b", str(model), 4.0, trained_on=["oracle"])
     assert (facts.trained_on, facts.remark) == (["oracle"], "")
 
@@ -64,7 +64,7 @@ def test_curves_and_configuration(tmp_path: Path) -> None:
     }
 
 
-def test_looks_and_cost_are_read_where_they_were_counted(tmp_path: Path) -> None:
+def test_evaluations_and_cost_are_read_where_they_were_counted(tmp_path: Path) -> None:
     model = fake_model(tmp_path / "m", model="org/base")
     lines = [
         {"step": 0, "images_seen": 0, "images_sampled": 0, "reward_calls": 0, "seconds": 0.0, "evaluation/clip": 0.1},
@@ -83,12 +83,12 @@ def test_looks_and_cost_are_read_where_they_were_counted(tmp_path: Path) -> None
     facts = read_system("m", str(model), 4.0)
     assert facts.cost == {"images_seen": 128, "images_sampled": 16, "reward_calls": 16, "seconds": 3.5}
     counted = {"images_seen": 0, "images_sampled": 0, "reward_calls": 0, "seconds": 0}
-    assert facts.looks == [
+    assert facts.evaluations == [
         {**counted, "evaluation/clip": 0.1},
         {"images_seen": 64, "images_sampled": 8, "reward_calls": 8, "seconds": 1.5},
     ]
     (model / "metrics.jsonl").write_text('{"step": 1, "seconds": 2.0}\n{"step": 1, "evaluation/clip": 0.2}')
     facts = read_system("m", str(model), 4.0)
-    assert (facts.looks, facts.cost) == ([], {})
+    assert (facts.evaluations, facts.cost) == ([], {})
     with pytest.raises(UserError, match="system 'm': adapter_scale 0.5 needs an adapter, .* adapter.kind lora"):
         read_system("m", str(model), 4.0, adapter_scale=0.5)

@@ -137,7 +137,7 @@ def test_an_unfinished_training_goes_on_to_the_same_weights(
     capsys.readouterr()
     assert train_systems(config) == {"base": str(shared / "base"), "sft": "runs/sft"}
     said = capsys.readouterr().err
-    assert "goes on into runs/sft" in said and "resuming from runs/sft/checkpoints/step_00000002" in said
+    assert "resumes into runs/sft" in said and "resuming from runs/sft/checkpoints/step_00000002" in said
     assert (run / "pytorch_lora_weights.safetensors").read_bytes() == weights and losses(run) == whole
 
 
@@ -232,7 +232,7 @@ def test_what_was_trained_from_a_model_that_is_trained_anew_is_trained_anew(shar
         one.systems[0]: (one.state, one.differences) for one in plan_trainings(comparison(shared, first, second))
     }
     assert states["first"] == ("different", ["trainer.seed was 0, now 1"])
-    assert states["second"] == ("different", ["model runs/first is trained anew"])
+    assert states["second"] == ("different", ["model runs/first will be retrained"])
 
 
 def test_adapter_scales_share_a_training_and_no_image(shared: Path, room: Path) -> None:
@@ -268,7 +268,7 @@ def test_an_image_of_another_adapter_scale_is_not_used_again(tmp_path: Path) -> 
     [
         ([{"name": "x"}], {}, "'x' has neither model nor train"),
         ([{"name": "x", "model": "m", "train": "t"}], {}, "'x' has both model and train"),
-        ([{"name": "x", "model": "m", "overrides": ["a=1"]}], {}, "'x' has overrides and trains nothing"),
+        ([{"name": "x", "model": "m", "overrides": ["a=1"]}], {}, "'x' has overrides but no train"),
         ([{"name": "x", "model": "m", "adapter_scale": -1.0}], {}, "greater than or equal to 0"),
         ([{"name": "x", "model": "m"}], {"budget": {"images": 5}}, "budget: no system is trained here"),
         ([{"name": "x", "train": "t"}], {"budget": {}}, "given no limit; give exactly one of images"),
@@ -280,7 +280,7 @@ def test_an_image_of_another_adapter_scale_is_not_used_again(tmp_path: Path) -> 
         (
             [{"name": "x", "train": "t", "overrides": ["trainer.budget.images=9"]}],
             {"budget": {"images": 5}},
-            re.escape("'x' overrides trainer.budget.images=9, and budget holds for all; remove one"),
+            re.escape("'x' overrides trainer.budget.images=9, and budget applies to all; remove one"),
         ),
     ],
 )

@@ -91,7 +91,7 @@ def test_pairs_give_a_good_and_a_bad_image_each(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("image,caption\na.png,a red circle\n")
-    with pytest.raises(UserError, match="no column 'label'; found 'image', 'caption'; it says good or bad"):
+    with pytest.raises(UserError, match="no column 'label'; found 'image', 'caption'; its values are good and bad"):
         read(path)
     path.write_text("caption,label\na red circle,good\n")
     with pytest.raises(UserError, match="no column 'image'"):

@@ -258,10 +258,10 @@ def test_effects_are_looked_up_by_topic_and_answer() -> None:
         ("drop", torch.zeros(3, 8, 8), {}, "drop re-orders the frames of a video"),
         ("mask", torch.zeros(4, 1, 8, 8), {}, r"not \[4, 1, 8, 8\]"),
         ("mask", torch.zeros(3, 8, 8, dtype=torch.int64), {}, "floats in \\[0, 1\\] or uint8, not torch.int64"),
-        ("mask", ["a caption"], {}, "mask changes pictures"),
+        ("mask", ["a caption"], {}, "mask changes frames"),
         ("mask", torch.zeros(3, 8, 8), {"area": (0.5, 0.2)}, "0 < least <= most <= 1"),
         ("event_swap", ["one"], {}, "both parts of 1 frames must hold a frame"),
-        ("freeze", [], {}, "there is no frame"),
+        ("freeze", [], {}, "no frame is given"),
         ("diffusion_noise", torch.zeros(3, 8, 8), {"step": 1000}, "step=1000: must be 0 to 999"),
     ],
 )  # fmt: skip

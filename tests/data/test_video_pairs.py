@@ -258,7 +258,7 @@ def test_the_command_goes_on_and_writes_what_training_reads(
         (["--operators", "drop,revers"], "did you mean 'reverse'"),
         (["--operators", "neighbour"], "needs bank"),
         (["--difficulty", "4,1"], "difficulty 1"),
-        (["--mode", "answers", "--perturb", "captions", "--operators", "flip"], "'flip' changes pictures"),
+        (["--mode", "answers", "--perturb", "captions", "--operators", "flip"], "'flip' changes frames"),
         (["--perturb", "captions"], "use --mode answers"),
         (["--mode", "answers", "--chosen", "truth"], "--mode questions"),
         (["--length-ratio", "2"], "needs --mode answers"),

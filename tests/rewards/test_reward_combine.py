@@ -287,7 +287,7 @@ parts:
 def registered(monkeypatch):
     import rewards.registry
 
-    monkeypatch.setattr(rewards.registry, "_registered", {"channel": Channel, "defects": Defects})
+    monkeypatch.setattr(rewards.registry._LOOKUP, "_registered", {"channel": Channel, "defects": Defects})
 
 
 def test_combinations_nest_in_yaml_and_reports_teach_them_nothing(registered):

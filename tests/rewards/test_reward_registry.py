@@ -114,7 +114,7 @@ def test_unknown_names_and_options(example):
 
 
 def test_register_in_process(monkeypatch):
-    monkeypatch.setattr(registry_module, "_registered", {})
+    monkeypatch.setattr(registry_module._LOOKUP, "_registered", {})
 
     @register
     class Constant(Reward):

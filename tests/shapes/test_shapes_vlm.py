@@ -167,7 +167,7 @@ def test_names_and_truths_are_read_where_they_are_asked_for(processor) -> None:
     ring = Actor("ring", "red", 5.5, 8.0, 24.0, "right", 2.0, shown=((0, 4),))
     cross = Actor("cross", "blue", 4.0, 20.0, 8.0, end_colour="green", switch=5)
     teacher, names = lessons(processor), Names(32, processor.tokenizer)
-    batch = teacher.looks(2, names.ids.tolist())
+    batch = teacher.names_after_videos(2, names.ids.tolist())
     assert (
         batch.ids.shape == (2, 74 + len(COLOURS) + len(SHAPES))
         and not batch.answers.any()

@@ -87,7 +87,7 @@ def test_rounds_refuse_what_they_cannot_do(model: str, tmp_path: Path, monkeypat
     config = rounds_config(model, tmp_path)
     with pytest.raises(UserError, match="allowed: auto, never"):
         train(config, resume=str(tmp_path))
-    with pytest.raises(UserError, match="make their data as they go"):
+    with pytest.raises(UserError, match="sample their data during training"):
         plan(config)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without a launcher"):

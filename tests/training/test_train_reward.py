@@ -179,7 +179,7 @@ def test_levels_are_evenly_spaced() -> None:
     [
         ({"trainer.stepps": 3}, "did you mean 'steps'"),
         ({"data.prompts": "shapes-train"}, "a reward is trained on pairs"),
-        ({"data.caption_dropout": 0.1}, "always told the prompt"),
+        ({"data.caption_dropout": 0.1}, "always needs the prompt"),
         ({"trainer.warmup": 9}, "9 steps of warm-up in a run of 8"),
         ({"held_out": 1.0}, "held_out"),
         ({"data.pairs": "nowhere.parquet"}, "nowhere.parquet"),

@@ -1,1 +1,1 @@
-"""Images of a comparison: drawn once, stored, scored once; the guidance control and diversity."""
+"""Images of a comparison: generated once, stored, scored once; the guidance control and diversity."""

@@ -1,8 +1,8 @@
-"""How much the images differ that a system draws of one prompt: the mean cosine distance of their embeddings.
+"""How much a system's images of one prompt differ: the mean cosine distance of their embeddings.
 
 For prompt p and seed s it is the mean of 1 - cos(e(p, s), e(p, s')) over the other seeds s', in 0 .. 2, with the image
-embeddings e of a reward such as clip. More is not better in itself: noise is diverse too. So it is shown like a
-reward, with paired intervals, and decides nothing.
+embeddings e of a reward such as clip. More is not better in itself, since noise is diverse too. The report shows it
+like a reward, with paired intervals, and it decides nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmalign.core.errors import UserError
 from mmalign.core.progress import track
 
 Group = tuple[Path, ...]
-"""The images of one prompt, a seed each."""
+"""The images of one prompt, one for each seed."""
 
 
 def check_diversity(entry: RewardEntry) -> None:
@@ -44,9 +44,9 @@ def check_diversity(entry: RewardEntry) -> None:
 
 
 def measure_diversity(entry: RewardEntry, stores: dict[str, ImageStore], cache: Path) -> tuple[Scores, RewardFacts]:
-    """Return the diversity of every image of every store, and what the report says about it.
+    """Return the diversity of every image of every store, and its facts for the report.
 
-    Values are kept by the content of all images of a prompt, so only prompts with a new image are embedded.
+    Values are cached by the content of all images of a prompt, so only prompts with a new image are embedded.
 
     Raises:
         UserError, RewardError: see `check_diversity`; or the reward cannot be loaded.
@@ -81,7 +81,7 @@ def measure_diversity(entry: RewardEntry, stores: dict[str, ImageStore], cache: 
 
 
 def mean_distances(embeddings: Float[np.ndarray, "seeds features"]) -> Float[np.ndarray, " seeds"]:
-    """Return for each embedding, of any length but zero, the mean of 1 - cosine to the others; at least two."""
+    """Return for each of at least two non-zero embeddings the mean of 1 - cosine to the others."""
     units = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     distances = 1 - units @ units.T
     np.fill_diagonal(distances, 0.0)
@@ -110,7 +110,7 @@ def _group(store: ImageStore, index: int) -> Group:
 
 
 def _keys(group: Group) -> list[str]:
-    """Return a key for each image: a hash of its content and that of the others, in whatever order."""
+    """Return a key for each image: a hash of its content and that of the others, in any order."""
     digests = [hashlib.blake2b(path.read_bytes(), digest_size=16).digest() for path in group]
     together = b"".join(sorted(digests))
     return [hashlib.blake2b(own + together, digest_size=16).hexdigest() for own in digests]

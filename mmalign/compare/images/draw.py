@@ -1,4 +1,4 @@
-"""Draw the images of a system: one model in memory at a time, and none at all if every image is there already."""
+"""Generate the images of a system: one model in memory at a time, and none if every image exists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmalign.data.prompts import Prompt
 
 
 class ModelHolder:
-    """Holds the model that was asked for last, and drops it before another is loaded."""
+    """Holds the model used last, and drops it before another is loaded."""
 
     def __init__(self, precision: str) -> None:
         """Remember the precision; nothing is loaded."""
@@ -23,7 +23,7 @@ class ModelHolder:
         self._generator: Any = None
 
     def open(self, model: str, adapter_scale: float = 1.0) -> Any:
-        """Return the generator of a model, with so much of its adapter.
+        """Return the generator of a model, its adapter scaled.
 
         Raises:
             PipelineError: it cannot be loaded.
@@ -53,7 +53,7 @@ def draw_system(
     models: ModelHolder,
     source: ImageStore | None = None,
 ) -> ImageStore:
-    """Complete the images of one system under `folder/<name>`; `source` is a store that may hold the same images."""
+    """Complete the images of one system under `folder/<name>`; images are copied from `source` where it holds them."""
     sampling = Sampling(config.steps, system.guidance, config.solver, config.precision, system.adapter_scale)
     texts = [prompt.text for prompt in prompts]
     store = ImageStore(folder / system.name, system.fingerprint, sampling, texts, config.seeds)

@@ -1,8 +1,8 @@
-"""The guidance control: the untouched baseline at the guidance that suits it best, chosen on validation prompts.
+"""The guidance control: the untouched baseline at its best guidance, chosen on validation prompts.
 
-A fine-tuned model often wins only what a turn of the guidance knob would have won for nothing. The control makes that
-visible: its guidance is chosen by the stated rewards on prompts that are not the test's, and the test prompts are then
-drawn once, like everybody's.
+A fine-tuned model often gains no more than another guidance scale would have gained without training. The control
+shows this: the stated rewards choose its guidance on validation prompts, and it then generates the test prompts once,
+like every system.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from mmalign.scoring.checks import check_reward
 
 
 def control_prompts(config: CompareConfig) -> list[Prompt]:
-    """Return the validation prompts of a comparison's guidance control, none where there is no control.
+    """Return the validation prompts of the guidance control; none without a control.
 
     Raises:
-        UserError, RewardError: they cannot be read, or the rewards that choose cannot score images of them.
+        UserError, RewardError: the prompts cannot be read, or the rewards that choose cannot score images of them.
     """
     control = config.guidance_control
     if control is None:
@@ -49,7 +49,7 @@ def run_control(
     test: list[Prompt],
     models: ModelHolder,
 ) -> tuple[SystemFacts, dict[str, Any]]:
-    """Sweep the baseline's guidance over the validation prompts (`control_prompts`); `test` are the test's.
+    """Sweep the baseline's guidance over the validation prompts (`control_prompts`); `test` are the test prompts.
 
     Returns the control as a system, and the record of the sweep as results.json and the report show it.
     """

@@ -22,7 +22,7 @@ from mmalign.scoring.checks import check_usable
 from mmalign.scoring.chosen import fingerprint_reward
 
 SCORE_CHUNK = 64
-"""Images decoded and handed to a reward at once; the reward splits them further as its memory asks."""
+"""Images decoded and given to a reward at once; the reward splits them further as its memory requires."""
 
 
 def describe_reward(entry: RewardEntry, reward: Any) -> RewardFacts:
@@ -51,10 +51,10 @@ def describe_reward(entry: RewardEntry, reward: Any) -> RewardFacts:
 
 
 class ScoreCache:
-    """Values by the content that they were computed from, in `<cache>/<label>-<hash of the reward>.json`."""
+    """Values cached by the content that they were computed from, in `<cache>/<label>-<hash of the reward>.json`."""
 
     def __init__(self, entry: RewardEntry, facts: RewardFacts, reward: Any, cache: Path) -> None:
-        """Read what there is; a damaged file holds nothing."""
+        """Read the file; a damaged one counts as empty."""
         fingerprint = fingerprint_reward(reward, neighbours=True)
         identity = [entry.name, entry.options, facts.version, facts.source, *fingerprint]
         digest = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=8).hexdigest()
@@ -84,7 +84,7 @@ class RewardScorer:
         self._cache = self._kept.values
 
     def score(self, stores: dict[str, ImageStore]) -> Scores:
-        """Return the score of every image of every store; only images never seen before are looked at.
+        """Return the score of every image of every store; only images without a cached score are scored.
 
         Raises:
             UserError: a score is not a finite number.
@@ -102,7 +102,7 @@ class RewardScorer:
         }
 
     def close(self) -> None:
-        """Drop the reward's weights: several rewards need not fit into memory together."""
+        """Drop the reward's weights: several rewards may not fit into memory together."""
         del self._reward
         gc.collect()
 

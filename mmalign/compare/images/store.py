@@ -1,10 +1,11 @@
-"""The images of one system: stored as PNG with a manifest, drawn only where the manifest does not vouch for them.
+"""The images of one system: stored as PNG with a manifest, generated only where the manifest does not list them.
 
     <folder>/0007-1.png         prompt 7 (counted from 0), seed 1
-    <folder>/manifest.json      how each was made
+    <folder>/manifest.json      the key of each image
 
 An image is used again if and only if its key is unchanged: a hash of the model's fingerprint, the sampling settings,
-the prompt and the seed. An interrupted comparison therefore continues, and a changed one draws what changed.
+the prompt and the seed. An interrupted comparison therefore continues, and a changed one generates only the images
+that changed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _SAVE_EVERY = 32
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn: the settings that change them, apart from model, prompt and seed."""
+    """The sampling settings that change images, apart from model, prompt and seed."""
 
     steps: int
     guidance: float
@@ -36,7 +37,7 @@ class Sampling:
     adapter_scale: float = 1.0
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings as manifests and keys hold them: a scale that scales nothing changes no image."""
+        """Return the settings for manifests and keys; an adapter scale without effect is left out."""
         values = asdict(self)
         if self.adapter_scale == 1:
             del values["adapter_scale"]
@@ -56,16 +57,16 @@ class ImageStore:
         self._unsaved = 0
 
     def path(self, index: int, seed: int) -> Path:
-        """Return where the image of a prompt and a seed lies, or will lie."""
+        """Return the path of the image of a prompt and a seed."""
         return self.folder / f"{index:04d}-{seed}.png"
 
     def key(self, index: int, seed: int) -> str:
-        """Return the hash of everything that the image depends on."""
+        """Return the hash of everything that determines the image."""
         made_from = [FORMAT, self.fingerprint, self.sampling.identity(), self.prompts[index], seed]
         return hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
 
     def missing(self) -> dict[int, list[int]]:
-        """Return for each incomplete prompt the seeds whose image is not there or was made otherwise."""
+        """Return for each incomplete prompt the seeds whose image is missing or has another key."""
         rows = {i: [seed for seed in self.seeds if not self._has(i, seed)] for i in range(len(self.prompts))}
         return {index: seeds for index, seeds in rows.items() if seeds}
 
@@ -78,13 +79,13 @@ class ImageStore:
             self.save()
 
     def disown(self, missing: dict[int, list[int]]) -> None:
-        """Stop vouching for images about to be replaced: a run killed between image and manifest must not mix them."""
+        """Drop images to be replaced from the manifest, so that no image keeps a wrong key if the run is killed."""
         for name in (self.path(index, seed).name for index, seeds in missing.items() for seed in seeds):
             self._unsaved += self._known.pop(name, None) is not None
         self.save()
 
     def adopt(self, other: ImageStore) -> None:
-        """Copy from another store the missing images that were made in exactly the same way."""
+        """Copy from another store the missing images with the same key."""
         missing = self.missing()
         self.disown(missing)
         for index, seeds in missing.items():
@@ -109,7 +110,7 @@ class ImageStore:
 
 
 def noise_seed(seed: int, prompt: str) -> int:
-    """Return the seed of the initial noise that every system draws a prompt from.
+    """Return the seed of the initial noise that every system starts a prompt from.
 
     It differs from prompt to prompt: were the noise of a seed shared by all prompts, a comparison would be about one
     or two noises, and intervals over prompts would not know.
@@ -118,7 +119,7 @@ def noise_seed(seed: int, prompt: str) -> int:
 
 
 def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_size: int, label: str) -> int:
-    """Draw what a store lacks and return how many images that were; the model is not even loaded if it lacks none."""
+    """Generate the missing images of a store and return their number; the model is loaded only if some are missing."""
     missing = store.missing()
     wanted = sum(map(len, missing.values()))
     if not wanted:
@@ -148,7 +149,7 @@ def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_
 
 
 def _read_manifest(path: Path) -> dict[str, str]:
-    """Return image name -> key; a manifest of another format, or a damaged one, vouches for nothing."""
+    """Return image name -> key; a manifest of another format, or a damaged one, counts as empty."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -42,7 +42,7 @@ class Axis:
         low = low if bars and low == 0 else low - padding * span
         high = high if bars and high == 0 else high + padding * span
         step = _round_step((high - low) / count)
-        if math.floor(high / step) - math.ceil(low / step) < 1:  # a single tick tells no scale
+        if math.floor(high / step) - math.ceil(low / step) < 1:  # a single tick shows no scale
             step = _round_step((high - low) / (2 * count))
         first = math.ceil(low / step - 1e-9)
         ticks = tuple(index * step for index in range(first, math.floor(high / step + 1e-9) + 1))
@@ -129,7 +129,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _x_tick(at: float, text: str) -> dict[str, Any]:
-    """Return a tick of the x axis; a text that would leave the picture ends at its edge."""
+    """Return a tick of the x axis; a label that would leave the chart ends at its edge."""
     beyond = at + len(text) * _CHARACTER / 2 > WIDTH
     return {"at": WIDTH if beyond else at, "anchor": "end" if beyond else "middle", "text": text}
 
@@ -144,6 +144,6 @@ def thin_out(points: Sequence[tuple[float, float]], most: int = _MAX_POINTS) -> 
 
 
 def _round_step(raw: float) -> float:
-    """Return the nearest larger one of 1, 2 and 5 times a power of ten."""
+    """Return the next larger one of 1, 2 and 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(raw))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)

@@ -1,4 +1,4 @@
-"""The summary of a comparison on the console: one table, the verdicts, where the report lies."""
+"""The summary of a comparison on the console: one table, the verdicts and the path of the report."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mmalign.compare.results.results import describe_delta
 _STYLES = {1: "green", -1: "red", 0: ""}
 
 
-def print_summary(results: dict[str, Any], report: Path, console: Console | None = None) -> None:
+def print_summary(results: dict[str, Any], report: Path) -> None:
     """Print results.json's content as a table, a block of rows for each reward."""
     # On a pipe rich assumes 80 columns and would wrap the intervals.
-    console = console or Console(width=None if Console().is_terminal else 132)
+    console = Console(width=None if Console().is_terminal else 132)
     console.print(summary_table(results))
     for table in more_tables(results).values():
         console.print()

@@ -1,7 +1,7 @@
 """Write the report: one self-contained HTML page that needs no network and no server.
 
-Everything that comes from data (prompts, names, paths, configurations) is escaped by the template engine; what the
-page's script reads is JSON in which no `<` survives.
+Everything that comes from data (prompts, names, paths, configurations) is escaped by the template engine; the data for
+the page's script are JSON without any `<`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def write_report(
     Args:
         document: the content of results.json (`build_results`).
         config_text: the YAML that repeats the comparison, shown at the end.
-        path: where the page goes; written whole or not at all.
-        gallery: cards that are no images, with the `template` that shows them; None: the images of the comparison.
+        path: the page; written whole or not at all.
+        gallery: cards other than images, with the `template` that shows them; None: the images of the comparison.
     """
     gallery = gallery or _gallery(comparison)
     environment = Environment(
@@ -70,7 +70,7 @@ def write_report(
 
 
 def page_context(comparison: Comparison, document: dict[str, Any], gallery: dict[str, Any]) -> dict[str, Any]:
-    """Return everything that the template shows."""
+    """Return the variables of the template."""
     blocks = summary(document)
     tables = more_tables(document)
     return {
@@ -177,7 +177,7 @@ def _gallery(comparison: Comparison) -> dict[str, Any]:
 
 
 def _script_data(comparison: Comparison, document: dict[str, Any], gallery: dict[str, Any]) -> dict[str, Any]:
-    """Return what sorting and captions need: scores by reward, system, shown prompt and seed, of what is shown."""
+    """Return the scores for sorting and captions, by reward, system, shown prompt and seed."""
     columns, shown, words = len(comparison.seeds), gallery["shown"], gallery.get("words", {})
     return {
         "systems": list(comparison.systems),

@@ -7,7 +7,7 @@ from typing import Any
 from mmalign.compare.report.charts import Axis, bar_mark, interval_mark, line_chart
 from mmalign.compare.report.costs import has_cost_curve
 from mmalign.compare.results.results import Comparison, describe_delta, signed
-from mmalign.compare.systems.facts import COSTS, LOOK
+from mmalign.compare.systems.facts import COSTS, EVALUATION
 
 _UNINTERESTING = {"learning_rate", "epoch", "images_per_second", "memory_gb", *COSTS}
 _FIRST = ("loss", "accuracy", "evaluation", "margin", "reward")
@@ -88,7 +88,7 @@ def categories(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def sweep(comparison: Comparison) -> dict[str, Any] | None:
-    """Return the guidance sweep as one small chart for each reward that chose."""
+    """Return the guidance sweep as one small chart for each reward that chose the guidance."""
     record = comparison.sweep
     if record is None:
         return None
@@ -105,14 +105,14 @@ def sweep(comparison: Comparison) -> dict[str, Any] | None:
 
 
 def curves(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return a chart for each metric that the systems' training runs logged, the most telling ones first."""
+    """Return a chart for each metric that the systems' training runs logged, the most informative ones first."""
     by_metric: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for name, facts in comparison.systems.items():
         if facts.control:
             continue
         for metric, points in facts.curves.items():
-            # What is drawn against its cost is not drawn against steps, which cost differently from method to method.
-            elsewhere = metric.startswith(LOOK) and has_cost_curve(facts)
+            # Metrics plotted against cost are not plotted against steps, whose cost differs between methods.
+            elsewhere = metric.startswith(EVALUATION) and has_cost_curve(facts)
             if len(points) > 1 and metric not in _UNINTERESTING and not elsewhere:
                 by_metric.setdefault(metric, {})[name] = [(float(step), value) for step, value in points]
 

@@ -10,7 +10,7 @@
   const state = { reward: 0, order: "prompt", seed: data.seeds.length > 1 ? 0 : "all", category: "", search: "" };
 
   const minus = (text) => text.replace("-", "\u2212");
-  // Scores that are one of two things, such as right and wrong, are written in words.
+  // Binary scores, such as right and wrong, are written in words.
   const write = (value, reward) => data.rewards[reward].words?.[value] ?? minus(value.toFixed(data.rewards[reward].digits));
 
   // How much better the system is than the baseline on one prompt, over the seeds on view.

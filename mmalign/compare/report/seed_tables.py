@@ -1,6 +1,6 @@
-"""The tables beside the summary: every training seed's differences, and what the trainings cost; text in every cell.
+"""The tables beside the summary: the differences of every training seed, and training costs; every cell is text.
 
-The report, its Markdown and LaTeX, and the console show the same ones.
+The report, its Markdown and LaTeX, and the console show the same tables.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mmalign.compare.results.results import describe_delta
 
 ABSENT = "\N{EN DASH}"
 GROUPS = ("reward", "measure")
-"""Heads of first columns whose equal cells are written once."""
+"""Heads of first columns in which a repeated cell is written once."""
 _COSTS = {
     "images_seen": "images seen",
     "reward_calls": "reward calls",
@@ -24,7 +24,7 @@ _COSTS = {
 
 @dataclass(frozen=True)
 class PlainTable:
-    """A table of text; `name` is the word that links and page sections know it by."""
+    """A table of text; `name` is its identifier in links and page sections."""
 
     name: str
     title: str
@@ -33,18 +33,18 @@ class PlainTable:
     rows: list[list[str]]
 
     def grouped_rows(self) -> list[list[str]]:
-        """Return the rows with a reward or measure named only where it is another than in the row above."""
+        """Return the rows with the first cell empty where it repeats the row above."""
         return name_once(self.rows) if self.head[0] in GROUPS else self.rows
 
 
 def name_once(rows: list[list[str]]) -> list[list[str]]:
-    """Empty the first cell of each row that begins like the one above."""
+    """Empty the first cell where it repeats that of the row above."""
     above = [None, *(row[0] for row in rows)]
     return [["" if row[0] == previous else row[0], *row[1:]] for row, previous in zip(rows, above, strict=False)]
 
 
 def more_tables(document: dict[str, Any]) -> dict[str, PlainTable]:
-    """Return the tables that results.json has something for, by name."""
+    """Return the tables for which results.json has data, by name."""
     tables = (_training_seeds(document), _questions(document), _costs(document))
     return {table.name: table for table in tables if table.rows}
 
@@ -110,7 +110,7 @@ def _costs(document: dict[str, Any]) -> PlainTable:
     several = "Means over the training seeds. " if document.get("training_seeds") else ""
     note = (
         f"{several}Images seen are {seen}, forward or backward each counting one; wall time "
-        "leaves out the looks; memory is the GPU's, or that of the process where there is none."
+        "leaves out evaluations; memory is the GPU's, or that of the process where there is none."
     )
     return PlainTable("cost-table", "Cost of training", note, ["system", *_COSTS.values()], rows)
 
@@ -121,7 +121,7 @@ def spread(versus: dict[str, Any] | None, digits: int) -> str:
 
 
 def sizes(prompts: int, seeds: Sequence[int], training_seeds: Sequence[int] = (), item: str = "prompt") -> str:
-    """Say what the means are over: "200 prompts × 2 seeds × 3 training seeds"; questions are asked once each."""
+    """Return what the means are over: "200 prompts × 2 seeds × 3 training seeds"; each question is asked once."""
     counts = {"seed": len(seeds) if item == "prompt" else 0, "training seed": len(training_seeds)}
     parts = [f"{count} {word}{'s' * (count > 1)}" for word, count in counts.items() if count]
     return " × ".join([f"{prompts} {item}s", *parts])

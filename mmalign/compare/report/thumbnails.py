@@ -1,4 +1,4 @@
-"""Images inside the page: small ones as they are, large ones as thumbnails, and never more than a browser bears."""
+"""Images embedded in the page: small ones unchanged, large ones as thumbnails, up to a limit for browsers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 from PIL import Image, features
 
 MAX_SIDE = 256
-"""Images up to this many pixels are embedded unchanged; larger ones are shrunk to it."""
+"""Images up to this many pixels are embedded unchanged; larger ones are shrunk to this size."""
 MAX_IMAGES = 2400
-"""More images than this and only some of the prompts are shown, evenly spaced and never picked by score."""
+"""Above this number of images, only some of the prompts are shown, evenly spaced and never chosen by score."""
 PIXEL_ART_SIDE = 128
 """Images up to this size are magnified without smoothing."""
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image as a data URI; `shrunk` if it is not the original, `pixelated` if it should be magnified unsmoothed."""
+    """An image as a data URI; `shrunk` if it is not the original, `pixelated` if it is magnified without smoothing."""
 
     uri: str
     width: int
@@ -30,7 +30,7 @@ class Thumbnail:
 
 
 def embed(path: Path) -> Thumbnail:
-    """Return an image file as something a page can hold."""
+    """Return an image file as a data URI."""
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size

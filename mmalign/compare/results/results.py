@@ -1,8 +1,8 @@
-"""Turn scores into `results.json`: the numbers, and a verdict that held-out rewards alone decide.
+"""Turn scores into `results.json`: the numbers, and a verdict by held-out rewards alone.
 
-A reward that a system was trained on says how well the training worked, not whether the system is better: it is
-marked and left out of the verdict. A held-out reward speaks for a system when the 95 % interval of the paired
-difference lies wholly on its better side, and against it when wholly on the worse. A neutral measure such as diversity
+A reward that a system was trained on shows how well the training worked, not whether the system is better: it is
+marked and left out of the verdict. A held-out reward counts for a system if the 95 % interval of the paired difference
+lies wholly on the better side, and against it if wholly on the worse side. A neutral measure such as diversity
 is reported beside them and decides nothing.
 """
 
@@ -38,7 +38,7 @@ CATEGORY_MISSING = "(none)"
 
 @dataclass
 class Comparison:
-    """Everything that was measured; the report and results.json are views of it.
+    """All measurements of a comparison; the report and results.json are views of it.
 
     scores: reward label -> system name -> `[prompts, seeds]`; `[prompts, replicas * seeds]` in the order of the
     `replicas` of a system that has them. `image_paths`: system name -> path of each (prompt, seed) of its first
@@ -77,7 +77,7 @@ class Comparison:
 
     @property
     def measure(self) -> str:
-        """What tables call that by which systems are compared."""
+        """The heading in tables of the rewards or measures that compare systems."""
         return "reward" if self.item == "prompt" else "measure"
 
     @property
@@ -105,7 +105,7 @@ class Comparison:
 
 
 def build_results(comparison: Comparison) -> dict[str, Any]:
-    """Compute the document that results.json holds."""
+    """Return the content of results.json."""
     document: dict[str, Any] = {
         "format": 1,
         "created": comparison.created,
@@ -186,7 +186,7 @@ def _system(comparison: Comparison, name: str) -> dict[str, Any]:
 
 
 def _replica(comparison: Comparison, name: str, seed: int, facts: SystemFacts) -> dict[str, Any]:
-    """Return what one training seed came to, against the same seed of the baseline if that has several too."""
+    """Return the result of one training seed, against the same seed of the baseline if that has several too."""
     replica: dict[str, Any] = {"model": facts.model, "fingerprint": facts.fingerprint, "cost": facts.cost}
     scores = {reward: comparison.scores_by_seed(name, reward)[seed] for reward in comparison.scores}
     summaries = {
@@ -222,7 +222,7 @@ def _versus(comparison: Comparison, name: str, other: str) -> dict[str, Any]:
 def _pair(
     comparison: Comparison, reward: str, scores: np.ndarray, other: np.ndarray, rows: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """Compare two systems under one reward, on all prompts or on these rows of them."""
+    """Compare two systems under one reward, on all prompts or on these rows alone."""
     facts = comparison.rewards[reward]
     higher_is_better = facts.higher_is_better
     units = comparison.units
@@ -278,7 +278,7 @@ def _sentence(
     worse: Sequence[str],
     texts: dict[str, str],
 ) -> str:
-    """Say the verdict in one sentence that names the numbers it rests on."""
+    """Return the verdict as one sentence with the numbers behind it."""
     if outcome == "none":
         return f"No verdict on {name} against {other}: it was trained on every reward reported here."
     if outcome == "inconclusive":
@@ -306,7 +306,7 @@ def describe_delta(paired: dict[str, Any], digits: int) -> str:
 
 
 def reward_digits(systems: dict[str, Any], label: str) -> int:
-    """Return how many decimals a reward's numbers are written with everywhere: what its intervals support."""
+    """Return the number of decimals of a reward's numbers everywhere, as its intervals justify."""
     rewards = [system["rewards"][label] for system in systems.values()]
     means = [decimals(reward["mean"], reward["ci95"]) for reward in rewards]
     deltas = [system["versus_baseline"][label] for system in systems.values() if "versus_baseline" in system]
@@ -315,7 +315,7 @@ def reward_digits(systems: dict[str, Any], label: str) -> int:
 
 
 def decimals(value: float, interval: Sequence[float] | None = None) -> int:
-    """Return how many decimals show a value to about two digits of its uncertainty (three of itself without one)."""
+    """Return the number of decimals that shows two digits of a value's uncertainty, or three of a bare value."""
     width = (interval[1] - interval[0]) if interval else 0.0
     scale = width if width > 0 else abs(value) / 10
     if scale <= 0:

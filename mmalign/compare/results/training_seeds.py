@@ -1,7 +1,7 @@
-"""A system trained from several seeds as one: the mean of what its replicas logged and cost, their scores together.
+"""A system trained from several seeds as one: its replicas' logs and costs averaged, their scores side by side.
 
 Scores of a system are `[prompts, replicas * seeds]`, the columns of its first training seed first. A system that was
-not trained here has one replica, and stands for itself against each replica of another.
+not trained here has one replica, which is compared with each replica of another.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from mmalign.compare.systems.config import SystemsConfig
 from mmalign.compare.systems.facts import SystemFacts
 
 Replicas = dict[str, dict[int, SystemFacts]]
-"""System -> training seed -> facts, of the systems that training seeds were named for."""
+"""System -> training seed -> facts, for the systems with training seeds."""
 
 
 def merge_systems(config: SystemsConfig, facts: dict[str, SystemFacts]) -> tuple[dict[str, SystemFacts], Replicas]:
-    """Return the systems in the order of their facts, and the replicas of those that training seeds were named for."""
+    """Return the systems in the order of their facts, and the replicas of those with training seeds."""
     replicas: Replicas = {}
     for replica in config.replicas:
         if replica.seed is not None:
@@ -34,19 +34,19 @@ def merge_systems(config: SystemsConfig, facts: dict[str, SystemFacts]) -> tuple
 
 
 def merge_facts(replicas: Mapping[int, SystemFacts]) -> SystemFacts:
-    """Return the facts of a system by training seed as those of one: of the first, with means over all.
+    """Return a system's facts by training seed as one: those of the first, with means over all.
 
-    Curves and looks are averaged at the steps that all of them reached.
+    Curves and evaluations are averaged at the steps that all of them reached.
     """
     first, *_ = facts = list(replicas.values())
     curves = {name: _mean_curve([one.curves.get(name, []) for one in facts]) for name in first.curves}
-    steps = [step for step in first.look_steps if all(step in one.look_steps for one in facts)]
+    steps = [step for step in first.evaluation_steps if all(step in one.evaluation_steps for one in facts)]
     return replace(
         first,
         run_config=first.run_config | {"trainer.seed": list(replicas)},
         curves={name: points for name, points in curves.items() if points},
-        looks=[_mean(one.look_at(step) for one in facts) for step in steps],
-        look_steps=steps,
+        evaluations=[_mean(one.evaluation_at(step) for one in facts) for step in steps],
+        evaluation_steps=steps,
         cost=_mean(one.cost for one in facts),
     )
 
@@ -62,7 +62,7 @@ def gather_scores(scores: Mapping[str, Scores], names: Mapping[str, Sequence[str
 def tile_pair(
     scores: Float[np.ndarray, "prompts columns"], other: Float[np.ndarray, "prompts others"]
 ) -> tuple[Float[np.ndarray, "prompts most"], Float[np.ndarray, "prompts most"]]:
-    """Repeat the one with fewer replicas, so that every column meets the same prompt and seed drawn by the other."""
+    """Repeat the one with fewer replicas, so that every column is paired with the other's same prompt and seed."""
     most = max(scores.shape[1], other.shape[1])
     first, second = (np.tile(one, (1, most // one.shape[1])) for one in (scores, other))
     return first, second

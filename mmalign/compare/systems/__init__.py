@@ -1,1 +1,1 @@
-"""What is compared: models, adapters, trainings, each with what is known of it."""
+"""The systems of a comparison: models, adapters and trainings, each with its facts."""

@@ -1,4 +1,4 @@
-"""The systems of a comparison: models that are there, or that it trains itself, once or from several seeds."""
+"""The systems of a comparison: existing models, or models that it trains, once or from several seeds."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 class SystemConfig(StrictModel):
-    """One model that takes part."""
+    """One model of a comparison."""
 
     name: str
-    """what tables and folders call the system: letters, digits and . _ + -"""
+    """name of the system in tables and folders: letters, digits and . _ + -"""
     model: str | None = None
-    """a model directory (full or LoRA), or a hub id 'organisation/name'; null: what `train` makes"""
+    """a model directory (full or LoRA), or a hub id 'organisation/name'; null: the output of `train`"""
     train: str | None = None
-    """a training config, file or shipped name, whose output is the system; trained unless it is there already"""
+    """a training config, file or shipped name, whose output is the system; trained unless it is finished"""
     overrides: list[str] = []
     """changes to that config, each key=value"""
     guidance: Guidance | None = None
-    """guidance scale of this system alone; null: that of the comparison"""
+    """guidance scale of this system; null: that of the comparison"""
     adapter_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """how much of its LoRA adapter: 0 the base, 1 as trained, between: interpolated"""
+    """scale of its LoRA adapter: 0 the base, 1 as trained, between: interpolated"""
     trained_on: list[str] | None = None
-    """rewards that it was trained on; null: read from the model's directory"""
+    """rewards of its training; null: read from the model's directory"""
 
     @field_validator("name")
     @classmethod
@@ -50,17 +50,17 @@ class SystemConfig(StrictModel):
     def _one_origin(self) -> SystemConfig:
         if (self.model is None) == (self.train is None):
             given = "both model and train" if self.model else "neither model nor train"
-            raise ValueError(f"'{self.name}' has {given}; give a model that is there, or a config to train one by")
+            raise ValueError(f"'{self.name}' has {given}; give an existing model, or a config that trains one")
         if self.overrides and self.train is None:
-            raise ValueError(f"'{self.name}' has overrides and trains nothing; remove them, or give train")
+            raise ValueError(f"'{self.name}' has overrides but no train; remove them, or give train")
         return self
 
 
 @dataclass(frozen=True)
 class Replica:
-    """A system trained from one of the training seeds; `seed` None: as its config says, or not trained here at all.
+    """A system trained from one of the training seeds; `seed` None: the seed of its config, or not trained here.
 
-    `name` is the system's own for the first replica, and names the folder of the images.
+    `name` is the system's for the first replica, and names the folder of the images.
     """
 
     name: str
@@ -69,24 +69,24 @@ class Replica:
 
 
 class SystemsConfig(StrictModel):
-    """What every comparison says, whatever its systems are asked for."""
+    """The settings that all comparisons share."""
 
     systems: list[SystemConfig] = Field(min_length=1)
-    """the models that take part"""
+    """the models to compare"""
     output: str
-    """folder for report.html, results.json and all that the systems made"""
+    """folder for report.html, results.json and all outputs of the systems"""
     baseline: str | None = None
-    """name of the system that the others are compared with; null: the first"""
+    """name of the system to compare the others with; null: the first"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """type of the weights"""
     batch_size: int = Field(8, ge=1)
-    """images drawn, or questions answered, at once"""
+    """images generated, or questions answered, at once"""
     limit: int | None = Field(None, ge=1)
-    """use only the first so many prompts or questions"""
+    """use only this many prompts or questions, from the first"""
     budget: BudgetConfig | None = None
-    """what each of the systems trained here may cost, as their `trainer.budget`; null: what their configs say"""
+    """`trainer.budget` of each system trained here; null: that of its config"""
     training_seeds: list[int] | None = Field(None, min_length=1)
-    """every system with `train` is trained once from each; null: once, from the seed that its config says"""
+    """train every system with `train` once from each seed; null: once, from the seed of its config"""
     resamples: int = Field(RESAMPLES, ge=100)
     """bootstrap resamples behind every interval"""
 
@@ -114,7 +114,7 @@ class SystemsConfig(StrictModel):
         for system in self.systems:
             own = next((text for text in system.overrides if text.startswith("trainer.budget")), None)
             if own is not None:
-                raise ValueError(f"systems: '{system.name}' overrides {own}, and budget holds for all; remove one")
+                raise ValueError(f"systems: '{system.name}' overrides {own}, and budget applies to all; remove one")
 
     def _check_training_seeds(self) -> None:
         if self.training_seeds is None:
@@ -124,7 +124,7 @@ class SystemsConfig(StrictModel):
         for system in self.systems:
             own = next((text for text in system.overrides if text.partition("=")[0].strip() == "trainer.seed"), None)
             if own is not None:
-                raise ValueError(f"systems: '{system.name}' overrides {own}, and training_seeds say it; remove one")
+                raise ValueError(f"systems: '{system.name}' overrides {own}, and training_seeds sets it; remove one")
         counts = Counter(replica.name for replica in self.replicas)
         for replica in self.replicas:
             if replica.name != replica.system.name and counts[replica.name] > 1:
@@ -140,7 +140,7 @@ class SystemsConfig(StrictModel):
 
     @property
     def replicas(self) -> list[Replica]:
-        """What is trained, drawn and scored: the systems in their order, the trained ones once a training seed."""
+        """The replicas of the comparison: the systems in order, the trained ones once a training seed."""
         return [replica for system in self.systems for replica in self.replicas_of(system)]
 
     def replicas_of(self, system: SystemConfig) -> list[Replica]:
@@ -155,21 +155,21 @@ class SystemsConfig(StrictModel):
 
 
 def no_duplicates(what: str, key: str, values: list[str]) -> None:
-    """Refuse values that occur twice, in the words of a validation error."""
+    """Raise a validation error for values that occur twice."""
     twice = [value for value, count in Counter(values).items() if count > 1]
     if twice:
         raise ValueError(f"{what}: {', '.join(twice)} occurs more than once; give each its own {key}")
 
 
 def different_seeds(seeds: list[int] | None) -> list[int] | None:
-    """Refuse seeds that are negative or occur twice, in the words of a validation error."""
+    """Raise a validation error for seeds that are negative or occur twice."""
     if seeds is not None and (min(seeds) < 0 or len(set(seeds)) != len(seeds)):
         raise ValueError(f"given {seeds}; allowed: different whole numbers of at least 0")
     return seeds
 
 
 def check_values(schema: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Check a comparison put together in code or from command line options; None means the default.
+    """Check a comparison made in code or from command line options; None means the default.
 
     Raises:
         UserError: something in it is wrong.

@@ -1,4 +1,4 @@
-"""What is known of a model before it draws: a fingerprint of its weights, its training run, its training rewards."""
+"""Facts about a model: a fingerprint of its weights, its training run, its training rewards."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mmalign.training.tracking import read_metrics
 from pipelines import fingerprint_model
 
 _MAX_LINEAGE = 8
-LOOK = "evaluation/"
-"""What the metrics of a look at fixed prompts start with, before the reward's name."""
+EVALUATION = "evaluation/"
+"""Prefix of the metrics of an evaluation on fixed prompts, before the reward's name."""
 COSTS = ("images_seen", "images_sampled", "reward_calls", "seconds")
-"""What a training run counts: images through the network, images sampled, images scored, wall time without looks."""
+"""What a run counts: images through the network, images sampled, images scored, and seconds without evaluations."""
 MEMORY = "memory_gb"
-"""The peak memory of a training run, in GB: the GPU's, or that of the process where there is none."""
+"""The peak memory of a training run, in GB: the GPU's, or without one that of the process."""
 
 Curves = dict[str, list[tuple[int, float]]]
 """Metric -> (step, value) of a training run."""
@@ -35,9 +35,9 @@ class SystemFacts:
     """One system of a comparison.
 
     `adapter_scale` is how much of its adapter is used. `run_config` is the flattened resolved configuration of its
-    training ("trainer.steps" -> 400), empty where there was none. `looks` are the evaluations of its training, each a
-    mapping of "evaluation/REWARD" to a mean and of `COSTS` to what the training had cost by then, taken at
-    `look_steps`; `cost` is what all of it cost, `MEMORY` included; all three are empty where that was not counted.
+    training ("trainer.steps" -> 400), empty where there was none. `evaluations` are those of its training, each a
+    mapping of "evaluation/REWARD" to a mean and of `COSTS` to the training's cost up to then, taken at
+    `evaluation_steps`; `cost` is its total cost, `MEMORY` included; all three are empty where that was not counted.
     `remark` says why `trained_on` may be incomplete; `control` marks the baseline at another guidance.
     """
 
@@ -48,16 +48,16 @@ class SystemFacts:
     trained_on: list[str] = field(default_factory=list)
     run_config: dict[str, Any] = field(default_factory=dict)
     curves: Curves = field(default_factory=dict)
-    looks: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict)
     adapter_scale: float = 1.0
     remark: str = ""
     control: bool = False
-    look_steps: list[int] = field(default_factory=list)
+    evaluation_steps: list[int] = field(default_factory=list)
 
-    def look_at(self, step: int) -> dict[str, float]:
-        """Return the last look that was taken at a step of `look_steps`."""
-        return dict(zip(self.look_steps, self.looks, strict=True))[step]
+    def evaluation_at(self, step: int) -> dict[str, float]:
+        """Return the last evaluation at a step of `evaluation_steps`."""
+        return dict(zip(self.evaluation_steps, self.evaluations, strict=True))[step]
 
 
 def read_system(
@@ -68,13 +68,13 @@ def read_system(
     adapter_scale: float = 1.0,
     identify: Callable[..., str] = fingerprint_model,
 ) -> SystemFacts:
-    """Collect the facts of a system; `trained_on` overrules what its directory says.
+    """Collect the facts of a system; `trained_on` overrides its directory.
 
-    `identify` takes the fingerprint of the kind of model that it is.
+    `identify` returns the fingerprint of this kind of model.
 
     Raises:
-        UserError, PipelineError: the model does not exist, is no model, has no adapter to scale, or its files
-            contradict each other.
+        UserError, PipelineError: the model does not exist, is not a model, has no adapter to scale, or its files
+        contradict each other.
     """
     location = resolve_model(model)
     if adapter_scale != 1:
@@ -90,8 +90,8 @@ def read_system(
         trained_on=list(declared),
         run_config=flatten(run_config),
         curves=read_curves(metrics),
-        looks=read_looks(metrics),
-        look_steps=[int(line["step"]) for line in metrics if _is_look(line)],
+        evaluations=read_evaluations(metrics),
+        evaluation_steps=[int(line["step"]) for line in metrics if _is_evaluation(line)],
         cost=read_cost(metrics),
         adapter_scale=adapter_scale,
         remark=remark,
@@ -99,7 +99,7 @@ def read_system(
 
 
 def find_trained_on(location: str) -> tuple[list[str], str]:
-    """Return the rewards that a model was trained on, its ancestors' included, and a remark on what is unknown."""
+    """Return the rewards that a model was trained on, its ancestors' included, and a remark if some are unknown."""
     found: dict[str, None] = {}
     remarks: dict[str, None] = {}
     for _ in range(_MAX_LINEAGE):
@@ -117,7 +117,7 @@ def find_trained_on(location: str) -> tuple[list[str], str]:
         try:
             location = resolve_model(parent)
         except UserError:
-            remarks[f"its starting model {parent} is not here any more"] = None
+            remarks[f"its starting model {parent} no longer exists"] = None
             break
     return list(found), "; ".join(remarks)
 
@@ -134,14 +134,17 @@ def read_curves(metrics: list[dict[str, Any]]) -> Curves:
     return curves
 
 
-def read_looks(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Return the rewards of every look with what the training had cost by then; empty where that was not counted."""
-    looks = [_numbers(line) for line in metrics if _is_look(line)]
-    return [{name: value for name, value in look.items() if name in COSTS or name.startswith(LOOK)} for look in looks]
+def read_evaluations(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Return the rewards of every evaluation with the training's cost up to then; empty where cost was not counted."""
+    evaluations = [_numbers(line) for line in metrics if _is_evaluation(line)]
+    return [
+        {name: value for name, value in evaluation.items() if name in COSTS or name.startswith(EVALUATION)}
+        for evaluation in evaluations
+    ]
 
 
 def _whole_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics of a training with those of the stages before it, steps and costs counted on."""
+    """Return a training's lines of metrics after those of earlier stages, with steps and costs continued."""
     method = _run_config(folder / FOLDER).get("method") or {}
     parts = [*(folder / FOLDER / str(stage) / "model" for stage in method.get("stages", [])[:-1]), folder]
     whole: list[dict[str, Any]] = []
@@ -154,20 +157,20 @@ def _whole_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_cost(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """Return what a training run cost in all, by `COSTS` and `MEMORY`; empty where that was not counted."""
+    """Return the total cost of a training run, by `COSTS` and `MEMORY`; empty where cost was not counted."""
     last: dict[str, Any] = next((line for line in reversed(metrics) if _is_counted(line)), {})
-    # A run that was gone on with counts its memory anew.
+    # A resumed run counts its memory anew.
     peaks = [peak for line in metrics if last and (peak := _numbers(line).get(MEMORY))]
     cost = {name: value for name, value in _numbers(last).items() if name in COSTS}
     return cost | ({MEMORY: max(peaks)} if peaks else {})
 
 
-def _is_look(line: Mapping[str, Any]) -> bool:
-    return any(name.startswith(LOOK) for name in line) and _is_counted(line)
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith(EVALUATION) for name in line) and _is_counted(line)
 
 
 def _is_counted(line: Mapping[str, Any]) -> bool:
-    # Every run logs seconds, but where nothing else is counted they hold the looks and start again on resuming.
+    # Every run logs seconds, but where nothing else is counted they include evaluations and restart on resuming.
     return "images_seen" in line
 
 
@@ -188,12 +191,12 @@ def _run_config(folder: Path) -> dict[str, Any]:
 
 
 def _pairs_rewards(pairs: str) -> tuple[list[str], str]:
-    """Return the rewards that labelled a set of pairs, or a remark that says why they are unknown."""
+    """Return the rewards that labelled a set of pairs, or a remark with the reason why they are unknown."""
     try:
         path = find(pairs)
         metadata = read_metadata(path) if path.suffix == ".parquet" else {}
     except UserError:
-        return [], f"its training pairs {pairs} are not here, so their reward is unknown"
+        return [], f"its training pairs {pairs} do not exist, so their reward is unknown"
     names = _reward_names(metadata.get("rewards") or metadata.get("reward"))
     return names, "" if names else f"its training pairs {pairs} name no reward"
 

@@ -1,7 +1,7 @@
-"""The systems that a comparison trains itself: found finished, gone on with, or trained, one after the other.
+"""The systems that a comparison trains, one after the other; finished ones are used and interrupted ones resumed.
 
-A training's folder is the `output` of its config. What lies there is used as it is if it was trained by the same
-resolved config; what was trained by another is refused, or set aside when the user says so. Of the training seeds of a
+A training's folder is the `output` of its config. An output trained by the same resolved config is used as it is; one
+trained by another config is refused, or set aside on request. Of the training seeds of a
 comparison the config's own trains into `output`, every other one into `<output>-seed<k>` beside it.
 """
 
@@ -30,9 +30,9 @@ State = Literal["absent", "unfinished", "finished", "different"]
 
 @dataclass
 class Training:
-    """One training, the replicas that come from it (at several adapter scales, say), and what its folder holds.
+    """One training, the replicas that come from it (at several adapter scales, say), and the state of its folder.
 
-    `differences` says for state "different" how: "trainer.steps was 200, now 400".
+    `differences` lists for state "different" the changes: "trainer.steps was 200, now 400".
     """
 
     config: RunConfig
@@ -43,20 +43,20 @@ class Training:
 
     @property
     def folder(self) -> Path:
-        """Where the run writes, absolute."""
+        """The output folder, absolute."""
         return Path(self.config.output).resolve()
 
 
 def train_systems(config: SystemsConfig, *, train: bool = True, retrain: bool = False) -> dict[str, str]:
-    """Train what is not there yet, and return the model of every replica of a comparison, by its name.
+    """Train the missing systems, and return the model of every replica of a comparison, by its name.
 
     Args:
-        train: False refuses to train: everything must be there.
+        train: False refuses to train: every training must be finished.
         retrain: set aside what was trained by a config that differs, and train it anew.
 
     Raises:
-        UserError: a config is wrong, a folder holds another training, something is missing that may not be trained,
-            or a training cannot work: all told before the first training starts.
+        UserError: a config is wrong, a folder holds another training, a training is missing that may not be done, or
+        cannot work: all reported before the first training starts.
         TrainingDiverged, DiskFull, ExportError, TrainingInterrupted: see `mmalign.training.train.train`.
     """
     trainings = plan_trainings(config)
@@ -71,7 +71,7 @@ def train_systems(config: SystemsConfig, *, train: bool = True, retrain: bool = 
 
 
 def plan_trainings(config: SystemsConfig) -> list[Training]:
-    """Read and check the config of every training, in the order of the systems, and look into its folder.
+    """Read and check the config of every training, in the order of the systems, and inspect its folder.
 
     Raises:
         UserError: one line a fault, all of them.
@@ -92,23 +92,23 @@ def plan_trainings(config: SystemsConfig) -> list[Training]:
         raise ConfigIssues(faults)
     anew: set[Path] = set()
     for training in trainings.values():
-        training.state, training.differences = _look_into(training.config)
+        training.state, training.differences = _inspect(training.config)
         if training.state in ("finished", "unfinished") and Path(training.config.model).resolve() in anew:
-            training.state, training.differences = "different", [f"model {training.config.model} is trained anew"]
+            training.state, training.differences = "different", [f"model {training.config.model} will be retrained"]
         if training.state == "different":
             anew.add(training.folder)
     return list(trainings.values())
 
 
 def training_overrides(system: SystemConfig, budget: BudgetConfig | None) -> list[str]:
-    """Return the overrides that a system's config is read with: its own, and the budget of the comparison."""
+    """Return the overrides for a system's config: its own, and the budget of the comparison."""
     if budget is None:
         return system.overrides
     return [*system.overrides, f"trainer.budget={json.dumps(budget.model_dump(exclude_none=True))}"]
 
 
 def _read_run(replica: Replica, budget: BudgetConfig | None) -> RunConfig:
-    """Read the config that a replica is trained by: that of its system, or that from another seed beside it."""
+    """Read the training config of a replica: that of its system, with its own seed and output for further seeds."""
     system = replica.system
     run = load_config(str(system.train), training_overrides(system, budget))
     if replica.seed in (None, run.trainer.seed):
@@ -121,7 +121,7 @@ def _add(trainings: dict[Path, Training], replica: Replica, run: RunConfig) -> N
     """Note the training of a replica, once if systems share it.
 
     Raises:
-        UserError: it cannot be what the system takes it for, or is not alone in its folder.
+        UserError: the config does not fit the system, or another training uses its folder.
     """
     system = replica.system
     if system.adapter_scale != 1 and run.adapter.kind != "lora":
@@ -142,7 +142,7 @@ def _add(trainings: dict[Path, Training], replica: Replica, run: RunConfig) -> N
 
 
 def _nested(trainings: list[Training], output: Path) -> list[str]:
-    """Refuse folders within a training's folder, which could be set aside with it."""
+    """Refuse folders inside a training's folder, which could be set aside with it."""
     others = {"the comparison": output, **{f"system '{one.systems[0]}'": one.folder for one in trainings}}
     return [
         f"{name}: its output {folder} lies in that of system '{training.systems[0]}'; choose one beside it"
@@ -152,11 +152,11 @@ def _nested(trainings: list[Training], output: Path) -> list[str]:
     ]
 
 
-def _look_into(run: RunConfig) -> tuple[State, list[str]]:
-    """Return what a training's folder holds and, if that is another training, what differs."""
+def _inspect(run: RunConfig) -> tuple[State, list[str]]:
+    """Return the state of a training's folder and, if it holds another training, the differences."""
     output = Path(run.output)
     kept = output / CONFIG_FILE
-    if len(build_method(run).stages) > 1:  # beside the model lies the config of the last stage alone
+    if len(build_method(run).stages) > 1:  # the model's folder holds the config of the last stage alone
         kept = output / FOLDER / CONFIG_FILE
         if not kept.is_file() and (output / FOLDER).is_dir():
             return "unfinished", []
@@ -178,7 +178,7 @@ def _look_into(run: RunConfig) -> tuple[State, list[str]]:
 
 
 def _within_budget(run: RunConfig, differences: list[tuple[str, str]]) -> bool:
-    """Tell whether a run of another budget, or of none, did all its steps and cost no more than the present one."""
+    """Tell whether a run with another budget, or none, did all its steps within the present budget."""
     if any(not key.startswith("trainer.budget") for key, _ in differences):
         return False
     metrics = read_metrics(Path(run.output))
@@ -190,12 +190,12 @@ def _within_budget(run: RunConfig, differences: list[tuple[str, str]]) -> bool:
 
 
 def _values(run: RunConfig) -> dict[str, object]:
-    # The same folder can be written in two ways, and where a run is kept changes nothing in it.
+    # One folder has several paths, and the place of a run does not change it.
     return flatten(run.model_dump(mode="json", exclude={"output"}))
 
 
 def _refusal(training: Training, train: bool, retrain: bool) -> str | None:
-    """Return why a training cannot be done as the user wants it, if so."""
+    """Return the reason why a training cannot be done as requested, if there is one."""
     name, output = training.systems[0], training.config.output
     if training.state == "different" and not (train and retrain):
         return (
@@ -208,7 +208,7 @@ def _refusal(training: Training, train: bool, retrain: bool) -> str | None:
 
 
 def _try_out(trainings: list[Training]) -> None:
-    """Open the inputs of all trainings before the first one starts, so that a fault in the last costs no hour."""
+    """Open the inputs of all trainings before the first one starts, so that errors show before any training."""
     from mmalign.training.train import plan
 
     made_here = {training.folder for training in trainings}
@@ -222,15 +222,15 @@ def _try_out(trainings: list[Training]) -> None:
 
 
 def _complete(training: Training, title: str) -> None:
-    """Make sure that a training is there, with a line that says what was done about it."""
+    """Complete a training and print one line about it."""
     output = training.config.output
     if training.state == "finished":
         note(f"── {title}: trained already, in {output}")
         return
-    note(f"── {title}: {'goes on' if training.state == 'unfinished' else 'trains'} into {output}")
+    note(f"── {title}: {'resumes' if training.state == 'unfinished' else 'trains'} into {output}")
     if training.state == "different":
         set_aside(Path(output))
     from mmalign.training.train import train
 
-    reset_peak_memory()  # that of the training before is none of this one's cost
+    reset_peak_memory()  # the memory peak of the training before must not count for this one
     train(training.config)

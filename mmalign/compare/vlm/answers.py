@@ -1,4 +1,4 @@
-"""Every system answers every question about the videos, and about the same videos with shuffled frames."""
+"""The systems' answers to all questions about the videos, and about the same videos with shuffled frames."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SINGLE_FRAMES = Perturbation(("block_shuffle",), 2**20)  # blocks of one frame 
 
 @dataclass(frozen=True)
 class Sheet:
-    """One model's answers to all questions, and which are right; those to shuffled videos if they were asked for."""
+    """One model's answers to all questions, and which are right; with those about shuffled videos, if measured."""
 
     answers: list[str]
     right: list[bool]
@@ -33,10 +33,10 @@ class Sheet:
 
 
 def choose_questions(config: QuestionConfig) -> list[QuestionItem]:
-    """Return the questions of a comparison: at most `limit`, and never a part of a group of twins.
+    """Return the questions of a comparison: at most `limit`, groups of twins whole.
 
     Raises:
-        UserError: there are none, the limit is smaller than the first group, or captions that nobody can judge.
+        UserError: there are none, the limit is smaller than the first group, or captions without a judge.
     """
     items = load_video_questions(config.questions, config.formats)
     if "captioning" in config.formats and items[0].judge is None:
@@ -56,12 +56,12 @@ def choose_questions(config: QuestionConfig) -> list[QuestionItem]:
 
 
 def video_reader(config: QuestionConfig) -> VideoReader:
-    """Return what reads the frames that are shown."""
+    """Return the reader of the frames that are shown."""
     return VideoReader(Frames(config.frames, config.fps))
 
 
 def answer_questions(config: QuestionConfig, name: str, model: str, items: Sequence[QuestionItem]) -> Sheet:
-    """Let one model answer, greedily; its answers are kept in `<output>/answers` by model and content.
+    """Answer the questions by one model, greedily; answers are kept in `<output>/answers` by model and content.
 
     The frames of a video are shuffled by (seed, video), alike for every question about it and every model, and never
     left in their order.

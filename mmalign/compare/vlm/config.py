@@ -1,4 +1,4 @@
-"""A comparison of vision-language models: the same systems, asked questions about videos instead of drawing.
+"""A comparison of vision-language models: systems answer questions about videos instead of generating images.
 
     systems:
       - {name: base, model: assets/shapes-vlm}
@@ -7,7 +7,7 @@
     questions: runs/shapes_vlm/test
     output: runs/versus/compare
 
-`questions` takes the place of `prompts` and `rewards`; what the systems, budget and training seeds mean stays.
+`questions` takes the place of `prompts` and `rewards`; systems, budget and training seeds mean the same.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Format = Literal["multi-choice", "yes_no", "caption_matching", "captioning"]
 
 
 class QuestionConfig(SystemsConfig):
-    """One comparison of vision-language models, as `mmalign compare` takes it."""
+    """One comparison of vision-language models."""
 
     questions: str
     """a folder that `mmalign shapes videos` wrote, TempCompass's with questions/ and videos/, or a set of your own"""
     formats: list[Format] = Field(["multi-choice", "yes_no", "caption_matching"], min_length=1)
-    """formats of the questions that are asked; captioning needs a set that judges captions, such as Shapes"""
+    """formats of the questions; captioning needs a set that judges captions, such as Shapes"""
     frames: int | None = Field(None, ge=1)
-    """how many frames of each video are shown, spread evenly; null: see fps"""
+    """number of frames shown of each video, evenly spaced; null: see fps"""
     fps: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """how many frames a second are shown; null: all frames, unless `frames` is given"""
+    """number of frames shown a second; null: all frames, unless `frames` is given"""
     max_new_tokens: int = Field(32, ge=1)
     """longest answer"""
     shuffle_seed: int | None = Field(0, ge=0)
-    """every video is shown once more with its frames shuffled from this seed; null: that is not measured"""
+    """seed for showing every video once more with shuffled frames; null: not measured"""
 
     @field_validator("formats")
     @classmethod
@@ -65,7 +65,7 @@ class QuestionConfig(SystemsConfig):
 def load_comparison(
     source: Source, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None
 ) -> CompareConfig | QuestionConfig:
-    """Read a comparison of either kind as `load_config` does; `questions` in it: of vision-language models.
+    """Read a comparison of either kind as `load_config` does; one with `questions` is of vision-language models.
 
     Raises:
         UserError: the file cannot be read, or anything in it is wrong: one line a fault, all of them.

@@ -19,7 +19,7 @@ from mmalign.core.io.decode import Frames
 from mmalign.data.video.items import QuestionItem
 
 MOST_QUESTIONS = 300
-"""More questions than this and only some are shown, evenly spaced and never picked by who answers them right."""
+"""Above this number, only some questions are shown, evenly spaced and never chosen by their answers."""
 MOST_FRAMES = 8
 FRAME_SIDE = 128
 """Frames wider or higher than this are shrunk to it."""
@@ -29,7 +29,7 @@ _GAP = 2
 def question_gallery(
     config: QuestionConfig, items: Sequence[QuestionItem], sheets: Mapping[str, Sheet]
 ) -> dict[str, Any]:
-    """Return the cards of the questions; `sheets` are those that are shown, by system."""
+    """Return the cards of the questions; `sheets` are the answer sheets to show, by system."""
     shown = choose_prompts(len(items), 1, MOST_QUESTIONS)
     reader, strips, cards = video_reader(config), {}, []
     for position, index in enumerate(shown):

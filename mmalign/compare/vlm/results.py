@@ -1,8 +1,8 @@
 """The numbers of a comparison of vision-language models: accuracies by format, twin accuracy, shuffle sensitivity.
 
-Questions about one video, and about videos that conflict with it, are right or wrong together. What is resampled is
-therefore the *family*: all questions that are linked by a video or by a group of twins. On Shapes that is a family of
-conflicting videos with everything asked about it, of TempCompass a video with all that was made from it.
+Questions about one video, and about videos that conflict with it, are right or wrong together. The unit of resampling
+is therefore the *family*: all questions that are linked by a video or by a group of twins. On Shapes a family is a set
+of conflicting videos with all their questions, on TempCompass a video with all videos made from it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FACTS = {
     ),
     SENSITIVITY: RewardFacts(
         SENSITIVITY, SENSITIVITY, "questions", "",
-        "Accuracy minus that on the same videos with shuffled frames: near 0 where time is not seen, or not needed.",
+        "Accuracy minus that on the same videos with shuffled frames: near 0 if order is not used or not needed.",
         True, False, "", _RULES, "", neutral=True,
     ),
 }  # fmt: skip
@@ -50,7 +50,7 @@ def families(questions: Sequence[VideoQuestion]) -> list[str]:
 
 
 def question_scores(sheets: Mapping[str, Sheet]) -> dict[str, Scores]:
-    """Return what is measured of each question -> model -> `[questions, 1]`."""
+    """Return measure -> model -> value of each question, `[questions, 1]`."""
     scores: dict[str, Scores] = {ACCURACY: {name: _column(sheet.right) for name, sheet in sheets.items()}}
     drops = {
         name: _column(sheet.right) - _column(sheet.right_shuffled)
@@ -65,7 +65,7 @@ def _column(values: Sequence[bool]) -> np.ndarray:
 
 
 def question_numbers(comparison: Comparison, questions: Sequence[VideoQuestion], source: str) -> dict[str, Any]:
-    """Return what results.json holds as `questions`, beside the accuracies over all and by aspect.
+    """Return the entry `questions` of results.json: accuracies besides those over all and by aspect.
 
     Temporal questions are of TempCompass's aspects; static ones are single-frame questions (colour, shape, count).
     """

@@ -1,11 +1,11 @@
 """Compare vision-language models: same questions, greedy answers, intervals over families of videos, one report.
 
     <output>/report.html, results.json, config.yaml
-    <output>/scores.csv     right or wrong, of every question and system, and how shuffling the frames changed that
+    <output>/scores.csv     right or wrong, of every question and system, and the effect of shuffling the frames
     <output>/answers.csv    every answer
     <output>/answers/       answers by model and content, for the next call
 
-Run again, it trains and asks only what is new.
+A second call trains and asks only what is new.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from mmalign.data.video.items import QuestionItem
 
 
 def compare_questions(config: QuestionConfig, *, train: bool = True, retrain: bool = False) -> Outcome:
-    """Train what is missing, ask every system every question, and write report, results, scores and answers.
+    """Train missing systems, ask every system every question, and write report, results, scores and answers.
 
     For `train` and `retrain` see `mmalign.compare.systems.training.train_systems`.
 
     Raises:
-        UserError, PipelineError: a model or the questions are not what the config takes them for.
+        UserError, PipelineError: a model or the questions do not fit the config.
     """
     from mmalign.compare.vlm.gallery import question_gallery
 
@@ -52,7 +52,7 @@ def compare_questions(config: QuestionConfig, *, train: bool = True, retrain: bo
 def assemble(
     config: QuestionConfig, items: list[QuestionItem], facts: dict[str, SystemFacts], sheets: dict[str, Sheet]
 ) -> Comparison:
-    """Put everything that was measured together; `facts` and `sheets` are by the names of replicas."""
+    """Combine all measurements; `facts` and `sheets` have the replicas' names as keys."""
     systems, replicas = merge_systems(config, facts)
     names = replica_names([*systems], replicas)
     scores = gather_scores(question_scores(sheets), names)

@@ -15,12 +15,12 @@ from mmalign.core.io.video_questions import VideoQuestion
 
 LETTERS = ("A", "B", "C", "D")
 Judge = Callable[[VideoQuestion, str], bool]
-"""Says whether a response answers a question right; asked only where the rules cannot tell."""
+"""Says whether a response answers a question right; called only where the rules cannot decide."""
 
 
 @dataclass(frozen=True)
 class Rating:
-    """Whether a response is right, and whether a rule (rather than a judge, or nobody) said so."""
+    """Whether a response is right, and whether a rule decided it rather than a judge or the default."""
 
     right: bool
     matched: bool
@@ -103,7 +103,7 @@ def shuffle_sensitivity(
 ) -> dict[str, float]:
     """Accuracy on videos minus accuracy on the same videos with shuffled frames, by aspect and (`all`) over all.
 
-    Near 0 for a model that sees no time, and for aspects (colour, shape, count) that need none.
+    Near 0 for a model that ignores the order of frames, and for aspects (colour, shape, count) that do not need it.
     """
     before = accuracy_by(questions, right, lambda question: question.aspect)
     after = accuracy_by(questions, right_shuffled, lambda question: question.aspect)

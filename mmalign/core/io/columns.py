@@ -1,4 +1,4 @@
-"""Columns that tables of several kinds share, and what is said of one that is missing."""
+"""Columns that tables of several kinds share, and the error for a missing one."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Frames:
         """Return the indices of the frames taken, of `total` at `rate` frames a second (None: unknown).
 
         Raises:
-            UserError: `fps` is asked of frames that have no rate.
+            UserError: `fps` is set and the frames have no rate.
         """
         if self.count is not None:
             if self.count >= total:
@@ -70,10 +70,10 @@ def decode(media: bytes | Path | Slice, modality: str, frames: Frames = ALL_FRAM
 def decode_video(
     data: bytes | Path, frames: Frames = ALL_FRAMES, rate: float | None = None
 ) -> tuple[Tensor, float | None]:
-    """Return the frames of a video that are taken, as `decode` does, and how many of them there are a second.
+    """Return the selected frames of a video, as `decode` does, and their rate (frames a second).
 
-    `rate` is that of all its frames, for videos that do not state it (or state it wrongly); the one returned is None
-    where nobody knows it.
+    `rate` is that of all its frames, for videos that do not state it (or state it wrongly); the returned one is None
+    where it is unknown.
 
     Raises:
         UserError, RewardError, OSError: it cannot be read; PIL and PyAV raise errors of their own besides.

@@ -19,7 +19,7 @@ Media = bytes | Path
 
 
 def read_bytes(media: Media, name: str) -> bytes:
-    """Return the encoded bytes of an image; `name` says in an error which record it belongs to.
+    """Return the encoded bytes of an image; `name` identifies its record in errors.
 
     Raises:
         UserError: the file cannot be read.
@@ -60,7 +60,7 @@ def open_image(data: bytes, name: str) -> Image.Image:
 
 
 def _unreadable(name: str, data: bytes, error: Exception) -> UserError:
-    # PIL prints the address of the buffer, which tells the reader nothing and changes from run to run.
+    # PIL prints the address of the buffer, which carries no information and changes from run to run.
     reason = " ".join(str(error).split("<_io")[0].split()) or type(error).__name__
     return UserError(f"{name}: unreadable image ({len(data)} bytes: {reason})")
 

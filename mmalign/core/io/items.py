@@ -1,4 +1,4 @@
-"""What there is to score: one image or video with its prompt, known before its bytes are read."""
+"""Items to score: one image or video with its prompt, known before its bytes are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 4 << 30
-"""A member of an archive that claims to be larger is taken for damaged."""
+"""A member of an archive that claims to be larger counts as damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +36,16 @@ class Slice:
 
 
 Media = bytes | Path | Slice | Callable[[], bytes]
-"""Where an image or video is. A callable is called in the order of the items, from one thread."""
+"""The place of an image or video. A callable is called in the order of the items, from one thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One image or video.
 
-    name: what tells it apart, and what messages call it: a path, `table.csv#3`, `shard.tar/0001.jpg`. path: the file
-    as given, where there is one. stamp: size and time of the file that holds it; scores are made again where it
-    changed. extra: whatever the caller wants back beside the score.
+    name: its identifier, also in messages: a path, `table.csv#3`, `shard.tar/0001.jpg`. path: the file
+    as given, where there is one. stamp: size and time of the file that holds it; a changed one makes its scores stale.
+    extra: any value that the caller wants back with the score.
     """
 
     name: str

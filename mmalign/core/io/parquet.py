@@ -36,7 +36,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Return what mmalign wrote about a file's making (rewards, model, settings); empty for a file of others."""
+    """Return mmalign's metadata of a file (rewards, model, settings); empty for other files."""
     raw = (open_parquet(Path(path)).schema_arrow.metadata or {}).get(METADATA_KEY)
     return json.loads(raw) if raw else {}
 
@@ -104,7 +104,7 @@ class RowWriter:
 
 @contextmanager
 def atomic_parquet(path: Path, schema: pa.Schema, metadata: Mapping[str, Any]) -> Iterator[RowWriter]:
-    """Write a file beside its final place and rename it when all went well; a failure leaves nothing behind."""
+    """Write a file beside its final place and rename it on success; a failure leaves nothing behind."""
     described = schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
     # PNG and JPEG do not compress further; snappy on the text columns is cheap.
     with replacing(path) as aside, pq.ParquetWriter(aside, described, compression="snappy") as writer:

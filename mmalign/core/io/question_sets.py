@@ -1,4 +1,4 @@
-"""Sets of videos with questions: what a set offers, how one is recognised, and TempCompass's own layout.
+"""Sets of videos with questions: the protocol of a set, how one is recognised, and TempCompass's own layout.
 
 A third party's set joins by an entry point, which names a class that satisfies `QuestionSet`:
 
@@ -20,11 +20,11 @@ from mmalign.core.registry import question_sets
 
 
 class Truth(Protocol):
-    """What is true of one video, known without its pixels, such as from a scene graph."""
+    """The truth about one video, known without its pixels, such as from a scene graph."""
 
     @property
     def frames(self) -> int:
-        """How many frames the video has."""
+        """The number of frames."""
 
     def states(self) -> list[Hashable]:
         """Return the state of each frame; frames of equal states show the same event."""
@@ -41,7 +41,7 @@ class Truth(Protocol):
 
 @dataclass(frozen=True)
 class SetVideo:
-    """One video of a set: its name in questions, its file, and what is known to be true of it, if anything is."""
+    """One video of a set: its name in questions, its file, and its truth where that is known."""
 
     name: str
     file: Path
@@ -52,7 +52,7 @@ class QuestionSet(Protocol):
     """A folder of videos with questions in the formats of `mmalign.core.io.video_questions`."""
 
     layout: str
-    """what a path must be to hold such a set, as an error message puts it: "a folder with ..." """
+    """the required kind of path, in the words of an error message: "a folder with ..." """
 
     def __init__(self, path: Path) -> None:
         """Open the set at a path that `holds` accepts."""
@@ -63,7 +63,7 @@ class QuestionSet(Protocol):
 
     @property
     def judge(self) -> Judge | None:
-        """What rates the answers that no rule can read, above all captions; None: nothing does."""
+        """The judge of answers that no rule can read, above all captions; None: no judge."""
 
     def videos(self) -> list[SetVideo]:
         """Return the videos.
@@ -111,11 +111,11 @@ class TempCompass:
 
 
 def find_question_set(path: Path) -> QuestionSet | None:
-    """Return the set that lies at a path, or None; TempCompass is asked last, since any set may have `videos/`."""
+    """Return the set that lies at a path, or None; TempCompass is tried last, since any set may have `videos/`."""
     kinds: list[type[QuestionSet]] = [*map(question_sets.get, question_sets.names()), TempCompass]
     return next((kind(path) for kind in kinds if kind.holds(path)), None)
 
 
 def known_layouts() -> str:
-    """Return where questions about videos can be found, as an error message puts it."""
+    """Return the known kinds of question sets, in the words of an error message."""
     return ", or ".join(kind.layout for kind in [*map(question_sets.get, question_sets.names()), TempCompass])

@@ -19,7 +19,7 @@ _FILE_COLUMNS = ("file_name", "file", "path")
 
 
 def file_columns(modality: str) -> tuple[str, ...]:
-    """Return the columns that may name a medium, the most telling first."""
+    """Return the columns that may name a medium, the most specific first."""
     return modality, f"{modality}_path", *_FILE_COLUMNS
 
 
@@ -49,7 +49,7 @@ def table_items(path: Path, modality: str) -> Iterator[Item]:
 
 
 class Table:
-    """The rows of a JSONL, CSV, TSV or parquet file; of parquet, media are only read when they are asked for."""
+    """The rows of a JSONL, CSV, TSV or parquet file; media inside parquet are only read on access."""
 
     def __init__(self, path: Path) -> None:
         """Find the columns: of rows that are objects, every key that occurs.
@@ -72,7 +72,7 @@ class Table:
                 yield from batch.to_pylist()
 
     def cells(self, columns: Sequence[str]) -> Callable[[int], Mapping[str, Any]]:
-        """Return what gives these columns of a row by its number; rising numbers are the cheap order."""
+        """Return a function from a row's number to these columns; rising numbers are the cheap order."""
         return ForwardReader(self.path, columns).row if self._parquet else self._rows.__getitem__
 
 

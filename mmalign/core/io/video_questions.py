@@ -33,14 +33,14 @@ TOPICS = {
     "shape": "shape",
     "count": "count",
 }
-"""What a question is about, more finely than its aspect -> that aspect."""
+"""Topic of a question, finer than its aspect -> that aspect."""
 INSTRUCTIONS = {
     "multi-choice": "\nPlease directly give the best option:",
     "yes_no": "\nPlease answer yes or no:",
     "caption_matching": "\nPlease directly give the best option:",
     "captioning": "",
 }
-"""What the official evaluation appends to a question of each format."""
+"""The instruction that the official evaluation appends to a question of each format."""
 
 _EDITED = re.compile(r"_reverse$|_concat_\d$|(?<=\d_\d{10})_\d$")
 
@@ -50,8 +50,8 @@ class VideoQuestion:
     """One question about one video.
 
     answer: the whole option ("B. to the left", "yes", "Caption A: ..."); of a captioning question, the option of the
-    information that the caption must convey. group: the same for questions about conflicting videos that only a model
-    that sees time answers all right.
+    information that the caption must convey. group: the same for questions about conflicting videos, which only a
+    model that uses the order of frames answers all right.
     """
 
     id: str
@@ -64,12 +64,12 @@ class VideoQuestion:
 
     @property
     def prompt(self) -> str:
-        """What a model is asked: the question and the instruction of its format."""
+        """The prompt for a model: the question and the instruction of its format."""
         return self.text + INSTRUCTIONS[self.format]
 
     @property
     def label(self) -> str:
-        """The answer as the matching rules take it without its words: "B", "yes", "Caption A"."""
+        """The short answer that the matching rules accept: "B", "yes", "Caption A"."""
         return label_of(self.answer, self.format)
 
 

@@ -1,4 +1,4 @@
-"""Give images captions that do not fit them: by a language that knows them false, or by a source of contrasts.
+"""Give images captions that do not fit them: by a language that guarantees them false, or by a source of contrasts.
 
 A third party's language joins by an entry point in the group `mmalign.false_captions`. It names a function from a
 caption to captions that are false wherever it is true, by the kind of edit.
@@ -45,7 +45,7 @@ Edits = Callable[[str], Mapping[str, Sequence[str]]]
 
 @dataclass
 class PerturbCounts:
-    """What became of the images."""
+    """Counts of the images kept and left out."""
 
     kept: int = 0
     bad: int = 0
@@ -62,10 +62,10 @@ class PerturbCounts:
 
 
 def edits_of(source: Any) -> tuple[Edits, int]:
-    """Return a source of rejected captions, and how many captions it may be asked about at a time.
+    """Return a source of rejected captions, and the number of captions to give it at a time.
 
     `source` names a language of `mmalign.core.registry.false_captions`, such as "shapes", which checks that an edited
-    caption cannot be true as well; or is what `rewards.language.contrast.make_contrast` takes: "rules" of English, a
+    caption cannot be true as well; or an argument of `rewards.language.contrast.make_contrast`: "rules" of English, a
     file, or an endpoint. Of the rules, `drop` is left out: a caption without one of its things is still true.
     """
     if isinstance(source, str) and source in false_captions:
@@ -91,7 +91,7 @@ def perturb_captions(
 ) -> PerturbCounts:
     """Write the good images with their caption and a rejected one to `out`, in the columns of `data.labels`.
 
-    First the kind of edit is drawn, then the caption, so that the many colours do not crowd out the few relations;
+    The kind of edit is drawn first, then the caption, so that the few relations are as frequent as the many colours;
     both depend on (seed, id) alone. `source` is that of `edits_of`. `progress` is called with the images read.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Make images from prompts in batches: what `generate`, `pairs sample` and `compare` all do."""
+"""Generate images from prompts in batches, for `generate`, `pairs sample` and `compare`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.conditioning import Conditioning
 
 
 class GeneratedImage(NamedTuple):
-    """One image in [0, 1], float32 on the CPU, and what it was made from."""
+    """One image in [0, 1], float32 on the CPU, with its prompt and seed."""
 
     prompt_index: int
     seed: int
@@ -38,7 +38,7 @@ def generate_images(
 
     `seeds` holds the seeds used for every prompt alike, or one sequence of them for each prompt. An image depends on
     (model, settings, prompt, seed) alone, up to the rounding of kernels that differ between batch sizes; so that these
-    differ as little as possible, a last batch that is short is filled up and the surplus thrown away. Each distinct
+    differ as little as possible, a short last batch is filled up and the surplus discarded. Each distinct
     prompt is encoded once and forgotten after its last use. `progress` is called with the number of images newly made.
 
     Raises:
@@ -87,7 +87,7 @@ def _generate(
 
 
 class _PromptMemory:
-    """Encodes each distinct prompt when it is first needed and forgets it after its last job."""
+    """Encodes each distinct prompt at its first use and drops it after its last job."""
 
     def __init__(self, generator: Any, texts_of_jobs: list[str]) -> None:
         self._generator = generator

@@ -1,4 +1,4 @@
-"""Good images of two sources as one table: what a model drew and curated, and a share of real ones."""
+"""Good images of two sources as one table: a model's curated images, and a share of real ones."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def mix_real(
     seed: int = 0,
     metadata: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write all images of `own` and so many of `real` that they are `share` of the table; return their number.
+    """Write all images of `own` and enough of `real` to make up `share` of the table; return the number of real ones.
 
-    The real ones are drawn without repetition as long as there are any left, then anew. Both tables hold good images
+    The real ones are drawn without repetition until all are used, then again. Both tables hold good images
     alone (`read_labels(..., good_only=True)`); the file is one for `data.labels`, and keeps `metadata`.
     """
     count = real_count(len(own), share)

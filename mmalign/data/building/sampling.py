@@ -37,15 +37,15 @@ SCHEMA = pa.schema(
 )
 COLUMNS = tuple(SCHEMA.names)
 Key = tuple[str, int]
-"""(prompt_id, seed): what tells images of one file apart."""
+"""(prompt_id, seed): the key of an image in its file."""
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Everything that the images depend on besides prompt and seed; `seed` is the one that their seeds derive from.
+    """Everything that determines the images besides prompt and seed; their seeds derive from `seed`.
 
-    `fingerprint` identifies the model's content (and an extra adapter's), so that a model trained anew under the same
-    name is not mistaken for the old one; `model` is its name, for people.
+    `fingerprint` identifies the model's content (and an extra adapter's), so that a retrained model of the same name
+    is told from the old one; `model` is its name, for readers.
     """
 
     model: str
@@ -61,7 +61,7 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class SampleCounts:
-    """How much there is and how much of it this call made."""
+    """The number of images in all, and of those made by this call."""
 
     prompts: int
     repeated_prompts: int
@@ -70,7 +70,7 @@ class SampleCounts:
 
 
 def prompt_id(text: str) -> str:
-    """Return 16 hexadecimal digits that stand for a prompt, the same in every file."""
+    """Return 16 hexadecimal digits that identify a prompt, the same in every file."""
     return content_key(text)[:16]
 
 
@@ -86,8 +86,8 @@ def sample_images(
     """Complete `out/images.parquet`: `images_per_prompt` images for each distinct prompt, grouped by prompt.
 
     Columns: prompt, category, prompt_id, seed, image (PNG), model; the settings are in the file's metadata. Finished
-    parts are kept in `out/parts` until all are there, so an interrupted call goes on where it stopped, and a call with
-    more prompts or images adds to what is there. `open_generator` is called only if an image is missing.
+    parts are kept in `out/parts` until all are there, so an interrupted call can be resumed, and a call with more
+    prompts or images adds to the finished ones. `open_generator` is called only if an image is missing.
 
     Raises:
         UserError: `out` holds images made with other settings, or images_per_prompt is not positive.
@@ -174,7 +174,7 @@ def _generate_parts(
             if len(rows) >= PART_ROWS or time.monotonic() - written > PART_SECONDS:
                 _write_part(folder, rows, settings)
                 rows, written = [], time.monotonic()
-    finally:  # Ctrl-C too keeps what is done
+    finally:  # finished images are kept on Ctrl-C too
         if rows:
             _write_part(folder, rows, settings)
 

@@ -1,1 +1,1 @@
-"""What is learned from, encoded once and kept: latents, embeddings, references, in shards on disk."""
+"""Training data, encoded once and kept: latents, embeddings, references, in shards on disk."""

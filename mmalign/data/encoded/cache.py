@@ -1,4 +1,4 @@
-"""Stored preferences encoded once: image latents and prompt embeddings on disk, pairs dealt out as `PairBatch`.
+"""Stored preferences encoded once: image latents and prompt embeddings on disk, pairs returned as `PairBatch`.
 
 Each unique image and prompt is encoded once, even if samples share it or a later run has more of them. The mean and
 the standard deviation of the posterior are stored rather than a sample, so every epoch draws anew; the empty prompt
@@ -31,7 +31,7 @@ RecordT = TypeVar("RecordT", covariant=True)
 
 
 def default_cache_dir() -> Path:
-    """Return where encoded data is kept when a configuration does not say: `~/.cache/mmalign`."""
+    """Return the default folder of encoded data: `~/.cache/mmalign`."""
     return Path.home() / ".cache" / "mmalign"
 
 
@@ -39,7 +39,6 @@ def build_pair_cache(
     table: PairTable,
     generator: Any,
     data: DataConfig,
-    cache_dir: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
     *,
     batch_size: int = 16,
@@ -54,7 +53,7 @@ def build_pair_cache(
     """
     margins = torch.tensor(table.margins(), dtype=torch.float32)
     return CachedPairs(
-        **encode_table(table, pair_sides, generator, data, cache_dir, progress, batch_size, memory_limit),
+        **encode_table(table, pair_sides, generator, data, progress, batch_size, memory_limit),
         margins=None if bool(margins.isnan().all()) else margins,
     )
 
@@ -89,7 +88,6 @@ def encode_table(
     sides: Callable[[RecordT], Mapping[str, Media]],
     generator: Any,
     data: DataConfig,
-    cache_dir: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
     batch_size: int = 16,
     memory_limit: int = MEMORY_LIMIT,
@@ -104,13 +102,12 @@ def encode_table(
     Raises:
         UserError: an image cannot be read.
     """
-    folder = cache_folder(data, cache_dir)
     return {
-        "prompts": PromptEncoder(folder, generator, batch_size).encode(table.prompts, memory_limit),
+        "prompts": PromptEncoder(cache_folder(data), generator, batch_size).encode(table.prompts, memory_limit),
         "prompt_slots": torch.tensor([table.prompt_index(index) for index in range(len(table))]),
         "empty_slot": len(table.prompts),
         "caption_dropout": data.caption_dropout,
-        **encode_sides(table, sides, generator, data, cache_dir, progress, batch_size, memory_limit),
+        **encode_sides(table, sides, generator, data, progress, batch_size, memory_limit),
     }
 
 
@@ -119,15 +116,14 @@ def encode_sides(
     sides: Callable[[RecordT], Mapping[str, Media]],
     generator: Any,
     data: DataConfig,
-    cache_dir: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
     batch_size: int = 16,
     memory_limit: int = MEMORY_LIMIT,
 ) -> dict[str, Any]:
     """Encode the images alone, as `encode_table` does, and return the fields of `CachedSides`."""
-    folder = cache_folder(data, cache_dir)
     transform = PairTransform(data.resolution or generator.image_size, data.crop)
-    images = _ImageEncoder(folder, generator, transform, batch_size, flips=(False, True) if data.flip else (False,))
+    flips = (False, True) if data.flip else (False,)
+    images = _ImageEncoder(cache_folder(data), generator, transform, batch_size, flips)
     slots = array("q")
     for name, record in zip(table.ids, table, strict=True):
         decision = transform.decide(name)
@@ -144,9 +140,9 @@ def encode_sides(
     }
 
 
-def cache_folder(data: DataConfig, cache_dir: str | Path | None = None) -> Path:
+def cache_folder(data: DataConfig) -> Path:
     """Return the folder of what is encoded or computed once."""
-    return Path(cache_dir or data.cache or default_cache_dir()).expanduser()
+    return Path(data.cache or default_cache_dir()).expanduser()
 
 
 @dataclass(kw_only=True)
@@ -168,7 +164,7 @@ class CachedSides:
         return len(self.ids)
 
     def facts(self, index: int) -> tuple[str | float, ...]:
-        """Return what identifies a sample besides its id and prompt: the content of its images, then the rest."""
+        """Return the facts that identify a sample besides its id and prompt: the content of its images first."""
         return tuple(self.latent_keys[slot] for slot in self.slots[index, :, 0].tolist())
 
     def sides(self, indices: Sequence[int], epoch: int, seed: int) -> tuple[list[str], list[Tensor], Tensor]:
@@ -183,7 +179,7 @@ class CachedSides:
         return self.slots.shape[2] == 2 and uniform(seed, "flip", name, epoch) < 0.5
 
     def _draw(self, slots: Int[Tensor, " batch"], epoch: int, seed: int) -> Float[Tensor, "batch *latent"]:
-        """Return a sample of each image's posterior, from (seed, image, epoch); the mean if the VAE has no spread."""
+        """Return a sample of each image's posterior, from (seed, image, epoch); the mean without a variance."""
         rows = self.latents[slots]
         latents = rows["mean"].float()
         if "std" not in rows:
@@ -208,7 +204,7 @@ class CachedImages(CachedSides):
         dropped = torch.tensor([uniform(seed, "caption", name, epoch) < self.caption_dropout for name in ids])
         tensors = self.prompts[torch.where(dropped, self.empty_slot, slots)]
         if "time_ids" in tensors:
-            # SDXL is told the size of the training images: one row a sample, which holds for all its sides.
+            # SDXL is conditioned on the size of the training images: one row a sample, which holds for all its sides.
             size = float(self.resolution)
             tensors["time_ids"][:] = torch.tensor([size, size, 0.0, 0.0, size, size])
         return Conditioning.from_tensors(tensors)
@@ -239,7 +235,7 @@ class CachedPairs(CachedImages):
 
 
 class PromptEncoder:
-    """Encodes unique prompts, and what stands for no prompt, into a store."""
+    """Encodes unique prompts, and the embedding for no prompt, into a store."""
 
     def __init__(self, folder: Path, generator: Any, batch_size: int) -> None:
         """Open the store of this generator's text encoders."""
@@ -287,8 +283,8 @@ class _ImageEncoder:
     def add(self, media: Media, decision: Decision, name: str) -> list[int]:
         """Return the slot of an image, one for each flip; it is decoded only if an encoding is missing."""
         data = read_bytes(media, name)
-        # The content stands for the image, so that neither equal file names on the two sides of a pair nor a replaced
-        # file can be mistaken; the crop counts as far as it changes the outcome.
+        # An image is identified by its content, so that neither equal file names on the two sides of a pair nor a
+        # replaced file matter; the crop counts where it changes the result.
         crop = self._transform.plan(image_size(data, name), decision)
         made_by = (self._identity, self._transform.resolution, *crop)
         keys = [content_key(data, *made_by, int(flip)) for flip in self.flips]

@@ -1,10 +1,9 @@
-"""Labelled images encoded once, by the same cache as pairs, and dealt out as `LabelBatch`."""
+"""Labelled images encoded once, by the same cache as pairs, and returned as `LabelBatch`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +46,6 @@ def build_label_cache(
     table: LabelTable,
     generator: Any,
     data: DataConfig,
-    cache_dir: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CachedLabels:
     """Encode what the cache does not hold yet and return the images ready for training; see `encode_table`.
@@ -57,7 +55,7 @@ def build_label_cache(
     """
     rejected = torch.tensor(table.rejected_indices())
     return CachedLabels(
-        **encode_table(table, _image, generator, data, cache_dir, progress),
+        **encode_table(table, _image, generator, data, progress),
         good=torch.tensor(table.labels()),
         rejected_slots=None if bool((rejected < 0).all()) else rejected,
     )

@@ -1,11 +1,10 @@
-"""Prompts of an online method encoded once, and dealt out as `PromptBatch`."""
+"""Prompts of an online method encoded once, and returned as `PromptBatch`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,22 +40,13 @@ class CachedPrompts:
         )
 
 
-def build_prompt_cache(
-    prompts: Sequence[str],
-    generator: Any,
-    data: DataConfig,
-    cache_dir: str | Path | None = None,
-    *,
-    batch_size: int = 64,
-    memory_limit: int = MEMORY_LIMIT,
-) -> CachedPrompts:
+def build_prompt_cache(prompts: Sequence[str], generator: Any, data: DataConfig) -> CachedPrompts:
     """Encode each distinct prompt that the cache does not hold yet and return all of them ready for training.
 
-    A prompt's id is its text and which occurrence it is, so that a repeated one gets other noise.
+    A prompt's id is its text and the number of its occurrence, so that a repeated one gets other noise.
     """
-    folder = cache_folder(data, cache_dir)
     distinct = list(dict.fromkeys(prompts))
-    rows = PromptEncoder(folder, generator, batch_size).encode(distinct, memory_limit)
+    rows = PromptEncoder(cache_folder(data), generator, batch_size=64).encode(distinct, MEMORY_LIMIT)
     slot_of = {text: slot for slot, text in enumerate(distinct)}
     seen: Counter[str] = Counter()
     ids = []

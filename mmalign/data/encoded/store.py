@@ -25,7 +25,7 @@ class TensorStore:
     """A folder of shards; a row is a set of named tensors under a key, and all rows have the same names and shapes.
 
     Appending is safe while others read or append: a shard is written aside, renamed and never changed. Rows that were
-    added but not flushed are lost with the process; what was flushed is found again.
+    added but not flushed are lost with the process; flushed rows are found again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,7 +53,7 @@ class TensorStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added since the last shard."""
+        """Write the rows added since the last shard."""
         if not self._pending:
             return
         keys, rows = list(self._pending), list(self._pending.values())

@@ -1,7 +1,7 @@
 """Resize, crop and flip for preference pairs: one decision per pair, applied alike to both sides.
 
 A pair compares two renderings of one prompt. A flip or crop drawn for each side on its own would teach the model the
-augmentation instead of the preference, so randomness lives in a `Decision` that is a function of the pair alone.
+augmentation instead of the preference, so all randomness is in a `Decision`, which is a function of the pair alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PairTransform:
     def plan(self, size: tuple[int, int], decision: Decision) -> tuple[int, int, int, int]:
         """Return (width, height) after resizing and the (left, top) of the crop, for an image of `size` (w, h).
 
-        This is all that the decision changes in the outcome, hence what a cache must know besides the image.
+        The decision changes nothing else in the result, so a cache key holds these numbers besides the image.
         """
         scale = self.resolution / min(size)
         width, height = (max(self.resolution, round(side * scale)) for side in size)

@@ -1,4 +1,4 @@
-"""Pairs of answers as a vision-language model takes them: decoded when first dealt, then kept in memory."""
+"""Pairs of answers for a vision-language model: decoded at the first use, then kept in memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KeptT = TypeVar("KeptT")
 
 
 class VlmPairs:
-    """The pairs of a table, dealt out as `VlmPairBatch`; what is decoded is kept as long as it fits into memory."""
+    """The pairs of a table, returned as `VlmPairBatch`; decoded media are kept as long as they fit into memory."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class VlmPairs:
     ) -> None:
         """Identify the media by their content; nothing is decoded.
 
-        `model_id` and `precision` say of which model, computed how, stored log-probabilities are; `batch_size` is
-        how many pairs at once they are computed for. See `reference_sums`.
+        `model_id` and `precision` identify the model and the computation of stored log-probabilities; `batch_size` is
+        the number of pairs to compute at once. See `reference_sums`.
         """
         self.table, self.model = table, model
         self.ids = table.ids
@@ -92,7 +92,7 @@ class VlmPairs:
         )
 
     def media(self, index: int) -> TimedMedia:
-        """Return what the chosen answer of a pair is about, decoded."""
+        """Return the media of a pair's chosen answer, decoded."""
         return self._memory.keep(("media", index), partial(self._decode, index), _media_bytes)
 
     def reference_sums(
@@ -100,8 +100,8 @@ class VlmPairs:
     ) -> Float[Tensor, "pairs sides"]:
         """Return the log-probabilities of the `sides` of every pair under the model that training starts from.
 
-        What is not on disk yet is computed by `log_probs` and stored by the content of model and pair, and by what
-        there is `beside` it.
+        Missing ones are computed by `log_probs` and stored by the content of model and pair, and by the pairs `beside`
+        it.
         """
         store = TensorStore(self._store / content_key(*self._made_by, sides))
         keys = [content_key(content, more) for content, more in zip(self._contents, beside, strict=True)]
@@ -137,7 +137,7 @@ def read_media(files: Sequence[Media], kind: str, frames: Frames, fps: float | N
     """Decode images, or one video thinned out as `frames` says; `fps` is that of a video that does not state it.
 
     Raises:
-        UserError: one of them cannot be read; `where` says in front whose it is.
+        UserError: one of them cannot be read; `where` names their record at the start of the message.
     """
     media, rate = [], fps
     for file in files:
@@ -155,7 +155,7 @@ def read_media(files: Sequence[Media], kind: str, frames: Frames, fps: float | N
 
 
 class _Memory:
-    """Keeps what was made under a key until it has taken its bytes; what comes later is made again each time."""
+    """Keeps values by key up to a number of bytes; later values are made again each time."""
 
     def __init__(self, limit: int) -> None:
         self._left = limit

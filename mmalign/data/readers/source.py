@@ -1,4 +1,4 @@
-"""What every preference format is turned into: candidates to filter, and the two images of a row."""
+"""The common form of all preference formats: candidates to filter, and the two images of a row."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PairSource(Protocol):
 
 
 def choose_caption_column(found: Sequence[str], asked: str, source: str) -> str:
-    """Return the column that holds the prompt: the one asked for, or for the default also "prompt".
+    """Return the column that holds the prompt: the configured one, or for the default also "prompt".
 
     Raises:
         UserError: there is none; the columns found are listed.

@@ -1,7 +1,7 @@
 """Pick-a-Pic columns (`caption, jpg_0, jpg_1, label_0, label_1`) in parquet files or a `datasets` data set.
 
 Optional columns: `has_label`, `score_0`/`score_1`, and an id. Only the small columns are read to index a source;
-images are read row by row later, so a million rows need a few hundred megabytes, whatever the images weigh.
+images are read row by row later, so a million rows need a few hundred megabytes, whatever the size of the images.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def load_hub_pairs(identifier: str, caption: str) -> HubPairs:
     """Return the pairs of a hub data set, such as "yuvalkirstain/pickapic_v2" or "organisation/name:validation".
 
     Raises:
-        UserError: it cannot be had (the reason is given), or lacks a column.
+        UserError: it cannot be loaded (the reason is given), or lacks a column.
     """
     from datasets import load_dataset
 

@@ -1,1 +1,1 @@
-"""Pairs of answers about videos: what is asked, how media are perturbed, and what the model answers then."""
+"""Pairs of answers about videos: the questions, perturbations of media, and the model's answers."""

@@ -1,9 +1,9 @@
-"""Let a vision-language model answer many requests in batches, and keep every answer by what it was given for.
+"""Let a vision-language model answer many requests in batches, and keep every answer by its request.
 
     <folder>/<model>-<settings>.jsonl     {"key": ..., "answer": ...}, a line an answer
 
-A key holds the prompt, what identifies the media, and the seed; the name of the file the model's fingerprint and how
-it answers. An interrupted job therefore goes on, and nothing is answered twice.
+A key holds the prompt, an identifier of the media, and the seed; the name of the file holds the model's fingerprint
+and the decoding settings. An interrupted job can therefore be resumed, and nothing is answered twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mmalign.losses import completion_sum
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a model answers: greedily at temperature 0, else by chance, from a seed a request."""
+    """Decoding settings: greedy at temperature 0, else sampling, from a seed a request."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -35,10 +35,10 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt about media that `show` returns when their turn comes; `media_id` identifies them before that, and
-    begins alike for all that is made of one file.
+    """A prompt about media, which `show` returns when needed; `media_id` identifies them before that, and all media
+    made from one file share its beginning.
 
-    seed: for answers by chance; None for greedy ones.
+    seed: for sampled answers; None for greedy ones.
     """
 
     prompt: str
@@ -48,12 +48,12 @@ class Request:
 
     @property
     def key(self) -> str:
-        """What the answer depends on besides model and decoding."""
+        """Everything that determines the answer besides model and decoding."""
         return content_key(self.prompt, self.media_id, -1 if self.seed is None else self.seed)
 
 
 _Job = tuple[str, Request, tuple[str, ...]]
-"""What an answer is kept by, what is asked, and the two answers that are weighed against each other, if they are."""
+"""The key of an answer, its request, and the two answers to compare, if any."""
 
 
 class Answerer:
@@ -84,7 +84,7 @@ class Answerer:
         self._kept: dict[str, str] = {} if self._file is None else _read(self._file)
 
     def answer(self, requests: Sequence[Request], label: str) -> list[str]:
-        """Return an answer to each request, stripped; those that are kept already cost nothing.
+        """Return an answer to each request, stripped; stored ones are not computed again.
 
         Raises:
             UserError: media cannot be read. PipelineError: the model cannot take them.
@@ -104,7 +104,7 @@ class Answerer:
         self, jobs: Sequence[_Job], work: Callable[[Sequence[_Job]], list[str]], label: str, unit: str
     ) -> list[str]:
         missing = list({job[0]: job for job in jobs if job[0] not in self._kept}.values())
-        missing.sort(key=lambda job: job[1].media_id)  # what is about one video comes together, to be decoded once
+        missing.sort(key=lambda job: job[1].media_id)  # decode each video once
         if missing:
             self._loaded = self._loaded or self._open()
             with track(len(missing), label, unit=unit) as progress:
@@ -148,7 +148,7 @@ class Answerer:
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:
-                # The first line feed ends what a killed process may have left of its last line.
+                # The first line feed ends a last line that a killed process may have left incomplete.
                 file.write("".join(f"\n{json.dumps({'key': key, 'answer': text})}" for key, text in new.items()))
 
 
@@ -160,7 +160,7 @@ def open_vlm(model: str, precision: str) -> Any:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """Return the answers of a file; a line that a killed process left half-written is none."""
+    """Return the answers of a file; a half-written line of a killed process is left out."""
     kept: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:

@@ -1,7 +1,7 @@
-"""Tell a video by the captions of its clips, in any order: TEMPLE's released pipeline (arXiv 2503.16929).
+"""Describe a video by the captions of its clips, in any order: TEMPLE's released pipeline (arXiv 2503.16929).
 
-The model captions every clip; a list of captions then becomes one paragraph, written by the same model from the text
-alone, or by joining the captions. Unlike TEMPLE's, a clip is shown whole and without the one before it.
+The model captions every clip; the same model then writes one paragraph from the list of captions alone, or the
+captions are joined. Unlike in TEMPLE, a clip is shown whole and without the one before it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def tell_clips(
 ) -> list[list[str]]:
     """Return for every item a text for each of its orders, which are numbers of clips.
 
-    `seed_of` gives the seed of an answer by its name; `compose` lets the model write the text.
+    `seed_of` gives the seed of an answer by its name; with `compose` the model writes the text.
     """
     captions = _captions(items, reader, answerer, seed_of)
     lists = [[[own[number] for number in order] for order in each] for own, each in zip(captions, orders, strict=True)]
@@ -45,8 +45,8 @@ def tell_clips(
         for seed in [seed_of(f"{item.id}/compose")]
         for one in each
     ]
-    told = iter(answerer.answer(requests, "compose descriptions"))
-    return [[next(told) for _ in each] for each in lists]
+    composed = iter(answerer.answer(requests, "compose descriptions"))
+    return [[next(composed) for _ in each] for each in lists]
 
 
 def _captions(

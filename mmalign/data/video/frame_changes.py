@@ -1,4 +1,4 @@
-"""Changes of what frames show: `[..., 3, H, W]` in, the same shape and dtype out, the input left as it was.
+"""Changes to the content of frames: `[..., 3, H, W]` in, the same shape and dtype out, the input left as it was.
 
 Floats are in [0, 1], uint8 in 0 to 255. One rectangle, window or hue serves all frames of a video; noise is drawn anew
 for each.
@@ -20,7 +20,7 @@ Media = Num[Tensor, "*frames 3 height width"]
 
 
 def mask(media: Media, rng: torch.Generator, *, area: tuple[float, float] = (0.25, 0.5), level: float = 0.83) -> Media:
-    """Cover a rectangle of a random share `area` of the picture, and of its proportions, with light grey.
+    """Cover a rectangle of a random share `area` of the frame, and of its proportions, with light grey.
 
     The shares and the colour are those of RRPO (arXiv 2504.12083, section 3).
     """
@@ -67,7 +67,7 @@ def frame_noise(media: Media, rng: torch.Generator, *, share: float = 0.5, std: 
 
 
 def diffusion_noise(media: Media, rng: torch.Generator, *, step: int = 500) -> Media:
-    """Diffuse pictures to `step` of DDPM's 1000 (betas 1e-4 to 0.02, pixels in [-1, 1]), clipped to the range."""
+    """Diffuse frames to `step` of DDPM's 1000 (betas 1e-4 to 0.02, pixels in [-1, 1]), clipped to the range."""
     if not 0 <= step < 1000:
         raise UserError(f"step={step}: must be 0 to 999")
     kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[step].item()
@@ -80,7 +80,7 @@ def diffusion_noise(media: Media, rng: torch.Generator, *, step: int = 500) -> M
 
 
 def black(media: Media, rng: torch.Generator) -> Media:
-    """Show nothing at all."""
+    """Show blank frames."""
     return torch.zeros_like(media)
 
 
@@ -92,7 +92,7 @@ def neighbour(
     embed: Callable[[Tensor], Shaped[Tensor, " features"]] | None = None,
     rank: int = 0,
 ) -> Media:
-    """Show instead the `rank`-nearest other media of a bank, by cosine similarity of what `embed` makes of them.
+    """Show instead the `rank`-nearest other media of a bank, by cosine similarity of their embeddings by `embed`.
 
     By default `embed` is an 8x8 thumbnail of the mean frame; rDPO takes the model's own vision encoder. Media equal to
     the given one are never returned.
@@ -112,11 +112,11 @@ def _thumbnail(media: Media) -> Shaped[Tensor, " features"]:
 
 
 def _window(media: Media, rng: torch.Generator, area: tuple[float, float]) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random rectangle that covers a share of the picture within `area`."""
+    """Top, left, height and width of a random rectangle that covers a share of the frame within `area`."""
     if not 0 < area[0] <= area[1] <= 1:
         raise UserError(f"area={area}: must be two shares, 0 < least <= most <= 1")
     share = _between(rng, *area)
-    # Neither side may exceed the picture's: the proportions are drawn between the two extremes.
+    # Neither side may exceed the frame's: the proportions are drawn between the two extremes.
     height_share = share ** _between(rng, 0.25, 0.75)
     height = min(max(1, round(media.shape[-2] * height_share)), media.shape[-2])
     width = min(max(1, round(media.shape[-1] * share / height_share)), media.shape[-1])

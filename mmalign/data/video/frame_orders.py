@@ -1,4 +1,4 @@
-"""Which frames (or captions of clips) remain, and in what order: the temporal operators, as lists of indices.
+"""The temporal operators: the frames (or captions of clips) that remain and their order, as lists of indices.
 
 Block operators follow TEMPLE (arXiv 2503.16929): for n items and a ratio r the block length is max(1, n // r), so a
 larger ratio re-orders more finely and drops more. TEMPLE's own shuffle may leave the order as it was (half of the
@@ -12,7 +12,7 @@ import numpy as np
 from mmalign.core.errors import UserError
 
 RATIOS = (16, 8, 4, 2)
-"""TEMPLE's curriculum, from what is easy to tell from the original to what is hard."""
+"""TEMPLE's curriculum, from easy to hard to tell from the original."""
 
 
 def drop(n: int, rng: np.random.Generator, *, ratio: int = 4) -> list[int]:

@@ -1,7 +1,8 @@
-"""Videos that a model is to be asked about: from a set of videos with questions, or a table.
+"""Videos with questions for a model: from a set of videos with questions, or a table.
 
-A table (parquet, JSONL, CSV or TSV) has `video`, a path relative to it, and where questions are asked `prompt`;
-optional are `answer` (the right one), `aspect`, `fps` (of a video that does not say, or says it wrongly) and `id`.
+A table (parquet, JSONL, CSV or TSV) has `video`, a path relative to it, and for questions `prompt`;
+optional are `answer` (the right one), `aspect`, `fps` (of a video that does not state it, or states it wrongly) and
+`id`.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ INSTRUCTIONS = (
     "Describe the video step by step.",
     "Write down what can be seen, and how it changes over time.",
 )
-"""What a model is asked where nothing else is; one is drawn for every video by (seed, id)."""
+"""Default instructions for a model; one is drawn for every video by (seed, id)."""
 
 Instruct = Callable[[str], str]
-"""The id of a video -> what a model is asked about it."""
+"""The id of a video -> the instruction for a model."""
 
 
 @dataclass(frozen=True)
 class VideoItem:
-    """A video and what a model is asked about it.
+    """A video and a question about it.
 
-    `answer` is the right one as a model is to give it, None where it is unknown; `fps` the rate of a file that does
-    not say; `truth` what is known to be true of the video.
+    `answer` is the right one in the expected form, None where it is unknown; `fps` the rate of a file that does not
+    state it; `truth` the known truth about the video.
     """
 
     id: str
@@ -54,9 +55,9 @@ class VideoItem:
     truth: Truth | None = None
 
     def right(self, given: str) -> bool | None:
-        """Tell whether an answer is right; None if nobody knows.
+        """Tell whether an answer is right; None if unknown.
 
-        It is right if it is `answer` but for case, blanks and a full stop, or the letter of an `answer` "B. ...".
+        It is right if it equals `answer` up to case, blanks and a full stop, or is the letter of an `answer` "B. ...".
         """
         if self.answer is None:
             return None
@@ -127,7 +128,7 @@ def read_video_items(
     limit: int | None = None,
     instructions: Sequence[str] = INSTRUCTIONS,
 ) -> list[VideoItem]:
-    """Return what is asked about the videos of a source: its questions, or one of `instructions` about every video.
+    """Return the items of a source: its questions, or one of `instructions` for every video.
 
     Questions that ask for a caption are only asked where the set has a judge of captions.
 
@@ -141,7 +142,7 @@ def read_video_items(
     if found is None and path.is_file():
         items = list(_table_items(path, questions, instruct))
     elif found is None or questions:
-        items = list(load_video_questions(source))  # or the error that no set is here
+        items = list(load_video_questions(source))  # otherwise the error that there is no set
     else:
         items = [VideoItem(one.name, one.file, instruct(one.name), truth=one.truth) for one in found.videos()]
     items = items[:limit]

@@ -1,4 +1,4 @@
-"""Perturbations of videos, images and lists of captions, and which questions' answers each of them leaves true.
+"""Perturbations of videos, images and lists of captions, and their effect on the truth of answers.
 
 `perturb("block_shuffle", video, seed=3, ratio=8)` works on media `[F, 3, H, W]` or `[3, H, W]` (floats in [0, 1] or
 uint8). A temporal one also works on any list with an item for each clip. The same seed and options give the same
@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 
 
 class Effect(StrEnum):
-    """What becomes of a right answer."""
+    """The effect on a right answer."""
 
     KEEPS = "keeps"
     CHANGES = "changes"
@@ -41,7 +41,7 @@ class Effect(StrEnum):
 _ORDER = ("first", "last")
 _UNCHANGING = (("direction", "still"), ("motion", "still"), ("growth", "same"), ("recolouring", "same"),
                ("presence", "always"))  # fmt: skip
-"""Answers that say that nothing happens: no order of the same frames makes them false."""
+"""Answers that nothing happens: no order of the same frames makes them false."""
 
 Effects = Mapping[str | tuple[str, str], Effect]
 
@@ -54,7 +54,7 @@ def _effects(*, keeps: Sequence[str | tuple[str, str]] = (), changes: Sequence[s
 
 @dataclass(frozen=True)
 class Operator:
-    """One perturbation: temporal (it chooses and orders frames, see `indices`), or of what every frame shows."""
+    """One perturbation: temporal (it chooses and orders frames, see `indices`), or of the content of frames."""
 
     name: str
     function: Callable[..., Any]
@@ -63,11 +63,11 @@ class Operator:
 
     @property
     def about(self) -> str:
-        """What it does, in one line."""
+        """A description in one line."""
         return (inspect.getdoc(self.function) or "").split("\n")[0]
 
     def effect(self, topic: str, answer: str | None = None) -> Effect:
-        """What becomes of `answer` to `topic`; without an answer, of every answer to it.
+        """The effect on `answer` to `topic`; without an answer, on every answer to it.
 
         Raises:
             UserError: no such topic.
@@ -80,15 +80,15 @@ class Operator:
         return all_answers.pop() if len(all_answers) == 1 else Effect.DEPENDS
 
     def indices(self, count: int, *, seed: int = 0, **options: Any) -> list[int]:
-        """Which of `count` items remain, and in what order.
+        """The indices of the items that remain of `count`, in their new order.
 
         Raises:
             UserError: it is not temporal, or an option is wrong.
         """
         if not self.temporal:
-            raise UserError(f"{self.name} changes pictures, not their order; only temporal operators take a list")
+            raise UserError(f"{self.name} changes frames, not their order; only temporal operators take a list")
         if count < 1:
-            raise UserError(f"{self.name}: there is no frame")
+            raise UserError(f"{self.name}: no frame is given")
         self._check(options)
         return list(self.function(count, np.random.default_rng([seed, count]), **options))
 
@@ -96,7 +96,7 @@ class Operator:
         """Perturb media or, if the operator is temporal, a list of captions.
 
         Raises:
-            UserError: an option is wrong, or the operator is not made for what it is given.
+            UserError: an option is wrong, or the operator does not apply to the input.
         """
         if not isinstance(media, Tensor):
             return [media[index] for index in self.indices(len(media), seed=seed, **options)]

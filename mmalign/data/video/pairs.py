@@ -1,7 +1,8 @@
-"""Pairs of answers about videos, made by perturbing what a model sees: TEMPLE, RRPO and PaMi from one pipeline.
+"""Pairs of answers about videos, made by perturbing the model's input: TEMPLE, RRPO and PaMi from one pipeline.
 
-The model answers a video and its perturbation; what it says of the video is chosen, what it says of the perturbation
-rejected, both about the video itself. TEMPLE (arXiv 2503.16929) lets it describe videos, or perturbs the list of its
+The model answers about a video and about its perturbation; the answer about the video is chosen, that about the
+perturbation rejected, both for the video itself. TEMPLE (arXiv 2503.16929) lets it describe videos, or perturbs the
+list of its
 captions of their clips; RRPO (arXiv 2504.12083) asks questions whose answers can be checked; PaMi-VDPO (arXiv
 2504.05810) keeps the answer and makes the perturbed video the rejected side.
 
@@ -40,7 +41,7 @@ _COLUMNS = [("id", _TEXT), ("prompt", _TEXT), ("chosen", _TEXT), ("rejected", _T
 
 REASONS = {
     "events": "videos with too few events",
-    "unknown": "questions whose right answer is not known",
+    "unknown": "questions whose right answer is unknown",
     "unanswered": "questions that the model gets wrong",
     "keeps": "perturbations that leave the answer true",
     "depends": "perturbations that may leave the answer true",
@@ -52,17 +53,17 @@ REASONS = {
     "effect": "perturbations that hardly move the model's preference",
     "mirror": "pairs without an opposite",
 }
-"""Why something gives no pair, in the order in which it is checked."""
+"""Reasons for leaving out a pair, in the order of the checks."""
 
 
 @dataclass(frozen=True)
 class VideoPairSettings:
-    """How pairs are made.
+    """Settings for making pairs.
 
     questions: ask the source's questions instead of for descriptions. captions: perturb the captions of clips instead
     of frames, composed by the `model` or simply `join`ed. chosen: the `model`'s answer, or the `truth`. rejected:
     `answers` to the perturbed video, the perturbed `videos` with the chosen answer, or `both`. min_events: leave out
-    videos with fewer. length_ratio: leave out descriptions of which one is more than so many times as long as the
+    videos with fewer. length_ratio: leave out descriptions of which one is more than this many times as long as the
     other, or (where frames were dropped) the chosen one not longer; None keeps them. min_effect: leave out
     perturbations that lower log p(chosen) - log p(rejected) by less, in nats. mirrored: keep a pair only with its
     opposite, the same question about another video with both answers swapped.
@@ -87,9 +88,9 @@ class VideoPairSettings:
             UserError: they do.
         """
         if self.captions:
-            pictures = [name for one in self.perturbations for name in one.names if not get_operator(name).temporal]
-            if pictures:
-                raise UserError(f"operator '{pictures[0]}' changes pictures, and captions have none; leave it out")
+            changes = [name for one in self.perturbations for name in one.names if not get_operator(name).temporal]
+            if changes:
+                raise UserError(f"operator '{changes[0]}' changes frames, and captions have none; leave it out")
             if self.questions or self.rejected != "answers":
                 raise UserError("captions of clips become descriptions; use --mode answers, --rejected answers")
             if self.min_events < 2:
@@ -111,7 +112,7 @@ class VideoPairSettings:
 
 @dataclass
 class VideoPairCounts:
-    """What became of everything: pairs by perturbation, and what was left out, by `REASONS`."""
+    """Counts: pairs by perturbation, and candidates left out, by `REASONS`."""
 
     pairs: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -125,7 +126,7 @@ class VideoPairCounts:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A pair that may be: what is asked, how the video is perturbed, and the answer to the video as it is."""
+    """A candidate for a pair: the question, the perturbation, and the answer about the original video."""
 
     item: VideoItem
     perturbation: Perturbation
@@ -147,7 +148,7 @@ def write_video_pairs(
 ) -> VideoPairCounts:
     """Make pairs of answers about videos and write them to `out`, in the columns of `mmalign.data.vlm_pairs`.
 
-    Perturbed videos, if they are a rejected side, go to `<out without suffix>-videos/`. The model is needed unless the
+    Perturbed videos, if they are a rejected side, go to `<out without suffix>-videos/`. The model is not needed if the
     truth is chosen and videos are rejected.
 
     Raises:
@@ -194,7 +195,7 @@ def write_video_pairs(
 def refuse(
     item: VideoItem, perturbation: Perturbation, chosen: str, rejected: str, settings: VideoPairSettings
 ) -> str | None:
-    """Return why two answers are no pair, as a key of `REASONS`, or None if they are one.
+    """Return the reason why two answers are no pair, one of `REASONS`, or None if they are one.
 
     Lengths are those of TEMPLE, in characters, and like its substrings they only concern descriptions.
     """
@@ -218,8 +219,8 @@ def refuse(
 def mirrored(preferences: Sequence[tuple[str, str, str]], seed: int = 0) -> list[int]:
     """Return which of (prompt, chosen, rejected) to keep so that each comes as often as with both answers swapped.
 
-    What is left out is drawn from `seed`. A model that reads the words alone is then right about as many pairs as
-    it is wrong about: there is no language prior to learn, or to unlearn too far.
+    The pairs to leave out are drawn from `seed`. A model that uses the text alone is then right about half of the
+    pairs: there is no language prior to learn, or to overcorrect.
     """
     found: dict[tuple[str, str, str], list[int]] = {}
     for index in np.random.default_rng(seed).permutation(len(preferences)).tolist():
@@ -241,7 +242,7 @@ class _Pipeline:
         self.settings, self.answerer, self.reader, self.counts = settings, answerer, reader, counts
 
     def from_videos(self, items: Sequence[VideoItem]) -> Iterator[tuple[_Candidate, str]]:
-        """Yield candidates with the answer to the perturbed video (or the chosen one where that is not asked)."""
+        """Yield candidates with the answer to the perturbed video (or the chosen one if none is shown)."""
         chosen = self._answers([item for item in items if self._eventful(item)])
         candidates = [one for item, answer in chosen for one in self._candidates(item, answer)]
         if not self.settings.asks_rejected:
@@ -251,7 +252,7 @@ class _Pipeline:
         yield from zip(candidates, self._ask(requests, "answer perturbed videos"), strict=True)
 
     def from_captions(self, items: Sequence[VideoItem]) -> Iterator[tuple[_Candidate, str]]:
-        """Yield candidates whose answers tell the captions of clips in their order, and re-ordered."""
+        """Yield candidates whose answers compose the captions of clips in order, and re-ordered."""
         kept = [item for item in items if self._eventful(item)]
         assert self.answerer is not None
         orders = [
@@ -263,8 +264,8 @@ class _Pipeline:
             for count in [len(clip_lengths(self.reader.states(item)))]
         ]
         compose = self.settings.captions == "model"
-        told = tell_clips(kept, orders, self.reader, self.answerer, self._answer_seed, compose=compose)
-        for item, (chosen, *others) in zip(kept, told, strict=True):
+        composed = tell_clips(kept, orders, self.reader, self.answerer, self._answer_seed, compose=compose)
+        for item, (chosen, *others) in zip(kept, composed, strict=True):
             for perturbation, rejected in zip(self._perturbations, others, strict=True):
                 yield _Candidate(item, perturbation, chosen, self._seed(item, perturbation)), rejected
 
@@ -309,7 +310,7 @@ class _Pipeline:
         return enough
 
     def _answers(self, items: list[VideoItem]) -> list[tuple[VideoItem, str]]:
-        """Return the items with the answers that are to be chosen, less those that are known to be wrong."""
+        """Return the items with their chosen answers, without those known to be wrong."""
         if self.settings.chosen == "truth":
             known = [(item, item.answer) for item in items if item.answer]
             self.counts.left_out["unknown"] += len(items) - len(known)
@@ -320,8 +321,8 @@ class _Pipeline:
         return kept
 
     def _candidates(self, item: VideoItem, chosen: str) -> Iterator[_Candidate]:
-        # An answer that is found to be wrong may be rejected whatever became of the truth. Were only changed truths
-        # taken, no answer such as "it does not move" would ever be chosen, and training would learn to avoid it.
+        # A wrong answer may be rejected whether or not the truth changed. With changed truths alone, no answer such as
+        # "it does not move" would ever be chosen, and training would learn to avoid it.
         found_out = item.answer is not None and self.settings.rejected == "answers"
         for perturbation in self._perturbations:
             seed = self._seed(item, perturbation)
@@ -337,7 +338,7 @@ class _Pipeline:
         return self.answerer.answer(requests, label)
 
     def _request(self, item: VideoItem, candidate: _Candidate | None = None) -> Request:
-        """Return what the model is asked about a video, or about its perturbation."""
+        """Return the request for the model about a video, or about its perturbation."""
         if candidate is None:
             show, media_id = partial(self.reader.show, item), self.reader.media_id(item)
             return Request(item.prompt, media_id, show, self._answer_seed(item.id))

@@ -1,4 +1,4 @@
-"""Perturbations as pairs are made with them: operators with a difficulty, and whether an answer survives them.
+"""Perturbations for making pairs: operators with a difficulty, and their effect on answers.
 
 `"mask+local_shuffle"` applies one operator after another. Operators with a ratio (drop, block_shuffle, block_reverse)
 come once for every difficulty, the others once.
@@ -56,7 +56,7 @@ class Perturbation:
         return changed
 
     def fate(self, item: VideoItem, frames: int | None, seed: int) -> Effect:
-        """Return what becomes of the right answer to an item, of whose video `frames` are taken (None: not known).
+        """Return the effect on the right answer to an item, with `frames` frames of its video taken (None: unknown).
 
         Where only the order of frames changes and the truth of the video is known, the answer is read anew from that,
         if all frames are taken. Else the label maps of the operators decide, for the topic of the question if it is
@@ -73,7 +73,7 @@ class Perturbation:
         return stated.pop() if len(stated) == 1 else Effect.DEPENDS
 
     def _stated(self, topic: str, value: str | None) -> Effect:
-        """What the label maps say: one change among operators that else keep the answer is a change."""
+        """The effect by the label maps: one change among operators that otherwise keep the answer is a change."""
         effects = [get_operator(name).effect(topic, value) for name in self.names]
         if all(effect is Effect.KEEPS for effect in effects):
             return Effect.KEEPS
@@ -84,12 +84,12 @@ class Perturbation:
 def _reread(question: VideoQuestion, found: str | None) -> Effect:
     if found == question.answer:
         return Effect.KEEPS
-    # To a question about what can no longer be seen, "no" is no mistake.
+    # "no" is not wrong about something that can no longer be seen.
     return Effect.DEPENDS if found is None and question.answer == "no" else Effect.CHANGES
 
 
 def _unless_denied(question: VideoQuestion, stated: Effect) -> Effect:
-    """Another truth may be denied just as rightly: of "no", a change is only possible."""
+    """ "no" may also be right about the new truth, so a change of "no" is only possible."""
     return Effect.DEPENDS if stated is Effect.CHANGES and question.answer == "no" else stated
 
 
@@ -101,7 +101,8 @@ def parse_perturbations(names: Sequence[str], difficulties: Sequence[int]) -> li
     """Return the perturbations that "drop", "block-reverse" or "mask+local-shuffle" name, at these difficulties.
 
     Raises:
-        UserError: no such operator, one that needs more than a video, or a difficulty below 2, which changes nothing.
+        UserError: no such operator, one that needs other inputs besides a video, or a difficulty below 2, which
+        changes nothing.
     """
     low = [difficulty for difficulty in difficulties if difficulty < 2]
     if low:

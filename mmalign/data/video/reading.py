@@ -1,4 +1,4 @@
-"""The videos of items, decoded once as long as the same one is asked for in a row, and perturbed on demand."""
+"""The videos of items, decoded once for consecutive requests, and perturbed on demand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmalign.data.vlm_pairs import media_digest
 
 
 class VideoReader:
-    """Reads the frames of videos that `frames` says are taken."""
+    """Reads the frames of videos that `frames` selects."""
 
     def __init__(self, frames: Frames) -> None:
         """Start with nothing decoded."""
@@ -25,10 +25,10 @@ class VideoReader:
         self._states: dict[object, list[Hashable]] = {}
 
     def show(self, item: VideoItem, perturbation: Perturbation | None = None, seed: int = 0) -> TimedMedia:
-        """Return the video of an item as one of media, perturbed or as it is.
+        """Return the video of an item as media, perturbed or unchanged.
 
         Raises:
-            UserError: it cannot be read, or not be perturbed in this way.
+            UserError: it cannot be read or perturbed.
         """
         key = (item.file, item.fps)
         if self._last is None or self._last[0] != key:
@@ -42,7 +42,7 @@ class VideoReader:
             raise UserError(f"{item.id}: {error}") from None
 
     def media_id(self, item: VideoItem) -> str:
-        """Return what identifies the frames of an item's video: the file's content and which frames are taken."""
+        """Return an identifier of the frames of an item's video: the file's content and the selection of frames."""
         if item.file not in self._digests:
             self._digests[item.file] = media_digest(item.file)
         return f"{self._digests[item.file]}+{self.frames!r}+{item.fps}"

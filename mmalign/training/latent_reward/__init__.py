@@ -1,1 +1,1 @@
-"""Training a latent reward on preference pairs, and how often it is right on pairs that it has not seen."""
+"""Training a latent reward on preference pairs, and measuring its accuracy on held-out pairs."""

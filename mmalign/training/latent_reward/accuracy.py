@@ -1,4 +1,4 @@
-"""How often a latent reward prefers what was preferred, noise level by noise level."""
+"""Accuracy of a latent reward at each noise level."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Scores = Callable[[ComparisonBatch, Tensor, str], tuple[Tensor, Tensor]]
 
 
 class LevelAccuracy(NamedTuple):
-    """Share of pairs told right at a level, ties left out; its standard error; the mean loss; the mean gap."""
+    """Share of pairs ranked correctly at a level, ties left out; its standard error; the mean loss; the mean gap."""
 
     level: int
     accuracy: float
@@ -45,7 +45,7 @@ def measure(
                 gaps.append((chosen - rejected).cpu())
                 job.advance(len(batch))
             gap = torch.cat(gaps).double()
-            # Half a point for equal scores: a model that says nothing is right half the time.
+            # Equal scores count one half, so a constant model has accuracy one half.
             right = float((gap > 0).double().mean() + 0.5 * (gap == 0).double().mean())
             loss = latent_reward(gap, torch.zeros_like(gap), torch.ones_like(gap))
             error = math.sqrt(right * (1 - right) / len(gap))

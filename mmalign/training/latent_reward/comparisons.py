@@ -1,4 +1,4 @@
-"""What a latent reward is trained and measured on: encoded pairs with the prompt as text, split by prompt."""
+"""Training and held-out data of a latent reward: encoded pairs with the prompt as text, split by prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmalign.losses import pair_weights
 
 
 class Comparisons:
-    """Some pairs of a table, as `mmalign.data.sampler.BatchSampler` deals them out."""
+    """Some pairs of a table, as `mmalign.data.sampler.BatchSampler` samples them."""
 
     def __init__(self, table: PairTable, sides: CachedSides, rows: Sequence[int]) -> None:
         """Weigh the pairs chosen by `rows`."""
@@ -41,7 +41,7 @@ def split(table: PairTable, sides: CachedSides, share: float, seed: int) -> tupl
     """Return the pairs to learn from and those held out: all pairs of about that share of the prompts, by a hash.
 
     Raises:
-        UserError: nothing is held out, or nothing is left, or what is held out are ties alone.
+        UserError: nothing is held out, nothing is left, or all held-out pairs are ties.
     """
     aside = [uniform(seed, "held out", prompt) < share for prompt in table.prompts]
     parts: tuple[list[int], list[int]] = ([], [])
@@ -55,7 +55,7 @@ def split(table: PairTable, sides: CachedSides, share: float, seed: int) -> tupl
     held_out = Comparisons(table, sides, parts[1])
     if bool((held_out.preference == 0.5).all()):
         raise UserError(
-            f"all {len(held_out)} pairs held out are ties, on which nothing can be right; give a larger held_out, or "
+            f"all {len(held_out)} pairs held out are ties, which have no right answer; give a larger held_out, or "
             "data.ties drop"
         )
     return Comparisons(table, sides, parts[0]), held_out

@@ -13,7 +13,7 @@ from mmalign.core.errors import UserError
 
 
 class RewardTrainerConfig(StrictModel):
-    """The training loop; its keys mean what they mean in the configuration of `mmalign train`."""
+    """The training loop; its keys have the meaning of those of `mmalign train`."""
 
     steps: int = Field(1000, ge=1)
     """optimiser steps"""
@@ -34,7 +34,7 @@ class RewardTrainerConfig(StrictModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     """autocast of the forward pass; trained weights stay fp32"""
     seed: int = Field(0, ge=0)
-    """the one seed that every random draw derives from"""
+    """the seed of all random draws"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
     checkpoint_every: int = Field(500, ge=1)
@@ -60,9 +60,9 @@ class LatentRewardConfig(StrictModel):
     """One training of a latent reward model."""
 
     model: str
-    """the generator that the reward is made of: a model directory, or a hub id 'organisation/name'"""
+    """the generator that the reward is built from: a model directory, or a hub id 'organisation/name'"""
     data: DataConfig
-    """the pairs that are learned from"""
+    """the training pairs"""
     output: str
     """folder of the reward"""
     guidance: Guidance = 7.5
@@ -72,7 +72,7 @@ class LatentRewardConfig(StrictModel):
     levels: int = Field(20, ge=1, le=1000)
     """evenly spaced noise levels to train on: 20 are the timesteps 1, 51, ..., 951"""
     held_out: Share = 0.1
-    """share of the prompts that is kept for measuring"""
+    """share of the prompts held out for measuring"""
     trainer: RewardTrainerConfig = RewardTrainerConfig()
     """the training loop"""
 
@@ -82,7 +82,7 @@ class LatentRewardConfig(StrictModel):
         if data.pairs is None or data.labels is not None or data.prompts is not None:
             raise ValueError("a reward is trained on pairs; give data.pairs, and neither labels nor prompts")
         if data.caption_dropout:
-            raise ValueError("a reward is always told the prompt; remove data.caption_dropout")
+            raise ValueError("a reward always needs the prompt; remove data.caption_dropout")
         return data
 
 

@@ -1,4 +1,4 @@
-"""Train a latent reward: noise both images of a pair to one level, each with its own noise; tell which is better.
+"""Train a latent reward: noise both images of a pair to one level, each with its own noise; predict the preferred one.
 
 Source: Zhang et al. 2025, arXiv:2502.01051. Every draw is a function of (seed, pair, epoch), so a run that was stopped
 and resumed gives the numbers of one that was not.
@@ -49,12 +49,12 @@ ACCURACY = "accuracy.json"
 def train_reward(config: LatentRewardConfig, *, resume: str = "auto") -> Path:
     """Train as the configuration says and return the directory of the reward (`config.output`).
 
-    `resume`: "auto" goes on from the last checkpoint in the output if there is one, "never" starts again.
+    `resume`: "auto" resumes from the last checkpoint in the output if there is one, "never" starts again.
 
     Raises:
         UserError: the configuration cannot work, or differs from that of the checkpoint.
         TrainingDiverged: the loss is not finite. DiskFull: no room to save.
-        TrainingInterrupted: Ctrl-C; the run goes on from the checkpoint it saved.
+        TrainingInterrupted: Ctrl-C; the run can be resumed from the checkpoint it saved.
     """
     output = Path(config.output)
     check_output(output, "output")
@@ -106,7 +106,7 @@ def level_grid(levels: int, num_train_timesteps: int) -> list[int]:
 
 
 class RewardLearner(Learner):
-    """A latent reward under the loop: everything in its network learns, at a random level of the grid a pair."""
+    """The learner of a latent reward: its whole network is trained, at a random level of the grid for each pair."""
 
     run: Run
 
@@ -204,7 +204,7 @@ class RewardLearner(Learner):
         )
 
     def save(self, accuracies: list[LevelAccuracy], pairs: int) -> None:
-        """Write the reward, and beside it what was measured."""
+        """Write the reward and its measured accuracy."""
         mean = math.fsum(one.accuracy for one in accuracies) / len(accuracies)
         found = {"pairs": pairs, "accuracy": mean, "levels": [one._asdict() for one in accuracies]}
         self.parts.record["held_out_accuracy"] = mean
@@ -215,12 +215,12 @@ class RewardLearner(Learner):
 def _load_generator(config: LatentRewardConfig, device: torch.device) -> Generator:
     generator = load_generator(resolve_model(config.model), device=device, resolve=resolve_model)
     if generator.has_adapter:
-        raise UserError(f"model {config.model} is an adapter on {generator.name_or_path}; a reward is made of that")
+        raise UserError(f"model {config.model} is an adapter on {generator.name_or_path}; build the reward from that")
     return generator
 
 
 def _recipe(config: LatentRewardConfig, model: str) -> dict[str, Any]:
-    """Return what must be equal for a training to be continued, flat."""
+    """Return the values that must be equal to resume a training, flat."""
     values = config.model_dump(mode="json", exclude={"output", "model"})
     values["data"] = {key: value for key, value in values["data"].items() if key not in ("pairs", "cache")}
     for key in ("log_every", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"):

@@ -1,4 +1,4 @@
-"""Tasks: what differs between training an image generator and training a vision-language model."""
+"""Tasks: the differences between training an image generator and a vision-language model."""
 
 from __future__ import annotations
 

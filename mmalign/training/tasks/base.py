@@ -1,7 +1,6 @@
-"""What differs between kinds of models while they are trained: one `Task` a modality.
+"""The differences between kinds of models in training: one `Task` a modality.
 
-A run asks its task, never the modality: how data are opened and encoded, how the model is loaded and evaluated, what
-its export is called, and how a user loads it.
+A task opens and encodes the data, loads and evaluates the model, and names its export and how a user loads it.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Probe(Protocol):
 
 
 class Source(Protocol):
-    """What is learned from, read but not encoded: a table of pairs or labels, or a list of prompts."""
+    """Training data, read but not encoded: a table of pairs or labels, or a list of prompts."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -43,7 +42,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says of every model of a kind."""
+    """Texts of the model card of a kind of model."""
 
     library: str
     pipeline_tag: str
@@ -55,7 +54,7 @@ class Task(ABC, Generic[ModelT]):
     """Training one kind of model."""
 
     unit: ClassVar[str]
-    """What progress and speed are counted in."""
+    """The unit of progress and speed."""
     card: ClassVar[CardFacts]
 
     @abstractmethod
@@ -64,7 +63,7 @@ class Task(ABC, Generic[ModelT]):
 
     @abstractmethod
     def open_source(self, config: RunConfig, method: Method[Any]) -> Source:
-        """Return what is learned from, read but not encoded; prints what was kept and left out."""
+        """Return the training data, read but not encoded; prints counts of kept and left-out samples."""
 
     @abstractmethod
     def load_model(self, config: RunConfig, path: str, device: Any) -> ModelT:
@@ -72,7 +71,7 @@ class Task(ABC, Generic[ModelT]):
 
     @abstractmethod
     def model_id(self, model: ModelT) -> str:
-        """Return what identifies a whole model by its content, without an adapter."""
+        """Return a fingerprint of a whole model's content, without an adapter."""
 
     def check_model(self, method: Method[Any], model: ModelT) -> None:
         """Raise a UserError where the method's options do not fit the model."""
@@ -81,26 +80,26 @@ class Task(ABC, Generic[ModelT]):
     def encode(
         self, source: Any, model: ModelT, config: RunConfig, accelerator: Any, model_id: str
     ) -> tuple[Samples, str]:
-        """Return what is learned from, encoded, and an identifier of its content.
+        """Return the encoded training data, and an identifier of their content.
 
-        Of several processes the first encodes, and the others read what it wrote.
+        Of several processes the first encodes, and the others read its files.
         """
 
     @abstractmethod
     def evaluator(self, config: RunConfig, model: ModelT) -> Evaluator | None:
-        """Return what evaluates the model while it is trained, if anything is to."""
+        """Return the evaluator for training, if one is configured."""
 
     def free_encoders(self, model: ModelT, method: Method[Any]) -> tuple[str, ...]:
-        """Drop what only encoding needed, and return the names of the encoders that stay in memory."""
+        """Drop the encoders that training does not need, and return the names of those that stay in memory."""
         return ()
 
     @abstractmethod
     def set_mode(self, model: ModelT) -> None:
-        """Switch the network to the mode that it is trained in."""
+        """Switch the network to its mode for training."""
 
     @abstractmethod
     def make_run(self, model: ModelT, **parts: Any) -> BaseRun[ModelT]:
-        """Return the view of the run that the method is given; `parts` are those of `BaseRun`."""
+        """Return the method's view of the run; `parts` are those of `BaseRun`."""
 
     @abstractmethod
     def counted(self, model: ModelT, reference: Reference | None) -> list[nn.Module]:

@@ -116,12 +116,12 @@ class ImageTask(Task[Generator]):
             return samples, data_id(source, samples)  # type: ignore[return-value]
 
     def evaluator(self, config: RunConfig, model: Generator) -> ImageEvaluation | None:
-        """Return what samples fixed prompts and scores them; it encodes the prompts now."""
+        """Return the evaluator, which samples and scores fixed prompts; it encodes the prompts now."""
         return ImageEvaluation(config.evaluate, model, config.trainer.seed) if config.evaluate else None
 
     def free_encoders(self, model: Generator, method: Method[Any]) -> tuple[str, ...]:
         """Drop text encoders and, unless the method decodes its own samples, the autoencoder."""
-        model.unconditional()  # what guidance needs, encoded while the text encoders are there
+        model.unconditional()  # encoded for guidance before the text encoders are freed
         kept = model.vae_names if method.needs.source == "prompts" else ()
         model.free_encoders(keep=kept)
         return kept

@@ -71,7 +71,7 @@ class VlmTask(Task[VisionLanguageModel]):
     def encode(
         self, source: VlmPairTable, model: VisionLanguageModel, config: RunConfig, accelerator: Any, model_id: str
     ) -> tuple[Samples, str]:
-        """Return pairs that read and encode their media when they are asked for."""
+        """Return pairs that read and encode their media on access."""
         pairs = VlmPairs(
             source,
             model,
@@ -83,7 +83,7 @@ class VlmTask(Task[VisionLanguageModel]):
         return pairs, pairs.data_id
 
     def evaluator(self, config: RunConfig, model: VisionLanguageModel) -> VlmEvaluation | None:
-        """Return what asks fixed questions."""
+        """Return the evaluator, which asks fixed questions."""
         return VlmEvaluation(config.evaluate, config.data) if config.evaluate else None
 
     def set_mode(self, model: VisionLanguageModel) -> None:
