@@ -31,7 +31,7 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the plan as indented lines."""
-        passes = "as many passes as their rounds take"
+        passes = "as many passes as the rounds take"
         if self.epochs is not None:
             passes = f"{self.epochs:.2f} passes" if self.epochs < 10 else f"{self.epochs:.0f} passes"
         share = 100 * self.trainable / self.parameters

@@ -19,7 +19,7 @@ from mmalign.methods.base import Method
 from mmalign.methods.mini_batches import places, shuffled_parts
 from mmalign.methods.run import Run
 from mmalign.scoring.choice import WeightedReward
-from mmalign.training.train import train
+from mmalign.training.train import plan, train
 
 DDPO = {"sampling_steps": 3, "guidance": 1.0, "images_per_prompt": 4, "advantage": "group", "clip": 0.5}
 PRDP = {"sampling_steps": 3, "guidance": 1.0, "images_per_prompt": 2, "beta": 1.0, "clip": 0.5, "updates_per_round": 1}
@@ -191,3 +191,21 @@ def test_a_stopped_run_of_mini_batches_goes_on_to_the_bit(model: str, tmp_path: 
 def test_a_round_cannot_end_in_the_middle(model: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must be a multiple"):
         train(online_config(model, tmp_path, ROUNDS["ddpo"], steps=3))
+
+
+def test_a_run_that_ended_within_a_round_is_not_extended(model: str, tmp_path: Path) -> None:
+    """16 pairs in mini-batches of 6 are three steps; after two of them the policy of the round is gone."""
+    method = {**ROUNDS["spo"], "mini_batch_size": 6}
+    train(online_config(model, tmp_path, method, steps=2))
+    with pytest.raises(UserError, match="ended at step 2, in the middle of a round"):
+        train(online_config(model, tmp_path, method, steps=4))
+    train(online_config(model, tmp_path, method, steps=2))  # the same run again is there already
+
+
+def test_the_plan_does_not_count_passes_that_the_samples_decide(model: str, tmp_path: Path) -> None:
+    fixed, varying = (plan(online_config(model, tmp_path, {**SPO, "name": "spo", **cut}, steps=4)) for cut in CUTS)
+    assert fixed.epochs == 1.0 and "1.00 passes over the data" in str(fixed)  # 2 rounds of 2 of 4 prompts
+    assert varying.epochs is None and "as many passes as the rounds take over the data" in str(varying)
+
+
+CUTS: list[dict[str, Any]] = [{"mini_batches": 2}, {"mini_batch_size": 6}]
