@@ -52,8 +52,8 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
     """
     if config.trainer.steps % method.updates_per_round:
         raise UserError(
-            f"trainer.steps {config.trainer.steps} must be a multiple of the {method.updates_per_round} steps of a round "
-            "(method.updates_per_round x mini_batches): a round of samples is used up before the run ends"
+            f"trainer.steps {config.trainer.steps} must be a multiple of the {method.updates_per_round} steps of a "
+            "round (method.updates_per_round x mini_batches): a round of samples is used up before the run ends"
         )
     output = Path(config.output)
     check_output(output, "output")

@@ -17,7 +17,9 @@ import pytest
 from invariant.trajectories import ANSWERS, IMAGES, answer_run, build_models, image_run
 from tiny_runs import losses
 
-NAMES = [*IMAGES, *ANSWERS]
+TKTO = {"tkto": {"objective": "tkto"}}
+"""The other objective of `tpo`, in which captions are good or bad by themselves."""
+NAMES = [*IMAGES, *TKTO, *ANSWERS]
 WHOLE = {"batch_size": 4}
 HALVES = {"batch_size": 2, "gradient_accumulation": 2}
 SINGLE = {"batch_size": 1, "gradient_accumulation": 4}
@@ -25,10 +27,11 @@ CHECKPOINTED = {"batch_size": 4, "gradient_checkpointing": True}
 COMMON = {"steps": 2, "max_grad_norm": 1e6}
 BATCH_WIDE = {
     "diffusion_kto": "its reference point is a mean over the micro-batch",
+    "tkto": "its reference point is a mean over the micro-batch",
     "diffusion_dro": "its noise levels are drawn by the first sample of the micro-batch",
 }
-"""Methods that depend on what shares a micro-batch; TKTO (`tpo` with objective tkto) is as Diffusion-KTO."""
-LEARNING_RATE = {"diffusion_kto": 1e-2}  # its reference point is 0 until the weights have moved
+"""Methods that depend on what shares a micro-batch."""
+LEARNING_RATE = {"diffusion_kto": 1e-2, "tkto": 1e-2}  # the reference point is 0 until the weights have moved
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +54,8 @@ def whole(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> C
 
 def train_it(name: str, models: dict[str, str], folder: Path, **changes: Any) -> Path:
     changes = {**COMMON, "learning_rate": LEARNING_RATE.get(name, 1e-4), **changes}
-    if name in IMAGES:
-        return image_run(name, models["sd15"], folder, **changes)
+    if name in (*IMAGES, *TKTO):
+        return image_run("tpo" if name in TKTO else name, models["sd15"], folder, TKTO.get(name), **changes)
     return answer_run(name, models["vlm"], folder, count=8 if name == "temple" else 6, **changes)
 
 
@@ -116,6 +119,6 @@ def test_two_processes_make_up_the_step(name: str, models: dict[str, str], tmp_p
     done = subprocess.run(launcher, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     one = train_it(name, models, tmp_path / "one", **HALVES)
-    if name == "diffusion_kto":  # processes share the reference point, micro-batches do not
+    if name in ("diffusion_kto", "tkto"):  # processes share the reference point, micro-batches do not
         one = train_it(name, models, tmp_path / "whole", **WHOLE)
     check(one, tmp_path / "two" / "out")

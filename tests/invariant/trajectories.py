@@ -107,9 +107,9 @@ def write_captions(path: Path) -> Path:
     return path
 
 
-def image_run(name: str, model: str, folder: Path, **changes: Any) -> Path:
+def image_run(name: str, model: str, folder: Path, options: dict[str, Any] | None = None, **changes: Any) -> Path:
     """Train one image method for a few steps and return its output."""
-    needs, options = methods.get(name).needs, dict(IMAGES[name])
+    needs, options = methods.get(name).needs, dict(IMAGES[name] if options is None else options)
     if name == "lpo":
         config = LatentRewardConfig(model=model, data={"pairs": "none"}, output="none")
         make_parts(load_generator(model, device="cpu"), config).save(folder / "reward")
