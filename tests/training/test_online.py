@@ -237,7 +237,7 @@ def test_budget_ends_the_run_with_the_update_that_reaches_it(model: str, tmp_pat
 
 
 def test_steps_must_use_up_the_last_round(model: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="multiple of method.updates_per_round 3"):
+    with pytest.raises(UserError, match="multiple of the 3 steps of a round"):
         train(online_config(model, tmp_path, {"name": "prdp", "updates_per_round": 3}))
 
 
