@@ -122,3 +122,8 @@ def _check_sibling(name: str) -> None:
 
 for _name in ("pipelines", "rewards"):
     _check_sibling(_name)
+
+from mmalign.core.moved import MOVED  # noqa: E402 (imports of `rewards` come after the check)
+from rewards.moved import MovedModules  # noqa: E402
+
+MovedModules(MOVED).install()

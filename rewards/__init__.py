@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rewards.errors import RewardError
+from rewards.moved import MOVED, MovedModules
 from rewards.registry import check_options, list_rewards, load_reward, register, reward_class
 
 if TYPE_CHECKING:
@@ -50,3 +51,6 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+MovedModules(MOVED).install()

@@ -55,6 +55,18 @@ def test_public_names_stay(module: str) -> None:
     assert [name for name in PUBLIC[module] if not hasattr(found, name)] == []
 
 
+def test_modules_that_moved_are_found_under_their_old_names() -> None:
+    from mmalign.core.moved import MOVED
+    from rewards.moved import MOVED as MOVED_REWARDS
+
+    for old, new in {**MOVED, **MOVED_REWARDS}.items():
+        module = importlib.import_module(old)
+        assert module is importlib.import_module(new), old
+        assert module.__spec__ is not None and module.__spec__.name == module.__name__ == new
+    with pytest.raises(ModuleNotFoundError, match="mmalign.nothing"):
+        importlib.import_module("mmalign.nothing")
+
+
 def test_a_method_on_pairs_trains(model: str, tmp_path: Path) -> None:
     method = {"name": "margin:Margin", "margin": 0.02}
     output = train(run_config(model, write_pairs(tmp_path / "pairs"), tmp_path / "out", method, steps=2))
