@@ -109,14 +109,15 @@ def train(
     if objects or named:
         placeholders = dict.fromkeys(SOURCES) | named | {name: f"<{name}>" for name in objects}
         layer["data"] = {**layer.get("data", {}), **placeholders, **({"caption_column": "caption"} if objects else {})}
-    lists = _take_prompt_lists(layer)
+    lists = [(holder, _take_prompt_lists(holder)) for holder in (base, layer) if isinstance(holder, dict)]
     checked = load_config(base, overrides, layer)
     output = Path(checked.output)
     for name, rows in objects.items():
         layer["data"][name] = _write(name, rows, output, answers=checked.modality == "vlm")
-    for section, texts in lists.items():
-        layer[section]["prompts"] = write_prompts(texts, output)
-    if objects or lists:
+    for holder, found in lists:
+        for section, texts in found.items():
+            holder[section]["prompts"] = write_prompts(texts, output)
+    if objects or any(found for _, found in lists):
         checked = load_config(base, overrides, layer)
     return TrainResult(train_run(checked, resume=resume), checked)
 

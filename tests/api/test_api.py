@@ -171,6 +171,8 @@ def test_prompts_and_rewards_as_objects(world: dict[str, Any], tmp_path: Path) -
     held = [json.loads(line)["prompt"] for line in Path(str(result.config.data.prompts)).read_text().splitlines()]
     assert held == ["red", "blue", "green"]
     assert len(result.curve("evaluation/tiny_runs:Brightness")) == 2 and len(result.curve("reward")) == 4
+    again = mmalign.train({**values, "evaluate": look}, prompts=["red", "blue", "green"], rewards=[Brightness])
+    assert again.config == result.config and again.metrics == result.metrics
     with pytest.raises(UserError, match=r"cannot hold a reward that is made already; .*'name': Brightness"):
         mmalign.train(values, prompts=["red"], rewards=[Brightness()])
 
