@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -233,9 +234,7 @@ def _items(images: Any, prompts: str | Sequence[str] | None, modality: str) -> l
 
         found = find_items(_paths(images), modality).items
         texts = _texts(prompts, len(found)) or [item.prompt for item in found]
-        return [
-            Item(item.name, item.media, text, item.path, item.stamp) for item, text in zip(found, texts, strict=True)
-        ]
+        return [replace(item, prompt=text) for item, text in zip(found, texts, strict=True)]
     if modality != "image":
         raise UserError(f"images: the rewards judge {modality}s; give files, a folder, or a table")
     own: list[str | None] | None = None

@@ -20,7 +20,7 @@ from mmalign.core.io.images import Media
 from mmalign.core.io.tables import TABLE_SUFFIXES, Table, column, file_columns
 from mmalign.core.resources import find
 from mmalign.data.pairs import PairTable, read_pairs
-from mmalign.data.readers.source import choose_caption_column
+from mmalign.data.readers.source import check_unique, choose_caption_column, id_of
 from mmalign.data.readers.tabular import ID_COLUMNS, as_media
 
 LABEL_COLUMN, REJECTED_COLUMN = "label", "caption_rejected"
@@ -82,6 +82,7 @@ class LabelTable:
             rejected = row.rejected_prompt
             self._rejected_of.append(-1 if rejected is None else seen.setdefault(rejected, len(seen)))
         self.prompts = list(seen)
+        check_unique(self.ids, self.name)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -179,11 +180,15 @@ class _Columns:
         if good is None:
             raise UserError(f"{where}: label {given!r}; allowed: good, bad, true, false, 1, 0")
         identifier = record.get(self.identifier) if self.identifier else None
-        return _Row(prompt, str(number if identifier is None else identifier), good, rejected)
+        return _Row(prompt, id_of(identifier, number), good, rejected)
 
 
 def _word(label: object) -> str:
-    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip().lower()
+    word = str(label).strip().lower()
+    try:  # 1.0 and the decimal or text "1.00" are 1
+        return f"{float(word):g}"
+    except ValueError:
+        return word
 
 
 class _TableLabels:

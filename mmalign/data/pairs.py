@@ -21,7 +21,7 @@ from mmalign.core.io.images import Media
 from mmalign.core.progress import note
 from mmalign.core.resources import find
 from mmalign.data.readers.listed import paired_folders, read_folder_pairs, read_json_pairs
-from mmalign.data.readers.source import Candidate, PairSource
+from mmalign.data.readers.source import Candidate, PairSource, check_unique
 from mmalign.data.readers.tabular import ParquetPairs, load_hub_pairs, load_saved_pairs
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.]+)?")
@@ -92,6 +92,7 @@ class PairTable:
             if config.limit is not None and len(self) >= config.limit:
                 break
         self.prompts = list(seen)
+        check_unique(self.ids, self.name)
 
     def __len__(self) -> int:
         """Return the number of pairs kept."""

@@ -7,7 +7,6 @@ a line.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections import Counter
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from mmalign.core.errors import UserError, nearest
 from mmalign.core.io.columns import PROMPT_COLUMNS
-from mmalign.core.io.tables import column, json_lines, prompt_column, read_text
+from mmalign.core.io.tables import column, csv_records, json_lines, prompt_column, read_text
 from mmalign.core.progress import note
 from mmalign.core.resources import resource_root, shipped
 
@@ -82,7 +81,7 @@ def _files_in(folder: Path) -> list[Path]:
 def _parse(path: Path, content: str) -> list[Prompt]:
     match path.suffix.lower():
         case ".csv":
-            return _from_rows(path, _csv_rows(content))
+            return _from_rows(path, _csv_rows(path, content))
         case ".tsv":
             return _from_rows(path, _tsv_rows(content))
         case ".jsonl":
@@ -95,8 +94,9 @@ def _parse(path: Path, content: str) -> list[Prompt]:
             raise UserError(f"{path}: cannot tell the format from '{other}'; use one of {', '.join(SUFFIXES)}")
 
 
-def _csv_rows(content: str) -> list[list[str]]:
-    return [row for row in csv.reader(io.StringIO(content)) if any(cell.strip() for cell in row)]
+def _csv_rows(path: Path, content: str) -> list[list[str]]:
+    records = csv_records(path, io.StringIO(content, newline=""))
+    return [row for _, row in records if any(cell.strip() for cell in row)]
 
 
 def _tsv_rows(content: str) -> list[list[str]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
 from mmalign.core.io.tables import Table
 from mmalign.core.resources import find
-from mmalign.data.readers.source import choose_caption_column
+from mmalign.data.readers.source import check_unique, choose_caption_column, id_of, number_of
 from mmalign.data.readers.tabular import ID_COLUMNS, as_media
 
 ANSWERS = ("chosen", "rejected")
@@ -169,9 +168,7 @@ def read_vlm_pairs(source: str, config: DataConfig, difficulties: Collection[int
     pairs.left_out = len(read) - len(pairs)
     if not len(pairs):
         raise UserError(f"{source}: no pair is left of {len(read)}")
-    twice = [name for name, count in Counter(pairs.ids).items() if count > 1]
-    if twice:
-        raise UserError(f"{source}: id '{twice[0]}' occurs more than once, and ids seed what is drawn at random")
+    check_unique(pairs.ids, source)
     return pairs
 
 
@@ -203,7 +200,7 @@ def _row(number: int, row: Mapping[str, Any], prompt: str, identifier: str | Non
     margin = _number(row, "margin", where)
     return _Row(
         number,
-        str(number if name is None else name),
+        id_of(name, number),
         row[prompt],
         row["chosen"],
         row["rejected"],
@@ -215,10 +212,11 @@ def _row(number: int, row: Mapping[str, Any], prompt: str, identifier: str | Non
 
 
 def _number(row: Mapping[str, Any], column: str, where: str) -> float | None:
-    value = row.get(column)
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)):
-        return None if value is None else float(value)
-    raise UserError(f"{where}: {column} is {value!r}; give a number, or nothing")
+    given = row.get(column)
+    value = number_of(given, f"{where}: {column}")
+    if isinstance(given, bool) or math.isinf(value) or (math.isnan(value) and isinstance(given, float)):
+        raise UserError(f"{where}: {column} is {given!r}; give a number, or nothing")
+    return None if math.isnan(value) else value
 
 
 def _media_column(cells: Mapping[str, Any], where: str) -> str:

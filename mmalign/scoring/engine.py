@@ -101,6 +101,8 @@ def decode_ahead(
 
 def _read(item: Item) -> tuple[Any, str]:
     """Fetch sources that must be read in order; (None, the reason) on failure."""
+    if item.fault:
+        return None, item.fault
     try:
         return (item.media() if callable(item.media) else item.media), ""
     except Exception as error:  # a damaged archive or column raises anything

@@ -151,7 +151,7 @@ def common_modality(chosen: Sequence[Choice]) -> str:
 
 def _check_prompts(items: Sequence[Item], needing: Sequence[str], skip_bad: bool, fix: str) -> None:
     """Refuse items without a prompt if any rewards are `needing` one; `fix` tells how to give prompts."""
-    lacking = [item.name for item in items if item.prompt is None]
+    lacking = [item.name for item in items if item.prompt is None and not item.fault]
     if lacking and needing and (not skip_bad or len(lacking) == len(items)):
         raise UserError(
             f"{len(lacking)} of {len(items)} inputs have no prompt, and reward '{needing[0]}' needs one (first: "

@@ -317,6 +317,35 @@ def test_rows_that_name_nothing_readable(folder, capsys):
     assert "column 'image' holds a NoneType" in Path("s.csv").read_text()
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_faulty_row_is_bad_alone(folder, kind, capsys):
+    images = ["images/0.png", None, "", "images/1.png"]
+    if kind == "jsonl":
+        rows = [{"image": image, "prompt": "x"} for image in images]
+        rows += [{"prompt": "x"}, {"image": "images/2.png", "prompt": 7}]
+        Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.table({"image": images, "prompt": ["x"] * 4}), "t.parquet")
+    assert score(f"t.{kind}") == 2
+    assert f"t.{kind}#1: expected the path of a file, found None" in capsys.readouterr().err
+    assert score(f"t.{kind}", "--skip-bad") == 3
+    expected = [RED[0], None, None, RED[1]] + [None, None] * (kind == "jsonl")
+    assert column("test-redness") == pytest.approx(expected)
+    if kind == "jsonl":
+        assert column("error")[4:] == [
+            "expected the path of a file, found None", "the prompt is a int; expected text"
+        ]  # fmt: skip
+
+
+def test_paths_in_parquet_in_every_encoding_of_text(folder):
+    paths = pa.array(["images/0.png", "images/3.png", "images/0.png"])
+    for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        pq.write_table(pa.table({"image": paths.cast(kind)}), "t.parquet")
+        assert score("t.parquet", rewards="test-redness") == 0
+        assert column("test-redness") == pytest.approx([0.0, 0.6, 0.0])
+        Path("s.parquet").unlink()
+
+
 def test_prompts(folder, capsys):
     (folder / "4.txt").unlink()
     assert score("images") == 2

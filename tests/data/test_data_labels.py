@@ -131,3 +131,9 @@ def test_batches_hold_labels_and_each_content_is_encoded_once(tmp_path: Path) ->
     again = build_label_cache(changed, generator, data)
     assert again.facts(0) == cached.facts(0) and again.facts(1) != cached.facts(1)
     assert again.batch([0], 0, 0).rejected_cond is None
+
+
+def test_ids_follow_the_rule_of_pairs(tmp_path: Path) -> None:
+    assert read(write_labels(tmp_path, "jsonl", id=["x", None, ""])).ids == ["x", "1", "2"]
+    with pytest.raises(UserError, match="id 'x' occurs more than once"):
+        read(write_labels(tmp_path, "csv", id=["x", "y", "x"]))

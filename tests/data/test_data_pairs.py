@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tracemalloc
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -256,3 +257,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert read_metadata(path) == {"made": "first"}
     assert pq.read_table(path)["n"].to_pylist() == [1]
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.parquet"]
+
+
+def test_ids_that_are_null_are_row_numbers_and_repeated_ones_are_refused(tmp_path):
+    sides = {"prompt": "a", "chosen": "a.png", "rejected": "b.png"}
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(sides | {"id": value}) + "\n" for value in (None, "", "x")))
+    assert read(path).ids == ["1", "2", "x"]
+    path.write_text("".join(json.dumps(sides | {"id": value}) + "\n" for value in ("y", "x", "x")))
+    with pytest.raises(UserError, match="id 'x' occurs more than once"):
+        read(path)
+    with pytest.raises(UserError, match="id '7' occurs more than once"):
+        read(pickapic(tmp_path / "p.parquet", [{"uid": 7}, {"uid": 7}]))
+
+
+def test_numbers_and_flags_are_read_in_every_type(tmp_path):
+    rows = [{"label_0": "0.25", "label_1": " 1 ", "score_0": "-1.5", "score_1": "2"}]
+    table = read(pickapic(tmp_path / "p.parquet", rows))
+    assert table[0].chosen == png(1.0) and table[0].margin == 3.5
+    decimals = pickapic(tmp_path / "p.parquet", [{"label_0": Decimal("0.1"), "label_1": Decimal("0.9")}])
+    assert read(decimals)[0].chosen == png(1.0)
+    for no, yes in ((0, 1), ("0", "1"), ("False", "true"), (0.0, 1.0)):
+        table = read(pickapic(tmp_path / "p.parquet", [{"has_label": no}, {"has_label": yes}, {"has_label": None}]))
+        assert table.ids == ["1", "2"] and table.counts.unlabelled == 1
+    with pytest.raises(UserError, match="row 1: label_0 is 'left'; give a number, not a str"):
+        read(pickapic(tmp_path / "p.parquet", [{"label_0": "1"}, {"label_0": "left"}]))
+    with pytest.raises(UserError, match="row 0: has_label is 2; give true, false, 1 or 0"):
+        read(pickapic(tmp_path / "p.parquet", [{"has_label": 2}]))

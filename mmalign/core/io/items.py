@@ -45,7 +45,7 @@ class Item:
 
     name: its identifier, also in messages: a path, `table.csv#3`, `shard.tar/0001.jpg`. path: the file
     as given, where there is one. stamp: size and time of the file that holds it; a changed one makes its scores stale.
-    extra: any value that the caller wants back with the score.
+    extra: any value that the caller wants back with the score. fault: why a row that names the item cannot be scored.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Item:
     path: str | None = None
     stamp: str = ""
     extra: Any = None
+    fault: str = ""
 
 
 def stamp_of(path: Path) -> str:

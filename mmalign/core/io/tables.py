@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from mmalign.core.errors import UserError
 from mmalign.core.io.columns import PROMPT_COLUMNS, missing_columns
@@ -16,6 +19,8 @@ from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
 
 TABLE_SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".parquet"})
 _FILE_COLUMNS = ("file_name", "file", "path")
+SHOWN = 60
+"""Characters of foreign text in a message."""
 
 
 def file_columns(modality: str) -> tuple[str, ...]:
@@ -34,18 +39,29 @@ def prompt_column(found: Iterable[str]) -> str | None:
     return column(found, PROMPT_COLUMNS)
 
 
+def shorten(text: str) -> str:
+    """Return foreign text for a message, cut where it is long."""
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
 def table_items(path: Path, modality: str) -> Iterator[Item]:
     """Yield one item a row, named `table#row`; paths are relative to the table.
 
+    A row without a medium, or whose prompt is no text, is an item with a fault.
+
     Raises:
-        UserError: the table is malformed, has no column of media, or a row has none.
+        UserError: the table is malformed, or has no column of media.
     """
     if path.suffix.lower() == ".parquet":
         yield from _parquet_items(path, modality)
         return
-    for number, row in enumerate(read_rows(path)):
-        media_at, text_at = _media_column(path, row, modality), prompt_column(row)
-        yield _path_item(path, number, row[media_at], None if text_at is None else row[text_at])
+    table = Table(path)
+    if table.columns:
+        _media_column(path, table.columns, modality)
+    for number, row in enumerate(table.rows(table.columns)):
+        media_at, text_at = column(row, file_columns(modality)), prompt_column(row)
+        given, prompt = (None if name is None else row[name] for name in (media_at, text_at))
+        yield _path_item(path, number, given, prompt)
 
 
 class Table:
@@ -125,14 +141,34 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[Mapping[str, Any]]:
 
 
 def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[Mapping[str, Any]]:
-    reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    header: list[str] | None = None
+    for line, record in csv_records(path, lines, "\t" if path.suffix.lower() == ".tsv" else ","):
+        if header is None:
+            header = record
+        elif len(record) != len(header):
+            raise UserError(f"{path}: line {line} has not as many fields as the first line")
+        else:
+            yield dict(zip(header, record, strict=True))
+
+
+def csv_records(path: Path, lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """Yield the first line, from 1, and the fields of every record of CSV that is not blank; `path` is for messages.
+
+    Quotation marks are read strictly: a stray one would swallow records, or vanish from a text.
+
+    Raises:
+        UserError: a stray or unclosed quotation mark, or a field of more than 131,072 characters.
+    """
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    line = 1
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(f"{path}: line {reader.line_num} has not as many fields as the first line")
-            yield row
+        for record in reader:
+            if record:
+                yield line, record
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: {error}") from None
+        fix = "quote the whole field and double the marks inside it"
+        raise UserError(f"{path}: the record that starts in line {line} is no CSV ({error}); {fix}") from None
 
 
 def _media_column(path: Path, found: Iterable[str], modality: str) -> str:
@@ -145,23 +181,24 @@ def _media_column(path: Path, found: Iterable[str], modality: str) -> str:
 def _path_item(table: Path, number: int, given: Any, prompt: Any) -> Item:
     name = f"{table}#{number}"
     if not isinstance(given, str) or not given:
-        raise UserError(f"{name}: expected the path of a file, found {given!r}")
+        return Item(name, b"", fault=f"expected the path of a file, found {shorten(repr(given))}")
     path = table.parent / given
-    return Item(name, path, _as_prompt(prompt, name), str(path), stamp_of(path))
+    return _with_prompt(Item(name, path, None, str(path), stamp_of(path)), prompt)
 
 
-def _as_prompt(value: Any, name: str) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{name}: the prompt is a {type(value).__name__}; expected text")
-    return value
+def _with_prompt(item: Item, prompt: Any) -> Item:
+    if prompt is not None and not isinstance(prompt, str):
+        return replace(item, fault=f"the prompt is a {type(prompt).__name__}; expected text")
+    return replace(item, prompt=prompt)
 
 
 def _parquet_items(path: Path, modality: str) -> Iterator[Item]:
     """Yield the rows; media inside the file are read when their turn comes, by rising row numbers."""
     schema = open_parquet(path).schema_arrow
     media_at, text_at = _media_column(path, schema.names, modality), prompt_column(schema.names)
-    kind = str(schema.field(media_at).type)
-    small = [name for name in (text_at, media_at if kind in ("string", "large_string") else None) if name is not None]
+    small = [
+        name for name in (text_at, media_at if _is_text(schema.field(media_at).type) else None) if name is not None
+    ]
     reader, stamp, number = ForwardReader(path, [media_at]), stamp_of(path), 0
     rows = iterate_columns(path, small) if small else iter(())
     counted = (row for batch in rows for row in batch.to_pylist()) if small else ({} for _ in range(len(reader)))
@@ -171,7 +208,14 @@ def _parquet_items(path: Path, modality: str) -> Iterator[Item]:
             yield _path_item(path, number, row[media_at], prompt)
             continue
         name = f"{path}#{number}"
-        yield Item(name, partial(_cell, reader, number, media_at, path), _as_prompt(prompt, name), None, stamp)
+        yield _with_prompt(Item(name, partial(_cell, reader, number, media_at, path), None, None, stamp), prompt)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Tell whether a column holds text, in any of Arrow's encodings."""
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        kind = kind.value_type
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 def _cell(reader: ForwardReader, number: int, name: str, table: Path) -> bytes:

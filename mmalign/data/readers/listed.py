@@ -12,7 +12,7 @@ from mmalign.core.errors import UserError
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
 from mmalign.core.io.tables import json_lines, read_text
-from mmalign.data.readers.source import Candidate, choose_caption_column
+from mmalign.data.readers.source import Candidate, choose_caption_column, id_of
 
 IMAGE_LISTS = ("image_path", "images", "file_path")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -61,7 +61,7 @@ def read_json_pairs(path: Path, caption: str) -> ListedPairs:
         prompt = record[choose_caption_column(list(record), caption, where)]
         if not isinstance(prompt, str):
             raise UserError(f"{where}: the prompt is a {type(prompt).__name__}; expected text")
-        identifier = str(record.get("id", number))
+        identifier = id_of(record.get("id"), number)
         images_key = next((key for key in IMAGE_LISTS if key in record), None)
         if images_key is not None:
             _add_ranked(pairs, path, record, record[images_key], (prompt, identifier, where))

@@ -17,7 +17,7 @@ from mmalign.core.errors import UserError
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
 from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet, read_metadata
-from mmalign.data.readers.source import Candidate, choose_caption_column
+from mmalign.data.readers.source import Candidate, choose_caption_column, flag_of, id_of, number_of
 
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
 LABEL_COLUMNS = ("label_0", "label_1")
@@ -48,15 +48,12 @@ class _Columns:
         prompt = record[self.caption]
         if not isinstance(prompt, str):
             raise UserError(f"{self.source}: row {row} has no text in column '{self.caption}' ({prompt!r})")
-        labelled = record.get("has_label") is not False
-        labels = [_number(record[name]) if labelled else math.nan for name in LABEL_COLUMNS]
-        scores = [_number(record.get(name)) for name in SCORE_COLUMNS]
+        where = f"{self.source}: row {row}"
+        labelled = flag_of(record.get("has_label"), f"{where}: has_label") is not False
+        labels = [number_of(record[name], f"{where}: {name}") if labelled else math.nan for name in LABEL_COLUMNS]
+        scores = [number_of(record.get(name), f"{where}: {name}") for name in SCORE_COLUMNS]
         identifier = record[self.identifier] if self.identifier else None
-        return Candidate(row, prompt, str(row if identifier is None else identifier), *labels, *scores)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+        return Candidate(row, prompt, id_of(identifier, row), *labels, *scores)
 
 
 def as_media(value: object, folder: Path, where: str) -> Media:
