@@ -1,13 +1,41 @@
-"""Atomic writing of files (written beside the target, renamed when complete), and checks of output paths."""
+"""Atomic writing of files (written beside the target, renamed when complete), checks of paths, and visible files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from mmalign.core.errors import UserError
+
+
+def exists(path: str | Path) -> bool:
+    """Tell whether a path exists; text that can be no path (too long, with NUL) does not, where `Path` raises."""
+    return os.path.exists(path)
+
+
+def is_file(path: str | Path) -> bool:
+    """Tell whether a path is a file, as `exists` does."""
+    return os.path.isfile(path)
+
+
+def is_dir(path: str | Path) -> bool:
+    """Tell whether a path is a folder, as `exists` does."""
+    return os.path.isdir(path)
+
+
+def is_hidden(path: str | PurePath) -> bool:
+    """Tell whether a name inside a folder or archive is hidden: `.x`, what macOS adds, or our unfinished output."""
+    parts = PurePath(path).parts
+    return any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in parts) or any(
+        part.endswith(".parts") for part in parts[:-1]
+    )
+
+
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """Return what a folder holds that is not hidden, sorted; `**/` in the pattern goes into folders, not links."""
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder)))
 
 
 def check_output(path: Path, key: str = "--out", *, folder: bool = True) -> None:

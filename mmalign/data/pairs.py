@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
+from mmalign.core.files import visible
 from mmalign.core.hashing import uniform
 from mmalign.core.io.images import Media
 from mmalign.core.progress import note
@@ -213,7 +214,7 @@ def _open_directory(path: Path, caption_column: str) -> PairSource:
         return read_folder_pairs(*folders)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return load_saved_pairs(path, caption_column)
-    files = _training_split(path, sorted(path.rglob("*.parquet")))
+    files = _training_split(path, visible(path, "**/*.parquet"))
     if files:
         return ParquetPairs(str(path), files, caption_column)
     raise UserError(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.files import visible
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
 from mmalign.core.io.tables import Table
@@ -235,7 +236,7 @@ def media_digest(media: Media) -> str:
     if isinstance(media, bytes):
         digest.update(media)
         return digest.hexdigest()
-    for file in sorted(media.iterdir()) if media.is_dir() else [media]:
+    for file in visible(media) if media.is_dir() else [media]:
         with file.open("rb") as content:
             size = file.stat().st_size
             digest.update(f"{size};".encode() + content.read(_ENDS))

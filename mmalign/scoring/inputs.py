@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmalign.core.errors import UserError
+from mmalign.core.files import visible
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.decode import SUFFIXES
 from mmalign.core.io.items import Item, stamp_of
@@ -87,9 +88,8 @@ def _from_path(path: Path, modality: str, prompts: _Prompts, found: Inputs) -> I
 
 def _from_folder(folder: Path, modality: str, prompts: _Prompts, found: Inputs) -> Iterator[Item]:
     other = next(suffixes for name, suffixes in SUFFIXES.items() if name != modality)
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or not path.is_file():
+    for path in visible(folder, "**/*"):
+        if not path.is_file():
             continue
         if path.suffix.lower() in SUFFIXES[modality]:
             yield _file_item(path, prompts)
@@ -145,6 +145,6 @@ def _hint(text: str, modality: str) -> str:
     folder = Path(text)
     if not folder.is_dir():
         return ""
-    tables = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in TABLE_SUFFIXES or is_tar(path)]
+    tables = [path for path in visible(folder, "**/*") if path.suffix.lower() in TABLE_SUFFIXES or is_tar(path)]
     named = [path for path in tables if path.name not in METADATA_FILES]
     return f"; did you mean '{named[0]}'?" if named else f" ({', '.join(sorted(SUFFIXES[modality]))})"

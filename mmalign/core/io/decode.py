@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 from mmalign.core.errors import UserError
+from mmalign.core.files import visible
 from mmalign.core.io.items import Slice
 from rewards.media import image_levels
 
@@ -93,7 +94,7 @@ def _thinned(rate: float | None, taken: list[int]) -> float | None:
 
 
 def _from_folder(folder: Path, frames: Frames, rate: float | None) -> tuple[Tensor, float | None]:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = [path for path in visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise UserError("the folder holds no frames")
     wanted = frames.choose(len(files), rate)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.core.errors import UserError
+from mmalign.core.files import visible
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
 from mmalign.core.io.tables import json_lines, read_text
@@ -146,7 +147,7 @@ def read_folder_pairs(chosen: Path, rejected: Path) -> ListedPairs:
 
 def _by_stem(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in visible(folder):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             if path.stem in found:
                 raise UserError(f"{folder}: '{found[path.stem].name}' and '{path.name}' have the same stem; keep one")
