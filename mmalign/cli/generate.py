@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.core.errors import UserError
-from mmalign.core.files import check_output, write_atomically
+from mmalign.core.files import check_output, exists, write_atomically
 from mmalign.core.progress import track
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def read_prompts(given: str, limit: int | None) -> list[Prompt]:
         if not given:
             raise UserError(f"--prompts {TEXT_PREFIX}: no prompt follows; write --prompts '{TEXT_PREFIX}a red circle'")
         return [Prompt(given)]
-    if any(letter.isspace() for letter in given.strip()) and not Path(given).exists():
+    if any(letter.isspace() for letter in given.strip()) and not exists(given):
         return [Prompt(given.strip())]
     try:
         return load_prompts(given, limit)

@@ -9,6 +9,14 @@ import difflib
 import re
 from collections.abc import Iterable
 
+LONGEST_PATH = 255
+"""Characters of a path in a message; a longer one is hardly a path."""
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """Return foreign text for a message: its first `limit` characters, and dots where it is longer."""
+    return text if len(text) <= limit else text[:limit] + "..."
+
 
 class UserError(Exception):
     """The user's input is wrong; the command line prints the message without a traceback and exits with code 2."""
@@ -19,7 +27,7 @@ class MissingPath(UserError):
 
     def __init__(self, path: object, hint: str) -> None:
         """Report that `path` does not exist; `hint` is appended to the message."""
-        super().__init__(f"{path}: no such file or directory{hint}")
+        super().__init__(f"{shorten(str(path), LONGEST_PATH)}: no such file or directory{hint}")
         self.path = str(path)
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mmalign.core.errors import MissingPath, UserError, nearest
+from mmalign.core.files import exists, is_dir
 
 _SHIPPED = ("configs", "assets")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -25,10 +26,10 @@ def find(path: str | Path) -> Path:
         MissingPath: neither exists; the message names the nearest existing path.
     """
     given = Path(path).expanduser()
-    if given.exists():
+    if exists(given):
         return given
     ours = shipped(given)
-    if ours is not None and ours.exists():
+    if ours is not None and exists(ours):
         return ours
     raise MissingPath(path, _path_hint(given))
 
@@ -62,18 +63,18 @@ def resolve_model(name: str) -> str:
 def is_hub_id(name: str) -> bool:
     """Tell whether a name is shaped like a hub id, `org/name[@revision]`, and is no path here; see `resolve_model`."""
     given = Path(name).expanduser()
-    lies_nowhere = not given.exists() and shipped(given) is None and not Path(given.parts[0]).is_dir()
+    lies_nowhere = not exists(given) and shipped(given) is None and not is_dir(given.parts[0])
     return lies_nowhere and _HUB_ID.fullmatch(name) is not None
 
 
 def _path_hint(missing: Path) -> str:
     """Describe the nearest existing neighbour of a missing path, or the places that were searched."""
     for folder in (missing.parent, shipped(missing.parent)):
-        if folder is not None and folder.is_dir():
+        if folder is not None and is_dir(folder):
             match = nearest(missing.name, (entry.name for entry in folder.iterdir()))
             if match:
                 return f"; did you mean '{missing.parent / match}'?"
-    existing = next((parent for parent in missing.parents if parent.is_dir() and str(parent) != "."), None)
+    existing = next((parent for parent in missing.parents if is_dir(parent) and str(parent) != "."), None)
     if existing is None and not missing.is_absolute():
         return f" in {Path.cwd()} or among the files that mmalign ships"
     return f" ('{existing}' exists, '{missing.relative_to(existing).parts[0]}' is not in it)" if existing else ""

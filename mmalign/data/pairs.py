@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
-from mmalign.core.files import visible
+from mmalign.core.files import is_dir, visible
 from mmalign.core.hashing import uniform
 from mmalign.core.io.images import Media
 from mmalign.core.progress import note
@@ -193,7 +193,7 @@ def open_source(source: str, caption_column: str = "caption") -> PairSource:
         path = find(source)
     except UserError:
         first = Path(source).parts[0] if source else ""
-        is_local = Path(source).suffix in _FILE_SUFFIXES or Path(first).is_dir()
+        is_local = Path(source).suffix in _FILE_SUFFIXES or is_dir(first)
         if _HUB_ID.fullmatch(source) and not is_local:
             return load_hub_pairs(source, caption_column)
         raise

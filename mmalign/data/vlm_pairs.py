@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmalign.config.sections import DataConfig
-from mmalign.core.errors import UserError, did_you_mean
-from mmalign.core.files import visible
+from mmalign.core.errors import LONGEST_PATH, UserError, did_you_mean, shorten
+from mmalign.core.files import exists, is_dir, visible
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
 from mmalign.core.io.tables import Table
@@ -130,9 +130,11 @@ class VlmPairTable:
 
     def _files(self, cell: Any, where: str) -> tuple[Media, ...]:
         found = tuple(as_media(one, self._folder, where) for one in (cell if isinstance(cell, list) else [cell]))
-        missing = next((one for one in found if isinstance(one, Path) and not one.exists()), None)
+        missing = next((one for one in found if isinstance(one, Path) and not exists(one)), None)
         if missing is not None or not found:
-            raise UserError(f"{where}: {f'{missing} does not exist' if missing else 'no media'}")
+            raise UserError(
+                f"{where}: {f'{shorten(str(missing), LONGEST_PATH)} does not exist' if missing else 'no media'}"
+            )
         return found
 
 
@@ -236,7 +238,7 @@ def media_digest(media: Media) -> str:
     if isinstance(media, bytes):
         digest.update(media)
         return digest.hexdigest()
-    for file in visible(media) if media.is_dir() else [media]:
+    for file in visible(media) if is_dir(media) else [media]:
         with file.open("rb") as content:
             size = file.stat().st_size
             digest.update(f"{size};".encode() + content.read(_ENDS))

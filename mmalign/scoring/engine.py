@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmalign.core.errors import UserError
+from mmalign.core.files import exists
 from mmalign.core.io.decode import ALL_FRAMES, Frames, decode
 from mmalign.core.io.items import Item
 from mmalign.scoring.choice import WeightedReward
@@ -112,7 +113,7 @@ def _read(item: Item) -> tuple[Any, str]:
 def _decode(media: Any, failed: str, modality: str, frames: Frames) -> Tensor | str:
     if failed:
         return failed
-    if isinstance(media, Path) and not media.exists():
+    if isinstance(media, Path) and not exists(media):
         return "no such file"
     try:
         return decode(media, modality, frames)
@@ -145,9 +146,19 @@ def _score_group(items: list[Item], levels: Tensor, rewards: Sequence[WeightedRe
     try:
         return _score_media(items, levels, rewards)
     except (RewardError, UserError) as error:
-        if len(items) == 1:
-            return [Scored(items[0], {}, str(error))]
+        reason = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_memory(error):
+            raise
+        reason = f"too large for the memory ({' x '.join(map(str, levels.shape[:0:-1][:2]))} pixels)"
+    if len(items) == 1:
+        return [Scored(items[0], {}, reason)]
     return [_score_group([item], levels[index : index + 1], rewards)[0] for index, item in enumerate(items)]
+
+
+def _is_memory(error: Exception) -> bool:
+    """Tell whether memory ran out: on a device, in Python, or in PyTorch's allocator for the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _score_media(items: list[Item], levels: Tensor, rewards: Sequence[WeightedReward]) -> list[Scored]:

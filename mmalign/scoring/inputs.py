@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmalign.core.errors import UserError
-from mmalign.core.files import visible
+from mmalign.core.files import exists, visible
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.decode import SUFFIXES
 from mmalign.core.io.items import Item, stamp_of
@@ -61,7 +61,7 @@ def find_items(given: Sequence[str], modality: str, prompt: str | None = None) -
 
 
 def _from_input(text: str, modality: str, prompts: _Prompts, found: Inputs) -> Iterator[Item]:
-    if glob.has_magic(text) and not Path(text).exists():
+    if glob.has_magic(text) and not exists(text):
         matches = sorted(glob.glob(text, recursive=True))
         if not matches:
             raise UserError(f"{text}: matches no file")

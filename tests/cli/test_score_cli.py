@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import tarfile
 from pathlib import Path
 
@@ -335,6 +336,38 @@ def test_a_faulty_row_is_bad_alone(folder, kind, capsys):
         assert column("error")[4:] == [
             "expected the path of a file, found None", "the prompt is a int; expected text"
         ]  # fmt: skip
+
+
+def test_what_can_be_no_path_is_bad_alone(folder):
+    images = ["images/0.png", "A" * 400, "a\0.png", "images/3.png"]
+    Path("t.jsonl").write_text("".join(json.dumps({"image": image}) + "\n" for image in images))
+    assert score("t.jsonl", "--skip-bad", rewards="test-redness") == 3
+    assert column("test-redness") == pytest.approx([0.0, None, None, 0.6])
+    assert column("error") == [None, "no such file", "no such file", None]
+
+
+def test_a_name_that_is_not_utf8_is_escaped(folder, capsys):
+    Path(os.fsdecode(b"images/caf\xe9.png")).write_bytes(png(51))
+    for out in ("s.csv", "s.jsonl", "s.parquet"):
+        assert score("images", out=out, rewards="test-redness") == 0
+        assert score("images", out=out, rewards="test-redness") == 0
+        assert "(0 new)" in capsys.readouterr().out
+    assert column("id")[5] == "images/caf\\xe9.png" and column("test-redness")[5] == pytest.approx(0.2)
+
+
+def test_what_does_not_fit_in_memory_is_bad_alone(folder, monkeypatch):
+    def redness(self, media, prompts, references):
+        if media.shape[-1] == 7 or len(media) > 1 and media.shape[-1] == 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return media[:, 0].mean((1, 2))
+
+    monkeypatch.setattr(Redness, "score", redness)
+    picture(0, (7, 3)).save("images/1.png")
+    for name in "34":
+        picture(51, (5, 3)).save(f"images/{name}.png")
+    assert score("images", "--skip-bad", rewards="test-redness") == 3
+    assert column("test-redness") == pytest.approx([0.0, None, 0.4, 0.2, 0.2])
+    assert column("error")[1] == "too large for the memory (7 x 3 pixels)"
 
 
 def test_paths_in_parquet_in_every_encoding_of_text(folder):

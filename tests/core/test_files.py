@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 from mmalign.core.errors import UserError
-from mmalign.core.files import check_output, replacing, write_atomically
+from mmalign.core.files import check_output, exists, is_dir, is_file, replacing, write_atomically
+from mmalign.core.io.items import Item, printable, stamp_of
+from mmalign.core.resources import find
 
 
 def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path: Path) -> None:
@@ -44,3 +47,20 @@ def test_an_output_that_cannot_be_written_to_is_one_line(tmp_path: Path, monkeyp
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match=f"new: {re.escape(str(tmp_path))} is not writable"):
         check_output(tmp_path / "new")
+
+
+@pytest.mark.parametrize("text", ["A" * 400, "a\0.png", "x/" * 3000, "data:image/png;base64," + "iVBORw0KGgo" * 60])
+def test_text_that_can_be_no_path_does_not_exist(text: str) -> None:
+    assert not exists(text) and not is_file(text) and not is_dir(Path(text))
+    assert stamp_of(Path(text)) == ""
+    with pytest.raises(UserError) as error:
+        find(text)
+    assert "no such file or directory" in str(error.value) and len(str(error.value)) < 500
+
+
+def test_names_from_other_systems_are_escaped() -> None:
+    assert printable(os.fsdecode(b"caf\xe9.png")) == "caf\\xe9.png"
+    assert printable("half \ud83d of one") == "half \\ud83d of one"
+    assert printable("caf\u00e9") == "caf\u00e9"
+    assert Item(os.fsdecode(b"\xe9"), b"").name == "\\xe9"
+    assert "half a character" in Item("a", b"", "\ud83d").fault and not Item("a", b"", "\u00e9").fault

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from mmalign.core.errors import UserError
+from mmalign.core.errors import LONGEST_PATH, UserError, shorten
 from rewards.media import upright_rgb
 
 Media = bytes | Path
@@ -28,8 +28,9 @@ def read_bytes(media: Media, name: str) -> bytes:
         return media
     try:
         return media.read_bytes()
-    except OSError as error:
-        raise UserError(f"{name}: image '{media}' cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name}: image '{shorten(str(media), LONGEST_PATH)}' cannot be read ({reason})") from None
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:

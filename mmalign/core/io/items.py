@@ -56,11 +56,30 @@ class Item:
     extra: Any = None
     fault: str = ""
 
+    def __post_init__(self) -> None:
+        """Escape what cannot be written as UTF-8: names of files from other systems; such a prompt is a fault."""
+        for key in ("name", "path"):
+            given = getattr(self, key)
+            if given is not None and not given.isascii():
+                object.__setattr__(self, key, printable(given))
+        if self.prompt is not None and not self.prompt.isascii() and self.prompt != printable(self.prompt):
+            object.__setattr__(self, "fault", "the prompt is no text in UTF-8 (it holds half a character)")
+            object.__setattr__(self, "prompt", None)
+
+
+def printable(text: str) -> str:
+    """Return text with what cannot be written as UTF-8 escaped: the byte E9 of a file's name as \\xe9."""
+    try:
+        raw = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a character of UTF-16, which no file's name gives
+        raw = text.encode("utf-8", "backslashreplace")
+    return raw.decode("utf-8", "backslashreplace")
+
 
 def stamp_of(path: Path) -> str:
     """Return size and modification time of a file as text; empty where there is no such file."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: text with NUL is no path
         return ""
     return f"{status.st_size}-{status.st_mtime_ns}"

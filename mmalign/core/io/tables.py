@@ -12,15 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmalign.core.errors import UserError
+from mmalign.core.errors import UserError, shorten
 from mmalign.core.io.columns import PROMPT_COLUMNS, missing_columns
 from mmalign.core.io.items import Item, stamp_of
 from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
 
 TABLE_SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".parquet"})
 _FILE_COLUMNS = ("file_name", "file", "path")
-SHOWN = 60
-"""Characters of foreign text in a message."""
 
 
 def file_columns(modality: str) -> tuple[str, ...]:
@@ -37,11 +35,6 @@ def column(found: Iterable[str], names: Iterable[str]) -> str | None:
 def prompt_column(found: Iterable[str]) -> str | None:
     """Return the column that holds the prompt, if there is one."""
     return column(found, PROMPT_COLUMNS)
-
-
-def shorten(text: str) -> str:
-    """Return foreign text for a message, cut where it is long."""
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
 def table_items(path: Path, modality: str) -> Iterator[Item]:

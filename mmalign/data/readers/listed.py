@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.core.errors import UserError
-from mmalign.core.files import visible
+from mmalign.core.files import is_file, visible
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
 from mmalign.core.io.tables import json_lines, read_text
@@ -100,7 +100,7 @@ def _path(listing: Path, given: Any, where: str) -> Path:
         raise UserError(f"{where}: expected the path of an image, found {given!r}")
     # HPDv2's train.json names files that lie in train/ beside it.
     candidates = [listing.parent / given, listing.parent / listing.stem / given, listing.parent / "images" / given]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    return next((path for path in candidates if is_file(path)), candidates[0])
 
 
 def _records(path: Path) -> Iterator[Any]:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from mmalign.core.errors import UserError
+from mmalign.core.errors import UserError, shorten
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
-from mmalign.core.io.tables import shorten
 
 
 class Candidate(NamedTuple):
