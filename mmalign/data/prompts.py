@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmalign.core.errors import UserError, nearest
+from mmalign.core.files import exists, is_dir, is_file
 from mmalign.core.io.columns import PROMPT_COLUMNS
 from mmalign.core.io.tables import column, csv_records, json_lines, prompt_column, read_text
 from mmalign.core.progress import note
@@ -61,11 +62,11 @@ def _locate(name_or_path: str | Path) -> Path:
     builtin = builtin_prompt_sets()
     given = Path(name_or_path).expanduser()
     for path in (given, shipped(given)):
-        if path is not None and path.is_file():
+        if path is not None and exists(path) and not is_dir(path):
             return path
     if str(name_or_path) in builtin:
         return builtin[str(name_or_path)]
-    if given.is_dir():
+    if is_dir(given):
         raise UserError(f"prompts '{name_or_path}' is a directory; give a file ({', '.join(SUFFIXES)})")
     neighbours = {str(given.parent / entry.name) for entry in _files_in(given.parent)}
     match = nearest(str(name_or_path), [*builtin, *neighbours])
@@ -75,11 +76,12 @@ def _locate(name_or_path: str | Path) -> Path:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if entry.suffix in SUFFIXES] if folder.is_dir() else []
+    return [entry for entry in folder.iterdir() if entry.suffix in SUFFIXES] if is_dir(folder) else []
 
 
 def _parse(path: Path, content: str) -> list[Prompt]:
-    match path.suffix.lower():
+    # What is no regular file, such as /dev/stdin or a shell's <(command), has no suffix that tells the format.
+    match path.suffix.lower() if is_file(path) else ".txt":
         case ".csv":
             return _from_rows(path, _csv_rows(path, content))
         case ".tsv":

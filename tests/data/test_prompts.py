@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,11 @@ def test_builtin_sets_load_by_name(monkeypatch, tmp_path):
     assert load_prompts("shapes-mini") == [Prompt("a red circle", "colors")]
     with pytest.raises(UserError, match=r"\(built in: shapes-mini\); did you mean 'shapes-mini'\?"):
         load_prompts("shape-mini")
+
+
+def test_a_pipe_is_read_as_text(tmp_path):
+    pipe = tmp_path / "pipe.csv"  # its name tells nothing about what is written into it
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as writer:
+        writer.submit(pipe.write_text, "a red cup, blue\n\na star\n")
+        assert [prompt.text for prompt in load_prompts(pipe)] == ["a red cup, blue", "a star"]
