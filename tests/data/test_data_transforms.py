@@ -103,3 +103,22 @@ def test_random_crop_is_a_function_of_the_pair_alone():
 def test_uniform_is_the_documented_hash():
     digest = hashlib.blake2b(repr(("flip", 1)).encode(), digest_size=8).digest()
     assert uniform("flip", 1) == (int.from_bytes(digest, "big") >> 1) % 2**53 / 2**53
+
+
+@pytest.mark.parametrize("size", [(640, 4), (3, 700), (2000, 40), (40, 2000)])
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.5, 1.0])
+def test_a_strip_is_cropped_as_if_it_were_resized_whole(size, place):
+    # Levels that the filter does not drive beyond 0 or 255: Pillow clips between its passes, whose order may differ.
+    levels = np.random.default_rng(0).integers(80, 176, (size[1], size[0], 3), dtype=np.uint8)
+    strip, transform = Image.fromarray(levels), PairTransform(16)
+    width, height, left, top = transform.plan(strip.size, Decision(place, place))
+    whole = strip.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 16, top + 16))
+    expected = torch.from_numpy(np.array(whole)).permute(2, 0, 1).float()
+    assert (transform(strip, Decision(place, place)) * 255 - expected).abs().max() < 1.01
+
+
+def test_the_memory_of_a_strip_is_bounded_by_the_crop(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, to, *a, **k: sizes.append(to) or resize(self, to, *a, **k))
+    assert PairTransform(32)(Image.new("RGB", (60_000, 1), "red"), Decision())[0].eq(1).all()
+    assert sizes == [(32 + 2 * 65, 32)]  # a bicubic filter reaches 2 old pixels of 32 new ones each, and one more

@@ -145,3 +145,30 @@ def test_wrong_settings_are_refused():
         Preprocess()(media, "pil")
     with pytest.raises(RewardError, match="has no gradient"):
         Preprocess()(media.requires_grad_(), "reference")
+
+
+@pytest.mark.parametrize("size", [(2, 60_000), (60_000, 1)])
+@pytest.mark.parametrize("mode", ["reference", "differentiable"])
+def test_of_a_long_strip_only_the_part_near_the_crop_is_resized(size, mode):
+    preprocess = Preprocess(32, mean=(0.0,) * 3, std=(1.0,) * 3)
+    media = torch.zeros(1, 3, *size)
+    middle = media.narrow(2 if size[0] > size[1] else 3, 30_000, 30_000)
+    middle.fill_(1)  # the edge lies in the middle of the crop
+    shown = preprocess(media, mode)[0, 0]
+    line = shown.mean(1 if size[0] > size[1] else 0)
+    assert shown.shape == (32, 32) and line[0] < 0.05 and line[-1] > 0.95
+    assert torch.allclose(line + line.flip(0), torch.ones(32), atol=0.01)
+
+
+def test_a_strip_is_nearly_what_it_is_when_resized_whole(monkeypatch):
+    preprocess = Preprocess(32, mean=(0.0,) * 3, std=(1.0,) * 3)
+    media = torch.linspace(0, 40, 3 * 1000).sin().mul(0.5).add(0.5).reshape(3, 1, 1000).expand(1, 3, 50, 1000)
+    near = preprocess(media)
+    monkeypatch.setattr(Preprocess, "_near_crop", lambda self, media: media)
+    assert (preprocess(media) - near).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("mode", ["reference", "differentiable"])
+def test_a_line_keeps_one_pixel_when_it_is_fitted_in(mode):
+    preprocess = Preprocess(32, mean=(0.0,) * 3, std=(1.0,) * 3, resize="longest")
+    assert preprocess(torch.ones(1, 3, 1, 5000), mode).sum() == 3 * 32

@@ -6,6 +6,7 @@ augmentation instead of the preference, so all randomness is in a `Decision`, wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from mmalign.core.hashing import uniform
 from mmalign.core.io.images import image_to_tensor
+
+WHOLE = 16
+"""An image with more than this many times the pixels of its crop, once resized, is resized near the crop only."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,30 @@ class PairTransform:
     ) -> Float[Tensor, "3 resolution resolution"]:
         """Return the transformed image in [0, 1]; `flip` mirrors it from left to right after cropping."""
         width, height, left, top = self.plan(image.size, decision)
+        if width * height > WHOLE * self.resolution**2:
+            return self._finish(self._strip(image, (width, height), (left, top)), flip)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         if (width, height) != (self.resolution, self.resolution):
             image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        return self._finish(image, flip)
+
+    def _strip(self, image: Image.Image, size: tuple[int, int], corner: tuple[int, int]) -> Image.Image:
+        """Return the crop of a long strip, of which only the part near the crop is resized."""
+        side = self.resolution
+        scale = side / min(image.size)
+        margin = math.ceil(2 * max(scale, 1)) + 1  # what the bicubic filter reaches beyond the crop, in new pixels
+        starts = [max(0, start - margin) for start in corner]
+        ends = [min(length, start + side + margin) for length, start in zip(size, corner, strict=True)]
+        ratios = [old / new for old, new in zip(image.size, size, strict=True)]
+        left, top = (start * ratio for start, ratio in zip(starts, ratios, strict=True))
+        right, bottom = (min(end * r, old) for end, r, old in zip(ends, ratios, image.size, strict=True))
+        part = (ends[0] - starts[0], ends[1] - starts[1])
+        image = image.resize(part, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        across, down = corner[0] - starts[0], corner[1] - starts[1]
+        return image.crop((across, down, across + side, down + side))
+
+    @staticmethod
+    def _finish(image: Image.Image, flip: bool) -> Tensor:
         tensor = image_to_tensor(image)
         return tensor.flip(-1).contiguous() if flip else tensor
