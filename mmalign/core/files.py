@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from mmalign.core.errors import UserError
+
+BESIDE_MEDIA = frozenset({".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".md", ".log"})
+"""Suffixes of text that usually lies beside images and videos."""
 
 
 def exists(path: str | Path) -> bool:
@@ -36,6 +41,27 @@ def is_hidden(path: str | PurePath) -> bool:
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
     """Return what a folder holds that is not hidden, sorted; `**/` in the pattern goes into folders, not links."""
     return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder)))
+
+
+@dataclass
+class LeftOut:
+    """Counts of what is left out of folders: by suffix, broken links, linked folders, and pictures made by mmalign."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+
+    def add(self, path: Path) -> None:
+        """Count what `path` is; folders, and text that lies beside media, are not media left out."""
+        if path.is_symlink() and is_dir(path):
+            self.kinds["linked folders"] += 1
+        elif path.is_symlink() and not exists(path):
+            self.kinds["broken links"] += 1
+        elif not is_dir(path) and path.suffix.lower() not in BESIDE_MEDIA:
+            self.kinds[path.suffix.lower() or "without a suffix"] += 1
+
+    def __str__(self) -> str:
+        """Return "3 left out: 2 .heic, 1 broken links"; empty where nothing was."""
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
+        return f"{self.kinds.total()} left out: {listed}" if listed else ""
 
 
 def check_output(path: Path, key: str = "--out", *, folder: bool = True) -> None:

@@ -7,12 +7,13 @@ the image folders of `datasets` write it), from a `.txt` of the same name, or ar
 from __future__ import annotations
 
 import glob
+import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmalign.core.errors import UserError
-from mmalign.core.files import exists, visible
+from mmalign.core.files import LeftOut, exists, is_file, visible
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.decode import SUFFIXES
 from mmalign.core.io.items import Item, stamp_of
@@ -22,6 +23,8 @@ from mmalign.core.resources import find
 from mmalign.scoring.tars import is_tar, tar_items
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+OWN_GRID = "grid.png"
+"""The overview that `mmalign generate --grid` writes beside its images, and does not list."""
 
 
 @dataclass
@@ -30,7 +33,13 @@ class Inputs:
 
     items: list[Item] = field(default_factory=list)
     repeated: int = 0
-    other_media: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    def leaves_out_grid(self, path: Path, prompts: _Prompts) -> bool:
+        """Tell whether a file is the overview of generated images, which is none of them; it is counted then."""
+        own = path.name == OWN_GRID and prompts.lists_others(path)
+        self.left_out.kinds.update([f"{OWN_GRID} of mmalign generate"] * own)
+        return own
 
 
 def find_items(given: Sequence[str], modality: str, prompt: str | None = None) -> Inputs:
@@ -55,8 +64,8 @@ def find_items(given: Sequence[str], modality: str, prompt: str | None = None) -
             raise UserError(f"{text}: holds no {modality}s{_hint(text, modality)}")
     if found.repeated:
         note(f"{found.repeated} {modality}s are given more than once and scored once")
-    if found.other_media:
-        note(f"{found.other_media} files in the folders are no {modality}s by their suffix and are left out")
+    if found.left_out.kinds:
+        note(f"{len(found.items)} {modality}s read, {found.left_out}")
     return found
 
 
@@ -65,8 +74,9 @@ def _from_input(text: str, modality: str, prompts: _Prompts, found: Inputs) -> I
         matches = sorted(glob.glob(text, recursive=True))
         if not matches:
             raise UserError(f"{text}: matches no file")
-        for match in matches:
-            yield from _from_path(Path(match), modality, prompts, found)
+        for match in map(Path, matches):
+            if not found.leaves_out_grid(match, prompts):
+                yield from _from_path(match, modality, prompts, found)
     else:
         yield from _from_path(find(text), modality, prompts, found)
 
@@ -87,14 +97,12 @@ def _from_path(path: Path, modality: str, prompts: _Prompts, found: Inputs) -> I
 
 
 def _from_folder(folder: Path, modality: str, prompts: _Prompts, found: Inputs) -> Iterator[Item]:
-    other = next(suffixes for name, suffixes in SUFFIXES.items() if name != modality)
+    prompts.reach(folder)
     for path in visible(folder, "**/*"):
-        if not path.is_file():
-            continue
-        if path.suffix.lower() in SUFFIXES[modality]:
+        if not is_file(path) or path.suffix.lower() not in SUFFIXES[modality]:
+            found.left_out.add(path)
+        elif not found.leaves_out_grid(path, prompts):
             yield _file_item(path, prompts)
-        elif path.suffix.lower() in other:
-            found.other_media += 1
 
 
 def _file_item(path: Path, prompts: _Prompts) -> Item:
@@ -105,37 +113,58 @@ class _Prompts:
     """Prompts beside the files; every folder's metadata is read once."""
 
     def __init__(self) -> None:
-        self._folders: dict[Path, dict[str, str]] = {}
+        self._folders: dict[Path, dict[str, str | None]] = {}
+        self._reached: set[Path] = set()
+
+    def reach(self, folder: Path) -> None:
+        """Search for metadata of files below `folder` up to it."""
+        self._reached.add(folder)
 
     def of(self, path: Path) -> str | None:
-        """Return the prompt of a file, or None where there is none."""
-        if path.parent not in self._folders:
-            self._folders[path.parent] = _read_metadata(path.parent)
-        listed = self._folders[path.parent].get(path.name)
-        return listed if listed is not None else _read_sidecar(path.with_suffix(".txt"))
+        """Return the prompt of a file, or None where there is none: of the nearest metadata, else of its sidecar."""
+        folders = [path.parent]
+        within = next((parent for parent in path.parents if parent in self._reached), path.parent)
+        while folders[-1] != within:
+            folders.append(folders[-1].parent)
+        for folder in folders:
+            listed = self._listed(folder).get(path.relative_to(folder).as_posix())
+            if listed is not None:
+                return listed
+        return _read_sidecar(path.with_suffix(".txt"))
+
+    def lists_others(self, path: Path) -> bool:
+        """Tell whether the metadata beside a file lists other files and not this one."""
+        listed = self._listed(path.parent)
+        return bool(listed) and path.name not in listed
+
+    def _listed(self, folder: Path) -> dict[str, str | None]:
+        if folder not in self._folders:
+            self._folders[folder] = _read_metadata(folder)
+        return self._folders[folder]
 
 
-def _read_metadata(folder: Path) -> dict[str, str]:
+def _read_metadata(folder: Path) -> dict[str, str | None]:
+    """Return the files that a folder's metadata lists, relative to it, with their prompts where it has some."""
     for name in METADATA_FILES:
         listing = folder / name
-        if not listing.is_file():
+        if not is_file(listing):
             continue
-        prompts: dict[str, str] = {}
+        prompts: dict[str, str | None] = {}
         for number, row in enumerate(read_rows(listing)):
-            file_at = column(row, file_columns("image") + file_columns("video"))
-            text_at = prompt_column(row)
-            if file_at is None or text_at is None:
-                wanted = "file" if file_at is None else "prompt"
-                raise missing_columns(f"{listing}: record {number}", [wanted], row)
-            if isinstance(row[text_at], str):
-                prompts[str(row[file_at])] = row[text_at]
+            file_at, text_at = column(row, file_columns("image") + file_columns("video")), prompt_column(row)
+            if file_at is None:
+                raise missing_columns(f"{listing}: record {number}", ["file"], row)
+            file = posixpath.normpath(str(row[file_at]))
+            text = row[text_at] if text_at is not None and isinstance(row[text_at], str) else None
+            if prompts.setdefault(file, text) != text:
+                raise UserError(f"{listing}: record {number}: '{file}' has another prompt before; keep one")
         return prompts
     return {}
 
 
 def _read_sidecar(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8-sig").strip() if path.is_file() else None
+        return path.read_text(encoding="utf-8-sig").strip() if is_file(path) else None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text, and so no prompt") from None
 

@@ -429,7 +429,7 @@ def test_rewards_from_a_file_and_options(tmp_path):
         (["images", "--out", "s.json"], "use one of .parquet, .csv, .jsonl"),
         (["nothing", "--out", "s.csv"], "nothing: no such file or directory"),
         (["images/*.webp", "--out", "s.csv"], "images/*.webp: matches no file"),
-        (["empty", "--out", "s.csv"], "empty: holds no images (.bmp"),
+        (["empty", "--out", "s.csv"], "empty: holds no images (.apng, "),
         (["only", "--out", "s.csv"], "only: holds no images; did you mean 'only/t.parquet'?"),
         (["images/3.txt", "--out", "s.csv"], "images/3.txt: not known to hold images"),
         (["bad.jsonl", "--out", "s.csv"], "bad.jsonl: line 2 is not JSON"),

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
@@ -95,3 +95,65 @@ def test_hidden_files_are_left_out_everywhere(tmp_path: Path) -> None:
 def test_which_names_are_hidden() -> None:
     assert all(map(is_hidden, (".a", "a/.b/c", "._0.png", "__MACOSX/a", "s.csv.parts/000000.parquet")))
     assert not any(map(is_hidden, ("a.b", "./a", "../a", "a..b", "my.parts")))
+
+
+def save(path: Path, red: int = 200) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(red))
+
+
+def lines(path: Path, *rows: dict[str, object]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_prompts_come_from_the_nearest_metadata_by_relative_path(tmp_path: Path) -> None:
+    for name in ("0.png", "train/0.png", "train/deep/0.png"):
+        save(tmp_path / name)
+    names = ("0.png", "./train/0.png", "train/deep/0.png")
+    lines(tmp_path / "metadata.jsonl", *({"file_name": name, "text": f"root {name}"} for name in names))
+    (tmp_path / "train/deep/metadata.csv").write_text("file_name,text\n0.png,deep\n")
+    assert prompts(tmp_path) == ["root 0.png", "root ./train/0.png", "deep"]
+    lines(tmp_path / "metadata.jsonl", {"file_name": "0.png", "text": "a"}, {"file_name": "0.png", "text": "b"})
+    with pytest.raises(UserError, match="record 1: '0.png' has another prompt before"):
+        prompts(tmp_path)
+
+
+def test_metadata_need_no_prompts_and_a_sidecar_may_hold_them(tmp_path: Path) -> None:
+    for name in ("0.png", "1.png"):
+        save(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,dog\n")
+    (tmp_path / "1.txt").write_text("a dog")
+    assert prompts(tmp_path) == [None, "a dog"]
+
+
+def test_the_grid_of_generated_images_is_none_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("0-0.png", "grid.png"):
+        save(tmp_path / "own" / name)
+        save(tmp_path / "other" / name)
+    lines(tmp_path / "own/metadata.jsonl", {"file": "0-0.png", "prompt": "a"})
+    assert prompts(tmp_path / "own") == prompts(tmp_path / "own/*.png") == ["a"]
+    assert "1 images read, 1 left out: 1 grid.png of mmalign generate" in capsys.readouterr().err
+    assert prompts(tmp_path / "other") == [None, None]
+
+
+def test_what_pillow_reads_is_read_and_the_rest_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["a.png", "b.jfif", "c.JPE", "d.tif", "e.gif", "f.ppm", "g.tga"]
+    names += ["h.jp2"] if features.check("jpg_2000") else []
+    names += ["i.avif"] if features.check("avif") else []
+    for side in ("chosen", "rejected"):
+        (tmp_path / side).mkdir()
+        for name in names:
+            kind = {".jfif": "JPEG", ".JPE": "JPEG"}.get(Path(name).suffix)
+            Image.new("RGB", (4, 4)).save(tmp_path / side / name, kind)
+            (tmp_path / f"{Path(name).stem}.txt").write_text("a")
+    for name in ("x.heif-sequence", "y.psd", "z.psd"):
+        (tmp_path / "chosen" / name).write_bytes(b"x")
+    (tmp_path / "chosen/gone.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "chosen/linked").symlink_to(tmp_path / "rejected")
+    left_out = "5 left out: 1 .heif-sequence, 2 .psd, 1 broken links, 1 linked folders"
+    assert len(prompts(tmp_path / "chosen")) == len(names)
+    assert f"{len(names)} images read, {left_out}" in capsys.readouterr().err
+    assert len(read_pairs(str(tmp_path), DataConfig(pairs="x"))) == len(names)
+    assert f"{2 * len(names)} images read, {left_out}" in capsys.readouterr().err
+    for item in find_items([str(tmp_path / "rejected")], "image").items:
+        assert decode(Path(item.name), "image").shape == (3, 4, 4)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, features
 from torch import Tensor
 
 from mmalign.core.errors import UserError
@@ -17,7 +19,18 @@ from mmalign.core.files import visible
 from mmalign.core.io.items import Slice
 from rewards.media import image_levels
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+
+def _image_suffixes() -> frozenset[str]:
+    """Return the suffixes of images that this Pillow reads; AVIF, HEIC and JPEG 2000 where it can."""
+    if find_spec("pillow_heif"):
+        import_module("pillow_heif").register_heif_opener()
+    optional = {"avif": (".avif",), "jpg_2000": (".jp2", ".j2k", ".jpx")}
+    found = [suffix for name, suffixes in optional.items() if features.check(name) for suffix in suffixes]
+    always = ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .tga".split()
+    return frozenset([*always, *found, *([".heic", ".heif"] if find_spec("pillow_heif") else [])])
+
+
+IMAGE_SUFFIXES = _image_suffixes()
 CONTAINER_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"})
 VIDEO_SUFFIXES = CONTAINER_SUFFIXES | {".gif"}
 SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.core.errors import UserError
-from mmalign.core.files import is_file, visible
+from mmalign.core.files import LeftOut, is_file, visible
 from mmalign.core.io.columns import missing_columns
+from mmalign.core.io.decode import IMAGE_SUFFIXES
 from mmalign.core.io.images import Media
 from mmalign.core.io.tables import json_lines, read_text
+from mmalign.core.progress import note
 from mmalign.data.readers.source import Candidate, choose_caption_column, id_of
 
 IMAGE_LISTS = ("image_path", "images", "file_path")
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 FOLDER_NAMES = (("chosen", "rejected"), ("w", "l"))
 
 
@@ -132,7 +133,10 @@ def read_folder_pairs(chosen: Path, rejected: Path) -> ListedPairs:
         UserError: a stem without a partner or a caption, two images of one stem, or captions that disagree.
     """
     pairs = ListedPairs(str(chosen.parent))
-    sides = _by_stem(chosen), _by_stem(rejected)
+    left_out = LeftOut()
+    sides = _by_stem(chosen, left_out), _by_stem(rejected, left_out)
+    if left_out.kinds:
+        note(f"{pairs.name}: {sum(map(len, sides))} images read, {left_out}")
     alone = sorted(sides[0].keys() ^ sides[1].keys())
     if alone:
         raise UserError(
@@ -145,10 +149,12 @@ def read_folder_pairs(chosen: Path, rejected: Path) -> ListedPairs:
     return pairs
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_stem(folder: Path, left_out: LeftOut) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in visible(folder):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if not is_file(path) or path.suffix.lower() not in IMAGE_SUFFIXES:
+            left_out.add(path)
+        else:
             if path.stem in found:
                 raise UserError(f"{folder}: '{found[path.stem].name}' and '{path.name}' have the same stem; keep one")
             found[path.stem] = path
