@@ -99,9 +99,9 @@ def check_numbers(values: Any, path: KeyPath = ()) -> Iterator[ConfigIssue]:
         for key, value in values.items() if isinstance(values, dict) else enumerate(values):
             yield from check_numbers(value, (*path, key))
     elif isinstance(values, float) and not abs(values) <= MAX_FLOAT:
-        yield ConfigIssue(path, f"given {values}; allowed: finite numbers of at most {MAX_FLOAT:g} in size")
+        yield ConfigIssue(path, f"given {values}; allowed: a finite number of at most {MAX_FLOAT:g} in size")
     elif isinstance(values, int) and not -(2**63) <= values < 2**63:
-        yield ConfigIssue(path, f"given {values}; allowed: whole numbers of at most 64 bits")
+        yield ConfigIssue(path, f"given {values}; allowed: a whole number of at most 64 bits")
 
 
 def check_recipe(values: dict[str, Any]) -> list[ConfigIssue]:

@@ -172,7 +172,7 @@ def test_every_number_is_finite_and_bounded(recipe: Path, override: str) -> None
 def test_numbers_within_options_of_any_type_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.replace("diffusion_dpo", "ddpo").replace("pairs: p.parquet", "prompts: p.txt"))
-    with pytest.raises(UserError, match=r"rewards.0.options.w.1: given nan; allowed: finite numbers"):
+    with pytest.raises(UserError, match=r"rewards.0.options.w.1: given nan; allowed: a finite number"):
         load_config(path, ["rewards=[{name: clip, options: {w: [1, .nan]}}]"])
 
 
