@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +30,10 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+
+
+VARIANTS = ("fp16", "bf16", "non_ema")
+"""Variants of weights, the preferred one first, which are read where the plain weights are not there."""
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -63,8 +68,8 @@ def has_component(index: dict[str, Any], name: str) -> bool:
 def load_component(root: Path, index: dict[str, Any], name: str, dtype: torch.dtype | None = None) -> Any:
     """Load one component of a diffusers directory by the class that ``model_index.json`` names.
 
-    Weights come from safetensors only (the plain files, or the fp16 variant where that is all there is). Pass `dtype`
-    for networks; schedulers and tokenizers take none.
+    Weights come from safetensors only (the plain files, or a variant such as fp16 where that is all there is). Pass
+    `dtype` for networks; schedulers and tokenizers take none.
     """
     if not has_component(index, name):
         raise PipelineError(f"{root / INDEX} lists no '{name}', which this kind of model needs.")
@@ -96,7 +101,7 @@ def load_component(root: Path, index: dict[str, Any], name: str, dtype: torch.dt
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a component: without variant if there are any, else all."""
     files = sorted(folder.glob("*.safetensors"))
-    return [file for file in files if not _is_variant(file)] or files
+    return [file for file in files if _variant_of(file) is None] or files
 
 
 def fingerprint(root: Path, names: Iterable[str]) -> str:
@@ -147,8 +152,10 @@ def _is_bookkeeping(key: str) -> bool:
     return (key.startswith("_") and key != "_class_name") or key in ("transformers_version", "dtype", "torch_dtype")
 
 
-def _is_variant(file: Path) -> bool:
-    return any(part in ("fp16", "bf16", "non_ema") for part in file.name.split("."))
+def _variant_of(file: Path) -> str | None:
+    """Return the variant in the name of a weight file, whole (`model.fp16.safetensors`) or a shard of one."""
+    name = re.sub(r"-\d{5}-of-\d{5}$", "", file.name.removesuffix(".safetensors"))
+    return next((part for part in name.split(".")[1:] if part in VARIANTS), None)
 
 
 def _variant(folder: Path) -> str | None:
@@ -161,7 +168,8 @@ def _variant(folder: Path) -> str | None:
             f"{folder} holds no safetensors; only safetensors are read, so convert it:"
             " DiffusionPipeline.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)."
         )
-    return "fp16" if all(".fp16." in file.name for file in files) else None
+    held = {_variant_of(file) for file in files}
+    return next((variant for variant in VARIANTS if variant in held), None) if None not in held else None
 
 
 @contextmanager

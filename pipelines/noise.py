@@ -18,6 +18,16 @@ from pipelines.errors import PipelineError, choose
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 Timestep = int | float | Shaped[Tensor, " batch"] | Shaped[Tensor, ""]
+DIFFUSION_SCHEDULERS = tuple(
+    f"{name}Scheduler"
+    for name in (
+        "DDIM DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete "
+        "KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep "
+        "UniPCMultistep SASolver LCM TCD"
+    ).split()
+)
+"""diffusers' schedulers that are samplers of one noise process, DDPM's, with its betas in their configuration."""
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 PREDICTIONS: tuple[str, ...] = ("epsilon", "v_prediction", "sample", "flow")
 
 
@@ -53,20 +63,33 @@ class NoiseProcess(ABC):
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseProcess:
-        """Build from any diffusers scheduler of the DDPM or flow-matching kind, by its configuration.
+        """Build from a diffusers scheduler of `DIFFUSION_SCHEDULERS` or `FLOW_SCHEDULERS`, by its configuration.
 
-        Raises `PipelineError` for settings no sampler of ours reproduces (dynamic thresholding, inverted levels,
-        epsilon prediction with zero terminal signal).
+        Raises `PipelineError` for any other scheduler (EDM's and consistency models' have another noise process), and
+        for settings no sampler of ours reproduces (dynamic thresholding, inverted levels, flow or continuous levels
+        in a scheduler of the DDPM kind, epsilon prediction with zero terminal signal).
         """
         from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
         config = scheduler.config
-        if "FlowMatch" in type(scheduler).__name__:
+        for kind in (type(scheduler).__name__, config.get("_class_name") or type(scheduler).__name__):
+            if kind not in DIFFUSION_SCHEDULERS + FLOW_SCHEDULERS:
+                raise PipelineError(
+                    f"the scheduler is of the class {kind}, whose noise process is not supported; supported are the"
+                    " samplers of DDPM models (DDIM, PNDM, Euler, DPM-Solver, ...) and of flow-matching models."
+                )
+        if type(scheduler).__name__ in FLOW_SCHEDULERS:
             if config.get("invert_sigmas"):
                 raise PipelineError("the scheduler counts its noise levels backwards (invert_sigmas); turn it off.")
             return FlowProcess(FlowMatchEulerDiscreteScheduler.from_config(config))
         if config.get("thresholding"):
             raise PipelineError("the scheduler thresholds its predictions, which is for pixel models; turn it off.")
+        for key, value in (("use_flow_sigmas", True), ("timestep_type", "continuous")):
+            if config.get(key) == value:
+                raise PipelineError(
+                    f"the scheduler has {key} = {value}, so its noise levels are not those of its betas; only models"
+                    " trained on the levels of the betas are supported."
+                )
         # Schedulers that never clip (PNDM, Euler) have no clip_sample in their config, and DDIM would turn it on.
         clip = bool(config.get("clip_sample", False))
         ddim = DDIMScheduler.from_config(config, clip_sample=clip)

@@ -6,8 +6,11 @@ Training resumes from the last checkpoint in the output folder, if there is one.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 
 from mmalign.config.run import RunConfig, load_config
 from mmalign.config.yaml import find_config
@@ -45,9 +48,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(config: RunConfig, args: argparse.Namespace) -> int:
+    from mmalign.core.lock import locked_output
+
     # Imported after the config has been checked, so that errors in it are reported without waiting for torch.
     from mmalign.training.train import plan, train
 
+    _check_evaluation_prompts(config)
     if args.dry_run and config.rounds is not None:
         from mmalign.training.rounds import describe_rounds
 
@@ -56,7 +62,32 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"would train, nothing was written:\n{plan(config)}\n  output     {config.output}")
         return 0
-    return end_training_well(lambda: train(config, resume=args.resume))
+
+    def do() -> None:
+        # Each training locks its own folder; rounds also sample and label, in the folder around them.
+        alone = config.rounds is not None and os.environ.get("RANK", "0") == "0"
+        with locked_output(Path(config.output), "output") if alone else nullcontext():
+            train(config, resume=args.resume)
+
+    return end_training_well(do)
+
+
+def _check_evaluation_prompts(config: RunConfig) -> None:
+    """Refuse prompts of the evaluation that cannot be read, with both ways to go on.
+
+    Raises:
+        UserError: see above; shipped configs name a file of the user's own.
+    """
+    from mmalign.data.prompts import load_prompts
+
+    if config.evaluate is None or config.evaluate.prompts is None:
+        return
+    try:
+        load_prompts(config.evaluate.prompts, 1)
+    except UserError as error:
+        raise UserError(
+            f"evaluate.prompts: {error}; give evaluate.prompts=FILE, or evaluate=null to train without evaluation"
+        ) from None
 
 
 def end_training_well(do: Callable[[], object]) -> int:

@@ -24,6 +24,8 @@ With `training_seeds: [0, 1, 2]` each of them is trained once from each seed, an
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +37,7 @@ from mmalign.compare.systems.config import SystemsConfig, check_values, differen
 from mmalign.config.run import load_schema
 from mmalign.config.sections import Guidance, StrictModel
 from mmalign.config.yaml import list_configs
-from mmalign.core.errors import did_you_mean
+from mmalign.core.errors import UserError, did_you_mean
 
 
 class RewardEntry(StrictModel):
@@ -134,13 +136,37 @@ def is_comparison(text: str) -> bool:
 
 
 def name_models(models: Sequence[str]) -> list[str]:
-    """Name models by their last path component; where that is not unique, by the last two."""
-    short = [Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2] for model in models]
-    count = Counter(short)
-    return [
-        f"{Path(model).resolve().parent.name}-{name}" if count[name] > 1 else name
-        for model, name in zip(models, short, strict=True)
+    """Name models by their last path component, as a folder can be called; where that is not unique, by the last two.
+
+    Raises:
+        UserError: two names are still the same, or nothing of one is left; `--names` gives others.
+    """
+    parts = [_last_parts(model) for model in models]
+    count = Counter(as_folder_name(short) for _, short in parts)
+    names = [
+        as_folder_name(f"{parent}-{short}" if parent and count[as_folder_name(short)] > 1 else short)
+        for parent, short in parts
     ]
+    for name, number in Counter(names).items():
+        if number > 1 or not name:
+            which = ", ".join(model for model, made in zip(models, names, strict=True) if made == name)
+            problem = f"would all be named '{name}'" if name else "has no letters or digits to be named by"
+            raise UserError(f"{which}: {problem}; name the models by --names A,B")
+    return names
+
+
+def _last_parts(model: str) -> tuple[str, str]:
+    """Return the last two components of a folder's path, or nothing and the last one of a hub id."""
+    if not Path(model).exists():
+        return "", model.rpartition("/")[2]
+    path = Path(model).resolve()
+    return path.parent.name, path.name
+
+
+def as_folder_name(text: str) -> str:
+    """Return a name of letters, digits and . _ + - that is made of any text: accents are dropped, the rest is "-"."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", plain).strip("-").lstrip("._+-")
 
 
 def load_compare_config(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:

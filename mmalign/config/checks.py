@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -17,6 +18,9 @@ from mmalign.core.registry import methods
 SOURCES = ("pairs", "labels", "prompts")
 TAKEN = {"pairs": ("pairs",), "labels": ("labels",), "images": ("labels", "pairs"), "prompts": ("prompts",)}
 """What a method learns from -> the sources that hold it."""
+
+MAX_FLOAT = 3.4e38
+"""The largest number that float32 holds."""
 
 _ALLOWED = {
     "int_type": "a whole number",
@@ -55,9 +59,49 @@ def method_class(values: Any) -> tuple[Any, list[ConfigIssue]]:
         known = ", ".join(methods.names())
         return None, [ConfigIssue(("method", "name"), f"missing; give the method's name (known: {known})")]
     try:
-        return methods.get(values["name"]), []
+        chosen = methods.get(values["name"])
     except UserError as error:
         return None, [ConfigIssue(("method", "name"), str(error))]
+    schema = getattr(chosen, "Config", None)
+    if not (isinstance(schema, type) and issubclass(schema, BaseModel) and hasattr(chosen, "needs")):
+        return None, [ConfigIssue(("method", "name"), f"'{values['name']}' is no method (a subclass of Method)")]
+    return chosen, []
+
+
+def takes_text(schema: type[BaseModel], values: Mapping[str, Any], path: KeyPath) -> bool:
+    """Tell whether the key at `path` of a configuration takes text, or null, and nothing else."""
+    if path[0] == "method" and "method" in schema.model_fields and len(path) > 1:
+        chosen, _ = method_class(values.get("method"))
+        if path == ("method", "name") or chosen is None:
+            return path == ("method", "name")
+        schema, path = chosen.Config, path[1:]
+    names = [part for part in path if isinstance(part, str)]
+    holder = schema_at(schema, tuple(names[:-1])) if names else None
+    field = holder.model_fields.get(new_names(holder).get(names[-1], names[-1])) if holder else None
+    depth = len(path) - 1 - max((place for place, part in enumerate(path) if isinstance(part, str)), default=0)
+    return field is not None and _is_text(field.annotation, depth)
+
+
+def _is_text(annotation: Any, depth: int) -> bool:
+    """Tell whether an annotation, or the items `depth` lists within it, is text or text and null."""
+    if get_origin(annotation) is Annotated:
+        return _is_text(get_args(annotation)[0], depth)
+    if get_origin(annotation) in (Union, UnionType):
+        return all(_is_text(one, depth) for one in get_args(annotation) if one is not type(None))
+    if depth and get_origin(annotation) is list:
+        return _is_text(get_args(annotation)[0], depth - 1)
+    return depth == 0 and annotation is str
+
+
+def check_numbers(values: Any, path: KeyPath = ()) -> Iterator[ConfigIssue]:
+    """Find numbers that no computation can use: not finite, beyond float32, or whole ones beyond 64 bits."""
+    if isinstance(values, dict | list):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from check_numbers(value, (*path, key))
+    elif isinstance(values, float) and not abs(values) <= MAX_FLOAT:
+        yield ConfigIssue(path, f"given {values}; allowed: a finite number of at most {MAX_FLOAT:g} in size")
+    elif isinstance(values, int) and not -(2**63) <= values < 2**63:
+        yield ConfigIssue(path, f"given {values}; allowed: a whole number of at most 64 bits")
 
 
 def check_recipe(values: dict[str, Any]) -> list[ConfigIssue]:
@@ -153,6 +197,7 @@ def _check_rewards(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]
         yield ConfigIssue(
             ("rewards",), f"method '{values['method']['name']}' needs at least one reward; see `mmalign list rewards`"
         )
+    named = [(path, name) for path, name in named if isinstance(name, str)]
     repeated = [name for name, count in Counter(name for _, name in named).items() if count > 1]
     if repeated:
         yield ConfigIssue(("rewards",), f"'{repeated[0]}' occurs more than once; give it one weight")
@@ -196,7 +241,7 @@ def _check_adapter(adapter: dict[str, Any]) -> Iterator[ConfigIssue]:
 
 def _check_warmup(trainer: dict[str, Any]) -> Iterator[ConfigIssue]:
     warmup, steps = trainer.get("warmup"), trainer.get("steps")
-    if not isinstance(warmup, int | float) or warmup < 1:
+    if not isinstance(warmup, int | float) or not 1 <= warmup <= MAX_FLOAT:
         return
     if warmup != int(warmup):
         yield ConfigIssue(

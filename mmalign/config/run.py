@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmalign.config.checks import ConfigIssue, check_recipe, describe_errors, method_class
+from mmalign.config.checks import ConfigIssue, check_numbers, check_recipe, describe_errors, method_class, takes_text
 from mmalign.config.renamed import rename_keys
 from mmalign.config.sections import (
     AdapterConfig,
@@ -36,13 +37,13 @@ Source = str | Path | Mapping[str, Any]
 class RunConfig(StrictModel):
     """One training run, as `mmalign train` takes it."""
 
-    model: str
+    model: str = Field(min_length=1)
     """a model directory, or a hub id 'organisation/name'"""
     method: dict[str, Any]
     """`name`, a name of `mmalign list methods`, and what that method's own configuration declares"""
     data: DataConfig
     """the training data"""
-    output: str
+    output: str = Field(min_length=1)
     """folder that the run writes to"""
     adapter: AdapterConfig = AdapterConfig()
     """which weights are trained"""
@@ -95,7 +96,7 @@ def load_with_tree(
     source: Source, overrides: Sequence[str] | None = None, sections: Mapping[str, Any] | None = None
 ) -> tuple[RunConfig, Tree]:
     """Like `load_config`, with the merged values and their origins as `mmalign show-config` prints them."""
-    tree = read_tree(source, overrides or (), expand_short_forms, sections)
+    tree = read_tree(source, overrides or (), expand_short_forms, sections, partial(takes_text, RunConfig))
     rename_keys(tree, RunConfig)
     chosen, issues = method_class(tree.values.get("method"))
     if chosen:
@@ -119,7 +120,7 @@ def load_schema(
     Raises:
         UserError: see `load_config`.
     """
-    tree = read_tree(source, overrides or (), expand_short_forms, sections)
+    tree = read_tree(source, overrides or (), expand_short_forms, sections, partial(takes_text, schema))
     rename_keys(tree, schema)
     config, issues = _validate(schema, tree.values)
     if issues or config is None:
@@ -142,11 +143,15 @@ def expand_short_forms(values: dict[str, Any]) -> None:
 
 
 def _validate(schema: type[SchemaT], values: Any) -> tuple[SchemaT | None, list[ConfigIssue]]:
+    issues = list(check_numbers(values))
     # Values go through JSON because pydantic's strict mode takes a list for a tuple and text for a path only there.
     try:
-        return schema.model_validate_json(json.dumps(values), strict=True), []
+        config = schema.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        return None, describe_errors(error, schema, values)
+        found = describe_errors(error, schema, values)
+        told = {issue.path[:length] for issue in issues for length in range(1, len(issue.path) + 1)}
+        return None, [*issues, *(issue for issue in found if issue.path not in told)]
+    return (None if issues else config), issues
 
 
 def _validate_method(schema: type[BaseModel], values: dict[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:

@@ -25,14 +25,18 @@ class StrictModel(BaseModel):
     """
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
-Guidance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Guidance = Annotated[float, Field(ge=0)]
 """A scale of classifier-free guidance; 1: none, 0: without the prompt."""
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Growth = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+Growth = Annotated[float, Field(gt=1)]
 
 
 class DataConfig(StrictModel):
@@ -51,9 +55,9 @@ class DataConfig(StrictModel):
     """pairs without a winner: dropped and counted, or kept"""
     min_margin: float | None = Field(None, ge=0)
     """drop pairs whose scores differ by less than this"""
-    limit: int | None = Field(None, ge=1)
+    limit: Count | None = None
     """read no more than this many"""
-    resolution: int | None = Field(None, ge=8, multiple_of=8)
+    resolution: int | None = Field(None, ge=8, le=16_384, multiple_of=8)
     """edge in pixels that images are resized and cropped to; null: the resolution of the model"""
     crop: Literal["center", "random"] = "center"
     """which part of an image that is not square is kept, the same for both sides of a pair"""
@@ -61,9 +65,9 @@ class DataConfig(StrictModel):
     """mirror half of the pairs, both sides alike; not for prompts that mention left or right"""
     caption_dropout: float = Field(0.0, ge=0, lt=1)
     """share of samples trained on the empty prompt, for classifier-free guidance"""
-    frames: int | None = Field(None, ge=1)
+    frames: Count | None = None
     """frames taken of each video, spread evenly over it; only for vision-language models; null: all"""
-    fps: float | None = Field(None, gt=0, allow_inf_nan=False)
+    fps: float | None = Field(None, gt=0)
     """frames taken of each second of a video, instead of `frames`"""
     cache: str | None = None
     """folder for encoded and precomputed data; null: ~/.cache/mmalign"""
@@ -85,11 +89,11 @@ class AdapterConfig(StrictModel):
 
     kind: Literal["lora", "full"] = "lora"
     """lora: small matrices beside frozen weights; full: all weights (of an image model: all of the denoiser)"""
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=65_536)
     """rank of the LoRA matrices"""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(None, gt=0, le=1e6)
     """the LoRA scale times the rank; null: equal to the rank"""
-    targets: list[str] | None = Field(None, min_length=1)
+    targets: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
     """names of layers with LoRA matrices; null: attention projections, or all linear layers of a language model"""
 
     @model_serializer(mode="wrap")
@@ -112,11 +116,11 @@ class RewardConfig(StrictModel):
 class BudgetConfig(StrictModel):
     """What a training may cost: training ends with the update that reaches the given limit."""
 
-    images: int | None = Field(None, ge=1)
+    images: Count | None = None
     """images through the denoiser, where a forward and a backward pass count one each"""
-    seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    seconds: float | None = Field(None, gt=0)
     """wall time of training, without evaluation and saving"""
-    reward_calls: int | None = Field(None, ge=1)
+    reward_calls: Count | None = None
     """images scored by the rewards of the training"""
 
     @model_validator(mode="after")
@@ -149,41 +153,41 @@ def check_tracker_names(names: list[str]) -> list[str]:
 class TrainerConfig(StrictModel):
     """The training loop."""
 
-    steps: int = Field(1000, ge=1)
+    steps: Count = 1000
     """optimiser steps"""
     budget: BudgetConfig | None = None
     """limit on the cost, which can end training before `steps`; null: no budget"""
-    batch_size: int = Field(8, ge=1)
+    batch_size: Count = 8
     """samples per forward pass and device (a pair is one sample)"""
-    gradient_accumulation: int = Field(1, ge=1)
+    gradient_accumulation: Count = 1
     """forward passes per optimiser step"""
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, le=1e3)
     """peak learning rate of the schedule"""
     optimizer: Literal["adamw"] = "adamw"
     """AdamW of torch"""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, le=1e6)
     """decoupled weight decay"""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """decay rates of AdamW's two moving averages"""
     max_grad_norm: float = Field(1.0, gt=0)
     """gradients with a larger norm are scaled down to this norm"""
-    warmup: float = Field(0.1, ge=0)
+    warmup: float = Field(0.1, ge=0, le=1e9)
     """warm-up of the learning rate: a fraction of `steps` if below 1, else a number of steps"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """learning rate schedule after the warm-up"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """autocast of the forward pass; trained weights stay fp32"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """seed from which all random draws are derived"""
     ema: float | None = Field(None, gt=0, lt=1)
     """decay of an exponential moving average of the weights, which is then evaluated and exported; null: none"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: Count = 500
     """steps between two checkpoints; the last step is always saved"""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: Count = 2
     """number of checkpoints to keep; older ones are deleted"""
-    log_every: int = Field(10, ge=1)
+    log_every: Count = 10
     """steps between two lines of metrics"""
     trackers: list[str] = []
     """where metrics go besides metrics.jsonl: names of accelerate's trackers, such as tensorboard, wandb or trackio"""
@@ -208,7 +212,7 @@ class EarlyStop(StrictModel):
 
     reward: str
     """one of `evaluate.rewards`, preferably one that is not trained on; with `evaluate.questions`: accuracy"""
-    patience: int = Field(3, ge=1)
+    patience: Count = 3
     """consecutive evaluations without improvement over the best before the run stops"""
 
 
@@ -219,17 +223,17 @@ class EvaluateConfig(StrictModel):
     """for generators: a built-in name of `mmalign list prompts`, or a file"""
     questions: str | None = None
     """for vision-language models: a folder written by `mmalign shapes videos`, or TempCompass's with its videos"""
-    every: int = Field(ge=1)
+    every: Count
     """steps between two evaluations; step 0 is always evaluated"""
     rewards: list[str] = []
     """rewards to report; only with `prompts`"""
-    limit: int = Field(8, ge=1)
+    limit: Count = 8
     """number of prompts (the first ones), or of questions (spread evenly over all)"""
-    steps: int = Field(20, ge=1)
+    steps: Count = 20
     """sampling steps; only with `prompts`"""
     guidance: Guidance = 7.5
     """classifier-free guidance scale, 1: none; only with `prompts`"""
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: Count = 32
     """longest answer in tokens; only with `questions`"""
     early_stop: EarlyStop | None = None
     """stop when one of the rewards no longer improves; null: train to the end"""
@@ -261,9 +265,9 @@ class MonitorConfig(StrictModel):
 
     action: Literal["off", "warn", "stop"] = "warn"
     """off: nothing is measured; warn: an alarm prints a message; stop: an alarm also ends the run"""
-    patience: int = Field(3, ge=1)
+    patience: Count = 3
     """consecutive lines of metrics (or evaluations) beyond a threshold that raise its alarm"""
-    baseline: int = Field(3, ge=1)
+    baseline: Count = 3
     """number of first lines of metrics, whose median later lines are compared with"""
     held_out_drop: Positive | None = 0.2
     """drop of a held-out reward below its best while the training reward rises, in standard deviations over prompts"""
@@ -286,17 +290,17 @@ class MonitorConfig(StrictModel):
 class RoundsConfig(StrictModel):
     """Iterated training: sample with the fine-tuned model, label by rewards, train again."""
 
-    count: int = Field(ge=1)
+    count: Count
     """number of rounds"""
     prompts: str
     """a built-in name of `mmalign list prompts`, or a file"""
     reward: str
     """rewards that label the images, as for `mmalign pairs label`: NAME or NAME,OTHER:0.5"""
-    limit: int | None = Field(None, ge=1)
+    limit: Count | None = None
     """use only this many prompts, from the first on; null: all"""
     images_per_prompt: int = Field(4, ge=2)
     """images sampled for each prompt; the best and the worst make a pair"""
-    steps: int = Field(50, ge=1)
+    steps: Count = 50
     """sampling steps"""
     guidance: Guidance = 7.5
     """classifier-free guidance scale; 1: none"""
@@ -304,7 +308,7 @@ class RoundsConfig(StrictModel):
     """sampler"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """type of the weights while sampling"""
-    batch_size: int = Field(8, ge=1)
+    batch_size: Count = 8
     """images per batch while sampling"""
     real: str | None = None
     """good images, in a file as for `data.labels`, mixed into the chosen ones of every round; null: none"""

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from mmalign.config.reader import MAX_DEPTH, Loader, explain, read_document
 from mmalign.core.errors import UserError, nearest
 from mmalign.core.resources import resource_root, shipped
 
@@ -67,6 +68,8 @@ class Tree:
 
 
 Normalise = Callable[[dict[str, Any]], None]
+TakesText = Callable[[Mapping[str, Any], KeyPath], bool]
+"""From the values so far and a key path: whether the key takes text alone, so that an override is not read as YAML."""
 
 
 def read_tree(
@@ -74,11 +77,13 @@ def read_tree(
     overrides: Sequence[str] = (),
     normalise: Normalise = lambda values: None,
     sections: Mapping[str, Any] | None = None,
+    takes_text: TakesText = lambda values, path: False,
 ) -> Tree:
     """Read a config file with everything it extends, or take its values, and apply the overrides `key.path=value`.
 
     `sections` is one more layer, merged over the file's before the overrides. `normalise` rewrites short forms in
-    place (such as `method: sft`) in every layer before it is merged.
+    place (such as `method: sft`) in every layer before it is merged. An override of a key that `takes_text` is the
+    text as given, `#`, braces and colons included; null, and text within quotes, are read as YAML there too.
 
     Raises:
         UserError: a file is missing or not YAML; or (as `ConfigIssues`) overrides that cannot be applied.
@@ -91,7 +96,7 @@ def read_tree(
         layer = _layer_of(sections, "the arguments")
         normalise(layer.values)
         _merge(tree, layer)
-    _apply_overrides(tree, overrides, normalise)
+    _apply_overrides(tree, overrides, normalise, takes_text)
     return tree
 
 
@@ -102,11 +107,15 @@ def parse_value(text: str) -> Any:
         UserError: the text is not YAML.
     """
     try:
-        return yaml.load(text, _Loader)
+        value, node = read_document(text)
     except yaml.YAMLError as error:
         raise UserError(
-            f"'{text}' is not a YAML value: {_yaml_problem(error)}; quote text that contains : or ["
+            f"'{shorten(text, 60)}' is not a YAML value: {explain(error)}; quote text that contains : or ["
         ) from None
+    rest = text[node.end_mark.index :].strip() if node is not None else ""
+    if rest.startswith("#"):
+        raise UserError(f"'{rest}' would be a comment in YAML; quote the text: \"'{text}'\"")
+    return value
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:
@@ -142,6 +151,11 @@ def list_configs() -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
+def shorten(text: str, length: int) -> str:
+    """Return a text of at most `length` characters, cut with "..." where it is longer."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def dotted(path: KeyPath) -> str:
     """Write a key path as the command line takes it: "rewards.0.weight"."""
     return ".".join(str(part) for part in path)
@@ -161,45 +175,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars and no duplicate keys."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                problem = f"key '{key.value}' is given twice, first in line {seen[key.value]}; keep one"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = node.value.lower()
-    return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
-
-
-for _tag, _pattern, _first in [
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
-    ("merge", r"<<", ["<"]),
-]:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-
-
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes text that YAML 1.1 or 1.2 would read as another type; plain lists take one line."""
 
     yaml_implicit_resolvers = {
-        first: [rule for rules in (yaml.SafeDumper, _Loader) for rule in rules.yaml_implicit_resolvers.get(first, [])]
-        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+        first: [rule for rules in (yaml.SafeDumper, Loader) for rule in rules.yaml_implicit_resolvers.get(first, [])]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *Loader.yaml_implicit_resolvers}
     }
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
@@ -242,18 +223,17 @@ def _on_its_bases(layer: Tree, name: str, folder: Path | None, normalise: Normal
 
 def _read_file(path: Path) -> Tree:
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        values = loader.construct_document(node) if node else {}
+        values, node = read_document(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {_yaml_problem(error)}") from None
+        raise UserError(f"{path}: not valid YAML: {explain(error)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; a config is YAML") from None
+    if node is None:
+        return Tree()
     if not isinstance(values, dict):
         raise UserError(f"{path}: a config is a mapping of `key: value` lines, not {type(values).__name__}")
     origins: dict[KeyPath, str] = {}
-    if node:
-        _record_lines(node, path, (), origins)
+    _record_lines(node, path, (), origins)
     return Tree(values, origins)
 
 
@@ -266,12 +246,6 @@ def _record_lines(node: yaml.Node, file: Path, path: KeyPath, origins: dict[KeyP
         for index, item in enumerate(node.value):
             origins[(*path, index)] = f"{file}:{item.start_mark.line + 1}"
             _record_lines(item, file, (*path, index), origins)
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
 
 
 def _merge(tree: Tree, layer: Tree) -> None:
@@ -300,28 +274,28 @@ def _forget(tree: Tree, path: KeyPath) -> None:
         del tree.origins[known]
 
 
-def _apply_overrides(tree: Tree, overrides: Sequence[str], normalise: Normalise) -> None:
+def _apply_overrides(tree: Tree, overrides: Sequence[str], normalise: Normalise, takes_text: TakesText) -> None:
     issues: list[str] = []
-    parsed: dict[str, Any] = {}
+    given: dict[str, str] = {}
     for text in overrides:
         key, equals, value = text.removeprefix("--").partition("=")
         if not equals or not key.strip("."):
             issues.append(f"override '{text}': write it as key=value, for example trainer.steps=100")
-        elif key in parsed:
+        elif key in given:
             issues.append(f"override '{text}': {key} is given twice; keep one")
+        elif key.count(".") >= MAX_DEPTH:
+            issues.append(f"override '{shorten(key, 60)}': more than {MAX_DEPTH} parts; no config is that deep")
         else:
-            try:
-                parsed[key] = parse_value(value)
-            except UserError as error:
-                issues.append(f"override '{text}': {error}")
+            given[key] = value
 
     def rank(key: str) -> tuple[int, bool]:
         # A mapping is set before its members, and its name or kind before the others: either empties the mapping.
         return key.count("."), key.rpartition(".")[2] not in _DISCRIMINATORS
 
-    for key in sorted(parsed, key=rank):
+    for key in sorted(given, key=rank):
+        path = _split(key)
         try:
-            _set(tree, _split(key), parsed[key])
+            _set(tree, path, (read_text if takes_text(tree.values, path) else parse_value)(given[key]))
             normalise(tree.values)
         except UserError as error:
             issues.append(f"override '{key}': {error}")
@@ -329,8 +303,22 @@ def _apply_overrides(tree: Tree, overrides: Sequence[str], normalise: Normalise)
         raise ConfigIssues(issues)
 
 
+def read_text(text: str) -> str | None:
+    """Return the text that an override gives to a key that takes text: as it is, without quotes around it, or null."""
+    if text.strip() in ("", "~", "null", "Null", "NULL"):
+        return None
+    if text.strip()[0] in "\"'":
+        try:
+            value = parse_value(text)
+        except UserError:
+            value = None
+        if isinstance(value, str):
+            return value
+    return text.strip()
+
+
 def _split(key: str) -> KeyPath:
-    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in key.split("."))
 
 
 def _set(tree: Tree, path: KeyPath, value: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from mmalign.core.errors import UserError
 from mmalign.core.io.decode import ALL_FRAMES, Frames
 from mmalign.core.io.items import Item
+from mmalign.core.lock import locked_output
 from mmalign.core.progress import note, track
 from mmalign.core.version import __version__
 from mmalign.scoring.checks import check_reward
@@ -72,8 +73,9 @@ def score_files(inputs: Sequence[str], chosen: Sequence[Choice], out: Path, sett
     """Score all items of the inputs and write `out`; stored scores are not computed again.
 
     Raises:
-        UserError, RewardError: an input, a reward or an option is wrong, `out` holds the scores of other rewards, or
-            an item cannot be scored and `skip_bad` is off; earlier scores are kept for the next run.
+        UserError, RewardError: an input, a reward or an option is wrong, `out` is written by another process or holds
+            the scores of other rewards, or an item cannot be scored and `skip_bad` is off; earlier scores are kept
+            for the next run.
     """
     from rewards import reward_class
 
@@ -84,6 +86,19 @@ def score_files(inputs: Sequence[str], chosen: Sequence[Choice], out: Path, sett
     _check_prompts(items, needing, settings.skip_bad, fix)
     prompts = list(dict.fromkeys(item.prompt for item in items if item.prompt is not None))
     rewards = load_choices(chosen, prompts, modality=modality, device=settings.device, dtype=settings.dtype)
+    with locked_output(out, folder=False):
+        return _complete(items, chosen, rewards, modality, out, settings)
+
+
+def _complete(
+    items: list[Item],
+    chosen: Sequence[Choice],
+    rewards: list[WeightedReward],
+    modality: str,
+    out: Path,
+    settings: ScoreSettings,
+) -> Outcome:
+    """Score the items that `out` does not hold yet, and write it whole."""
     results = Results(out, _columns(chosen), _metadata(chosen, rewards, settings))
     results.check_items(items)
     todo = [item for item in items if results.find(item) is None]

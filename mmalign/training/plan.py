@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mmalign.config.run import RunConfig
@@ -59,6 +61,29 @@ def check_enough(samples: int, config: RunConfig, world_size: int, unit: str = "
             f"the data holds {samples} {unit} and one step takes {per_step} (trainer.batch_size {trainer.batch_size} "
             f"x gradient_accumulation {trainer.gradient_accumulation} x {world_size} processes); lower it or give more"
         )
+
+
+def check_files(source: Any, name: str) -> None:
+    """Refuse data, read from `name`, whose records name files that do not exist.
+
+    Only sources of paths are looked through, by their first record: elsewhere a record costs the bytes of its images.
+
+    Raises:
+        UserError: says how many files are missing, and which is the first.
+    """
+    if not _paths(source[0]):
+        return
+    files = dict.fromkeys(path for index in range(len(source)) for path in _paths(source[index]))
+    missing = [path for path in files if not os.path.exists(path)]
+    if missing:
+        raise UserError(
+            f"{name}: {len(missing)} of the {len(files)} files that it names do not exist (first: {missing[0]}); add "
+            "them, or remove their rows"
+        )
+
+
+def _paths(record: Any) -> list[Path]:
+    return [value for value in getattr(record, "__dict__", {}).values() if isinstance(value, Path)]
 
 
 def make_plan(config: RunConfig, method: Method[Any], samples: int, generator: Any, world_size: int = 1) -> Plan:

@@ -23,7 +23,7 @@ from mmalign.scoring.choice import WeightedReward
 from mmalign.training.evaluation import Evaluator
 from mmalign.training.models import load_model, make_trainable
 from mmalign.training.output import EXPORT_FILES
-from mmalign.training.plan import check_enough
+from mmalign.training.plan import check_enough, check_files
 from mmalign.training.recipe import build_method
 from mmalign.training.tasks import Task, task_of
 from mmalign.training.tasks.base import Source
@@ -76,6 +76,7 @@ def open_inputs(config: RunConfig, accelerator: Any) -> tuple[Method[Any], Sourc
     source = task.open_source(config, method)
     method.check_data(source)
     check_enough(len(source), config, accelerator.num_processes, method.needs.source)
+    check_files(source, str(config.data.pairs or config.data.labels))
     model = load_model(config, accelerator.device)
     task.check_model(method, model)
     return method, source, model

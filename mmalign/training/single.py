@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmalign.core.cost import COUNTERS
+from mmalign.core.lock import locked_output
 from mmalign.core.progress import note
 from mmalign.training.accelerator import make_accelerator
 from mmalign.training.callbacks import Budget, EarlyStopping, Evaluation, Watch
@@ -28,6 +30,12 @@ def train_one(config: RunConfig, resume: str = "auto") -> Path:
     `config` is complete (`mmalign.training.recipe.complete`) and has neither rounds nor stages.
     """
     accelerator = make_accelerator(config)
+    held = locked_output(Path(config.output), "output") if accelerator.is_main_process else nullcontext()
+    with held:
+        return _train_alone(config, resume, accelerator)
+
+
+def _train_alone(config: RunConfig, resume: str, accelerator: Any) -> Path:
     flash = torch.backends.cuda.flash_sdp_enabled()
     try:
         parts = prepare(config, accelerator)

@@ -21,6 +21,27 @@ from pipelines.errors import PipelineError
 from pipelines.generator import Generator
 
 ENCODE_BATCH = 64
+UNET_STRUCTURE = frozenset(
+    """sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift down_block_types
+    mid_block_type up_block_types only_cross_attention block_out_channels layers_per_block downsample_padding
+    mid_block_scale_factor dropout act_fn norm_num_groups norm_eps cross_attention_dim transformer_layers_per_block
+    reverse_transformer_layers_per_block attention_head_dim num_attention_heads use_linear_projection upcast_attention
+    resnet_time_scale_shift resnet_skip_time_act resnet_out_scale_factor time_embedding_type time_embedding_dim
+    time_embedding_act_fn timestep_post_act conv_in_kernel conv_out_kernel mid_block_only_cross_attention
+    cross_attention_norm addition_embed_type addition_embed_type_num_heads addition_time_embed_dim
+    projection_class_embeddings_input_dim torch_dtype dtype""".split()
+)
+"""Keys of a UNet's config that diffusers' UNet acts on by itself, or that are checked below."""
+UNET_INPUTS = {
+    "class_embed_type": "a class label",
+    "num_class_embeds": "a class label",
+    "class_embeddings_concat": "a class label",
+    "time_cond_proj_dim": "a guidance embedding (a distilled model, such as LCM)",
+    "encoder_hid_dim": "other embeddings than those of its text encoders",
+    "encoder_hid_dim_type": "other embeddings than those of its text encoders",
+    "dual_cross_attention": "two prompts",
+}
+"""Keys that give the UNet an input beside image, timestep and text -> that input; null or false: none."""
 
 
 def _single(tensor: Tensor) -> Tensor:
@@ -43,6 +64,7 @@ class StableDiffusion(Generator):
         missing = [name for name in (*self.vae_names, *self.text_names) if not has_component(self.index, name)]
         if missing:
             raise PipelineError(f"{self.name_or_path} lacks {', '.join(missing)}, which '{self.family}' models need.")
+        self._check_unet(component_config(self.root, self.network_name))
         if config.addition_embed_type != self.added_conditioning:
             raise PipelineError(
                 f"the UNet of {self.name_or_path} takes extra conditioning '{config.addition_embed_type}', not"
@@ -53,6 +75,26 @@ class StableDiffusion(Generator):
             raise PipelineError(
                 f"the UNet of {self.name_or_path} takes {config.in_channels} channels, its autoencoder"
                 f" gives {channels}; inpainting, editing and depth models are not supported, use the base model."
+            )
+
+    def _check_unet(self, config: dict[str, Any]) -> None:
+        """Refuse a UNet whose config has unknown keys in use, or keys that ask for inputs that it is not given."""
+        name = f"the UNet of {self.name_or_path}"
+        for key, value in config.items():
+            if key.startswith("_") or key in UNET_STRUCTURE or value in (None, False):
+                continue
+            if key in UNET_INPUTS:
+                raise PipelineError(
+                    f"{name} takes extra conditioning, {UNET_INPUTS[key]} ({key}: {value}); use a base text-to-image"
+                    " model."
+                )
+            if (key, value) != ("attention_type", "default"):
+                raise PipelineError(f"{name} has {key}: {value}, which is not supported; use a base model.")
+        channels = config.get("in_channels", 4), config.get("out_channels", 4)
+        if channels[1] not in (channels[0], self._vae_config["latent_channels"]):
+            raise PipelineError(
+                f"{name} gives {channels[1]} channels for {channels[0]}: it predicts a variance too, which is not"
+                " supported; use a base model."
             )
 
     @cached_property

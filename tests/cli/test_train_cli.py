@@ -108,6 +108,36 @@ def test_a_mistake_is_one_line_with_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_files_that_do_not_exist_are_counted_before_the_model_is_read(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: bool, kind: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    rows = [{"prompt": "p", "chosen": "a.png", "rejected": f"gone-{index % 3}.png"} for index in range(12)]
+    path = tmp_path / "pairs.jsonl"
+    if kind == "labels":
+        rows = [{"prompt": "p", "image": row["rejected"], "label": 1, "id": str(i)} for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.{kind}={path}", *(["data.pairs=null", "method=diffusion_kto"] if kind == "labels" else [])]
+    assert main(["train", str(recipe), *words, *["--dry-run"] * dry]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    number = 4 if kind == "pairs" else 3
+    assert f"3 of the {number} files that it names do not exist (first: {tmp_path / 'gone-0.png'})" in line
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_prompts_of_the_evaluation_that_are_missing_name_both_ways_on(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = "evaluate={prompts: data/validation.txt, every: 2, rewards: [shapes-quality]}"
+    assert main(["train", str(recipe), change, "--dry-run"]) == 2
+    printed = capsys.readouterr().err
+    assert "evaluate.prompts=FILE, or evaluate=null" in printed and "data/validation.txt" in printed
+    assert main(["train", str(recipe), change, "evaluate=null", "--dry-run"]) == 2  # given twice
+    assert main(["train", str(recipe), "evaluate=null", "--dry-run"]) == 0
+
+
 def test_a_run_that_breaks_off_exits_with_1(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(recipe), "method={name: 'tiny_runs:BreaksAtStepThree'}"]) == 1
     captured = capsys.readouterr().err

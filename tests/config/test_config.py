@@ -98,7 +98,7 @@ def test_overrides_win_and_reach_into_lists(recipe: Path) -> None:
         ("data.pairs.0=x", "data.pairs is the value 'pairs.parquet'"),
         ("trainer.0=x", "trainer is a mapping, not a list"),
         ("trainer.steps=[1", "not a YAML value"),
-        ("model=x: y: z", "not a YAML value"),
+        ("method.beta=x: y: z", "not a YAML value"),
     ],
 )
 def test_overrides_that_cannot_be_applied(recipe: Path, override: str, message: str) -> None:
@@ -117,7 +117,7 @@ def test_all_issues_at_once_each_with_key_given_allowed_and_nearest(recipe: Path
         "trainer.batch_size=ten",
         "trainer.precision=bf15",
         "trainer.ema=2",
-        "trainer.betas=[1.0]",
+        "trainer.betas=[0.9]",
         "method.bta=3",
         "method.timesteps=[0.5, x]",
         "data.flip=yes",

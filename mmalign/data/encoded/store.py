@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -53,14 +56,21 @@ class TensorStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows added since the last shard."""
+        """Write the rows added since the last shard.
+
+        Raises:
+            OSError: the shard cannot be written; a full disk is ENOSPC, whatever the writer makes of it.
+        """
         if not self._pending:
             return
         keys, rows = list(self._pending), list(self._pending.values())
         path = self.folder / f"{content_key(*keys)}.safetensors"
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        with replacing(path) as aside:
-            save_file(stacked, aside, metadata={"keys": json.dumps(keys)})
+        try:
+            with replacing(path) as aside:
+                save_file(stacked, aside, metadata={"keys": json.dumps(keys)})
+        except (OSError, SafetensorError) as error:
+            raise _as_full_disk(error, self.folder) from error
         self._pending, self._pending_bytes = {}, 0
         self._where.update({key: (path, row) for row, key in enumerate(keys)})
 
@@ -118,6 +128,15 @@ class Rows:
             for name, tensor in self._shards[index].items():
                 result[name][here] = tensor[rows[here]]
         return result
+
+
+def _as_full_disk(error: Exception, folder: Path) -> Exception:
+    """Return the system's error for a full disk, naming the key that chose it; any other error as it is."""
+    # The safetensors writer is native code and wraps the operating system's error in its own type, as text.
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full and not re.search(r"os error (28|122)\b|no space left|quota exceeded", str(error), re.IGNORECASE):
+        return error
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{folder} (data.cache)")
 
 
 def _map_shard(path: Path) -> dict[str, Tensor]:
