@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -12,6 +11,11 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: the content of the file decides alone
+    fcntl = None  # type: ignore[assignment]
 
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
@@ -50,8 +54,11 @@ def locked_output(path: Path, key: str = "--out", *, folder: bool = True) -> Ite
         yield
     finally:
         del _held[lock]
+        if fcntl is None:  # a system that removes no open file
+            os.close(handle)
         lock.unlink(missing_ok=True)  # while it is held: who waits for it finds that the file is gone, and starts anew
-        os.close(handle)
+        if fcntl is not None:
+            os.close(handle)
         with suppress(OSError):  # a run that failed before it wrote anything leaves no folder
             for one in made:
                 one.rmdir()
@@ -84,6 +91,8 @@ def _acquire(lock: Path, output: str) -> int:
 
 def _try_lock(handle: int) -> tuple[bool, bool]:
     """Return whether no process of this host holds the file, and whether the file system could tell."""
+    if fcntl is None:
+        return True, False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -105,7 +114,8 @@ def _is_same_file(handle: int, lock: Path) -> bool:
 def _read_owner(handle: int) -> dict[str, Any]:
     """Return host, pid and time of the process that wrote the file; nothing for a new or damaged one."""
     try:
-        owner = json.loads(os.pread(handle, 4096, 0))
+        os.lseek(handle, 0, os.SEEK_SET)
+        owner = json.loads(os.read(handle, 4096))
     except ValueError:
         return {}
     complete = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and owner["pid"] > 0
@@ -115,7 +125,8 @@ def _read_owner(handle: int) -> dict[str, Any]:
 def _write_owner(handle: int) -> None:
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     os.ftruncate(handle, 0)
-    os.pwrite(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}).encode(), 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}).encode())
 
 
 def _is_stale(owner: dict[str, Any], certain: bool) -> bool:
@@ -124,6 +135,8 @@ def _is_stale(owner: dict[str, Any], certain: bool) -> bool:
         return False
     if certain or owner["pid"] == os.getpid():
         return True  # the number may have been given anew, here to this process itself
+    if os.name != "posix":
+        return False  # where signal 0 is no question
     try:
         os.kill(owner["pid"], 0)
     except (ProcessLookupError, OverflowError):

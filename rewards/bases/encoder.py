@@ -13,9 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rewards.backbones.encoder import Encoder
-from rewards.backbones.load import check_mode
+from rewards.backbones.load import check_mode, load_encoder, load_preset
 from rewards.backbones.truncation import Truncation
 from rewards.bases.two_tower import TwoTowerReward
+
+__all__ = ["Encoder", "EncoderReward", "check_mode", "load_encoder", "load_preset"]  # all that a preset needs
 
 
 class EncoderReward(TwoTowerReward):

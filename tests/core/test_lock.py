@@ -108,3 +108,14 @@ def test_many_processes_take_turns(tmp_path: Path) -> None:
     several = [subprocess.Popen([sys.executable, "-c", add, str(tmp_path)]) for _ in range(4)]
     assert [one.wait(60) for one in several] == [0] * 4
     assert (tmp_path / "n").read_text() == "80"
+
+
+def test_without_file_locks_of_the_system_the_content_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmalign.core.lock.fcntl", None)
+    with locked_output(tmp_path, "output"):
+        owner = json.loads((tmp_path / ".lock").read_text())
+        assert owner["pid"] == os.getpid()
+    assert not (tmp_path / ".lock").exists()
+    (tmp_path / ".lock").write_text(json.dumps({**owner, "pid": os.getppid()}))  # a process that is alive
+    with pytest.raises(UserError, match=f"process {os.getppid()} on"), locked_output(tmp_path, "output"):
+        pass

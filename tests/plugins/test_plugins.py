@@ -34,6 +34,7 @@ PUBLIC = {
     "pipelines.generator": ["Generator"],
     "rewards": ["Reward", "load_reward", "list_rewards", "register", "Facts", "TwoTowerReward", "RewardError"],
     "rewards.base": ["Reward"],
+    "rewards.encoders": ["Encoder", "EncoderReward", "load_encoder", "load_preset"],
     "rewards.errors": ["RewardError"],
 }
 """What plug-ins were told to import, by module."""
