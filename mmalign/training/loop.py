@@ -147,7 +147,8 @@ class Loop:
             self.finished |= between and self._ended()
         for callback in self.callbacks if self.finished else due:
             callback.after_step(self)
-        self.finished |= between and self._ended()
+        if due:  # asking costs a message between processes
+            self.finished |= between and self._ended()
         if saving or self.finished:
             self._save()
         if due or saving:
