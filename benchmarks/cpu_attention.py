@@ -1,4 +1,4 @@
-"""A training step of the UNet on a CPU: torch's flash attention against the plain kernel that mmalign trains with."""
+"""A training step of the UNet on a CPU: torch's flash attention against its plain kernel."""
 
 from __future__ import annotations
 

@@ -22,7 +22,6 @@ from benchmarks.models import corpus, write_pipeline
 from benchmarks.timing import Settings
 from mmalign.core.precision import autocast
 from pipelines import Generator, Truncation, load_generator, sample_with_gradient
-from pipelines.attention import prefer_trainable_sdpa
 
 GUIDANCE, RANK = 4.0, 8
 PLAIN, CHECKPOINTED = "no checkpointing", "checkpointing"
@@ -116,7 +115,6 @@ def peak_of_step(
     A step of one sampling step and one image goes before it, so that what libraries set up once is not counted.
     """
     torch.set_num_threads(threads)
-    prefer_trainable_sdpa(torch.device(device))
     generator = load_generator(model, device=device)
     generator.add_adapter(RANK)
     generator.load_encoders()

@@ -20,7 +20,6 @@ from mmalign.shapes.train_base import to_batch
 from mmalign.training.accelerator import make_accelerator
 from mmalign.training.optim import build_optimizer
 from mmalign.training.prepare import Prepared, prepare
-from pipelines.attention import prefer_trainable_sdpa
 
 PRECISION: Precision = "bf16"
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 1000.0, 1e-5, 1.0
@@ -28,16 +27,11 @@ OURS, RECIPE, BOUND = "mmalign", "public recipe", "lower bound"
 
 
 def measure(settings: Settings) -> list[Report]:
-    """Return a report for LoRA and one for full fine-tuning; all sides run the attention kernel that mmalign picks."""
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    prefer_trainable_sdpa(settings.device)
-    try:
-        with TemporaryDirectory() as folder:
-            model = write_pipeline(Path(folder, "model"))
-            pairs = write_pairs(Path(folder, "pairs"), settings.batch)
-            return [_compare("lora", model, pairs, settings), _compare("full", model, pairs, settings)]
-    finally:
-        torch.backends.cuda.enable_flash_sdp(flash)
+    """Return a report for LoRA and one for full fine-tuning."""
+    with TemporaryDirectory() as folder:
+        model = write_pipeline(Path(folder, "model"))
+        pairs = write_pairs(Path(folder, "pairs"), settings.batch)
+        return [_compare("lora", model, pairs, settings), _compare("full", model, pairs, settings)]
 
 
 def _compare(kind: Literal["lora", "full"], model: Path, pairs: Path, settings: Settings) -> Report:

@@ -65,16 +65,6 @@ def inspect_attention(network: Any) -> AttentionReport:
     return AttentionReport("+".join(running), counts, _backends(device) if running == ["sdpa"] else ())
 
 
-def prefer_trainable_sdpa(device: torch.device) -> None:
-    """Switch torch's flash SDPA off where its backward is slow: on the CPU, for the whole process.
-
-    There the flash backward in bfloat16 takes a third of a training step; the plain kernel makes the step 1.4 times
-    as fast (`python -m benchmarks cpu_attention`). Process-wide, so that recomputed activations use the same kernel.
-    """
-    if device.type == "cpu":
-        torch.backends.cuda.enable_flash_sdp(False)  # the switch is shared by all devices, despite its name
-
-
 def _backends(device: torch.device) -> tuple[str, ...]:
     """Return the SDPA implementations torch may pick from on `device`; it picks per call, by shape and dtype."""
     if device.type == "cpu":

@@ -23,9 +23,6 @@ def load_model(config: RunConfig, device: Any) -> Any:
     Raises:
         UserError: it is itself an adapter.
     """
-    from pipelines.attention import prefer_trainable_sdpa
-
-    prefer_trainable_sdpa(device)
     model = task_of(config).load_model(config, resolve_model(config.model), device)
     if model.has_adapter:
         raise UserError(

@@ -6,8 +6,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mmalign.core.cost import COUNTERS
 from mmalign.core.lock import locked_output
 from mmalign.core.progress import note
@@ -36,30 +34,24 @@ def train_one(config: RunConfig, resume: str = "auto") -> Path:
 
 
 def _train_alone(config: RunConfig, resume: str, accelerator: Any) -> Path:
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    try:
-        parts = prepare(config, accelerator)
-        learner = MethodLearner(config, parts, accelerator)
-        early = make_early_stopping(config, parts, learner)
-        loop = Loop(learner, config, make_callbacks(config, parts, learner, early))
-        note(
-            str(make_plan(config, parts.method, len(parts.sampler.samples), parts.run.model, parts.sampler.world_size))
-        )
-        loop.run(resume)
-        proof = None
-        if accelerator.is_main_process:
-            weights = early.applied() if early is not None and early.weights else learner.averaged()
-            proof = export(config, parts, weights, training_facts(learner, early))
-        # Two whole models need not fit: the trained one, with its optimiser, goes before the exported one is read.
-        del parts, learner, early, loop
-        accelerator.free_memory()
-        if proof is not None:
-            verify(config, *proof, accelerator.device)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()  # leaves the group of processes, after which nobody can wait for anybody
-        return Path(config.output)
-    finally:
-        torch.backends.cuda.enable_flash_sdp(flash)  # what the same process draws later has the kernels it always has
+    parts = prepare(config, accelerator)
+    learner = MethodLearner(config, parts, accelerator)
+    early = make_early_stopping(config, parts, learner)
+    loop = Loop(learner, config, make_callbacks(config, parts, learner, early))
+    note(str(make_plan(config, parts.method, len(parts.sampler.samples), parts.run.model, parts.sampler.world_size)))
+    loop.run(resume)
+    proof = None
+    if accelerator.is_main_process:
+        weights = early.applied() if early is not None and early.weights else learner.averaged()
+        proof = export(config, parts, weights, training_facts(learner, early))
+    # Two whole models need not fit: the trained one, with its optimiser, goes before the exported one is read.
+    del parts, learner, early, loop
+    accelerator.free_memory()
+    if proof is not None:
+        verify(config, *proof, accelerator.device)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # leaves the group of processes, after which nobody can wait for anybody
+    return Path(config.output)
 
 
 def make_early_stopping(config: RunConfig, parts: Prepared, learner: MethodLearner) -> EarlyStopping | None:

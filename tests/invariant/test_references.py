@@ -8,12 +8,10 @@ records anew.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from invariant.trajectories import ANSWERS, IMAGES, build_models, environment, runs
 
 from mmalign.methods import methods
@@ -27,15 +25,6 @@ COARSE = ("accuracy", "valid", "ratio", "right", "clip")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return build_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(autouse=True)
-def _same_kernels() -> Iterator[None]:
-    """Let attention have all kernels, whatever an earlier test of the same process has switched off."""
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(True)
-    yield
-    torch.backends.cuda.enable_flash_sdp(flash)
 
 
 def test_every_method_has_a_record() -> None:
