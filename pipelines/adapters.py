@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from pipelines.saving import replacing_parts
 ADAPTER = "default"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 RECORD_NAME = "mmalign.json"
+Init = Literal["gaussian", "kaiming"]
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -43,12 +44,20 @@ def has_adapter(network: Any) -> bool:
 
 
 def add_adapter(
-    network: Any, rank: int, alpha: float | None = None, targets: Iterable[str] | None = None, seed: int = 0
+    network: Any,
+    rank: int,
+    alpha: float | None = None,
+    targets: Iterable[str] | None = None,
+    seed: int = 0,
+    init: Init = "gaussian",
 ) -> None:
     """Add a trainable LoRA and freeze the rest; the output does not change, as B starts at zero.
 
-    A is drawn from ``N(0, 1/rank^2)`` (peft's "gaussian") by a CPU generator from `seed`, so that it is the same on
-    every device. `alpha` defaults to `rank` (scale 1). The adapter's weights are float32 whatever the network's dtype.
+    A is drawn by a CPU generator from `seed`, so that it is the same on every device: "gaussian" from
+    ``N(0, 1/rank^2)``, as published scripts for image models do (those of diffusers, DDPO, AlignProp and SPO);
+    "kaiming" from ``U(-b, b)`` with ``b = 1/sqrt(inputs)``, peft's default, as those for language models do. The first
+    step of B moves the output in proportion to A: with 3,584 inputs and rank 16, gaussian's 6.5 times as far.
+    `alpha` defaults to `rank` (scale 1). The adapter's weights are float32 whatever the network's dtype.
     """
     from peft import LoraConfig
 
@@ -66,10 +75,17 @@ def add_adapter(
         for name, parameter in lora_parameters(network):
             parameter.data = parameter.data.float()
             if "lora_A" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / rank)
+                parameter.copy_(_start(parameter.shape, rank, init, generator))
             else:
                 parameter.zero_()
             parameter.requires_grad_(True)
+
+
+def _start(shape: torch.Size, rank: int, init: Init, generator: torch.Generator) -> Tensor:
+    """Draw a matrix A, which for a convolution has the shape ``[rank, channels, height, width]``."""
+    if init == "gaussian":
+        return torch.randn(shape, generator=generator) / rank
+    return (2 * torch.rand(shape, generator=generator) - 1) / shape[1:].numel() ** 0.5
 
 
 def attach(network: Any, config: Any) -> None:

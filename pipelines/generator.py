@@ -200,10 +200,15 @@ class Generator(ABC):
         return adapters.has_adapter(self.bare_network)
 
     def add_adapter(
-        self, rank: int, alpha: float | None = None, target_modules: Sequence[str] | None = None, seed: int = 0
+        self,
+        rank: int,
+        alpha: float | None = None,
+        target_modules: Sequence[str] | None = None,
+        seed: int = 0,
+        init: adapters.Init = "gaussian",
     ) -> None:
         """Add a trainable LoRA (A seeded, B zero) to the attention projections and freeze everything else."""
-        adapters.add_adapter(self.bare_network, rank, alpha, target_modules, seed)
+        adapters.add_adapter(self.bare_network, rank, alpha, target_modules, seed, init)
         self._lora_layers = adapters.lora_layers(self.bare_network)
 
     def load_adapter(self, path: str | Path) -> None:

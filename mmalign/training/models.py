@@ -37,7 +37,8 @@ def make_trainable(model: Any, config: RunConfig) -> None:
     trainer, adapter = config.trainer, config.adapter
     if adapter.kind == "lora":
         seed = derive_seed(trainer.seed, "adapter")
-        model.add_adapter(adapter.rank, alpha=adapter.alpha, target_modules=adapter.targets, seed=seed)
+        init = {} if adapter.init is None else {"init": adapter.init}
+        model.add_adapter(adapter.rank, alpha=adapter.alpha, target_modules=adapter.targets, seed=seed, **init)
     else:
         model.network.requires_grad_(True)
     round_frozen(model.network, trainer.precision)

@@ -347,11 +347,16 @@ class VisionLanguageModel:
         return adapters.has_adapter(self.network)
 
     def add_adapter(
-        self, rank: int, alpha: float | None = None, target_modules: Sequence[str] | None = None, seed: int = 0
+        self,
+        rank: int,
+        alpha: float | None = None,
+        target_modules: Sequence[str] | None = None,
+        seed: int = 0,
+        init: adapters.Init = "kaiming",
     ) -> None:
         """Add a trainable LoRA (A seeded, B zero) to the language model and freeze everything else, vision too."""
         layers = vlm_adapters.layers_to_adapt(self.network, self.family.language, target_modules)
-        adapters.add_adapter(self.network, rank, alpha, layers, seed)
+        adapters.add_adapter(self.network, rank, alpha, layers, seed, init)
 
     def load_adapter(self, path: str | Path) -> None:
         """Load an adapter directory and freeze everything else."""

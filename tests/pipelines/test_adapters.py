@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipelines import Generator, PipelineError, load_generator, sample
+from pipelines import Generator, PipelineError, adapters, load_generator, sample
 
 PROMPTS = ["a red circle", "two blue stars"]
 
@@ -57,6 +57,18 @@ def test_adapter_weights_depend_on_the_seed_alone(tiny_paths: dict[str, str]) ->
     first = weights(0, disturb=1)
     assert torch.equal(first, weights(0, disturb=2)) and not torch.equal(first, weights(1, disturb=1))
     assert first[first != 0].std().item() == pytest.approx(1 / 4, rel=0.1)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "kaiming"])
+def test_an_adapter_starts_as_its_distribution_says(init: adapters.Init) -> None:
+    network = torch.nn.ModuleDict({"to_q": torch.nn.Linear(3000, 7), "conv": torch.nn.Conv2d(300, 5, 3)})
+    adapters.add_adapter(network, 8, targets=["to_q", "conv"], init=init)
+    linear, conv = (p.detach() for name, p in adapters.lora_parameters(network) if "lora_A" in name)
+    for drawn, inputs in ((linear, 3000), (conv, 300 * 9)):
+        std = 1 / 8 if init == "gaussian" else (3 * inputs) ** -0.5
+        assert drawn.std().item() == pytest.approx(std, rel=0.03)
+        assert abs(drawn.mean().item()) < 4 * std / drawn.numel() ** 0.5
+        assert (drawn.abs().max().item() <= inputs**-0.5) == (init == "kaiming")
 
 
 def test_disabled_adapter_is_the_base_to_the_bit(generator: Generator) -> None:
