@@ -19,6 +19,7 @@ from pipelines.noise import NoiseProcess
 from pipelines.sampling import latent_dtype, noise_stream
 
 GRIDS = ("exact", "floor")
+STARTS = ("sampler", "clean")
 
 
 def inversion_grid(
@@ -61,6 +62,7 @@ def invert(
     guidance: float = 1.0,
     negative: Conditioning | None = None,
     grid: Literal["exact", "floor"] = "exact",
+    start: Literal["sampler", "clean"] = "sampler",
     eta: float = 0.0,
     seeds: Sequence[int] | None = None,
     autocast: Autocast = nullcontext,
@@ -74,12 +76,18 @@ def invert(
     ``grid="floor"`` the sampler's highest below `t`, as in the published codes of SmPO and InPO with diffusers from
     0.22 on (before that, the scheduler they use led to the level above).
 
+    `start` says how noisy `latents` are. "sampler": as noisy as what the sampler ends with, which leads back to them
+    exactly. With a scheduler whose last level is its first timestep (``set_alpha_to_one`` off, as for Stable
+    Diffusion) that is not clean, so that images of a data set are given too little noise: 0.29 of what belongs to
+    timestep 1 of Stable Diffusion, 0.79 at 20, 0.95 at 200. "clean": they are clean, and the first step starts there.
+
     `eta` adds to each step that many times the noise that the sampler's step back would add, drawn from `seeds`, one
     a sample. `guidance`, `negative` and `autocast` are those of `guided_predictor`. Raises `PipelineError` for a `t`
     outside of the schedule, and for prompts or seeds that are not one for each of the latents.
     """
     if renoise < 0:
         raise PipelineError(f"renoise must be 0 or more, got {renoise}.")
+    clean = choose("start", start, STARTS) == "clean"
     if len(latents) != len(cond):
         raise PipelineError(f"invert got {len(latents)} latents but {len(cond)} prompts.")
     if eta and (seeds is None or len(seeds) != len(latents)):
@@ -95,8 +103,15 @@ def invert(
             guess, total, seen = x, torch.zeros_like(x), target.clamp_min(0)
             for repeat in range(renoise + 1):
                 total = total + process.to_noise(guess, predict(guess, seen), target)
-                guess = process.forward_step(x, total / (repeat + 1), source, target)
+                noise = total / (repeat + 1)
+                guess = process.forward_step(x, noise, source, target)
+                if clean:
+                    guess = torch.where(_like(source, x) < 0, process.add_noise(x, noise, target), guess)
             if draws is not None:
                 guess = guess + back(process, guess, total, target, source)[1] * next(draws)
-            x = torch.where((target > source).reshape(-1, *[1] * (x.ndim - 1)), guess, x)
+            x = torch.where(_like(target > source, x), guess, x)
     return x
+
+
+def _like(values: Shaped[Tensor, " batch"], x: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (x.ndim - 1))

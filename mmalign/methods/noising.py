@@ -74,8 +74,8 @@ def invert_pairs(run: Run, batch: PairBatch, config: InversionConfig, *, renoise
 
     The target is the noise that leads from the clean image to where the inversion ended, so it differs from image to
     image. `renoise` and `eta` are those of `pipelines.invert`. With fidelity code the images lie at a level below the
-    timestep that the networks are given (see `docs/methods/smpo.md`); the noise is the one that `add_noise` would
-    have needed at that timestep.
+    timestep that the networks are given, and start as noisy as the sampler ends (see `docs/methods/smpo.md`); the
+    noise is the one that `add_noise` would have needed at that timestep.
     """
     latents, t, cond = _both_sides(run, batch, config)
     x_t = invert(
@@ -86,6 +86,7 @@ def invert_pairs(run: Run, batch: PairBatch, config: InversionConfig, *, renoise
         steps=config.inversion_steps,
         renoise=renoise,
         grid="exact" if config.fidelity == "paper" else "floor",
+        start="clean" if config.fidelity == "paper" else "sampler",
         eta=eta,
         seeds=run.seeds(batch.ids, batch.epoch, "inversion") * 2,
         autocast=run.autocast,

@@ -62,6 +62,23 @@ def test_per_sample_timesteps_equal_one_at_a_time(sd15: Generator) -> None:
         assert torch.allclose(alone[0], both[row], atol=1e-5)
 
 
+def test_clean_images_get_the_noise_of_their_timestep(sd15: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    cond, random = sd15.encode_prompts(PROMPTS), torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(2, *sd15.latent_shape, generator=random) for _ in range(2))
+    monkeypatch.setattr(type(sd15), "predict", lambda self, x, t, cond: noise)  # the same wherever it is asked
+    t = torch.tensor([20, 700])
+    square = (sd15.process.alpha(t) ** 2).reshape(2, 1, 1, 1)
+    last = torch.tensor(1 - 0.00085)  # of Stable Diffusion's betas, the first
+    wanted = square.sqrt() * clean + (1 - square).sqrt() * noise
+    found = invert(sd15, cond, clean, t=t, steps=4, renoise=1, start="clean")
+    assert torch.allclose(found, wanted, atol=1e-5)
+    implied = sd15.process.implied_noise(clean, invert(sd15, cond, clean, t=t, steps=4), t)
+    share = 1 - (square / last).sqrt() * (1 - last).sqrt() / (1 - square).sqrt()
+    image = ((square / last).sqrt() - square.sqrt()) / (1 - square).sqrt()
+    assert torch.allclose(implied, share * noise + image * clean, atol=1e-4)
+    assert share.flatten()[0].item() == pytest.approx(0.79, abs=0.005)  # of noise at timestep 20, where 1 belongs
+
+
 @pytest.mark.parametrize(("steps", "noise", "image"), [(5, 0.76, 0.13), (10, 0.865, 0.068)])
 def test_floor_grid_is_that_of_the_published_codes(sd15: Generator, steps: int, noise: float, image: float) -> None:
     t = torch.arange(2, 1000)
