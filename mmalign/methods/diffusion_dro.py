@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -95,8 +96,8 @@ class DiffusionDRO(Method[DiffusionDROConfig]):
         )
         run.cost.add(images_sampled=len(batch))
         assert trajectory.states is not None
-        source = run.random("levels", run.step, batch.ids[0])
-        index = torch.randint(c.sampling_steps, (c.updates_per_round, len(batch)), generator=source)
+        draw = partial(torch.randint, c.sampling_steps, (c.updates_per_round,))
+        index = torch.stack([draw(generator=run.random("levels", run.step, one)) for one in batch.ids], dim=1)
         device = trajectory.states.device
         timesteps, states = trajectory.timesteps[index].to(device), trajectory.states[index, rows]
         predictions = torch.stack([run.predict(x, t, batch.cond) for x, t in zip(states, timesteps, strict=True)])

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.core import distributed
-from mmalign.losses import diffusion_kto, kto_reference_point
+from mmalign.losses import diffusion_kto
 from mmalign.losses.diffusion_kto import Utility
 from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
 from mmalign.methods.noising import noise_images
+from mmalign.methods.reference_point import Centred, centred
 from mmalign.methods.run import Run
 
 
@@ -44,23 +45,31 @@ class DiffusionKTO(Method[DiffusionKTOConfig]):
             f"{c.desirable_weight:g}, bad {c.undesirable_weight:g}"
         )
 
-    def loss(self, run: Run, batch: LabelBatch) -> LossOutput:
-        """Return the mean loss of the images; the reference point is the mean over all processes' images."""
-        c = self.config
-        noised = noise_images(run, batch, c)
+    def collect(self, run: Run, batches: Iterable[LabelBatch]) -> list[Centred]:
+        """Find the reference point of the step, the mean gain of all its images on all processes."""
+        return centred(batches, lambda batch: self._gain(run, batch)[0])
+
+    def _gain(self, run: Run, batch: LabelBatch) -> tuple[Tensor, Tensor]:
+        noised = noise_images(run, batch, self.config)
         policy = noised.errors(run.predict)
-        gain = noised.errors(run.reference.predict) - policy
-        point = distributed.mean(kto_reference_point(gain))
+        return noised.errors(run.reference.predict) - policy, policy
+
+    def loss(self, run: Run, batch: Centred | LabelBatch) -> LossOutput:
+        """Return the mean loss of the images; without `collect` they are the whole step."""
+        c, batch = self.config, Centred.of(batch)
+        desirable = batch.labels.desirable
+        gain, policy = self._gain(run, batch.labels)
+        point = batch.reference_point(gain)
         loss = diffusion_kto(
             gain,
-            batch.desirable,
+            desirable,
             point,
             beta=c.beta,
             utility=c.utility,
             desirable_weight=c.desirable_weight,
             undesirable_weight=c.undesirable_weight,
         ).mean()
-        return LossOutput(loss, label_metrics(gain.detach(), batch.desirable, policy.detach(), point))
+        return LossOutput(loss, label_metrics(gain.detach(), desirable, policy.detach(), point))
 
 
 def label_metrics(gain: Tensor, desirable: Tensor, policy: Tensor, point: Tensor) -> dict[str, Tensor]:

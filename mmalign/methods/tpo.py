@@ -7,17 +7,18 @@ that does not (`mmalign pairs perturb` writes them). TDPO compares the two, TKTO
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.core import distributed
 from mmalign.core.errors import UserError
-from mmalign.losses import diffusion_kto, kto_reference_point, tdpo, tdpo_logit
+from mmalign.losses import diffusion_kto, tdpo, tdpo_logit
 from mmalign.methods.base import LabelBatch, LossOutput, Method, Needs, TimestepRange
 from mmalign.methods.noising import Noised, noise_images, pair_metrics
+from mmalign.methods.reference_point import Centred, centred
 from mmalign.methods.run import Run
 from pipelines.conditioning import Conditioning
 
@@ -62,27 +63,38 @@ class TPO(Method[TPOConfig]):
         bound = "no bound" if c.rejected_rise is None else f"bound {c.rejected_rise:g}"
         return f"tpo: tdpo, beta={c.beta:g}, mean-reduced, half factor on, {bound} on the rejected caption's error"
 
-    def loss(self, run: Run, batch: LabelBatch) -> LossOutput:
-        """Return the mean loss of the images; in the metrics chosen and rejected are the two captions."""
-        c = self.config
+    def collect(self, run: Run, batches: Iterable[LabelBatch]) -> Iterable[LabelBatch] | list[Centred]:
+        """For tkto, find the reference point of the step: the mean gain of all its captions on all processes."""
+        if self.config.objective == "tdpo":
+            return batches
+        return centred(batches, lambda batch: _gain(*self._errors(run, batch)))
+
+    def _errors(self, run: Run, batch: LabelBatch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return the errors of the policy and of the reference, each under the fitting caption and the other."""
         assert batch.rejected_cond is not None, "check_data has seen a rejected caption for every image"
-        one = noise_images(run, batch, c)
+        one = noise_images(run, batch, self.config)
         both = Noised(
             torch.cat([one.x_t, one.x_t]),
             torch.cat([one.t, one.t]),
             torch.cat([one.target, one.target]),
             Conditioning.cat([batch.cond, batch.rejected_cond]),
         )
-        policy, reference = both.pair_errors(run.predict), both.pair_errors(run.reference.predict)
+        return both.pair_errors(run.predict), both.pair_errors(run.reference.predict)
+
+    def loss(self, run: Run, batch: LabelBatch | Centred) -> LossOutput:
+        """Return the mean loss of the images; in the metrics chosen and rejected are the two captions."""
+        c, batch = self.config, Centred.of(batch)
+        policy, reference = self._errors(run, batch.labels)
         rise = math.inf if c.rejected_rise is None else c.rejected_rise
         logit = tdpo_logit(*policy, *reference, beta=c.beta, rejected_rise=rise)
-        if c.objective == "tdpo":
-            loss = tdpo(*policy, *reference, beta=c.beta, rejected_rise=rise).mean()
+        if c.objective == "tkto":
+            gain = _gain(policy, reference)
+            good = torch.arange(len(gain), device=gain.device) < len(gain) // 2
+            loss = diffusion_kto(gain, good, batch.reference_point(gain), beta=c.beta).mean()
         else:
-            loss = self._tkto(torch.cat(reference) - torch.cat(policy))
+            loss = tdpo(*policy, *reference, beta=c.beta, rejected_rise=rise).mean()
         return LossOutput(loss, pair_metrics(policy, reference, logit))
 
-    def _tkto(self, gain: Tensor) -> Tensor:
-        good = torch.arange(len(gain), device=gain.device) < len(gain) // 2
-        point = distributed.mean(kto_reference_point(gain))
-        return diffusion_kto(gain, good, point, beta=self.config.beta).mean()
+
+def _gain(policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.cat(reference) - torch.cat(policy)

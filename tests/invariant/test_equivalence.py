@@ -25,12 +25,6 @@ HALVES = {"batch_size": 2, "gradient_accumulation": 2}
 SINGLE = {"batch_size": 1, "gradient_accumulation": 4}
 CHECKPOINTED = {"batch_size": 4, "gradient_checkpointing": True}
 COMMON = {"steps": 2, "max_grad_norm": 1e6}
-BATCH_WIDE = {
-    "diffusion_kto": "its reference point is a mean over the micro-batch",
-    "tkto": "its reference point is a mean over the micro-batch",
-    "diffusion_dro": "its noise levels are drawn by the first sample of the micro-batch",
-}
-"""Methods that depend on what shares a micro-batch."""
 LEARNING_RATE = {"diffusion_kto": 1e-2, "tkto": 1e-2}  # the reference point is 0 until the weights have moved
 
 
@@ -68,12 +62,7 @@ def check(one: Path, other: Path) -> None:
     assert losses(other)[2] == pytest.approx(losses(one)[2], rel=1e-3, abs=1e-5)
 
 
-def excused(name: str) -> Any:
-    reason = BATCH_WIDE.get(name)
-    return pytest.param(name, marks=pytest.mark.xfail(reason=reason, strict=True)) if reason else name
-
-
-@pytest.mark.parametrize("name", [excused(name) for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_make_up_the_step(
     name: str, models: dict[str, str], whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -86,8 +75,6 @@ def test_micro_batches_make_up_the_step(
 def test_every_other_way_makes_up_the_step(
     name: str, changes: dict[str, Any], models: dict[str, str], whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    if name in BATCH_WIDE and changes.get("gradient_accumulation", 1) > 1:
-        pytest.skip(BATCH_WIDE[name])
     check(whole(name), train_it(name, models, tmp_path, **changes))
 
 
@@ -119,6 +106,4 @@ def test_two_processes_make_up_the_step(name: str, models: dict[str, str], tmp_p
     done = subprocess.run(launcher, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     one = train_it(name, models, tmp_path / "one", **HALVES)
-    if name in ("diffusion_kto", "tkto"):  # processes share the reference point, micro-batches do not
-        one = train_it(name, models, tmp_path / "whole", **WHOLE)
     check(one, tmp_path / "two" / "out")

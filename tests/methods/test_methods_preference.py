@@ -143,9 +143,9 @@ def test_inverted_pairs_learn_the_noise_of_their_own_trajectory(model: str, fide
     # v-prediction: x0 and noise are rotations of x_t and target, at the timestep that the network is told
     alpha, sigma = run.process.coefficients(t, latents)
     torch.testing.assert_close(alpha * noised.x_t - sigma * noised.target, latents, rtol=0, atol=1e-5)
-    grid = "exact" if fidelity == "paper" else "floor"
+    grid, start = ("exact", "clean") if fidelity == "paper" else ("floor", "sampler")
     cond = Conditioning.cat([batch.cond, batch.cond])
-    x_t = invert(run.generator, cond, latents, t=t, steps=3, renoise=1, grid=grid)
+    x_t = invert(run.generator, cond, latents, t=t, steps=3, renoise=1, grid=grid, start=start)
     assert torch.equal(x_t, noised.x_t)
 
 
