@@ -86,6 +86,7 @@ class PairTable:
         self._prompt_of, self._rows = array("l"), array("l")
         self._swapped, self._ties = array("b"), array("b")
         self._margins = array("d")
+        self.score_range = (math.inf, -math.inf)
         seen: dict[str, int] = {}
         for candidate in source.candidates():
             if self._keep(candidate, config):
@@ -174,6 +175,9 @@ class PairTable:
         # If a tie always meant "first side chosen", a bias of the source's order would become a preference.
         swapped = uniform("tie", candidate.id) < 0.5 if tie else candidate.label_1 > candidate.label_0
         margin = candidate.score_0 - candidate.score_1
+        if not math.isnan(margin):
+            scores = (candidate.score_0, candidate.score_1)
+            self.score_range = (min(self.score_range[0], *scores), max(self.score_range[1], *scores))
         self.counts.ties_kept += tie
         self._rows.append(candidate.row)
         self._prompt_of.append(seen.setdefault(candidate.prompt, len(seen)))

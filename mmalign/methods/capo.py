@@ -35,12 +35,12 @@ class CaPO(Method[CaPOConfig]):
 
     def check_data(self, source: PairTable) -> None:
         """Refuse pairs without scores, and scores that are not win rates."""
-        margins = source.require_margins(self.name)
-        largest = max(map(abs, margins))
-        if largest > 1:
+        source.require_margins(self.name)
+        low, high = source.score_range
+        if not 0 <= low <= 0.5 <= high <= 1:
             raise UserError(
-                f"method 'capo' needs calibrated scores, which lie in [0, 1], and {source.name} has a margin of "
-                f"{largest:.3g}; make pairs by `mmalign pairs label --mode calibrated`"
+                "method 'capo' needs calibrated scores, which are win rates around 0.5, and those of "
+                f"{source.name} lie in {low:.3g} to {high:.3g}; make pairs by `mmalign pairs label --mode calibrated`"
             )
 
     def describe(self) -> str:

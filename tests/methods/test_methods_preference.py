@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from mmalign.cli import main
 from mmalign.core.errors import UserError
 from mmalign.core.io.images import encode_png
 from mmalign.data.batches import LabelBatch, PairBatch
-from mmalign.losses import diffusion_dpo, mapo
+from mmalign.losses import diffusion_dpo, mapo, smpo_weight
 from mmalign.methods import methods
 from mmalign.methods.base import Method
 from mmalign.methods.noising import InversionConfig, invert_pairs
@@ -75,7 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "capo": {"beta": 5.0, "level_bias": 0.5},
     "diffusion_dpo": {"beta": 5.0},
     "mapo": {},
-    "smpo": {"beta": 5.0, "noising": "gaussian"},
+    "smpo": {"beta": 5.0, "scale": 0.2, "noising": "gaussian"},
 }
 
 
@@ -127,7 +128,7 @@ def test_smpo_with_gaussian_noise_and_weight_one_is_diffusion_dpo(model: str) ->
 def test_smpo_pairs_of_equal_scores_have_no_gradient_whatever_the_noise(model: str) -> None:
     run, batch = exact_run(model), replace(make_pairs(), margins=torch.zeros(3))
     for noising in ("gaussian", "inversion"):
-        output = make_method("smpo", noising=noising, inversion_steps=2).loss(run, batch)
+        output = make_method("smpo", scale=0.2, noising=noising, inversion_steps=2).loss(run, batch)
         assert output.loss.item() == pytest.approx(math.log(2), abs=1e-15) and output.metrics["weight"] == 0
         gradients = torch.autograd.grad(output.loss, list(run.generator.trainable_parameters()))
         assert all(not gradient.any() for gradient in gradients)
@@ -163,9 +164,9 @@ def test_inpo_is_dpo_of_the_inverted_pairs_and_repeats_itself(model: str) -> Non
     assert make_method("inpo", fidelity="code", inversion_eta=0.0).config.eta == 0
 
 
-@pytest.mark.parametrize("name", ["smpo", "inpo"])
-def test_policy_equal_to_reference_costs_log_two(model: str, name: str) -> None:
-    output = make_method(name, inversion_steps=2).loss(exact_run(model, 0.0), make_pairs())
+@pytest.mark.parametrize(("name", "options"), [("smpo", {"scale": 0.2}), ("inpo", {})])
+def test_policy_equal_to_reference_costs_log_two(model: str, name: str, options: dict[str, Any]) -> None:
+    output = make_method(name, inversion_steps=2, **options).loss(exact_run(model, 0.0), make_pairs())
     assert output.loss.item() == pytest.approx(math.log(2), abs=1e-15) and output.metrics["logit"] == 0
 
 
@@ -185,9 +186,11 @@ def test_capo_is_its_formula_and_takes_calibrated_scores_alone(model: str, tmp_p
     assert output.loss.item() == pytest.approx((batch.margins - z).square().mean().item(), rel=1e-6)
     plain = make_method("capo").loss(exact_run(model, 0.0), batch)
     assert plain.loss.item() == pytest.approx(batch.margins.square().mean().item(), rel=1e-12)
-    write_scored_pairs(tmp_path / "pairs.parquet", [0.2, -1.5])
-    with pytest.raises(UserError, match=r"in \[0, 1\], and .* has a margin of 1.7; .*--mode calibrated"):
-        train(run_config("no/such-model", tmp_path / "pairs.parquet", tmp_path / "out", "capo"))
+    # beyond 1, as PickScore's; all below 0.5, as those of HPS
+    for score, found in ((-1.5, "-1.5 to 0.2"), (0.25, "0.2 to 0.25")):
+        write_scored_pairs(tmp_path / "pairs.parquet", [0.2, score])
+        with pytest.raises(UserError, match=f"win rates around 0.5, .* lie in {found}; .*--mode calibrated"):
+            train(run_config("no/such-model", tmp_path / "pairs.parquet", tmp_path / "out", "capo"))
 
 
 def write_scored_pairs(path: Path, rejected: list[float]) -> None:
@@ -207,6 +210,28 @@ def test_smpo_learns_from_the_scores_of_labelled_pairs(model: str, tmp_path: Pat
     # margins 0.2, 0.3, 0.4, 0.5, each once a step; weight tanh(margin)
     mean = sum(math.tanh(margin) for margin in (0.2, 0.3, 0.4, 0.5)) / 4
     assert losses(output, "weight") == pytest.approx({1: mean, 2: mean}, rel=1e-6)
+
+
+def test_smpo_takes_its_scale_from_the_data_and_refuses_one_that_saturates(tmp_path: Path) -> None:
+    # PickScore as a cosine in the authors' data spans 0.28202 - 0.11544; ours is 100 times that
+    for factor in (1, 100):
+        scores = [(factor * high, factor * low) for high, low in ((0.22, 0.21), (0.28202, 0.11544), (0.2, 0.19))]
+        table = SimpleNamespace(
+            name="pairs",
+            require_margins=lambda _, scores=scores: [high - low for high, low in scores],
+            score_range=(factor * 0.11544, factor * 0.28202),
+        )
+        method = make_method("smpo")
+        method.check_data(table)
+        weight = smpo_weight(torch.tensor([factor * 0.01]), scale=method.scale)
+        assert weight.item() == pytest.approx(0.30, abs=0.001)
+    with pytest.raises(
+        UserError, match="method.scale 0.16658 .* median margin of their scores is 1, and they span 16.7"
+    ):
+        make_method("smpo", scale=0.16658).check_data(table)
+    table.score_range = (3.0, 3.0)
+    with pytest.raises(UserError, match="all scores of pairs are 3"):
+        make_method("smpo").check_data(table)
 
 
 def test_kto_is_its_formula_and_starts_at_one_half(model: str) -> None:
@@ -296,7 +321,8 @@ def test_every_method_trains_every_family(family: str, tmp_path: Path) -> None:
     pairs = replace(pairs, cond=texts, margins=torch.tensor([0.1, 0.2, 0.3]))
     labels = replace(labels, images=labels.images.float(), cond=texts, rejected_cond=texts[[1, 2, 0]])
     for name in ("capo", "diffusion_kto", "inpo", "mapo", "smpo", "tpo"):
-        method = make_method(name, **({"inversion_steps": 2} if name in ("inpo", "smpo") else {}))
+        inverts = {"inpo": {"inversion_steps": 2}, "smpo": {"inversion_steps": 2, "scale": 0.2}}
+        method = make_method(name, **inverts.get(name, {}))
         output = method.loss(run, labels if method.needs.source == "labels" else pairs)
         output.loss.backward()
         parameters = list(generator.trainable_parameters())
