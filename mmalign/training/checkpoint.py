@@ -26,8 +26,11 @@ from mmalign.config.renamed import current_recipe, default_of
 from mmalign.config.run import RunConfig
 from mmalign.core.errors import UserError
 from mmalign.core.progress import note
+from mmalign.training.optim import learning_rate_factor, warmup_steps
 
 FORMAT = 2
+WARMUP_IN_STEPS = "trainer.warmup, in steps"
+"""What earlier versions kept of a constant schedule, in place of its warm-up and number of steps."""
 _PARTIAL, _ABANDONED = ".partial", ".abandoned"
 
 
@@ -124,7 +127,7 @@ def check_same_recipe(saved: dict[str, Any], current: dict[str, Any], path: Path
     """Refuse to resume a run with another recipe or other data, which would mix two runs.
 
     Keys that were renamed since the checkpoint was saved are compared under their new names, and a key that did not
-    exist then counts as its default.
+    exist then counts as its default. The number of steps may change: see `changed_schedule`.
 
     Raises:
         UserError: names every key that differs, with both values.
@@ -135,6 +138,11 @@ def check_same_recipe(saved: dict[str, Any], current: dict[str, Any], path: Path
     new = {key: default_of(key, RunConfig, options) for key in current.keys() - saved.keys()}
     saved |= json.loads(json.dumps({key: value for key, value in new.items() if value is not ...}, default=str))
     current = json.loads(json.dumps(current, default=str))
+    if WARMUP_IN_STEPS in saved:
+        current[WARMUP_IN_STEPS] = warmup_steps(current.pop("trainer.warmup"), current["trainer.steps"])
+        saved.pop("trainer.warmup", None)
+    for one in (saved, current):
+        one.pop("trainer.steps", None)
     missing = object()
     different = [
         f"{key} was {_show(saved.get(key, '(absent)'))}, now {_show(current.get(key, '(absent)'))}"
@@ -146,6 +154,22 @@ def check_same_recipe(saved: dict[str, Any], current: dict[str, Any], path: Path
             f"cannot resume from {path}: {'; '.join(different)}. Restore it, choose another output, "
             "or start again with --resume never"
         )
+
+
+def changed_schedule(saved: dict[str, Any], step: int, settings: Any) -> str:
+    """Say how the learning rate goes on at `step` where the number of steps is another one; "" where it is the same.
+
+    The schedule is that of the new number: a cosine of 200 steps that is resumed for 400 rises again to its middle.
+    """
+    was = saved.get("trainer.steps", settings.steps)
+    if was == settings.steps or step >= settings.steps:
+        return ""
+    before, now = (
+        settings.learning_rate * learning_rate_factor(min(step, steps), steps, settings.warmup, settings.schedule)
+        for steps in (was, settings.steps)
+    )
+    rate = "" if before == now else f", and the learning rate follows their schedule: from {before:.3g} to {now:.3g}"
+    return f"trainer.steps was {was}, now {settings.steps}: {settings.steps - step} are left{rate}"
 
 
 def _show(value: Any) -> str:

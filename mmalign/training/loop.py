@@ -26,6 +26,7 @@ from mmalign.core.progress import Track, memory_gigabytes, note, track
 from mmalign.training.checkpoint import (
     Checkpoint,
     abandon_later,
+    changed_schedule,
     check_same_recipe,
     list_checkpoints,
     load_checkpoint,
@@ -217,6 +218,8 @@ class Loop:
         if distributed.is_main():
             abandon_later(self.checkpoints, saved.step)
         note(f"resuming from {path}")
+        if change := changed_schedule(saved.recipe, saved.step, self.settings):
+            note(change)
         self._saved = saved.step
         return saved.step
 

@@ -15,7 +15,6 @@ from mmalign.data.encoded.cache import CachedSides
 from mmalign.data.labels import LabelTable
 from mmalign.data.pairs import PairTable
 from mmalign.methods.base import Method
-from mmalign.training.optim import warmup_steps
 
 
 def build_method(config: RunConfig) -> Method[Any]:
@@ -46,9 +45,7 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
 
     `data` and `model` identify the content of the pairs and of the model that training started from. Settings that
     only change how a run is logged, stored or computed are left out. How a step's samples are split into micro-batches
-    may
-    change, their number may not. With a constant schedule `steps` may change as long as the warm-up, counted in steps,
-    stays as it was.
+    may change, their number may not.
     """
     values = config.model_dump(mode="json", exclude={"output", "evaluate", "monitors", "attention", "rounds"})
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "labels", "prompts", "cache")}
@@ -58,10 +55,6 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
     for key in ("trackers", "tracker_project", "tracker_run"):  # the last two stand beside trackers alone
         trainer.pop(key, None)
     per_step = trainer.pop("batch_size") * trainer.pop("gradient_accumulation") * world_size
-    if trainer["schedule"] == "constant":
-        # After the warm-up no learning rate depends on `steps`. A warm-up that is a fraction of them does, so what is
-        # compared is the number of steps that it comes to.
-        trainer["warmup, in steps"] = warmup_steps(trainer.pop("warmup"), trainer.pop("steps"))
     return {"data.content": data, "model.content": model, "trainer: samples per step": per_step, **flatten(values)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -175,10 +176,37 @@ def test_a_run_may_go_on_longer_and_be_watched_otherwise(world: dict[str, Any], 
     train(run_config(world["sd"], moved, output, **changes))
     assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6]
     assert {step: losses(output)[step] for step in first} == first
-    with pytest.raises(UserError, match=r"trainer.warmup, in steps was 0, now 3"):
+    with pytest.raises(UserError, match=r"trainer.warmup was 0.0, now 0.5"):
         train(run_config(world["sd"], moved, output, **{**changes, "warmup": 0.5}))
     whole = train(run_config(world["sd"], world["pairs"], tmp_path / "whole", steps=6))
     assert losses(output)[6] == pytest.approx(losses(whole)[6], rel=1e-3)
+
+
+def test_a_finished_run_goes_on_with_more_steps_by_their_schedule(
+    world: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"schedule": "cosine", "warmup": 0.5, "learning_rate": 1e-3}
+    output = train(run_config(world["sd"], world["pairs"], tmp_path / "out", **changes))
+    first = losses(output, "learning_rate")
+    capsys.readouterr()
+    train(run_config(world["sd"], world["pairs"], output, steps=8, **changes))
+    # After 4 steps of 4 the rate is 0; of 8 with a warm-up of 4 it begins to fall from its peak.
+    said = capsys.readouterr().err
+    assert (
+        "trainer.steps was 4, now 8: 4 are left, and the learning rate follows their schedule: from 0 to 0.001" in said
+    )
+    rates = losses(output, "learning_rate")
+    assert {step: rates[step] for step in first} == first
+    expected = {5 + step: 1e-3 * (0.5 + 0.5 * math.cos(math.pi * step / 4)) for step in range(4)}
+    assert {step: rates[step] for step in range(5, 9)} == pytest.approx(expected)
+
+
+def test_a_checkpoint_that_kept_its_warm_up_in_steps_still_resumes(tmp_path: Path) -> None:
+    old = {"method.name": "sft", "trainer.warmup, in steps": 20}
+    now = {"method.name": "sft", "trainer.warmup": 0.1, "trainer.steps": 200}
+    check_same_recipe(old, now, tmp_path)
+    with pytest.raises(UserError, match=r"trainer.warmup, in steps was 20, now 40"):
+        check_same_recipe(old, {**now, "trainer.steps": 400}, tmp_path)
 
 
 def test_resume_never_starts_again_and_keeps_the_earlier_run_aside(world: dict[str, Any], tmp_path: Path) -> None:
