@@ -20,7 +20,8 @@ from mmalign.compare.report.plots import categories, curves, forest, sweep
 from mmalign.compare.report.seed_tables import more_tables
 from mmalign.compare.report.tables import as_latex, as_markdown, config_differences, has_spread, summary
 from mmalign.compare.report.thumbnails import MAX_SIDE, choose_prompts, embed
-from mmalign.compare.results.results import Comparison, describe_delta
+from mmalign.compare.results.comparison import Comparison
+from mmalign.compare.results.numbers import describe_delta
 from mmalign.core.files import write_atomically
 
 _HERE = Path(__file__).parent
