@@ -138,6 +138,6 @@ def test_one_training_is_not_its_method(tmp_path: Path, capsys: pytest.CaptureFi
         assert said in view
     several = build_results(made(tmp_path, systems=2, training_seeds=2))
     assert several["scope"] == (
-        "Intervals of dpo0 are for other trainings and other prompts. Each of dpo1 is one model: its interval is not "
-        "for its method."
+        "Intervals of dpo0 are for other trainings and other prompts. Those of dpo1 are for one model each, not for "
+        "its method."
     )

@@ -155,7 +155,7 @@ def describe_intervals(comparison: Comparison) -> str:
     bootstrap = f"paired bootstrap over {comparison.over}"
     if len(comparison.training_seeds) < 2:
         return bootstrap
-    return f"over training seeds and {comparison.over} (crossed random effects, t), {bootstrap} for a single training"
+    return f"over training seeds and {comparison.over} (crossed random effects); for one training {bootstrap}"
 
 
 def _versus(paired: dict[str, Any] | None, digits: int) -> dict[str, Any] | None:

@@ -70,7 +70,7 @@ class Comparison:
                 "method."
             )
         others = [name for name in self.challengers if name not in names]
-        rest = f" Each of {', '.join(others)} is one model: its interval is not for its method." if others else ""
+        rest = f" Those of {', '.join(others)} are for one model each, not for its method." if others else ""
         return f"Intervals of {', '.join(names)} are for other trainings and other {self.over}.{rest}"
 
     @property
