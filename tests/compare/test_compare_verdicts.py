@@ -133,7 +133,9 @@ def test_one_training_is_not_its_method(tmp_path: Path, capsys: pytest.CaptureFi
     said = "interval is for this one training on other prompts, not for its method"
     write_report(comparison, document, "systems: []\n", tmp_path / "report.html")
     print_summary(document, tmp_path / "report.html")
-    views = [(tmp_path / "report.html").read_text(), " ".join(capsys.readouterr().out.split())]
+    outcome = ComparisonResult(document, tmp_path / "report.html")
+    assert outcome.scope == document["scope"]
+    views = [(tmp_path / "report.html").read_text(), outcome._repr_html_(), " ".join(capsys.readouterr().out.split())]
     for view in (*views, as_markdown(comparison, summary(document)), document["scope"]):
         assert said in view
     several = build_results(made(tmp_path, systems=2, training_seeds=2))
