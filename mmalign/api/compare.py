@@ -16,14 +16,18 @@ from mmalign.core.errors import UserError
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """What a comparison found. `results` is the content of results.json, `report` the path of report.html."""
+    """What a comparison found. `results` is the content of results.json, `report` the path of report.html.
+
+    `table` and `verdicts` have the intervals and, corrected for the number of held-out comparisons, p-values;
+    `scope` says whether the intervals are for one training or for several.
+    """
 
     results: dict[str, Any]
     report: Path
 
     @property
     def table(self) -> list[dict[str, str]]:
-        """The summary as rows of text: a reward and a system each, with mean, difference and win rate."""
+        """The summary as rows of text: a reward and a system each, with mean, difference, "p (Holm)" and win rate."""
         from mmalign.compare.report.tables import flat_rows, summary, summary_head
 
         blocks = summary(self.results)
@@ -36,11 +40,17 @@ class ComparisonResult:
         """What held-out rewards say of each system against the baseline and its control, a sentence each."""
         return [one["sentence"] for each in self.results["verdicts"].values() for one in each.values()]
 
+    @property
+    def scope(self) -> str:
+        """What the intervals are for: these models on other prompts, or other trainings too."""
+        return str(self.results["scope"])
+
     def _repr_html_(self) -> str:
         rows = self.table
         summary = html.table(list(rows[0]), [list(row.values()) for row in rows])
         verdicts = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.verdicts)
-        return f"<div>{summary}<ul>{verdicts}</ul><div>report: {html.escape(self.report)}</div></div>"
+        scope, report = html.escape(self.scope), html.escape(self.report)
+        return f"<div>{summary}<p>{scope}</p><ul>{verdicts}</ul><div>report: {report}</div></div>"
 
 
 def compare(

@@ -1,6 +1,6 @@
 """Compare systems fairly: same prompts, same seeds, every reward, paired intervals, one report.
 
-    <output>/report.html, results.json, scores.csv, images/<system>/<prompt>-<seed>.png
+    <output>/report.html, results.json, summary.csv, scores.csv, images/<system>/<prompt>-<seed>.png
     <output>/images/<system>-seed<k>/   those of the further training seeds, if there are several
     <output>/config.yaml    this comparison, to run it again
     <output>/control/       the guidance sweep on the validation prompts, if there is a guidance control
@@ -26,7 +26,8 @@ from mmalign.compare.images.draw import ModelHolder, draw_system
 from mmalign.compare.images.guidance_control import control_prompts, run_control
 from mmalign.compare.images.scoring import score_all
 from mmalign.compare.images.store import ImageStore
-from mmalign.compare.results.results import Comparison, build_results
+from mmalign.compare.results.comparison import Comparison
+from mmalign.compare.results.results import build_results
 from mmalign.compare.results.training_seeds import gather_scores, merge_systems, replica_names
 from mmalign.compare.shared import Outcome, check_config, described, train_and_read, write_outcome
 from mmalign.compare.systems.config import Replica, SystemConfig

@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mmalign.compare.results.results import Comparison, write_results, write_scores
+from mmalign.compare.results.comparison import Comparison
+from mmalign.compare.results.results import write_results, write_scores, write_summary
 from mmalign.compare.systems.config import Replica, SystemsConfig
 from mmalign.compare.systems.facts import SystemFacts
 from mmalign.compare.systems.training import train_systems
@@ -71,13 +72,14 @@ def described(config: SystemsConfig, *settings: str) -> dict[str, Any]:
 def write_outcome(
     comparison: Comparison, results: dict[str, Any], config: SystemsConfig, gallery: dict[str, Any] | None = None
 ) -> Outcome:
-    """Write scores.csv, config.yaml, the report (`gallery`: see `write_report`) and results.json."""
+    """Write scores.csv, config.yaml, the report (`gallery`: see `write_report`), summary.csv and results.json."""
     from mmalign.compare.report.page import write_report
 
     output, text = Path(config.output), dump_config(config)
     write_scores(comparison, output / "scores.csv")
     write_atomically(output / "config.yaml", text)
     write_report(comparison, results, text, output / "report.html", gallery)
+    write_summary(results, output / "summary.csv")
     write_results(results, output / "results.json")
     return Outcome(results, output / "report.html")
 

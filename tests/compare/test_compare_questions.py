@@ -16,7 +16,8 @@ from tiny_vlms import build_llava_onevision
 from mmalign.cli import main
 from mmalign.compare.report.console import print_summary
 from mmalign.compare.report.page import write_report
-from mmalign.compare.results.results import Comparison, build_results
+from mmalign.compare.results.comparison import Comparison
+from mmalign.compare.results.results import build_results
 from mmalign.compare.stats import compare_paired, mean_interval, summarise
 from mmalign.compare.systems.config import check_values
 from mmalign.compare.systems.facts import SystemFacts
@@ -188,7 +189,7 @@ def test_the_report_shows_frames_and_marked_answers_and_no_data_becomes_markup(
     assert "{{ 7" in html and "Guidance" not in html
     print_summary(results, tmp_path / "report.html")
     out = capsys.readouterr().out
-    assert "6 questions × 2 training seeds, 95 % intervals over families of videos" in out
+    assert "6 questions × 2 training seeds, 95 % intervals over training seeds and families of videos" in out
     assert "twin accuracy (2 groups)" in out and "multi-choice (2)" in out
     write_answers(asked, sheets, tmp_path / "answers.csv")
     lines = list(csv.DictReader((tmp_path / "answers.csv").open()))

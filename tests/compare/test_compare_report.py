@@ -18,7 +18,9 @@ from mmalign.compare.report.costs import cost_curves
 from mmalign.compare.report.page import safe_json, write_report
 from mmalign.compare.report.tables import as_latex, as_markdown, config_differences, summary
 from mmalign.compare.report.thumbnails import choose_prompts, embed
-from mmalign.compare.results.results import Comparison, build_results, decimals, signed, write_results
+from mmalign.compare.results.comparison import Comparison
+from mmalign.compare.results.numbers import decimals, signed
+from mmalign.compare.results.results import build_results, write_results
 from mmalign.compare.scores import RewardFacts
 from mmalign.compare.systems.facts import SystemFacts
 from mmalign.data.prompts import Prompt

@@ -23,7 +23,8 @@ from mmalign.compare.report.costs import cost_curves
 from mmalign.compare.report.page import write_report
 from mmalign.compare.report.seed_tables import more_tables
 from mmalign.compare.report.tables import as_latex, as_markdown, summary
-from mmalign.compare.results.results import Comparison, build_results, write_scores
+from mmalign.compare.results.comparison import Comparison
+from mmalign.compare.results.results import build_results, write_scores
 from mmalign.compare.results.training_seeds import merge_facts
 from mmalign.compare.scores import RewardFacts
 from mmalign.compare.stats import spread_of_deltas
@@ -208,8 +209,10 @@ def test_the_baseline_is_paired_with_every_replica() -> None:
     versus = system["versus_baseline"]["r"]
     assert versus["delta"] == pytest.approx((0.1 + 0.2 + 0.6) / 3 / 2)
     assert (versus["wins"], versus["losses"], versus["ties"]) == (6, 0, 6)
-    # Resampling two prompts gives a twice, b twice, or one of each.
-    assert versus["delta_ci95"] == pytest.approx([0.0, 0.3])
+    # Of seeds: 0.05, 0.1, 0.3 have variance 0.0175; of prompts: 0.3 and 0 have 0.045, less the rest, 0.0175 of six.
+    seeds, prompts = 0.0175 / 3, 0.045 / 2 - 0.035 / 6
+    half = (4.302652730 * seeds + 12.706204736 * prompts) / (seeds + prompts) ** 0.5  # t with 2 and 1 degrees
+    assert versus["delta_ci95"] == pytest.approx([0.15 - half, 0.15 + half])
     # Deltas 0.05, 0.1, 0.3 around 0.15: variance (0.1**2 + 0.05**2 + 0.15**2) / 2.
     assert versus["delta_sd"] == pytest.approx((0.035 / 2) ** 0.5)
     by_seed = {seed: one["versus_baseline"]["r"] for seed, one in system["training_seeds"].items()}
@@ -270,7 +273,7 @@ def test_every_training_seed_and_every_cost_has_its_row(tmp_path: Path, capsys: 
     assert costs.rows == [["tuned", "12,000", "40", "95", "1.23"]]
     blocks, tables = summary(document), more_tables(document).values()
     markdown, latex = as_markdown(made, blocks, tables), as_latex(made, blocks, tables)
-    assert "2 prompts × 2 seeds × 2 training seeds; " in markdown and "averaged within a prompt" in markdown
+    assert "2 prompts × 2 seeds × 2 training seeds; " in markdown and "over training seeds and prompts" in markdown
     assert "| tuned | 12,000 | 40 | 95 | 1.23 |" in markdown and f"| r | tuned | {cells[0]} | {cells[1]} |" in markdown
     assert r"tuned & 12,000 & 40 & 95 & 1.23 \\" in latex and latex.count(r"\end{tabular}") == 3
     print_summary(document, tmp_path / "report.html")

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmalign.compare.stats import bootstrap_means, category_rows, compare_paired, direction, mean_interval, summarise
+from mmalign.compare.stats import (
+    bootstrap_means,
+    category_rows,
+    compare_paired,
+    direction,
+    holm,
+    mean_interval,
+    summarise,
+)
 
 # Three prompts, two seeds. Differences: [0.2, 0], [-0.1, -0.3], [0.4, 0.4].
 OTHER = np.array([[0.1, 0.5], [0.6, 0.8], [0.2, 0.3]])
@@ -119,3 +127,16 @@ def test_direction_follows_the_sense_of_the_reward() -> None:
 def test_scores_that_are_not_paired_are_refused() -> None:
     with pytest.raises(ValueError, match="not paired"):
         compare_paired(SYSTEM, OTHER[:2])
+
+
+def test_holm_on_textbook_examples() -> None:
+    # 4 x 0.005, 3 x 0.01, 2 x 0.03, and 0.04 no smaller than the one before it; R: p.adjust(p, "holm").
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.7, 0.6]) == [1.0, 1.0] and holm([0.03]) == [0.03] and holm([]) == []
+
+
+def test_holm_keeps_the_family_wise_error() -> None:
+    """Of eight true hypotheses at least one is rejected in 5 % of families; without the correction in 34 %."""
+    p_values = np.random.default_rng(0).uniform(size=(4000, 8))
+    assert np.mean([min(holm(list(row))) <= 0.05 for row in p_values]) == pytest.approx(0.05, abs=0.01)
+    assert np.mean(p_values.min(axis=1) <= 0.05) == pytest.approx(1 - 0.95**8, abs=0.03)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmalign.compare.report.seed_tables import GROUPS, PlainTable, more_tables, sizes, spread
-from mmalign.compare.results.results import describe_delta
+from mmalign.compare.results.numbers import counted_direction, describe_delta, describe_p
 
 _STYLES = {1: "green", -1: "red", 0: ""}
 
@@ -25,6 +25,7 @@ def print_summary(results: dict[str, Any], report: Path) -> None:
         console.print(rich_table(table))
     if any(reward["trained_on"] for system in results["systems"].values() for reward in system["rewards"].values()):
         console.print("† the system was trained on this reward: no part of the verdict", style="dim")
+    console.print(results["scope"], style="dim", markup=False, highlight=False)
     for verdicts in results["verdicts"].values():
         for verdict in verdicts.values():
             console.print(f"• {verdict['sentence']}", markup=False, highlight=False)
@@ -45,6 +46,8 @@ def summary_table(results: dict[str, Any]) -> Table:
         versus for system in results["systems"].values() for versus in system.get("versus_baseline", {}).values()
     ]
     with_spread = any("delta_sd" in versus for versus in deltas)
+    if len(results.get("training_seeds", [])) > 1:
+        over = f"training seeds and {over}"
     table = _plain(f"{measured}, 95 % intervals over {over}")
     table.add_column("reward" if item == "prompt" else "measure")
     table.add_column("system")
@@ -52,6 +55,7 @@ def summary_table(results: dict[str, Any]) -> Table:
     table.add_column(f"Δ vs {escape(baseline)}", justify="right", no_wrap=True)
     if with_spread:
         table.add_column("sd", justify="right", no_wrap=True)
+    table.add_column("p (Holm)", justify="right", no_wrap=True)
     table.add_column("win rate", justify="right", no_wrap=True)
     for label, facts in results["rewards"].items():
         arrow = "" if facts["higher_is_better"] else " (lower is better)"
@@ -60,7 +64,7 @@ def summary_table(results: dict[str, Any]) -> Table:
             versus = system.get("versus_baseline", {}).get(label)
             mark = " †" if reward["trained_on"] else ""
             delta, win = _versus_cells(versus, facts["digits"])
-            style = _STYLES[versus["direction"]] if versus and not reward["trained_on"] else ""
+            style = _STYLES[counted_direction(versus)] if versus else ""
             first = escape(label) + arrow if position == 0 else ""
             table.add_row(
                 first,
@@ -68,6 +72,7 @@ def summary_table(results: dict[str, Any]) -> Table:
                 _mean_cell(reward, facts["digits"]),
                 f"[{style}]{delta}[/]" if style else delta,
                 *([spread(versus, facts["digits"])] if with_spread else []),
+                escape(describe_p(versus)) if versus else "",
                 win,
             )
         table.add_section()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmalign.compare.report.charts import line_chart
-from mmalign.compare.results.results import Comparison
+from mmalign.compare.results.comparison import Comparison
 from mmalign.compare.systems.facts import EVALUATION, SystemFacts
 
 AXES = {"images_seen": "images seen", "reward_calls": "reward calls", "seconds": "seconds"}

@@ -18,9 +18,17 @@ from markupsafe import Markup
 from mmalign.compare.report.costs import cost_curves, describe_cost
 from mmalign.compare.report.plots import categories, curves, forest, sweep
 from mmalign.compare.report.seed_tables import more_tables
-from mmalign.compare.report.tables import as_latex, as_markdown, config_differences, has_spread, summary
+from mmalign.compare.report.tables import (
+    as_latex,
+    as_markdown,
+    config_differences,
+    describe_intervals,
+    has_spread,
+    summary,
+)
 from mmalign.compare.report.thumbnails import MAX_SIDE, choose_prompts, embed
-from mmalign.compare.results.results import Comparison, describe_delta
+from mmalign.compare.results.comparison import Comparison
+from mmalign.compare.results.numbers import describe_delta
 from mmalign.core.files import write_atomically
 
 _HERE = Path(__file__).parent
@@ -82,6 +90,7 @@ def page_context(comparison: Comparison, document: dict[str, Any], gallery: dict
         "verdicts": [_verdict(comparison, document, name) for name in comparison.challengers],
         "blocks": blocks,
         "spreads": has_spread(blocks),
+        "intervals": describe_intervals(comparison),
         "tables": tables,
         "forest": forest(comparison, document),
         "categories": categories(document),

@@ -6,7 +6,8 @@ from typing import Any
 
 from mmalign.compare.report.charts import Axis, bar_mark, interval_mark, line_chart
 from mmalign.compare.report.costs import has_cost_curve
-from mmalign.compare.results.results import Comparison, describe_delta, signed
+from mmalign.compare.results.comparison import Comparison
+from mmalign.compare.results.numbers import describe_delta, signed
 from mmalign.compare.systems.facts import COSTS, EVALUATION
 
 _UNINTERESTING = {"learning_rate", "epoch", "images_per_second", "memory_gb", *COSTS}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmalign.compare.results.results import describe_delta
+from mmalign.compare.results.numbers import describe_delta
 
 ABSENT = "\N{EN DASH}"
 GROUPS = ("reward", "measure")

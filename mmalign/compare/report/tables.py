@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmalign.compare.report.seed_tables import ABSENT, GROUPS, PlainTable, name_once, sizes, spread
-from mmalign.compare.results.results import Comparison, signed
+from mmalign.compare.results.comparison import Comparison
+from mmalign.compare.results.numbers import counted_direction, describe_p, signed
 
 _LATEX = {
     **{character: f"\\{character}" for character in "_%&#${}"},
@@ -76,6 +77,7 @@ def as_latex(comparison: Comparison, blocks: list[dict[str, Any]], more: Iterabl
         r"mean [95\% CI]",
         rf"$\Delta$ vs {_tex(comparison.baseline)}",
         *spreads,
+        "$p$ (Holm)",
         "win rate",
     ]
     lines = [*_latex_rows(head, name_once(flat_rows(blocks))), f"% {_caption(comparison)}"]
@@ -113,7 +115,8 @@ def _latex_rows(head: list[str], rows: list[list[str]]) -> list[str]:
 def summary_head(measure: str, baseline: str, blocks: list[dict[str, Any]]) -> list[str]:
     """Return the head of the rows that `flat_rows` returns."""
     spreads = ["sd of Δ"] if has_spread(blocks) else []
-    return [measure, "system", "mean [95 % CI]", f"Δ vs {baseline} [95 % CI]", *spreads, "win rate [95 % CI]"]
+    delta = f"Δ vs {baseline} [95 % CI]"
+    return [measure, "system", "mean [95 % CI]", delta, *spreads, "p (Holm)", "win rate [95 % CI]"]
 
 
 def flat_rows(blocks: list[dict[str, Any]]) -> list[list[str]]:
@@ -129,6 +132,7 @@ def flat_rows(blocks: list[dict[str, Any]]) -> list[list[str]]:
                     _joined(row["mean"], row["mean_ci"]),
                     _joined(versus["delta"], versus["delta_ci"]) if versus else ABSENT,
                     *([(versus and versus["sd"]) or ABSENT] if with_spread else []),
+                    (versus and versus["p"]) or ABSENT,
                     _joined(versus["win"], versus["win_ci"]) if versus else ABSENT,
                 ]
             )
@@ -137,12 +141,21 @@ def flat_rows(blocks: list[dict[str, Any]]) -> list[list[str]]:
 
 def _caption(comparison: Comparison) -> str:
     measured = sizes(len(comparison.prompts), comparison.seeds, comparison.training_seeds, comparison.item)
-    averaged = f", training seeds averaged within a {comparison.item}" if comparison.training_seeds else ""
-    spreads = "sd: standard deviation of Δ over training seeds; " if len(comparison.training_seeds) > 1 else ""
+    several = len(comparison.training_seeds) > 1
+    spreads = "sd: standard deviation of Δ over training seeds; " if several else ""
     return (
-        f"{measured}; 95 % intervals: paired bootstrap over {comparison.over}{averaged}; {spreads}a tie counts as "
-        "half a win; † trained on this reward."
+        f"{measured}; 95 % intervals: {describe_intervals(comparison)}; {spreads}p: of no difference, corrected for "
+        "the number of held-out comparisons (Holm); a tie counts as half a win; † trained on this reward. "
+        f"{comparison.scope}"
     )
+
+
+def describe_intervals(comparison: Comparison) -> str:
+    """Say what the intervals of a comparison are over, and how they are made."""
+    bootstrap = f"paired bootstrap over {comparison.over}"
+    if len(comparison.training_seeds) < 2:
+        return bootstrap
+    return f"over training seeds and {comparison.over} (crossed random effects); for one training {bootstrap}"
 
 
 def _versus(paired: dict[str, Any] | None, digits: int) -> dict[str, Any] | None:
@@ -152,7 +165,8 @@ def _versus(paired: dict[str, Any] | None, digits: int) -> dict[str, Any] | None
     return {
         "delta": signed(paired["delta"], digits),
         "delta_ci": f"[{signed(delta_ci[0], digits)}, {signed(delta_ci[1], digits)}]" if delta_ci else "",
-        "direction": paired["direction"],
+        "direction": counted_direction(paired),
+        "p": describe_p(paired),
         "sd": spread(paired, digits),
         "win": f"{paired['win_rate']:.2f}",
         "win_ci": f"[{win_ci[0]:.2f}, {win_ci[1]:.2f}]" if win_ci else "",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.compare.results.results import Comparison
+from mmalign.compare.results.comparison import Comparison
 from mmalign.compare.results.training_seeds import tile_pair
 from mmalign.compare.scores import RewardFacts, Scores
 from mmalign.compare.stats import category_rows, compare_paired, direction, summarise
@@ -96,11 +96,12 @@ def _measure(comparison: Comparison, scores: Scores, units: Sequence[str]) -> di
     """Return mean, interval and difference from the baseline of every system; scores are `[rows, replicas]`."""
     measured = {}
     for name, own in scores.items():
-        summary = summarise(own, units=units, resamples=comparison.resamples)
+        summary = summarise(own, replicas=own.shape[1], units=units, resamples=comparison.resamples)
         entry: dict[str, Any] = {"mean": summary.mean, "ci95": summary.ci95}
         if name != comparison.baseline:
             pair = tile_pair(own, scores[comparison.baseline])
-            paired = compare_paired(*pair, units=units, resamples=comparison.resamples)
+            replicas = pair[0].shape[1]
+            paired = compare_paired(*pair, replicas=replicas, units=units, resamples=comparison.resamples)
             entry["versus_baseline"] = {**vars(paired), "direction": direction(paired)}
         measured[name] = entry
     return measured

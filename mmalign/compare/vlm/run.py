@@ -1,6 +1,6 @@
 """Compare vision-language models: same questions, greedy answers, intervals over families of videos, one report.
 
-    <output>/report.html, results.json, config.yaml
+    <output>/report.html, results.json, summary.csv, config.yaml
     <output>/scores.csv     right or wrong, of every question and system, and the effect of shuffling the frames
     <output>/answers.csv    every answer
     <output>/answers/       answers by model and content, for the next call
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmalign.compare.results.results import Comparison, build_results
+from mmalign.compare.results.comparison import Comparison
+from mmalign.compare.results.results import build_results
 from mmalign.compare.results.training_seeds import gather_scores, merge_systems, replica_names
 from mmalign.compare.shared import Outcome, check_config, described, train_and_read, write_outcome
 from mmalign.compare.systems.config import Replica
