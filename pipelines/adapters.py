@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
 
-from pipelines.errors import MissingModelError, PipelineError, nearest
+from pipelines.errors import PipelineError, nearest
+from pipelines.lora_files import LoraLayer, adapter_file, combine, read_lora, write_lora
 from pipelines.saving import replacing_parts
 
 ADAPTER = "default"
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 RECORD_NAME = "mmalign.json"
 Init = Literal["gaussian", "kaiming"]
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -68,7 +71,11 @@ def add_adapter(
     chosen = list(targets or DEFAULT_TARGETS)
     config = LoraConfig(r=rank, lora_alpha=cast(int, rank if alpha is None else alpha), target_modules=chosen)
     _check_targets(network, chosen)
-    attach(network, config)
+    try:
+        attach(network, config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise PipelineError(f"the adapter targets {', '.join(chosen)} name a layer without LoRA: {reason}") from error
     generator = torch.Generator().manual_seed(seed)
     network.requires_grad_(False)
     with torch.no_grad():
@@ -113,50 +120,80 @@ def _check_targets(network: Any, targets: list[str]) -> None:
             )
 
 
-def load_adapter(network: Any, path: str | Path, pipeline_class: Any) -> None:
-    """Load a LoRA file or directory (diffusers, peft or kohya keys) into `network` and freeze the rest.
+def load_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> None:
+    """Load LoRA files, each with its weight, as one adapter into `network`, and freeze the rest.
 
-    Raises `PipelineError` if it holds nothing for this network, does not fit it, or also changes the text encoder.
+    Files and directories of diffusers, peft, kohya and LyCORIS (LoRA, LoCon) are read; see `pipelines.lora_files`.
+
+    Raises:
+        PipelineError: one holds nothing for this network, does not fit it, or also changes the text encoder.
     """
     if has_adapter(network):
-        raise PipelineError(f"cannot load the adapter {path}: the model already carries one.")
-    file = adapter_file(path)
+        raise PipelineError(f"cannot load the adapter {adapters[0][0]}: the model already carries one.")
+    layers = combine([(read_lora(adapter_file(path), network), weight) for path, weight in adapters])
     try:
-        state, alphas, metadata = pipeline_class.lora_state_dict(
-            str(file.parent), weight_name=file.name, unet_config=network.config, return_lora_metadata=True
-        )
-        prefixes = {key.split(".", 1)[0] for key in state}
-        if "unet" not in prefixes:
-            raise PipelineError(f"{file} holds no LoRA for this kind of model; it has {sorted(prefixes)}, not 'unet'.")
-        if prefixes - {"unet"}:
-            raise PipelineError(
-                f"{file} also changes {', '.join(sorted(prefixes - {'unet'}))}, which is not supported; merge it into"
-                " the base with diffusers: pipe.load_lora_weights(A); pipe.fuse_lora(); pipe.save_pretrained(DIR)."
-            )
-        pipeline_class.load_lora_into_unet(state, alphas, network, adapter_name=ADAPTER, metadata=metadata)
-        given = sum(any(mark in key for mark in ("lora_A", "lora.down", "lora_down")) for key in state)
-        taken = sum("lora_A" in name for name, _ in lora_parameters(network))
-        if given != taken:
-            raise PipelineError(f"{file} adapts {given} layers but only {taken} of them exist in this base model.")
-    except (RuntimeError, KeyError, ValueError, OSError) as error:
-        if isinstance(error, PipelineError):
-            raise
+        attach(network, _config(layers))
+        _fill(network, layers)
+    except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise PipelineError(f"the adapter {file} does not fit this base model: {reason}") from error
+        raise PipelineError(f"the adapter {adapters[0][0]} does not fit this base model: {reason}") from error
     network.requires_grad_(False)
     for _, parameter in lora_parameters(network):
         parameter.requires_grad_(True)
 
 
-def adapter_file(path: str | Path) -> Path:
-    """Return the safetensors file meant by a path to it or to its directory."""
-    path = Path(path)
-    file = path / WEIGHTS_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise MissingModelError(f"no adapter at {file}; give a .safetensors file or a directory with {WEIGHTS_NAME}.")
-    if file.suffix != ".safetensors":
-        raise PipelineError(f"{file} is not safetensors; only safetensors adapters are read, convert it first.")
-    return file
+def _config(layers: dict[str, LoraLayer]) -> Any:
+    """Return peft's configuration for layers of several ranks and alphas: the commonest, and patterns for the rest."""
+    from peft import LoraConfig
+
+    ranks = Counter(layer.rank for layer in layers.values())
+    alphas = Counter(layer.alpha for layer in layers.values())
+    rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+
+    def pattern(of: Callable[[LoraLayer], Any], usual: Any, values: Iterable[Any]) -> dict[str, Any]:
+        # One pattern a value: peft tries every pattern on every layer.
+        return {
+            "|".join(re.escape(name) for name, layer in layers.items() if of(layer) == value): value
+            for value in values
+            if value != usual
+        }
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=cast(int, alpha),
+        rank_pattern=pattern(lambda layer: layer.rank, rank, ranks),
+        alpha_pattern=pattern(lambda layer: layer.alpha, alpha, alphas),
+        target_modules=sorted(layers),
+        use_dora=any(layer.magnitude is not None for layer in layers.values()),
+    )
+
+
+@torch.no_grad()
+def _fill(network: Any, layers: dict[str, LoraLayer]) -> None:
+    """Copy the layers' weights into the adapter that `_config` made of them."""
+    named = {name: module for name, module in network.named_modules() if name in layers}
+    for name, layer in layers.items():
+        module = named[name]
+        module.lora_A[ADAPTER].weight.copy_(layer.down)
+        module.lora_B[ADAPTER].weight.copy_(layer.up)
+        if layer.magnitude is not None:
+            weight = module.lora_magnitude_vector[ADAPTER].weight
+            weight.copy_(layer.magnitude.reshape(weight.shape))
+
+
+def adapter_layers(network: Any) -> dict[str, LoraLayer]:
+    """Return the adapter's present weights by layer, as trained (without `set_adapter_scale`)."""
+    from peft.tuners.lora.layer import LoraLayer as PeftLayer
+
+    found = {}
+    layers: list[tuple[str, Any]] = [pair for pair in network.named_modules() if isinstance(pair[1], PeftLayer)]
+    for name, layer in layers:
+        if ADAPTER in layer.lora_A:
+            vectors = layer.lora_magnitude_vector
+            magnitude = vectors[ADAPTER].weight.detach() if ADAPTER in vectors else None
+            down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            found[name] = LoraLayer(down.detach(), up.detach(), float(layer.lora_alpha[ADAPTER]), magnitude)
+    return found
 
 
 @contextmanager
@@ -180,43 +217,72 @@ def adapter_disabled(layers: Iterable[Any]) -> Iterator[None]:
 
 
 def set_adapter_scale(network: Any, scale: float) -> None:
-    """Multiply the adapter's effect by `scale` (1 as trained, 0 the base)."""
+    """Multiply the adapter's effect by `scale` (1 as trained, 0 the base).
+
+    Raises:
+        PipelineError: the adapter is a DoRA, whose magnitudes replace the base's, and the scale is not 1.
+    """
+    if scale != 1 and any(layer.magnitude is not None for layer in adapter_layers(network).values()):
+        raise PipelineError(
+            f"the adapter is a DoRA, which has no scale other than 1, got {scale:g}; leave the scale out, or use the"
+            " base model for 0."
+        )
     for layer in lora_layers(network):
         layer.set_scale(ADAPTER, scale)
 
 
-def save_adapter(network: Any, path: str | Path, pipeline_class: Any, record: dict[str, Any]) -> None:
-    """Write `WEIGHTS_NAME` and ``mmalign.json`` (`record`) into the directory `path`, each in one atomic step.
+def save_adapter(network: Any, path: str | Path, record: dict[str, Any]) -> None:
+    """Write `WEIGHTS_NAME`, `KOHYA_NAME` and ``mmalign.json`` (`record`) into the directory `path`, each atomically.
 
-    The file is diffusers' own, so ``pipe.load_lora_weights(path)`` reads it; rank and alpha travel in its header. The
-    same weights make the same bytes.
+    ``pipe.load_lora_weights(path)`` of diffusers reads the first; ComfyUI, Forge and kohya read the second. The same
+    weights make the same bytes.
     """
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
-    from peft import get_peft_model_state_dict
-
     if not has_adapter(network):
         raise PipelineError("there is no adapter to save; the model was not trained with adapter: {kind: lora}.")
-    weights: dict[str, Tensor] = convert_state_dict_to_diffusers(
-        get_peft_model_state_dict(network, adapter_name=ADAPTER)
-    )
-    config = network.peft_config[ADAPTER].to_dict()
-    # peft keeps the targets in a set; sorted, the same adapter makes the same file.
-    config["target_modules"] = sorted(config["target_modules"])
+    layers = adapter_layers(network)
+    rank = max(layer.rank for layer in layers.values())
     with replacing_parts(Path(path), RECORD_NAME) as scratch:
-        pipeline_class.save_lora_weights(scratch, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
-        _sort_metadata(scratch / WEIGHTS_NAME)
-        (scratch / RECORD_NAME).write_text(json.dumps({**record, "rank": config["r"]}, indent=2) + "\n")
+        write_lora(scratch, layers, network)
+        (scratch / RECORD_NAME).write_text(json.dumps({**record, "rank": rank}, indent=2) + "\n")
 
 
-def _sort_metadata(file: Path) -> None:
-    """Write the header of a safetensors file again, its metadata in order; the native writer shuffles them."""
-    content = file.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+def check_round_trip(network: Any, save: Callable[[Path], None], folder: Path) -> None:
+    """Save the adapter with made-up weights into a folder inside `folder`, read its files, and compare.
+
+    Every file must give every layer's change; the weights are put back, and the folder is removed.
+
+    Raises:
+        PipelineError: a file gives another change, or cannot be read.
+    """
+    random = torch.Generator().manual_seed(0)
+    ups = [parameter for name, parameter in lora_parameters(network) if ".lora_B." in name]
+    kept = [parameter.detach().clone() for parameter in ups]
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".check-", dir=folder))
+    try:
+        with torch.no_grad():
+            for parameter in ups:
+                parameter.copy_(torch.randn(parameter.shape, generator=random))
+        save(scratch)
+        wanted = adapter_layers(network)
+        for file in sorted(scratch.glob("*.safetensors")):
+            found = read_lora(file, network)
+            wrong = [name for name, layer in wanted.items() if name not in found or not _equal(layer, found[name])]
+            if wrong:
+                raise PipelineError(
+                    f"the adapter cannot be exported: {file.name} would give {len(wrong)} of {len(wanted)} layers"
+                    f" another change, such as {wrong[0]}; choose other adapter.targets."
+                )
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(ups, kept, strict=True):
+                parameter.copy_(before)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _equal(layer: LoraLayer, read: LoraLayer) -> bool:
+    down = torch.equal(layer.down.cpu(), read.down)
+    return down and torch.allclose((layer.up * layer.scale).cpu(), read.up * read.scale, rtol=1e-6)
 
 
 def merged_copy(network: Any) -> Any:

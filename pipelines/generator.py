@@ -24,6 +24,7 @@ from pipelines.components import fingerprint, load_component, model_fingerprint
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.export import save_pipeline
+from pipelines.lora_files import AdapterPath, with_weight
 from pipelines.noise import NoiseProcess
 
 
@@ -211,9 +212,9 @@ class Generator(ABC):
         adapters.add_adapter(self.bare_network, rank, alpha, target_modules, seed, init)
         self._lora_layers = adapters.lora_layers(self.bare_network)
 
-    def load_adapter(self, path: str | Path) -> None:
-        """Load a LoRA file or directory and freeze everything else."""
-        adapters.load_adapter(self.bare_network, path, self.pipeline_class)
+    def load_adapter(self, *given: AdapterPath) -> None:
+        """Load LoRA files or directories, each alone or with its weight, as one adapter and freeze everything else."""
+        adapters.load_adapters(self.bare_network, [with_weight(one) for one in given])
         self._lora_layers = adapters.lora_layers(self.bare_network)
 
     def adapter_disabled(self) -> AbstractContextManager[None]:
@@ -251,6 +252,6 @@ class Generator(ABC):
         save_pipeline(path, self.root, self.index, self.network_name, network)
 
     def save_lora(self, path: str | Path, *, base_model: str | None = None) -> None:
-        """Write the adapter for ``pipe.load_lora_weights(path)``, and ``mmalign.json`` naming the base model."""
+        """Write the adapter for diffusers and for ComfyUI and kohya, and ``mmalign.json`` naming the base model."""
         record = {"base_model": base_model or self.name_or_path, "family": self.family}
-        adapters.save_adapter(self.bare_network, path, self.pipeline_class, record)
+        adapters.save_adapter(self.bare_network, path, record)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipelines.adapters import RECORD_NAME, WEIGHTS_NAME, adapter_file
+from pipelines.adapters import RECORD_NAME
 from pipelines.attention import PROCESSORS
 from pipelines.components import INDEX, file_digest, model_fingerprint, parse_dtype, read_json
 from pipelines.errors import MissingModelError, PipelineError, choose, nearest
 from pipelines.generator import Generator
 from pipelines.hub import explained, fetch_file, is_hub_id, repository
+from pipelines.lora_files import WEIGHTS_NAME, AdapterPath, adapter_file, is_lora_file, with_weight
 
 FAMILIES = {
     "StableDiffusionPipeline": "pipelines.families.unet_image:StableDiffusion",
@@ -32,14 +33,15 @@ def load_generator(
     *,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
-    adapter: str | Path | None = None,
+    adapter: AdapterPath | Sequence[AdapterPath] | None = None,
     attention: str = "sdpa",
     resolve: Callable[[str], str] = str,
 ) -> Generator:
     """Load a generator; its family is detected from ``model_index.json``.
 
     `name_or_path` is a diffusers directory, a Hub id ``org/name[@revision]``, or what `Generator.save_lora` wrote,
-    which names its own base model (found by way of `resolve`). `adapter` is a LoRA file or directory to load on top.
+    which names its own base model (found by way of `resolve`). `adapter` is a LoRA file or directory to load on top,
+    or several: ``PATH``, ``PATH:WEIGHT`` or ``(path, weight)`` each; they are added up, to that of `name_or_path` too.
     `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``. Raises `PipelineError`
     for a model of an unsupported kind, `MissingModelError` for a missing one.
 
@@ -48,7 +50,7 @@ def load_generator(
     """
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, PROCESSORS)
-    name, adapter = base_and_adapter(str(name_or_path), adapter, resolve, is_adapter_directory)
+    name, adapters = _base_and_adapters(str(name_or_path), adapter, resolve)
     root, index = _locate(name)
     generator_class = _family(index, name)
     generator = generator_class(
@@ -59,13 +61,16 @@ def load_generator(
         device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         attention=attention,
     )
-    if adapter is not None:
-        generator.load_adapter(adapter)
+    if adapters:
+        generator.load_adapter(*adapters)
     return generator
 
 
 def fingerprint_model(
-    name_or_path: str | Path, *, adapter: str | Path | None = None, resolve: Callable[[str], str] = str
+    name_or_path: str | Path,
+    *,
+    adapter: AdapterPath | Sequence[AdapterPath] | None = None,
+    resolve: Callable[[str], str] = str,
 ) -> str:
     """Return 32 hex digits that identify the model that `load_generator` would load; nothing is loaded.
 
@@ -73,7 +78,7 @@ def fingerprint_model(
     An adapter counts together with its base model; a Hub id stands for the commit that it resolves to. Raises
     `PipelineError` for a model of an unsupported kind.
     """
-    name, adapter = base_and_adapter(str(name_or_path), adapter, resolve, is_adapter_directory)
+    name, adapters = _base_and_adapters(str(name_or_path), adapter, resolve)
     if is_hub_id(name):
         with explained(name, "diffusers"):
             file = fetch_file(name, INDEX)
@@ -83,14 +88,28 @@ def fingerprint_model(
         root, index = _locate(name)
         _family(index, name)
         content = model_fingerprint(root, index)
-    if adapter is not None:
-        content += f"+{file_digest(adapter_file(adapter))}"
+    for path, weight in adapters:
+        content += f"+{file_digest(adapter_file(path))}" + (f"*{weight!r}" if weight != 1 else "")
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def is_adapter_directory(path: str | Path) -> bool:
-    """Say whether a directory holds a LoRA and no whole model."""
-    return (Path(path) / WEIGHTS_NAME).is_file() and not (Path(path) / INDEX).is_file()
+def is_adapter(path: str | Path) -> bool:
+    """Say whether a path is a LoRA, its directory or its file, and no whole model."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / WEIGHTS_NAME).is_file() and not (path / INDEX).is_file()
+    return path.suffix == ".safetensors" and path.is_file() and is_lora_file(path)
+
+
+def _base_and_adapters(
+    name: str, given: AdapterPath | Sequence[AdapterPath] | None, resolve: Callable[[str], str]
+) -> tuple[str, list[tuple[Path, float]]]:
+    """Return the whole model and the adapters, with their weights, that a name and adapters beside it stand for."""
+    listed: Any = [] if given is None else [given] if isinstance(given, str | Path | tuple) else given
+    adapters = [with_weight(one) for one in listed]
+    if not is_adapter(name):
+        return name, adapters
+    return base_of(Path(name) if Path(name).is_dir() else Path(name).parent, resolve), [(Path(name), 1.0), *adapters]
 
 
 def base_and_adapter(

@@ -170,11 +170,11 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 def weights(output: Path) -> str:
-    """Return the digest of the exported weights, in the order of their names."""
+    """Return the digest of the exported weights, in the order of their names; kohya's file holds them once more."""
     tensors = {
         f"{path.relative_to(output)}:{name}": value
         for path in sorted(output.rglob("*.safetensors"))
-        if "checkpoints" not in path.parts and "stages" not in path.parts
+        if not {"checkpoints", "stages", "lora_kohya.safetensors"} & {*path.parts}
         for name, value in load_file(path).items()
     }
     return digest(*(tensors[name] for name in sorted(tensors)))

@@ -157,7 +157,8 @@ def test_saving_merges_the_adapter(generator: Generator, tmp_path: Path) -> None
 def test_what_is_written(sd15: Generator, tmp_path: Path) -> None:
     sd15.add_adapter(3)
     sd15.save_lora(tmp_path, base_model="org/base")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mmalign.json", "pytorch_lora_weights.safetensors"]
+    names = ["lora_kohya.safetensors", "mmalign.json", "pytorch_lora_weights.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert json.loads((tmp_path / "mmalign.json").read_text()) == {"base_model": "org/base", "family": "sd", "rank": 3}
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         assert all(key.startswith("unet.") for key in file.keys())  # noqa: SIM118
@@ -208,7 +209,6 @@ def test_wrong_adapters_are_one_clear_line(tiny_paths: dict[str, str], sd15: Gen
     sd15.save_lora(tmp_path / "lora")
     weights = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
     refused("no adapter at", adapter=tmp_path / "nowhere")
-    refused("cannot be loaded too", name_or_path=tmp_path / "lora", adapter=weights)
     refused("does not fit", name_or_path=tiny_paths["sdxl"], adapter=weights)
     state = load_file(weights)
     for name, key in {"text": "text_encoder.a.lora_A.weight", "other": None}.items():
