@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
@@ -39,8 +40,22 @@ class Sampling:
     eta: float = 0.0
     solver: str = "ddim"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    adapter: str | None = None
+    adapter: Any = None
+    """LoRA files or directories on top of the model: one or several of PATH, PATH:WEIGHT or (path, weight)"""
     adapter_scale: float = 1.0
+
+    @property
+    def adapters(self) -> list[tuple[Path, float]]:
+        """The adapters with their weights; shipped ones are found.
+
+        Raises:
+            UserError: one does not exist. PipelineError: a weight is not finite.
+        """
+        from pipelines.lora_files import with_weight
+
+        given = self.adapter
+        listed = [] if not given else [given] if isinstance(given, str | Path | tuple) else list(given)
+        return [(find(path), weight) for path, weight in map(with_weight, listed)]
 
     def check(self, key: Callable[[str], str] = _as_argument) -> None:
         """Refuse what cannot work before a model is read; `key` tells what the user calls an option.
@@ -84,9 +99,9 @@ class Sampling:
         """
         from pipelines import load_generator
 
-        adapter = find(self.adapter) if self.adapter else None
+        adapters = self.adapters
         model = resolve_model(self.model)
-        generator = load_generator(model, dtype=self.precision, device=device, adapter=adapter, resolve=resolve_model)
+        generator = load_generator(model, dtype=self.precision, device=device, adapter=adapters, resolve=resolve_model)
         if self.adapter_scale != 1:
             generator.set_adapter_scale(self.adapter_scale)
         return generator
@@ -122,9 +137,10 @@ class Sampling:
         """
         from pipelines import fingerprint_model
 
-        adapter = find(self.adapter) if self.adapter else None
-        fingerprint = fingerprint_model(resolve_model(self.model), adapter=adapter, resolve=resolve_model)
-        return f"{self.model} + {self.adapter}" if adapter else self.model, fingerprint
+        adapters = self.adapters
+        fingerprint = fingerprint_model(resolve_model(self.model), adapter=adapters, resolve=resolve_model)
+        names = [str(path) if weight == 1 else f"{path}:{weight:g}" for path, weight in adapters]
+        return " + ".join([self.model, *names]), fingerprint
 
 
 class Images(Sequence[Image.Image]):
@@ -195,7 +211,7 @@ def generate(
     eta: float = 0.0,
     solver: str = "ddim",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: Any = None,
     adapter_scale: float = 1.0,
     batch_size: int = 8,
     device: Any = None,
@@ -213,7 +229,8 @@ def generate(
         seeds: one or several, drawn for every prompt alike; an image depends on model, options, prompt and seed alone.
         steps: sampling steps, 1 or more. guidance: scale of classifier-free guidance; 1: none, 0: without the prompt.
         eta: noise of DDIM, 0 to 1. solver: ddim or dpm++. precision: type of the weights: fp32, bf16 or fp16.
-        adapter: LoRA file or directory on top of the model. adapter_scale: how much of it; 1: as trained.
+        adapter: LoRA file or directory on top of the model, "PATH:WEIGHT", (path, weight), or a list of them.
+        adapter_scale: how much of the whole adapter; 1: as trained.
         batch_size: images at once. device: where; by default CUDA where there is one.
 
     Raises:
@@ -237,7 +254,7 @@ def generate(
         float(eta),
         solver,
         precision,
-        os.fspath(adapter) if adapter else None,
+        os.fspath(adapter) if isinstance(adapter, os.PathLike) else adapter,
         adapter_scale,
     )
     if name is None and (adapter is not None or adapter_scale != 1 or precision != "fp32" or device is not None):

@@ -67,9 +67,20 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="images per batch (default %(default)s)"
     )
-    parser.add_argument("--adapter", metavar="PATH", help="LoRA file or directory to load on top of MODEL")
+    add_adapter_argument(parser)
     how_much = "strength of the adapter: 0: the base model, 1: as trained (default), between: interpolated"
     parser.add_argument("--adapter-scale", type=float, default=1.0, metavar="S", help=how_much)
+
+
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare `--adapter`, which may be given several times."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="PATH[:WEIGHT]",
+        help="LoRA file or directory to load on top of MODEL, from mmalign, diffusers, kohya or ComfyUI; repeated, "
+        "several add up by their weights (default 1)",
+    )
 
 
 def read_prompts(given: str, limit: int | None) -> list[Prompt]:

@@ -98,11 +98,22 @@ class AdapterConfig(StrictModel):
     init: Literal["gaussian", "kaiming"] | None = None
     """how A starts (B is 0): gaussian, with a standard deviation of 1/rank, as in published scripts for image models;
     kaiming, uniform within 1/sqrt(inputs), peft's default, as in those for language models; null: by the kind"""
+    start: str | None = Field(None, min_length=1)
+    """a LoRA file or directory to train on from; it gives rank, alpha and targets, and the reference is the start"""
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> AdapterConfig:
+        given = sorted({"rank", "alpha", "targets", "init"} & {name for name in self.model_fields_set if getattr(self, name)})
+        if self.start is not None and given:
+            raise ValueError(f"start gives rank, alpha, targets and init; remove {', '.join(given)}, or start")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Reading `kind: full` beside a rank is an error, so the resolved config must not hold the unused default.
-        return {"kind": "full"} if self.kind == "full" else write(self)
+        if self.kind == "full":
+            return {"kind": "full"}
+        return {"kind": "lora", "start": self.start} if self.start else write(self)
 
 
 class RewardConfig(StrictModel):

@@ -44,7 +44,7 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
         "base model": f"`{config.model}`",
         "method": f"`{method}`, {_options(config.method_options)}",
         "data": f"`{data}`",
-        "trained": f"LoRA, rank {config.adapter.rank}" if lora else task.card.all_weights,
+        "trained": _adapter(config) if lora else task.card.all_weights,
         "exported weights": f"moving average ({config.trainer.ema:g})" if config.trainer.ema else "last step",
         "seed": config.trainer.seed,
         **facts,
@@ -79,6 +79,10 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
         ]
     )
     return str(ModelCard(text).content)  # which reads the metadata again, and refuses what is not valid
+
+
+def _adapter(config: RunConfig) -> str:
+    return f"LoRA, from `{config.adapter.start}`" if config.adapter.start else f"LoRA, rank {config.adapter.rank}"
 
 
 def _hub_data(source: str | None) -> list[str] | None:

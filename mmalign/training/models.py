@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.core.errors import UserError
 from mmalign.core.precision import round_frozen
-from mmalign.core.resources import resolve_model, shipped
+from mmalign.core.resources import find, resolve_model, shipped
 from mmalign.core.seeds import derive_seed
 from mmalign.training.tasks import task_of
 
@@ -26,8 +26,9 @@ def load_model(config: RunConfig, device: Any) -> Any:
     model = task_of(config).load_model(config, resolve_model(config.model), device)
     if model.has_adapter:
         raise UserError(
-            f"model {config.model} is an adapter on {model.name_or_path}; train from that, or merge it first: "
-            f"`mmalign merge {config.model} --out DIR`, then model: DIR"
+            f"model {config.model} is an adapter on {model.name_or_path}; set model: {model.name_or_path} and "
+            f"adapter.start: {config.model}, or merge it first: `mmalign merge {config.model} --out DIR`, then model: "
+            "DIR"
         )
     return model
 
@@ -35,7 +36,11 @@ def load_model(config: RunConfig, device: Any) -> Any:
 def make_trainable(model: Any, config: RunConfig) -> None:
     """Add the adapter, or unfreeze every weight; frozen layers are then kept in the compute precision."""
     trainer, adapter = config.trainer, config.adapter
-    if adapter.kind == "lora":
+    if adapter.kind == "lora" and adapter.start is not None:
+        model.load_adapter(find(adapter.start))
+        for parameter in model.trainable_parameters():
+            parameter.data = parameter.data.float()
+    elif adapter.kind == "lora":
         seed = derive_seed(trainer.seed, "adapter")
         init = {} if adapter.init is None else {"init": adapter.init}
         model.add_adapter(adapter.rank, alpha=adapter.alpha, target_modules=adapter.targets, seed=seed, **init)
@@ -45,6 +50,27 @@ def make_trainable(model: Any, config: RunConfig) -> None:
     if trainer.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     task_of(config).set_mode(model)
+
+
+def start_id(config: RunConfig) -> str:
+    """Return what tells one adapter to start from from another, by its content; empty for a fresh one."""
+    from pipelines.components import file_digest
+    from pipelines.lora_files import adapter_file
+
+    start = config.adapter.start
+    return "" if start is None else f"+{file_digest(adapter_file(find(start)))[:32]}"
+
+
+def check_export(model: Any, config: RunConfig) -> None:
+    """Write the fresh adapter with made-up weights, read it back and compare: an export must not fail after training.
+
+    Raises:
+        PipelineError: the file would give another model, or cannot be read.
+    """
+    from pipelines.adapters import check_round_trip
+
+    if config.adapter.kind == "lora":
+        check_round_trip(model.network, model.save_lora, Path(config.output))
 
 
 def base_model_name(config: RunConfig) -> str:
@@ -86,9 +112,9 @@ def require_adapter(model: str, what: str, fix: str) -> None:
     Raises:
         UserError: `model` does not exist, or is a whole model.
     """
-    from pipelines.load import is_adapter_directory
+    from pipelines.load import is_adapter
 
-    if not is_adapter_directory(resolve_model(model)):
+    if not is_adapter(resolve_model(model)):
         raise UserError(
             f"{what} needs an adapter, and {model} is a whole model without one; {fix}, or leave the scale out"
         )

@@ -14,14 +14,14 @@ from mmalign.config.run import RunConfig
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
 from mmalign.core.precision import autocast, check_precision
-from mmalign.core.resources import resolve_model
+from mmalign.core.resources import find, resolve_model
 from mmalign.data.sampler import BatchSampler
 from mmalign.methods.base import Method
 from mmalign.methods.reference import Reference
 from mmalign.methods.run import BaseRun
 from mmalign.scoring.choice import WeightedReward
 from mmalign.training.evaluation import Evaluator
-from mmalign.training.models import load_model, make_trainable
+from mmalign.training.models import check_export, load_model, make_trainable, start_id
 from mmalign.training.output import EXPORT_FILES
 from mmalign.training.plan import check_enough, check_files
 from mmalign.training.recipe import build_method
@@ -61,6 +61,8 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
         check_output(Path(config.data.cache).expanduser(), "data.cache")
     check_precision(config.trainer.precision, device)
     resolve_model(config.model)
+    if config.adapter.start is not None:
+        find(config.adapter.start)
     task_of(config).check(config)
     other = EXPORT_FILES[config.modality, "full" if config.adapter.kind == "lora" else "lora"]
     if (output / other).exists():
@@ -86,18 +88,22 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
     """Return the parts of the run; prints counts of the data."""
     task = task_of(config)
     method, source, model = open_inputs(config, accelerator)
-    model_id = task.model_id(model)  # now, since encoding may take hours in which the files can change
+    model_id = task.model_id(model) + start_id(
+        config
+    )  # now, since encoding may take hours in which the files can change
     samples, content = task.encode(source, model, config, accelerator, model_id)
     evaluator = task.evaluator(config, model)
     kept = task.free_encoders(model, method)
     rewards = load_rewards(config, accelerator.device)
     make_trainable(model, config)
+    if accelerator.is_main_process:
+        check_export(model, config)
     cast = partial(autocast, config.trainer.precision, accelerator.device)
     reference = None
     if method.keeps_reference:
         reference = Reference(
             model,
-            "adapter" if config.adapter.kind == "lora" else "copy",
+            "adapter" if config.adapter.kind == "lora" and config.adapter.start is None else "copy",
             precision=config.trainer.precision,
             autocast=cast,
         )
