@@ -1,4 +1,4 @@
-"""Open a model: a diffusers directory, a LoRA directory of ours, or a Hub id.
+"""Open a model: a diffusers directory, a single-file checkpoint, a LoRA directory of ours, or a Hub id.
 
 The family is read from ``model_index.json`` before any weight is touched or downloaded, so that a model of the wrong
 kind is refused at once.
@@ -21,6 +21,7 @@ from pipelines.errors import MissingModelError, PipelineError, choose, nearest
 from pipelines.generator import Generator
 from pipelines.hub import explained, fetch_file, is_hub_id, repository
 from pipelines.lora_files import WEIGHTS_NAME, AdapterPath, adapter_file, is_lora_file, with_weight
+from pipelines.single_file import checkpoint_directory
 
 FAMILIES = {
     "StableDiffusionPipeline": "pipelines.families.unet_image:StableDiffusion",
@@ -39,9 +40,10 @@ def load_generator(
 ) -> Generator:
     """Load a generator; its family is detected from ``model_index.json``.
 
-    `name_or_path` is a diffusers directory, a Hub id ``org/name[@revision]``, or what `Generator.save_lora` wrote,
-    which names its own base model (found by way of `resolve`). `adapter` is a LoRA file or directory to load on top,
-    or several: ``PATH``, ``PATH:WEIGHT`` or ``(path, weight)`` each; they are added up, to that of `name_or_path` too.
+    `name_or_path` is a diffusers directory, a single-file checkpoint of Stable Diffusion 1, 2 or XL, a Hub id
+    ``org/name[@revision]``, or what `Generator.save_lora` wrote, which names its own base model (found by way of
+    `resolve`). `adapter` is a LoRA file or directory to load on top, or several: ``PATH``, ``PATH:WEIGHT`` or
+    ``(path, weight)`` each; they are added up, to that of `name_or_path` too.
     `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``. Raises `PipelineError`
     for a model of an unsupported kind, `MissingModelError` for a missing one.
 
@@ -147,10 +149,8 @@ def _locate(name: str) -> tuple[Path, dict[str, Any]]:
             raise _not_a_pipeline(path)
         return path, read_json(path / INDEX)
     if path.is_file():
-        raise PipelineError(
-            f"{path} is a single file, not a diffusers directory; convert it:"
-            " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)."
-        )
+        root = checkpoint_directory(path)
+        return root, read_json(root / INDEX)
     if is_hub_id(name):
         return _fetch(name)
     raise missing_model(path, f"diffusers directory (with {INDEX})")

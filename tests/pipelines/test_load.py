@@ -53,7 +53,7 @@ def test_directories_that_are_no_pipeline_are_explained(model: Path, tmp_path: P
     (tmp_path / "clip" / "open_clip_config.json").write_text("{}")
     refused("an open_clip model", tmp_path / "clip")
     (tmp_path / "model.ckpt").write_bytes(b"")
-    refused("from_single_file", tmp_path / "model.ckpt")
+    refused("only safetensors checkpoints are read", tmp_path / "model.ckpt")
 
 
 def test_pipelines_of_other_kinds_are_refused_before_weights_are_read(model: Path) -> None:
