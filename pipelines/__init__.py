@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipelines.guidance import guided_predictor
     from pipelines.inversion import invert
     from pipelines.kernels import KERNELS, Kernel, cps, ddim, flow_sde, named_kernel, ode
-    from pipelines.load import fingerprint_model, load_generator
+    from pipelines.load import fingerprint_model, load_drawer, load_generator
     from pipelines.noise import NoiseProcess, Schedule
     from pipelines.sampling import Segment, Trajectory, gaussian_log_prob, sample, seeded_noise
     from pipelines.truncation import Truncation
@@ -49,6 +49,7 @@ __all__ = [
     "gaussian_log_prob",
     "guided_predictor",
     "invert",
+    "load_drawer",
     "load_generator",
     "load_vlm",
     "media_features",
@@ -74,6 +75,7 @@ _HOMES = {
     "fingerprint_vlm": "vlm.load",
     "guided_predictor": "guidance",
     "invert": "inversion",
+    "load_drawer": "load",
     "load_generator": "load",
     "load_vlm": "vlm.load",
     "media_features": "vlm.features",

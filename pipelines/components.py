@@ -158,18 +158,22 @@ def _variant_of(file: Path) -> str | None:
     return next((part for part in name.split(".")[1:] if part in VARIANTS), None)
 
 
+def weight_variant(folder: Path) -> str | None:
+    """Return the variant of a component's weights where the plain ones are not there."""
+    held = {_variant_of(file) for file in weight_files(folder)}
+    return next((variant for variant in VARIANTS if variant in held), None) if None not in held else None
+
+
 def _variant(folder: Path) -> str | None:
     """Return the weight variant to ask for, checking that there are safetensors at all."""
     if not folder.is_dir():
         raise MissingModelError(f"{folder} is missing; the model directory is incomplete, fetch it again.")
-    files = weight_files(folder)
-    if not files:
+    if not weight_files(folder):
         raise PipelineError(
             f"{folder} holds no safetensors; only safetensors are read, so convert it:"
             " DiffusionPipeline.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)."
         )
-    held = {_variant_of(file) for file in files}
-    return next((variant for variant in VARIANTS if variant in held), None) if None not in held else None
+    return weight_variant(folder)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipelines.adapters import RECORD_NAME
+from pipelines.any_pipeline import DiffusersPipeline, is_text_to_image
 from pipelines.attention import PROCESSORS
 from pipelines.components import INDEX, file_digest, model_fingerprint, parse_dtype, read_json
 from pipelines.errors import MissingModelError, PipelineError, choose, nearest
@@ -50,19 +51,53 @@ def load_generator(
     >>> load_generator("assets/shapes-sd", device="cpu").family
     'sd'
     """
+    model = _load(name_or_path, dtype, device, adapter, attention, resolve, _family)
+    assert isinstance(model, Generator)
+    return model
+
+
+def load_drawer(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    adapter: AdapterPath | Sequence[AdapterPath] | None = None,
+    resolve: Callable[[str], str] = str,
+) -> Generator | DiffusersPipeline:
+    """Load what can draw images: a generator as `load_generator` does, or any text-to-image pipeline of diffusers.
+
+    Raises `PipelineError` as `load_generator` does, and for an adapter on a model outside our families.
+    """
+    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind)
+
+
+def _load(
+    name_or_path: str | Path,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    adapter: AdapterPath | Sequence[AdapterPath] | None,
+    attention: str,
+    resolve: Callable[[str], str],
+    kind: Callable[[dict[str, Any], str], Any],
+) -> Generator | DiffusersPipeline:
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, PROCESSORS)
     name, adapters = _base_and_adapters(str(name_or_path), adapter, resolve)
-    root, index = _locate(name)
-    generator_class = _family(index, name)
-    generator = generator_class(
-        root,
-        index,
-        name_or_path=name,
-        dtype=torch_dtype,
-        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        attention=attention,
-    )
+    root, index = _locate(name, kind)
+    found = kind(index, name)
+    options: dict[str, Any] = {
+        "name_or_path": name,
+        "dtype": torch_dtype,
+        "device": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+    }
+    if found is DiffusersPipeline:
+        if adapters:
+            raise PipelineError(
+                f"{name} is a {index['_class_name']}, on which adapters are not loaded; merge {adapters[0][0]} into it"
+                " with diffusers: pipe.load_lora_weights(A); pipe.fuse_lora(); pipe.save_pretrained(DIR)."
+            )
+        return DiffusersPipeline(root, index, **options)
+    generator: Generator = found(root, index, **options, attention=attention)
     if adapters:
         generator.load_adapter(*adapters)
     return generator
@@ -84,11 +119,11 @@ def fingerprint_model(
     if is_hub_id(name):
         with explained(name, "diffusers"):
             file = fetch_file(name, INDEX)
-        _family(read_json(file), name)
+        _kind(read_json(file), name)
         content = f"{repository(name)[0]}@{file.parent.name}"
     else:
-        root, index = _locate(name)
-        _family(index, name)
+        root, index = _locate(name, _kind)
+        _kind(index, name)
         content = model_fingerprint(root, index)
     for path, weight in adapters:
         content += f"+{file_digest(adapter_file(path))}" + (f"*{weight!r}" if weight != 1 else "")
@@ -141,7 +176,7 @@ def base_of(folder: Path, resolve: Callable[[str], str]) -> str:
     return resolve(base)
 
 
-def _locate(name: str) -> tuple[Path, dict[str, Any]]:
+def _locate(name: str, kind: Callable[[dict[str, Any], str], Any]) -> tuple[Path, dict[str, Any]]:
     """Return the local directory and the index of a model, fetching it from the Hub if it is an id."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -152,7 +187,7 @@ def _locate(name: str) -> tuple[Path, dict[str, Any]]:
         root = checkpoint_directory(path)
         return root, read_json(root / INDEX)
     if is_hub_id(name):
-        return _fetch(name)
+        return _fetch(name, kind)
     raise missing_model(path, f"diffusers directory (with {INDEX})")
 
 
@@ -164,12 +199,12 @@ def missing_model(path: Path, wanted: str) -> MissingModelError:
     )
 
 
-def _fetch(name: str) -> tuple[Path, dict[str, Any]]:
+def _fetch(name: str, kind: Callable[[dict[str, Any], str], Any]) -> tuple[Path, dict[str, Any]]:
     from diffusers import DiffusionPipeline
 
     with explained(name, "diffusers"):
         index = read_json(fetch_file(name, INDEX))
-        _family(index, name)
+        kind(index, name)
         repo, pinned = repository(name)
         return Path(DiffusionPipeline.download(repo, use_safetensors=True, **pinned)), index
 
@@ -178,13 +213,22 @@ def _family(index: dict[str, Any], name: str) -> type[Generator]:
     """Return the generator class for a pipeline index, or raise an error that names the kind of model."""
     pipeline = str(index.get("_class_name"))
     if pipeline not in FAMILIES:
+        drawn = " `generate`, `pairs sample` and `compare` take it." if is_text_to_image(pipeline) else ""
         raise PipelineError(
             f"{name} is a model of the wrong kind: a {pipeline}; supported: {', '.join(FAMILIES)}."
-            f"{nearest(pipeline, FAMILIES)}"
+            f"{drawn or nearest(pipeline, FAMILIES)}"
         )
     module, _, attribute = FAMILIES[pipeline].partition(":")
     generator_class: type[Generator] = getattr(importlib.import_module(module), attribute)
     return generator_class
+
+
+def _kind(index: dict[str, Any], name: str) -> type[Generator] | type[DiffusersPipeline]:
+    """Return the generator class for a pipeline index, or `DiffusersPipeline` where diffusers alone can draw."""
+    pipeline = index.get("_class_name")
+    if str(pipeline) not in FAMILIES and is_text_to_image(pipeline):
+        return DiffusersPipeline
+    return _family(index, name)
 
 
 def _not_a_pipeline(path: Path) -> PipelineError:

@@ -180,3 +180,52 @@ def build_tiny_sdxl(path: str | Path, *, seed: int = 0) -> str:
         )
         pipe.save_pretrained(path, safe_serialization=True)
     return str(path)
+
+
+def build_tiny_sd3(path: str | Path, *, seed: int = 0) -> str:
+    """Write a ``StableDiffusion3Pipeline`` without T5 for 16x16 images, a model outside our families."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    path = Path(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizers = [tiny_tokenizer(path / name) for name in ("tokenizer", "tokenizer_2")]
+        pipe = StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=8,
+                patch_size=1,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=32,
+                caption_projection_dim=16,
+                pooled_projection_dim=32,
+                pos_embed_max_size=8,
+            ).eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=AutoencoderKL(
+                block_out_channels=(8, 16),
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                latent_channels=16,
+                norm_num_groups=4,
+                sample_size=IMAGE_SIZE,
+                shift_factor=0.06,
+                scaling_factor=1.5,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ).eval(),
+            text_encoder=tiny_text_encoder(tokenizers[0], projection=True),
+            text_encoder_2=tiny_text_encoder(tokenizers[1], projection=True),
+            text_encoder_3=None,
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            tokenizer_3=None,
+        )
+        pipe.save_pretrained(path, safe_serialization=True)
+    return str(path)

@@ -97,11 +97,11 @@ class Sampling:
         Raises:
             UserError, PipelineError: there is no such model or adapter.
         """
-        from pipelines import load_generator
+        from pipelines import load_drawer
 
         adapters = self.adapters
         model = resolve_model(self.model)
-        generator = load_generator(model, dtype=self.precision, device=device, adapter=adapters, resolve=resolve_model)
+        generator = load_drawer(model, dtype=self.precision, device=device, adapter=adapters, resolve=resolve_model)
         if self.adapter_scale != 1:
             generator.set_adapter_scale(self.adapter_scale)
         return generator
@@ -224,7 +224,8 @@ def generate(
     ```
 
     Args:
-        model: a model directory, the directory or result of a training, a hub id, or what `load_generator` returned.
+        model: a model directory or single-file checkpoint, the directory or result of a training, a hub id, or what
+            `load_generator` returned.
         prompts: one text or several.
         seeds: one or several, drawn for every prompt alike; an image depends on model, options, prompt and seed alone.
         steps: sampling steps, 1 or more. guidance: scale of classifier-free guidance; 1: none, 0: without the prompt.

@@ -123,8 +123,8 @@ def test_an_adapter_counts_together_with_its_base(model: Path, tiny_paths: dict[
 def test_what_is_no_supported_model_has_no_fingerprint(model: Path, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="holds tiny-model; did you mean"):
         fingerprint_model(tmp_path)
-    edit(model / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(PipelineError, match="wrong kind: a FluxPipeline"):
+    edit(model / "model_index.json", _class_name="FluxFillPipeline")
+    with pytest.raises(PipelineError, match="wrong kind: a FluxFillPipeline"):
         fingerprint_model(model)
 
 

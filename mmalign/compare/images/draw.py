@@ -28,11 +28,11 @@ class ModelHolder:
         Raises:
             PipelineError: it cannot be loaded.
         """
-        from pipelines import load_generator
+        from pipelines import load_drawer
 
         if model != self._model:
             self.close()
-            self._generator = load_generator(resolve_model(model), dtype=self._dtype, resolve=resolve_model)
+            self._generator = load_drawer(resolve_model(model), dtype=self._dtype, resolve=resolve_model)
             self._model = model
         if self._generator.has_adapter or adapter_scale != 1:
             self._generator.set_adapter_scale(adapter_scale)

@@ -70,20 +70,35 @@ def _generate(
     progress: Callable[[int], None] | None,
     **settings: Any,
 ) -> Iterator[GeneratedImage]:
-    from pipelines import sample
-
-    encoder = _PromptMemory(generator, [texts[index] for index, _ in jobs])
+    draw = _drawing(generator, [texts[index] for index, _ in jobs])
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         surplus = batch_size - len(batch) if start else 0
         filled = batch + [batch[-1]] * surplus
-        cond = encoder.take([texts[index] for index, _ in filled], start + len(batch))
-        latents = sample(generator, cond, seeds=[seed for _, seed in filled], **settings).latents
-        images = generator.decode(latents)[: len(batch)].float().cpu()
+        prompts, seeds = [texts[index] for index, _ in filled], [seed for _, seed in filled]
+        images = draw(prompts, seeds, start + len(batch), settings)[: len(batch)]
         if progress is not None:
             progress(len(batch))
         for (index, seed), image in zip(batch, images, strict=True):
             yield GeneratedImage(index, seed, image)
+
+
+def _drawing(
+    generator: Any, texts_of_jobs: list[str]
+) -> Callable[[list[str], list[int], int, dict[str, Any]], Tensor]:
+    """Return how a batch is drawn: by our sampler, or by the pipeline itself where it is outside our families."""
+    from pipelines import sample
+
+    encoder = _PromptMemory(generator, texts_of_jobs)
+
+    def by_sampler(prompts: list[str], seeds: list[int], jobs_done: int, settings: dict[str, Any]) -> Tensor:
+        latents = sample(generator, encoder.take(prompts, jobs_done), seeds=seeds, **settings).latents
+        return generator.decode(latents).float().cpu()
+
+    def by_itself(prompts: list[str], seeds: list[int], jobs_done: int, settings: dict[str, Any]) -> Tensor:
+        return generator.draw(prompts, seeds, **settings)
+
+    return by_itself if hasattr(generator, "draw") else by_sampler
 
 
 class _PromptMemory:

@@ -1,0 +1,129 @@
+"""Text-to-image pipelines of diffusers outside our families (SD3, Flux, PixArt, Sana, ...): drawing, nothing else.
+
+The pipeline itself samples, with its own scheduler. It can be compared and its images labelled; training needs a
+family, which gives the noise process and single steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipelines.components import INDEX, has_component, quiet_loading, weight_variant
+from pipelines.errors import PipelineError
+
+NOT_FROM_TEXT_ALONE = ("Control", "Inpaint", "Kontext", "Fill")
+GUIDANCE_NAMES = ("guidance_scale", "true_cfg_scale")
+
+
+def is_text_to_image(pipeline: Any) -> bool:
+    """Say whether the ``_class_name`` of an index is a text-to-image pipeline of the installed diffusers."""
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    if not isinstance(pipeline, str):
+        return False
+    known = {found.__name__ for found in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
+    return pipeline in known and not any(part in pipeline for part in NOT_FROM_TEXT_ALONE)
+
+
+class DiffusersPipeline:
+    """A pipeline of diffusers that draws images from prompts.
+
+    >>> pipeline = DiffusersPipeline(root, index, name_or_path="stabilityai/...", dtype=torch.bfloat16,
+    ...     device=torch.device("cuda"))  # doctest: +SKIP
+    >>> images = pipeline.draw(["a star"], seeds=[0], steps=28, guidance=4.5)  # doctest: +SKIP
+    """
+
+    has_adapter = False
+
+    def __init__(
+        self, root: Path, index: dict[str, Any], *, name_or_path: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Load every component from `root`, whose parsed ``model_index.json`` is `index`; safetensors only, no code.
+
+        Raises:
+            PipelineError: a component is missing, damaged or would run code of its own.
+        """
+        from diffusers import DiffusionPipeline
+
+        self.name_or_path = name_or_path
+        _refuse_code(root, index)
+        names = [name for name in index if has_component(index, name)]
+        # diffusers wants to be told of each component that is absent (SD3 without its T5).
+        absent = {name: None for name, entry in index.items() if isinstance(entry, list) and name not in names}
+        variants = {found for name in names if (found := weight_variant(root / name)) is not None}
+        options = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True, **absent}
+        with quiet_loading():
+            try:
+                self.pipe: Any = DiffusionPipeline.from_pretrained(
+                    str(root), **options, **({"variant": min(variants)} if variants else {})
+                )
+            except Exception as error:  # each component raises its own kinds
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                raise PipelineError(f"cannot load the {index['_class_name']} {root}: {reason}") from error
+        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.to(device)
+        self._takes = inspect.signature(type(self.pipe).__call__).parameters
+
+    def set_adapter_scale(self, scale: float) -> None:
+        """Refuse: there is no adapter."""
+        raise PipelineError(f"{self.name_or_path} carries no LoRA adapter to scale; leave the scale out.")
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int = 50,
+        guidance: float = 7.5,
+        eta: float = 0.0,
+        solver: str = "ddim",
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return one image in [0, 1], float32, for each prompt and its seed, of the pipeline's own size.
+
+        Raises:
+            PipelineError: `eta` or `solver` ask for another sampler than the pipeline's own, or it cannot draw so.
+        """
+        if eta or solver != "ddim":
+            raise PipelineError(
+                f"{self.name_or_path} is a {type(self.pipe).__name__}, which samples by its own scheduler; leave eta"
+                " and solver out."
+            )
+        scale = next((name for name in GUIDANCE_NAMES if name in self._takes), None)
+        options: dict[str, Any] = {scale: guidance} if scale else {}
+        random = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        try:
+            made = self.pipe(
+                prompt=list(prompts), num_inference_steps=steps, generator=random, output_type="pt", **options
+            )
+        except (ValueError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise PipelineError(f"{self.name_or_path} cannot draw with these settings: {reason}") from error
+        images: Tensor = made.images
+        return images.float().cpu().clamp(0.0, 1.0)
+
+
+def _refuse_code(root: Path, index: dict[str, Any]) -> None:
+    """Refuse a directory whose loading would run code that is not diffusers' or transformers' own."""
+    from diffusers import pipelines as diffusers_pipelines
+
+    for name in index:
+        if not has_component(index, name):
+            continue
+        library, class_name = index[name]
+        ours = library in ("diffusers", "transformers") or hasattr(diffusers_pipelines, str(library))
+        automatic = str(class_name).startswith("Auto") and any(
+            b'"auto_map"' in file.read_bytes() for file in (root / name).glob("*.json")
+        )
+        if not ours or automatic:
+            raise PipelineError(
+                f"{root / INDEX}: the component '{name}' ({library}.{class_name}) would run code of the model's"
+                " author, which is not done; use a model of diffusers' and transformers' own classes."
+            )
