@@ -18,18 +18,39 @@ from torch import Tensor
 from pipelines.components import INDEX, has_component, quiet_loading, weight_variant
 from pipelines.errors import PipelineError
 
-NOT_FROM_TEXT_ALONE = ("Control", "Inpaint", "Kontext", "Fill")
 GUIDANCE_NAMES = ("guidance_scale", "true_cfg_scale")
+NEEDED = {"prompt", "height", "num_inference_steps", "generator"}
+OTHER_INPUTS = {"image", "mask_image", "control_image", "video", "num_frames"}
+"""Parameters of pipelines that edit images or make videos."""
+IMAGE_IS_OPTIONAL = (
+    "Flux2Pipeline",
+    "Flux2KleinPipeline",
+    "GlmImagePipeline",
+    "QwenImage21Pipeline",
+    "ZImageOmniPipeline",
+)
 
 
 def is_text_to_image(pipeline: Any) -> bool:
-    """Say whether the ``_class_name`` of an index is a text-to-image pipeline of the installed diffusers."""
-    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+    """Say whether the ``_class_name`` of an index is a text-to-image pipeline of the installed diffusers.
 
-    if not isinstance(pipeline, str):
+    Its call tells: it takes a prompt and a height, and no image. (``AutoPipelineForText2Image`` has a list, which
+    imports all pipelines at once: under transformers 5, diffusers 0.36 fails at that.)
+
+    >>> is_text_to_image("StableDiffusion3Pipeline"), is_text_to_image("FluxFillPipeline")
+    (True, False)
+    """
+    import diffusers
+
+    try:
+        found = getattr(diffusers, pipeline, None) if isinstance(pipeline, str) else None
+    except (ImportError, RuntimeError):  # this one does not import beside the installed transformers
         return False
-    known = {found.__name__ for found in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
-    return pipeline in known and not any(part in pipeline for part in NOT_FROM_TEXT_ALONE)
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+        return False
+    takes = set(inspect.signature(found.__call__).parameters)
+    others = OTHER_INPUTS - ({"image"} if pipeline in IMAGE_IS_OPTIONAL else set())
+    return takes >= NEEDED and not takes & others
 
 
 class DiffusersPipeline:
@@ -106,7 +127,9 @@ class DiffusersPipeline:
         except (ValueError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise PipelineError(f"{self.name_or_path} cannot draw with these settings: {reason}") from error
-        images: Tensor = made.images
+        images = getattr(made, "images", None)
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise PipelineError(f"{self.name_or_path} is a {type(self.pipe).__name__}, which gives back no images.")
         return images.float().cpu().clamp(0.0, 1.0)
 
 

@@ -15,6 +15,7 @@ from mmalign.core.version import __version__
 from mmalign.training.output import CARD_FILE
 from mmalign.training.tasks import task_of
 from mmalign.training.tracking import read_metrics
+from pipelines.lora_files import KOHYA_NAME
 
 
 def write_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> None:
@@ -45,6 +46,7 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
         "method": f"`{method}`, {_options(config.method_options)}",
         "data": f"`{data}`",
         "trained": _adapter(config) if lora else task.card.all_weights,
+        **({"for ComfyUI, Forge and kohya": f"`{KOHYA_NAME}`"} if lora and config.modality == "image" else {}),
         "exported weights": f"moving average ({config.trainer.ema:g})" if config.trainer.ema else "last step",
         "seed": config.trainer.seed,
         **facts,

@@ -118,15 +118,15 @@ def test_diffusers_reads_both_files_without_their_headers(kind: str, file: str, 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("file", [None, KOHYA_NAME])
-def test_a_pipeline_loads_both_files(tiny_path: str, tmp_path: Path, file: str | None) -> None:
+@pytest.mark.parametrize("file", [WEIGHTS_NAME, KOHYA_NAME])
+def test_a_pipeline_loads_both_files(tiny_path: str, tmp_path: Path, file: str) -> None:
     generator = load_generator(tiny_path)
     generator.add_adapter(3, alpha=6.0, target_modules=EVERY)
     fill(generator.network)
     generator.save_lora(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(tiny_path)
     before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
-    pipe.load_lora_weights(str(tmp_path), **({"weight_name": file} if file else {}))
+    pipe.load_lora_weights(str(tmp_path), weight_name=file)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     ours = adapters.merged_copy(generator.network).state_dict()
