@@ -147,7 +147,10 @@ def _check_source(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
 _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
     False: {"data": ("frames", "fps"), "evaluate": ("questions", "max_new_tokens")},
     True: {
-        "data": ("ties", "resolution", "crop", "flip", "caption_dropout"),
+        "data": (
+            *("ties", "resolution", "crop", "flip", "caption_dropout"),
+            *("columns", "default_prompt", "streaming"),
+        ),
         "evaluate": ("prompts", "rewards", "steps", "guidance"),
     },
 }

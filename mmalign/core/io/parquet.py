@@ -46,6 +46,41 @@ def iterate_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBat
     yield from open_parquet(path).iter_batches(batch_size=INDEX_BATCH, columns=list(columns))
 
 
+def is_text_column(kind: pa.DataType) -> bool:
+    """Tell whether a column holds text, in any of Arrow's encodings."""
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        kind = kind.value_type
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def null_rows(path: Path, column: str) -> set[int]:
+    """Return the rows without a value in a column of bytes, or of structs of them; reads only groups with some."""
+    file = open_parquet(path)
+    leaves = [index for index in range(len(file.schema)) if file.schema.column(index).path.split(".")[0] == column]
+    found: set[int] = set()
+    start = 0
+    for group in range(file.metadata.num_row_groups):
+        part = file.metadata.row_group(group)
+        counts = [part.column(leaf).statistics for leaf in leaves]
+        if all(count is None or not count.has_null_count or count.null_count for count in counts):
+            found |= _null_rows(file.iter_batches(IMAGE_BATCH, row_groups=[group], columns=[column]), start)
+        start += part.num_rows
+    return found
+
+
+def _null_rows(batches: Iterator[pa.RecordBatch], start: int) -> set[int]:
+    found = set()
+    for batch in batches:
+        cells = batch.column(0)
+        empty = cells.is_null().to_pylist()
+        if pa.types.is_struct(cells.type):
+            inside = zip(*(part.is_null().to_pylist() for part in cells.flatten()), strict=True)
+            empty = [whole or all(parts) for whole, parts in zip(empty, inside, strict=True)]
+        found |= {start + row for row, null in enumerate(empty) if null}
+        start += batch.num_rows
+    return found
+
+
 class ForwardReader:
     """Random access to rows that is cheap as long as it mostly moves forwards; holds a few dozen rows at a time."""
 

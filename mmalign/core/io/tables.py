@@ -10,12 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from mmalign.core.errors import UserError, shorten
 from mmalign.core.io.columns import PROMPT_COLUMNS, missing_columns
 from mmalign.core.io.items import Item, stamp_of
-from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
+from mmalign.core.io.parquet import ForwardReader, is_text_column, iterate_columns, open_parquet
 
 TABLE_SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".parquet"})
 _FILE_COLUMNS = ("file_name", "file", "path")
@@ -190,7 +188,9 @@ def _parquet_items(path: Path, modality: str) -> Iterator[Item]:
     schema = open_parquet(path).schema_arrow
     media_at, text_at = _media_column(path, schema.names, modality), prompt_column(schema.names)
     small = [
-        name for name in (text_at, media_at if _is_text(schema.field(media_at).type) else None) if name is not None
+        name
+        for name in (text_at, media_at if is_text_column(schema.field(media_at).type) else None)
+        if name is not None
     ]
     reader, stamp, number = ForwardReader(path, [media_at]), stamp_of(path), 0
     rows = iterate_columns(path, small) if small else iter(())
@@ -202,13 +202,6 @@ def _parquet_items(path: Path, modality: str) -> Iterator[Item]:
             continue
         name = f"{path}#{number}"
         yield _with_prompt(Item(name, partial(_cell, reader, number, media_at, path), None, None, stamp), prompt)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Tell whether a column holds text, in any of Arrow's encodings."""
-    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
-        kind = kind.value_type
-    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 def _cell(reader: ForwardReader, number: int, name: str, table: Path) -> bytes:
