@@ -60,11 +60,20 @@ class Picture:
 class Pair(Protocol):
     """An existing pair; chosen and rejected mean nothing where it is a tie."""
 
-    id: str
-    prompt: str
-    chosen: bytes | Path
-    rejected: bytes | Path
-    tie: bool
+    @property
+    def id(self) -> str: ...  # noqa: D102
+
+    @property
+    def prompt(self) -> str: ...  # noqa: D102
+
+    @property
+    def chosen(self) -> bytes | Path: ...  # noqa: D102
+
+    @property
+    def rejected(self) -> bytes | Path: ...  # noqa: D102
+
+    @property
+    def tie(self) -> bool: ...  # noqa: D102
 
 
 def is_sampled(path: Path) -> bool:
