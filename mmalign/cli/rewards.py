@@ -1,8 +1,8 @@
 """Check rewards against published numbers (`mmalign rewards verify`) and against human labels (`rewards agree`).
 
 `verify` compares with the numbers that the authors of rewards published. Checks that need weights or files which are
-not here are skipped, with the reason. Nothing is downloaded without --download. The exit code is 1 if a number differs or
-a checkpoint does not load.
+not here are skipped, with the reason. Nothing is downloaded without --download. The exit code is 1 if a number differs
+or a checkpoint does not load.
 
 `agree` says how often rewards prefer the image that people preferred, over all pairs and by category. PAIRS is any
 source that data.pairs takes. Ties of the labels are left out, ties of a reward count one half. The exit code is 3 if

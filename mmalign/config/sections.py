@@ -61,9 +61,9 @@ class ColumnsConfig(StrictModel):
     label_1: str | None = None
     """how much the second image is preferred"""
     score_0: str | None = None
-    """the score of the first (or chosen) image, of which margins are made"""
+    """the score of the first, or chosen, image; margins are made of both scores"""
     score_1: str | None = None
-    """the score of the second (or rejected) image"""
+    """the score of the other"""
     image: str | None = None
     """the only image of a row; rows of one prompt make pairs"""
     rank: str | None = None
@@ -79,15 +79,9 @@ class ColumnsConfig(StrictModel):
 
     @model_validator(mode="after")
     def _one_kind_of_row(self) -> ColumnsConfig:
-        kinds = {
-            "chosen and rejected": (self.chosen, self.rejected),
-            "image_0 and image_1": (self.image_0, self.image_1),
-            "label_0 and label_1": (self.label_0, self.label_1),
-            "score_0 and score_1": (self.score_0, self.score_1),
-        }
-        for name, both in kinds.items():
-            if both.count(None) == 1:
-                raise ValueError(f"{name} belong together; give both or neither")
+        for both in (("chosen", "rejected"), *((f"{kind}_0", f"{kind}_1") for kind in ("image", "label", "score"))):
+            if [getattr(self, name) for name in both].count(None) == 1:
+                raise ValueError(f"{' and '.join(both)} belong together; give both or neither")
         given = [name for name in ("chosen", "image_0", "image") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; keep one")

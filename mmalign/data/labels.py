@@ -152,6 +152,8 @@ def _open(source: str, config: DataConfig, good_only: bool) -> _Labels:
     labelled = LABEL_COLUMN in table.columns or REJECTED_COLUMN in table.columns
     if not labelled and (suffix in (".parquet", ".jsonl") or holds_pairs(table.columns, config)):
         return _pair_labels(source, config, good_only)
+    if config.columns is not None:
+        raise UserError(f"{table.path}: a table of labelled images, and data.columns applies to pairs; remove it")
     return _TableLabels(table, _Columns(table.columns, config.caption_column, str(table.path)))
 
 

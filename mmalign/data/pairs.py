@@ -202,5 +202,6 @@ def read_pairs(source: str, config: DataConfig) -> PairTable:
     if not table.counts.read:
         raise UserError(f"{source}: holds no pairs")
     if not len(table):
-        raise UserError(f"{source}: {table.counts}; try data.ties: keep, a smaller data.min_margin, or label it anew")
+        fix = "; try data.ties: keep, a smaller data.min_margin, or label it anew"
+        raise UserError(f"{source}: {table.counts}{'' if table.counts.faults.total() == table.counts.read else fix}")
     return table

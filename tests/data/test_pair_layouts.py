@@ -231,6 +231,13 @@ def test_columns_of_the_config_name_the_roles(tmp_path):
     assert told(table) == [("p", B, A)] and table.counts.unlabelled == 2
 
 
+def test_columns_are_of_pairs(tmp_path):
+    path = parquet(tmp_path / "l.parquet", [{"image": A, "caption": "p", "label": "good"}])
+    columns = {"chosen": "image", "rejected": "caption"}
+    with pytest.raises(UserError, match="a table of labelled images, and data.columns applies to pairs"):
+        read_labels(str(path), DataConfig(labels=str(path), columns=columns))
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -382,3 +389,53 @@ def test_streaming_is_of_the_hub(tmp_path):
     parquet(tmp_path / "p.parquet", [{"prompt": "p", "chosen": A, "rejected": B}])
     with pytest.raises(UserError, match="data.streaming applies to data sets of the hub"):
         read(tmp_path / "p.parquet", streaming=True)
+
+
+NINES = "9" * 6000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '[{"prompt": {}, "chosen": "x", "rejected": "y"}]', "record 1: the prompt is a dict"),
+        ("a.json", '[{"prompt": "p", "chosen": 3, "rejected": "y"}]', "expected the path of an image in 'chosen'"),
+        ("a.json", "[" * 100_000, "a.json: is not JSON"),
+        ("a.json", f'[{{"prompt": "p", "image_path": "a", "rank": {NINES}}}]', "a.json: is not JSON"),
+        ("a.jsonl", f'{{"prompt": "p", "image_path": "a", "rank": {NINES}}}', "line 1 is not JSON"),
+        ("a.json", f'[{{"prompt": "p", "images": ["a", "b"], "rank": [1, {NINES[:400]}]}}]', "rank is 999"),
+        ("a.json", '[{"prompt": "p", "images": ["a", null], "rank": [1, 2]}]', "1 without an image$"),
+        ("a.json", '[{"prompt": "p", "images": ["a", "b"], "rank": [NaN, 2]}]', "1 without a label"),
+        ("a.json", '[{"prompt": "p", "image": "a", "rank": "first"}]', "rank is 'first'; give a number"),
+        ("a.json", "3", "record 1 is a int; expected an object"),
+        ("a.csv", "prompt,chosen,chosen,rejected\np,a,b,c\n", "two columns are called 'chosen'; rename one"),
+        ("a.csv", "prompt,chosen,rejected\np,a\n", "line 2 has not as many fields"),
+        ("a.tar", "junk" * 300, "damaged or cut off tar"),
+        ("a.parquet", "PAR1", "not a readable parquet file"),
+    ],
+)
+def test_malformed_sources_are_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_with_two_columns_of_one_name_or_damaged_pages(tmp_path):
+    columns = [pa.array(["p"]), pa.array([A]), pa.array([A]), pa.array([B])]
+    pq.write_table(pa.table(columns, names=["prompt", "chosen", "chosen", "rejected"]), tmp_path / "two.parquet")
+    with pytest.raises(UserError, match="two columns are called 'chosen'; rename one"):
+        read(tmp_path / "two.parquet")
+    path = parquet(tmp_path / "d.parquet", [{"prompt": "p" * 50, "chosen": "a.png", "rejected": "b.png"}])
+    data = bytearray(path.read_bytes())
+    data[4:40] = b"\xff" * 36
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="d.parquet: damaged .*fetch or write it again"):
+        read(path)
+    lists = [{"prompt": "p", "image_path": ["1.png", "2.png"], "rank": [2, 1]}]
+    assert told(read(parquet(tmp_path / "l.parquet", lists))) == [("p", "2.png", "1.png")]
+
+
+@pytest.mark.parametrize("source", ["", " ", ","])
+def test_an_empty_source_is_not_the_working_directory(source):
+    with pytest.raises(UserError, match="empty; give"):
+        read(source)

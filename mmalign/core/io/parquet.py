@@ -43,7 +43,15 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 def iterate_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Yield the small columns of a file batch by batch, never touching the others."""
-    yield from open_parquet(path).iter_batches(batch_size=INDEX_BATCH, columns=list(columns))
+    yield from _undamaged(path, open_parquet(path).iter_batches(batch_size=INDEX_BATCH, columns=list(columns)))
+
+
+def _undamaged(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield batches; a damaged page is an error that names the file."""
+    try:
+        yield from batches
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); fetch or write it again") from None
 
 
 def is_text_column(kind: pa.DataType) -> bool:
@@ -63,7 +71,8 @@ def null_rows(path: Path, column: str) -> set[int]:
         part = file.metadata.row_group(group)
         counts = [part.column(leaf).statistics for leaf in leaves]
         if all(count is None or not count.has_null_count or count.null_count for count in counts):
-            found |= _null_rows(file.iter_batches(IMAGE_BATCH, row_groups=[group], columns=[column]), start)
+            batches = file.iter_batches(IMAGE_BATCH, row_groups=[group], columns=[column])
+            found |= _null_rows(_undamaged(path, batches), start)
         start += part.num_rows
     return found
 
@@ -86,7 +95,7 @@ class ForwardReader:
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         """Open the file; `columns` are the ones that `row` returns."""
-        self._file = open_parquet(path)
+        self._path, self._file = path, open_parquet(path)
         self._columns = list(columns)
         groups = self._file.metadata
         sizes = (groups.row_group(index).num_rows for index in range(groups.num_row_groups))
@@ -106,7 +115,8 @@ class ForwardReader:
             raise IndexError(f"row {index} of {len(self)}")
         group = bisect.bisect_right(self._starts, index) - 1
         if self._batch is None or group != self._group or index < self._first:
-            self._batches = self._file.iter_batches(IMAGE_BATCH, row_groups=[group], columns=self._columns)
+            batches = self._file.iter_batches(IMAGE_BATCH, row_groups=[group], columns=self._columns)
+            self._batches = _undamaged(self._path, batches)
             self._group, self._first, self._batch = group, self._starts[group], next(self._batches)
         while index >= self._first + self._batch.num_rows:
             self._first += self._batch.num_rows

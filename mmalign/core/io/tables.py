@@ -107,7 +107,7 @@ def json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
                 raise UserError(f"{path}: line {number} is not JSON ({getattr(error, 'msg', error)})") from None
 
 
@@ -136,6 +136,9 @@ def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[Mapping[str, Any]]:
     for line, record in csv_records(path, lines, "\t" if path.suffix.lower() == ".tsv" else ","):
         if header is None:
             header = record
+            repeated = next((name for name in record if name.strip() and record.count(name) > 1), None)
+            if repeated is not None:
+                raise UserError(f"{path}: two columns are called '{repeated}'; rename one")
         elif len(record) != len(header):
             raise UserError(f"{path}: line {line} has not as many fields as the first line")
         else:

@@ -68,7 +68,10 @@ class HubRows:
 
     def layout(self, row: int, choose: Choose) -> Layout:
         """Return the layout of all rows."""
-        return choose(self._columns, self.name, None)
+        from datasets import List
+
+        features = (self._data.features or {}).items()
+        return choose(self._columns, self.name, {name: [] for name, kind in features if isinstance(kind, List)})
 
     def cell(self, row: int, column: str, side: int) -> Any:
         """Return a cell; a stream is read forwards, and from the start again for an earlier row."""

@@ -16,7 +16,6 @@ from typing import Any
 from mmalign.config.sections import ColumnsConfig, DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.columns import missing_columns
-from mmalign.data.readers.source import choose_caption_column
 
 ID_COLUMNS = ("ranking_id", "pair_id", "uid", "id")
 CATEGORY_COLUMNS = ("category", "categories", "classification", "tag", "type")
@@ -149,6 +148,9 @@ def choose_layout(
     Raises:
         UserError: the columns are in no known layout (they are listed), or one that `data.columns` names is missing.
     """
+    repeated = next((name for name in found if found.count(name) > 1), None)
+    if repeated is not None:
+        raise UserError(f"{source}: two columns are called '{repeated}'; rename one")
     names, told = Names(found), config.columns or ColumnsConfig()
     lacking = [name for name in told.model_dump().values() if name not in found]
     if lacking:
@@ -182,8 +184,11 @@ def holds_pairs(found: Sequence[str], config: DataConfig) -> bool:
 
 
 def _prompt(names: Names, told: ColumnsConfig, asked: str, source: str) -> str:
-    known = names.first(*_PROMPTS) if asked == "caption" else None
-    return told.prompt or known or choose_caption_column(names.found, asked, source)
+    known = told.prompt or names.first(*(_PROMPTS if asked == "caption" else [asked]))
+    if known is None:
+        fix = "; data.caption_column or data.columns.prompt names the one that holds the prompt"
+        raise missing_columns(source, [asked], names.found, fix)
+    return known
 
 
 def _rated(names: Names, told: ColumnsConfig) -> tuple[str, str, float] | None:

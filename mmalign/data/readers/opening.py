@@ -63,6 +63,8 @@ def open_source(source: str, config: DataConfig) -> PairSource:
     Raises:
         UserError: nothing is there, or it is in no known format.
     """
+    if not source.strip(", "):
+        raise UserError(f"pairs '{source}': empty; give {', '.join(FILE_SUFFIXES)}, a folder, a glob or a hub id")
     try:
         path = find(source)
     except UserError:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
+
 from mmalign.core.errors import UserError
 from mmalign.core.files import is_file
 from mmalign.core.io.images import Media
@@ -112,7 +114,11 @@ class ParquetRows:
         """Open the files; no row is read."""
         self.name, self._files = name, list(files)
         self.metadata: dict[str, Any] = read_metadata(files[0])
-        self._columns = [open_parquet(path).schema_arrow.names for path in files]
+        schemas = [open_parquet(path).schema_arrow for path in files]
+        self._columns = [schema.names for schema in schemas]
+        self._kinds: list[dict[str, list[Any]]] = [
+            {name: [] for name in schema.names if _is_list(schema, name)} for schema in schemas
+        ]
         self._starts = [0]
         for path in files:
             self._starts.append(self._starts[-1] + open_parquet(path).metadata.num_rows)
@@ -120,8 +126,8 @@ class ParquetRows:
 
     def read(self, choose: Choose) -> Iterator[Row]:
         """Yield the small columns of every row, paths of images among them."""
-        for path, columns, start in zip(self._files, self._columns, self._starts, strict=False):
-            layout, schema = choose(columns, str(path), None), open_parquet(path).schema_arrow
+        for path, start in zip(self._files, self._starts, strict=False):
+            layout, schema = self.layout(start, choose), open_parquet(path).schema_arrow
             paths = [name for name in layout.images if is_text_column(schema.field(name).type)]
             holes = {name: null_rows(path, name) for name in layout.images if name not in paths}
             number = start
@@ -134,7 +140,7 @@ class ParquetRows:
     def layout(self, row: int, choose: Choose) -> Layout:
         """Return the layout of the file that holds a row."""
         index = self._index(row)
-        return choose(self._columns[index], str(self._files[index]), None)
+        return choose(self._columns[index], str(self._files[index]), self._kinds[index])
 
     def cell(self, row: int, column: str, side: int) -> Any:
         """Return a cell by the reader of its side."""
@@ -155,6 +161,12 @@ class ParquetRows:
 
     def _index(self, row: int) -> int:
         return bisect.bisect_right(self._starts, row, hi=len(self._files)) - 1
+
+
+def _is_list(schema: pa.Schema, name: str) -> bool:
+    """Tell whether a column holds lists; one whose name repeats is refused with the layout."""
+    kinds = [schema.field(index).type for index in schema.get_all_field_indices(name)]
+    return any(pa.types.is_list(kind) or pa.types.is_large_list(kind) for kind in kinds)
 
 
 class RecordRows:
@@ -210,11 +222,11 @@ def _records(path: Path) -> Iterator[Any]:
     if suffix == ".json" and text.strip():
         try:
             loaded = json.loads(text)
-        except RecursionError:
-            raise UserError(f"{path}: lists and objects are nested too deep") from None
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":  # several documents are JSONL under another name
                 raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested too deep
+            raise UserError(f"{path}: is not JSON ({error})") from None
         else:
             yield from loaded if isinstance(loaded, list) else [loaded]
             return

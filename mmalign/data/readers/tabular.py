@@ -125,10 +125,14 @@ class TablePairs:
             raise UserError(f"{where}: needs at least 2 images and a preference for each; found {found}")
         if not all(isinstance(merit, Real) for merit in merits):
             raise UserError(f"{where}: preferences and ranks are numbers; found {shorten(repr(merits))}")
+        if not all(images):
+            yield Candidate(-1, "", "", math.nan, math.nan, fault=NO_IMAGE)
+            return
+        ratings = [number_of(merit, f"{where}: {layout.ratings}") for merit in merits]
         identifier = id_of(row.get(layout.id) if layout.id else None, number + self._rows.first)
         for first, second in combinations(range(len(images)), 2):
             name = identifier if len(images) == 2 else f"{identifier}-{first}-{second}"
-            label_0, label_1 = (layout.sign * float(merits[slot]) for slot in (first, second))
+            label_0, label_1 = (layout.sign * ratings[slot] for slot in (first, second))
             place = self._place((number, first), (number, second))
             yield Candidate(place, row[layout.prompt], name, label_0, label_1, category=_text(row, layout.category))
 
