@@ -77,9 +77,9 @@ def compare(
     ```
 
     Args:
-        systems: name -> model (a directory, a hub id, a `TrainResult`, or a mapping as `systems:` of a config takes
-            it); a list of models; or a whole config: a YAML file, a shipped name, or its values. The first system is
-            the baseline unless `baseline` names another.
+        systems: name -> model (a directory, a folder of images, a hub id, a `TrainResult`, or a mapping as
+            `systems:` of a config takes it); a list of models; or a whole config: a YAML file, a shipped name, or its
+            values. The first system is the baseline unless `baseline` names another.
         overrides: `key.path=value`, as on the command line; applied last.
         prompts: test prompts: texts, or the name of a set or file. Models that answer take `questions` instead.
         rewards: names, classes, or mappings with `name`, `label` and `options`, which score every image.
@@ -126,6 +126,8 @@ def compare(
 
 def _read_systems(systems: Any) -> tuple[str | Path | Mapping[str, Any], dict[str, Any]]:
     """Return a config to start from, and the systems that were given one by one as a layer over it."""
+    from mmalign.compare.images.made import as_system
+
     if isinstance(systems, str | Path):
         if is_comparison(str(systems)):
             return systems, {}
@@ -138,5 +140,5 @@ def _read_systems(systems: Any) -> tuple[str | Path | Mapping[str, Any], dict[st
     else:
         models = [plain(one, "systems") for one in systems]
         named = list(zip(name_models(models), models, strict=True))
-    listed = [{"name": name, **(one if isinstance(one, dict) else {"model": one})} for name, one in named]
+    listed = [{"name": name, **one} if isinstance(one, dict) else as_system(name, one) for name, one in named]
     return {}, {"systems": listed}

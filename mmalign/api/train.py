@@ -108,7 +108,7 @@ def train(
     named = {name: os.fspath(one) for name, one in given.items() if _is_name(one)}  # type: ignore[arg-type]
     if objects or named:
         placeholders = dict.fromkeys(SOURCES) | named | {name: f"<{name}>" for name in objects}
-        layer["data"] = {**layer.get("data", {}), **placeholders, **({"caption_column": "caption"} if objects else {})}
+        layer["data"] = {**layer.get("data", {}), **placeholders, **(_OWN_COLUMNS if objects else {})}
     lists = [(holder, _take_prompt_lists(holder)) for holder in (base, layer) if isinstance(holder, dict)]
     checked = load_config(base, overrides, layer)
     output = Path(checked.output)
@@ -120,6 +120,10 @@ def train(
     if objects or any(found for _, found in lists):
         checked = load_config(base, overrides, layer)
     return TrainResult(train_run(checked, resume=resume), checked)
+
+
+_OWN_COLUMNS: dict[str, Any] = {"caption_column": "caption", "columns": None}
+"""Keys of the data that objects are written with, whatever the config says about other files."""
 
 
 def _base(config: str | Path | Mapping[str, Any] | RunConfig) -> str | Path | Mapping[str, Any]:

@@ -1,9 +1,10 @@
 """Compare models on the same prompts and seeds, by several rewards with paired intervals, in one report.
 
 Give a YAML config, or the models themselves; the first one is the baseline. Options and `key.path=value` override the
-config. A system of the config names its model, or the training config that makes it (`train`, `overrides`). `budget`
-limits the cost of each training: {images: N} seen, {seconds: S} or {reward_calls: R}. `training_seeds: [0, 1]` trains
-each system once from every seed. `diversity: REWARD` measures how much the images of a prompt differ.
+config. A folder of images made elsewhere is a system too. A system of the config names its `model`, its `images`, or
+the training config that makes it (`train`, `overrides`). `budget` limits the cost of each training: {images: N} seen,
+{seconds: S} or {reward_calls: R}. `training_seeds: [0, 1]` trains each system once from every seed.
+`diversity: REWARD` measures how much the images of a prompt differ.
 Vision-language models are compared by `questions` (a folder of videos with questions) instead of `prompts` and
 `rewards`. Run the same command again to train, sample and score only what is missing.
 """
@@ -47,7 +48,12 @@ _CONTROL_KEYS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign compare`; without one, the config or its default applies."""
-    parser.add_argument("inputs", nargs="+", metavar="CONFIG | MODEL", help="one YAML config, or two or more models")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="CONFIG | MODEL",
+        help="one YAML config, or two or more models or folders of images",
+    )
     parser.add_argument("--prompts", metavar="NAME|FILE", help="test prompts: a built-in set or a file")
     parser.add_argument(
         "--questions",
@@ -117,6 +123,7 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
         UserError: options are missing or contradict each other.
     """
     from mmalign.compare.config import is_comparison, make_compare_config, name_models
+    from mmalign.compare.images.made import as_system
     from mmalign.compare.systems.config import check_values
     from mmalign.compare.vlm.config import QuestionConfig, load_comparison
 
@@ -147,10 +154,11 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
         raise UserError(
             f"--names gives {len(names)} names for {len(args.inputs)} models; give one name for each model"
         )
-    systems = [{"name": name, "model": model} for name, model in zip(names, args.inputs, strict=True)]
     if args.questions:
+        systems = [{"name": name, "model": model} for name, model in zip(names, args.inputs, strict=True)]
         return check_values(QuestionConfig, {"systems": systems, **options})
-    return make_compare_config(systems=systems, **options)
+    given = [as_system(name, model) for name, model in zip(names, args.inputs, strict=True)]
+    return make_compare_config(systems=given, **options)
 
 
 def _refuse_drawing(options: Iterable[str]) -> None:

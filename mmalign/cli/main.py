@@ -49,11 +49,11 @@ VERBS: dict[str, tuple[str, str]] = {
         "mmalign push runs/first my-name/first --private --dry-run",
     ),
     "pairs": (
-        "build preference data: sample images, then label them",
+        "build preference data: sample images, label them or existing pairs",
         "mmalign pairs sample assets/shapes-sd --prompts shapes-train --out runs/samples",
     ),
     "rewards": (
-        "check rewards against the numbers that their authors published",
+        "check rewards against published numbers, or against human labels",
         "mmalign rewards verify aesthetic",
     ),
     "list": ("what there is: methods, rewards, families, configs, prompts", "mmalign list methods"),

@@ -1,14 +1,17 @@
 """Build preference data: `sample` images for prompts, `label` them by rewards, or `perturb` images and videos.
 
-`sample` generates several images for each prompt. `label` turns them into preference pairs by rewards: a parquet file
-with the columns of Pick-a-Pic. `perturb` writes captions that do not fit good images, or pairs of answers to original
-and perturbed videos. Run the same `sample`, or `perturb` of videos, again to resume it.
+`sample` generates several images for each prompt. `label` turns them, or images of one's own, into preference pairs by
+rewards, or relabels existing pairs: a parquet file with the columns of Pick-a-Pic. `perturb` writes captions that do
+not fit good images, or pairs of answers to original and perturbed videos. Run the same `sample`, or `perturb` of
+videos, again to resume it.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmalign.cli.generate import (
     add_sampling_arguments,
@@ -17,10 +20,14 @@ from mmalign.cli.generate import (
     read_prompts,
     read_sampling,
 )
+from mmalign.cli.pair_source import add_source_arguments, read_source
 from mmalign.cli.perturb_videos import add_video_arguments, perturb_videos, refuse_video_options
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
-from mmalign.core.progress import track
+from mmalign.core.progress import note, track
+
+if TYPE_CHECKING:
+    from mmalign.scoring.pictures import Picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="seed from which all image seeds are derived (default %(default)s)",
     )
-    label = actions.add_parser("label", help="score the images and write preference pairs")
-    label.add_argument("images", metavar="DIR", help="output folder of `mmalign pairs sample`")
+    label = actions.add_parser("label", help="score images and write preference pairs, or relabel existing pairs")
+    label.add_argument(
+        "source",
+        metavar="DIR|FILE|HUB ID",
+        help="output folder of `mmalign pairs sample`, existing pairs as data.pairs takes them, or a folder of images",
+    )
+    add_source_arguments(label)
+    label.add_argument(
+        "--folder-prompts", action="store_true", help="the names of the folders are the prompts of the images in them"
+    )
     label.add_argument(
         "--reward", required=True, metavar="R,R2:0.5", help="rewards, each with an optional weight (default 1)"
     )
@@ -164,8 +179,6 @@ def _label(args: argparse.Namespace) -> int:
     if args.mode == "best-worst" and args.temperature != 1.0:
         raise UserError("--temperature applies to --mode bradley-terry or calibrated only; best-worst does not sample")
 
-    from mmalign.core.io.images import find_images
-    from mmalign.core.io.parquet import open_parquet
     from mmalign.scoring import labelling
     from mmalign.scoring.chosen import load_weighted_rewards, parse_rewards
 
@@ -177,13 +190,73 @@ def _label(args: argparse.Namespace) -> int:
         pairs_per_prompt=args.pairs_per_prompt,
         seed=args.seed,
     )
-    weights = parse_rewards(args.reward)
-    images = find_images(args.images)
-    rewards = load_weighted_rewards(weights, labelling.image_prompts(images))
-    with track(open_parquet(images).metadata.num_rows, "label") as job:
-        counts = labelling.label_pairs(images, rewards, args.out, settings, progress=job.advance)
+    weights, source = parse_rewards(args.reward), _to_label(args)
+    rewards = load_weighted_rewards(weights, source.prompts)
+    with track(source.images, "label") as job:
+        counts = labelling.label_pictures(
+            source.pictures,
+            rewards,
+            args.out,
+            settings,
+            source=args.source,
+            metadata=source.metadata,
+            progress=job.advance,
+        )
     print(f"{counts}: {args.out}")
     return 0
+
+
+class _ToLabel(NamedTuple):
+    """Pictures to label, their number and prompts, and what the pairs record about them."""
+
+    pictures: Iterable[Picture]
+    images: int
+    prompts: list[str]
+    metadata: dict[str, Any]
+
+
+def _to_label(args: argparse.Namespace) -> _ToLabel:
+    """Return the pictures of sampled images, of a folder of one's own, or of existing pairs."""
+    from mmalign.core.io.images import find_images
+    from mmalign.core.io.parquet import open_parquet, read_metadata
+    from mmalign.scoring import pictures as of
+
+    path = Path(args.source)
+    if (path / "images.parquet").is_file() or (path / "parts").is_dir() or (path.is_file() and of.is_sampled(path)):
+        images = find_images(path)
+        _refuse_source_options(args, "the images of `mmalign pairs sample`")
+        rows, settings = open_parquet(images).metadata.num_rows, read_metadata(images).get("settings", {})
+        return _ToLabel(of.sampled_pictures(images), rows, of.sampled_prompts(images), {"sampling": settings})
+    metadata = {"source": args.source}
+    if path.is_dir() and of.holds_pictures(path) and args.columns is None and not _lists_pairs(path):
+        pictures = of.own_pictures(args.source, args.prompt, folder_prompts=args.folder_prompts)[: args.limit]
+        return _ToLabel(pictures, len(pictures), of.distinct_prompts(pictures), metadata)
+    if args.folder_prompts:
+        raise UserError("--folder-prompts applies to a folder of images, and this source holds pairs; remove it")
+
+    from mmalign.data.pairs import read_pairs
+
+    table = read_pairs(args.source, read_source(args, ties="keep"))
+    note(f"{args.source}: {table.counts}")
+    return _ToLabel(of.pictures_of_pairs(table), 2 * len(table), table.prompts, metadata)
+
+
+def _lists_pairs(folder: Path) -> bool:
+    """Tell whether the metadata in a folder of images lists pairs of them."""
+    from mmalign.config.sections import DataConfig
+    from mmalign.core.files import visible
+    from mmalign.core.io.tables import TABLE_SUFFIXES, Table
+    from mmalign.data.readers.layouts import holds_pairs
+
+    tables = [path for path in visible(folder, "**/metadata.*") if path.suffix.lower() in TABLE_SUFFIXES]
+    return bool(tables) and holds_pairs(Table(tables[0]).columns, DataConfig())
+
+
+def _refuse_source_options(args: argparse.Namespace, what: str) -> None:
+    given = [name for name in ("columns", "limit", "prompt") if getattr(args, name) is not None]
+    given += ["folder-prompts"] if args.folder_prompts else []
+    if given:
+        raise UserError(f"--{given[0]} does not apply to {what}; remove it")
 
 
 def _perturb(args: argparse.Namespace) -> int:

@@ -2,7 +2,8 @@
 
 INPUT is a folder, a glob, a file, a table (JSONL, CSV, TSV, parquet) with a column image or video and a column prompt,
 or a webdataset tar. Prompts of files come from metadata.jsonl beside them (as `mmalign generate` writes it), from
-NAME.txt, or from --prompt. Run the same command again to resume, and to score only new or changed files.
+NAME.txt or NAME.caption, or from --prompt. Run the same command again to resume, and to score only new or changed
+files.
 
 Exit code 3: done, but some items have no score (their column `error` says why).
 """

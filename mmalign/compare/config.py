@@ -18,6 +18,8 @@ them under one budget:
       - {name: dpo, train: shapes/diffusion_dpo, overrides: [output=runs/versus/dpo]}
     budget: {images: 20000}
 
+A system may also be a folder of images made elsewhere, `{name: other, images: pictures/other}`.
+
 With `training_seeds: [0, 1, 2]` each of them is trained once from each seed, and counts as the mean of its replicas.
 `diversity: shapes-clip` adds how much the images of one prompt differ, measured by that reward's image embeddings.
 """
@@ -112,6 +114,10 @@ class CompareConfig(SystemsConfig):
         titles = [reward.title for reward in self.rewards]
         no_duplicates("rewards", "label", titles)
         self._check_diversity(titles)
+        if self.guidance_control and next(one for one in self.systems if one.name == self.baseline_name).images:
+            raise ValueError(
+                f"guidance_control: the baseline '{self.baseline_name}' is images, which cannot be redrawn"
+            )
         if len(names) == 1 and self.guidance_control is None:
             raise ValueError(f"systems: only '{names[0]}'; give a second one, or guidance_control to compare it with")
         for reward in self.guidance_control.rewards if self.guidance_control else []:

@@ -11,6 +11,7 @@ Systems that are trained here lie in their configs' output. A second run trains,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from mmalign.compare.config import (
 from mmalign.compare.images.diversity import check_diversity, measure_diversity
 from mmalign.compare.images.draw import ModelHolder, draw_system
 from mmalign.compare.images.guidance_control import control_prompts, run_control
+from mmalign.compare.images.made import MadeImages, match_images
 from mmalign.compare.images.scoring import score_all
-from mmalign.compare.images.store import ImageStore
+from mmalign.compare.images.store import Images, ImageStore
 from mmalign.compare.results.comparison import Comparison
 from mmalign.compare.results.results import build_results
 from mmalign.compare.results.training_seeds import gather_scores, merge_systems, replica_names
@@ -71,7 +73,11 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     if config.diversity is not None:
         check_diversity(config.diversity)
     validation = control_prompts(config)
-    facts = train_and_read(config, partial(_read, config), train=train, retrain=retrain)
+    texts = [prompt.text for prompt in prompts]
+    made = {
+        one.name: match_images(one.images, texts, config.seeds) for one in config.systems if one.images is not None
+    }
+    facts = train_and_read(config, partial(_read, config, made), train=train, retrain=retrain)
     systems, replicas = merge_systems(config, facts)
     models = ModelHolder(config.precision)
     sweep = None
@@ -80,7 +86,7 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
         control, sweep = run_control(config, config.guidance_control, baseline, validation, prompts, models)
         systems = _insert_after(systems, baseline.name, control)
         facts[control.name] = control
-    stores = _draw(config, facts, prompts, models)
+    stores = _draw(config, facts, prompts, models, made)
     models.close()
     names, cache = replica_names([*systems], replicas), Path(config.output) / "cache"
     ordered = {name: stores[name] for held in names.values() for name in held}
@@ -104,8 +110,10 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     )
 
 
-def _read(config: CompareConfig, replica: Replica, model: str) -> SystemFacts:
+def _read(config: CompareConfig, made: Mapping[str, MadeImages], replica: Replica, model: str) -> SystemFacts:
     system, name = replica.system, replica.name
+    if name in made:
+        return made[name].facts(name, model, system.trained_on)
     guidance = config.guidance if system.guidance is None else system.guidance
     facts = read_system(name, model, guidance, system.trained_on, system.adapter_scale)
     if facts.remark and name == system.name:
@@ -114,14 +122,20 @@ def _read(config: CompareConfig, replica: Replica, model: str) -> SystemFacts:
 
 
 def _draw(
-    config: CompareConfig, facts: dict[str, SystemFacts], prompts: list[Prompt], models: ModelHolder
-) -> dict[str, ImageStore]:
+    config: CompareConfig,
+    facts: dict[str, SystemFacts],
+    prompts: list[Prompt],
+    models: ModelHolder,
+    made: Mapping[str, MadeImages],
+) -> dict[str, Images]:
     """Complete the images of all systems."""
-    stores: dict[str, ImageStore] = {}
+    drawn: dict[str, ImageStore] = {}
     for name in sorted(facts, key=lambda name: name != config.baseline_name):  # the control copies from the baseline
-        source = stores.get(config.baseline_name) if facts[name].control else None
-        stores[name] = draw_system(config, facts[name], prompts, Path(config.output) / "images", models, source)
-    return stores
+        if name in made:
+            continue
+        source = drawn.get(config.baseline_name) if facts[name].control else None
+        drawn[name] = draw_system(config, facts[name], prompts, Path(config.output) / "images", models, source)
+    return {**made, **drawn}
 
 
 def _insert_after(systems: dict[str, SystemFacts], name: str, new: SystemFacts) -> dict[str, SystemFacts]:

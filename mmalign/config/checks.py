@@ -140,14 +140,18 @@ def _check_source(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
         yield ConfigIssue(
             ("data", given[0]), f"method '{name}' learns from {needed}, not from {given[0]}; give {keys} instead"
         )
-    if data.get("min_margin") is not None and given == ["prompts"]:
-        yield ConfigIssue(("data", "min_margin"), "applies to pairs only, and data.prompts holds none; remove it")
+    for key in ("min_margin", "columns", "default_prompt", "streaming") if given == ["prompts"] else ():
+        if data.get(key) not in (None, False):
+            yield ConfigIssue(("data", key), "applies to pairs only, and data.prompts holds none; remove it")
 
 
 _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
     False: {"data": ("frames", "fps"), "evaluate": ("questions", "max_new_tokens")},
     True: {
-        "data": ("ties", "resolution", "crop", "flip", "caption_dropout"),
+        "data": (
+            *("ties", "resolution", "crop", "flip", "caption_dropout"),
+            *("columns", "default_prompt", "streaming"),
+        ),
         "evaluate": ("prompts", "rewards", "steps", "guidance"),
     },
 }

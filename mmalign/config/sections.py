@@ -39,18 +39,81 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Growth = Annotated[float, Field(gt=1)]
 
 
+class ColumnsConfig(StrictModel):
+    """Which columns of a table hold what, where their names do not say it; the others are found by their names.
+
+    A pair is a row with `chosen` and `rejected`, or a row with two images and a label each; or it is made of two rows
+    with one image each, of the same prompt and a different `rank` or `score`.
+    """
+
+    prompt: str | None = None
+    """the prompt"""
+    chosen: str | None = None
+    """the preferred image"""
+    rejected: str | None = None
+    """the other image"""
+    image_0: str | None = None
+    """the first image; `label_0` and `label_1` say which one is preferred"""
+    image_1: str | None = None
+    """the second image"""
+    label_0: str | None = None
+    """how much the first image is preferred; the larger label wins, equal ones are a tie"""
+    label_1: str | None = None
+    """how much the second image is preferred"""
+    score_0: str | None = None
+    """the score of the first, or chosen, image; margins are made of both scores"""
+    score_1: str | None = None
+    """the score of the other"""
+    image: str | None = None
+    """the only image of a row; rows of one prompt make pairs"""
+    rank: str | None = None
+    """its place among the images of its prompt; lower is better"""
+    score: str | None = None
+    """its rating; higher is better, a list counts as its mean"""
+    group: str | None = None
+    """what the rows to compare have in common besides their prompt, such as a prompt's id"""
+    category: str | None = None
+    """the category of the prompt"""
+    id: str | None = None
+    """the id of the pair"""
+
+    @model_validator(mode="after")
+    def _one_kind_of_row(self) -> ColumnsConfig:
+        for both in (("chosen", "rejected"), *((f"{kind}_0", f"{kind}_1") for kind in ("image", "label", "score"))):
+            if [getattr(self, name) for name in both].count(None) == 1:
+                raise ValueError(f"{' and '.join(both)} belong together; give both or neither")
+        given = [name for name in ("chosen", "image_0", "image") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; keep one")
+        if self.rank is not None and self.score is not None:
+            raise ValueError("rank and score exclude each other; keep one")
+        if self.image is not None and self.rank is None and self.score is None:
+            raise ValueError("image needs rank or score, the column by which images of one prompt are compared")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given_alone(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if value is not None}
+
+
 class DataConfig(StrictModel):
     """The training data: exactly one of `pairs`, `labels` and `prompts`."""
 
     pairs: str | None = None
-    """preference pairs (or, for methods that learn from good images, the chosen ones): a parquet, JSON or JSONL
-    file, a folder, or a `datasets` hub id"""
+    """preference pairs (or, for methods that learn from good images, the chosen ones): a table, a folder, a tar, a
+    glob or several of them with commas, or a hub id `organisation/name[@revision][:[config/]split]`"""
     prompts: str | None = None
     """prompts of an online method: a built-in name or a CSV, TSV, JSONL or TXT file"""
     labels: str | None = None
     """single images, each good or bad: a parquet, JSONL, CSV or TSV file; or pairs (chosen good, rejected bad)"""
     caption_column: str = "caption"
     """the column that holds the prompt"""
+    columns: ColumnsConfig | None = None
+    """which columns of the pairs hold what, {chosen: good_image, ...}; null: known by their names"""
+    default_prompt: str | None = None
+    """prompt of images in folders and tars that have none of their own; null: that is an error"""
+    streaming: bool = False
+    """read a data set of the hub over the network as it is needed, without downloading it first"""
     ties: Literal["drop", "keep"] = "drop"
     """pairs without a winner: dropped and counted, or kept"""
     min_margin: float | None = Field(None, ge=0)
@@ -78,10 +141,23 @@ class DataConfig(StrictModel):
             raise ValueError("frames and fps exclude each other; keep one")
         return self
 
+    @field_validator("pairs", mode="before")
+    @classmethod
+    def _joined(cls, given: Any) -> Any:
+        # A list of files is written as one text, the form that the command line gives.
+        return ",".join(given) if isinstance(given, list) and all(isinstance(one, str) for one in given) else given
+
+    @model_validator(mode="after")
+    def _one_name_of_the_prompt(self) -> DataConfig:
+        if self.columns is not None and self.columns.prompt is not None and self.caption_column != "caption":
+            raise ValueError("caption_column and columns.prompt both name the prompt; keep one")
+        return self
+
     @model_serializer(mode="wrap")
     def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Image models are trained on data without frames, so the record of their training leaves these keys out.
-        return {key: value for key, value in write(self).items() if value is not None or key not in ("frames", "fps")}
+        # The record of a training leaves out keys that it does not use: those of videos, those of unusual sources.
+        idle = {"frames": None, "fps": None, "columns": None, "default_prompt": None, "streaming": False}
+        return {key: value for key, value in write(self).items() if key not in idle or value != idle[key]}
 
 
 class AdapterConfig(StrictModel):

@@ -20,8 +20,9 @@ from mmalign.core.io.images import Media
 from mmalign.core.io.tables import TABLE_SUFFIXES, Table, column, file_columns
 from mmalign.core.resources import find
 from mmalign.data.pairs import PairTable, read_pairs
+from mmalign.data.readers.layouts import ID_COLUMNS, holds_pairs
+from mmalign.data.readers.rows import as_media
 from mmalign.data.readers.source import check_unique, choose_caption_column, id_of
-from mmalign.data.readers.tabular import ID_COLUMNS, as_media
 
 LABEL_COLUMN, REJECTED_COLUMN = "label", "caption_rejected"
 _WORDS = {"good": True, "true": True, "1": True, "bad": False, "false": False, "0": False}
@@ -149,8 +150,10 @@ def _open(source: str, config: DataConfig, good_only: bool) -> _Labels:
         return _pair_labels(source, config, good_only)
     table = Table(find(source))
     labelled = LABEL_COLUMN in table.columns or REJECTED_COLUMN in table.columns
-    if not labelled and suffix in (".parquet", ".jsonl"):  # in which pairs come too
+    if not labelled and (suffix in (".parquet", ".jsonl") or holds_pairs(table.columns, config)):
         return _pair_labels(source, config, good_only)
+    if config.columns is not None:
+        raise UserError(f"{table.path}: a table of labelled images, and data.columns applies to pairs; remove it")
     return _TableLabels(table, _Columns(table.columns, config.caption_column, str(table.path)))
 
 
@@ -207,7 +210,7 @@ class _TableLabels:
 def _pair_labels(source: str, config: DataConfig, good_only: bool) -> _PairLabels:
     if config.ties == "keep":
         raise UserError("data.ties keep: an image of a pair without a winner is neither good nor bad; remove it")
-    return _PairLabels(read_pairs(source, config.model_copy(update={"limit": None})), good_only)
+    return _PairLabels(read_pairs(source, config), good_only)  # of n pairs come at least n images
 
 
 class _PairLabels:

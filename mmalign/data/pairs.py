@@ -1,33 +1,24 @@
 """Preference pairs from any usual source, as one table whose images are read only on access to a pair.
 
-Sources: Pick-a-Pic columns in parquet files, a directory of them or a `datasets` hub id
-(`mmalign.data.readers.tabular`); HPDv2-style JSON, JSON or JSONL with `prompt, chosen, rejected`, folders `chosen/`
-and `rejected/` (or `w/` and `l/`; `mmalign.data.readers.listed`).
+Sources: tables in the layouts of published sets (`mmalign.data.readers.layouts`) as parquet, JSON, JSONL, CSV, TSV or
+a `datasets` hub id; folders `chosen/` and `rejected/` (or `w/` and `l/`) and tars (`mmalign.data.readers.listed`); and
+folders, globs and lists of all of these (`mmalign.data.readers.opening`).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
-from mmalign.core.files import is_dir, visible
 from mmalign.core.hashing import uniform
 from mmalign.core.io.images import Media
-from mmalign.core.progress import note
-from mmalign.core.resources import find
-from mmalign.data.readers.listed import paired_folders, read_folder_pairs, read_json_pairs
+from mmalign.data.readers.opening import open_source
 from mmalign.data.readers.source import Candidate, PairSource, check_unique
-from mmalign.data.readers.tabular import ParquetPairs, load_hub_pairs, load_saved_pairs
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.]+)?")
-_FILE_SUFFIXES = (".parquet", ".json", ".jsonl")
-_SHARD = re.compile(r"(\w+?)-\d+-of-\d+")  # as the hub names parquet files: train-00000-of-00645-HASH.parquet
 
 
 @dataclass(frozen=True)
@@ -35,7 +26,8 @@ class PairRecord:
     """One preference: `chosen` was preferred to `rejected` for `prompt`; images are encoded bytes or paths.
 
     `margin` is the score of chosen minus the score of rejected where the source has scores (negative where a noisy
-    label contradicts them). A tie that was kept has its sides in random order and `tie` set.
+    label contradicts them). A tie that was kept has its sides in random order and `tie` set. `category` is that of the
+    prompt, empty where the source has none.
     """
 
     prompt: str
@@ -44,6 +36,7 @@ class PairRecord:
     id: str
     margin: float | None = None
     tie: bool = False
+    category: str = ""
 
 
 @dataclass
@@ -56,6 +49,8 @@ class PairCounts:
     ties_dropped: int = 0
     unlabelled: int = 0
     below_margin: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    """rows that are no comparison, by what they lack"""
 
     def __str__(self) -> str:
         """Return the counts as one line, without the zeros."""
@@ -64,6 +59,7 @@ class PairCounts:
             "ties dropped": self.ties_dropped,
             "without a label": self.unlabelled,
             "below min_margin": self.below_margin,
+            **self.faults,
         }
         return f"{self.kept} pairs kept{ties} of {self.read} read" + "".join(
             f", {count} {what}" for what, count in dropped.items() if count
@@ -87,13 +83,15 @@ class PairTable:
         self._swapped, self._ties = array("b"), array("b")
         self._margins = array("d")
         self.score_range = (math.inf, -math.inf)
+        self._category_of, categories = array("l"), dict[str, int]()
         seen: dict[str, int] = {}
         for candidate in source.candidates():
             if self._keep(candidate, config):
                 self._append(candidate, seen)
+                self._category_of.append(categories.setdefault(candidate.category, len(categories)))
             if config.limit is not None and len(self) >= config.limit:
                 break
-        self.prompts = list(seen)
+        self.prompts, self._categories = list(seen), list(categories)
         check_unique(self.ids, self.name)
 
     def __len__(self) -> int:
@@ -116,6 +114,7 @@ class PairTable:
             id=self.ids[index],
             margin=None if math.isnan(margin) else margin,
             tie=bool(self._ties[index]),
+            category=self._categories[self._category_of[index]],
         )
 
     def prompt_index(self, index: int) -> int:
@@ -152,6 +151,9 @@ class PairTable:
     def _keep(self, candidate: Candidate, config: DataConfig) -> bool:
         counts = self.counts
         counts.read += 1
+        if candidate.fault:
+            counts.faults[candidate.fault] += 1
+            return False
         if math.isnan(candidate.label_0) or math.isnan(candidate.label_1):
             counts.unlabelled += 1
             return False
@@ -187,70 +189,19 @@ class PairTable:
         self._margins.append(-margin if swapped else margin)
 
 
-def open_source(source: str, caption_column: str = "caption") -> PairSource:
-    """Return the reader for a source: chosen by suffix or by the files in a directory; anything else is a hub id.
-
-    Raises:
-        UserError: nothing is there, or it is in no known format.
-    """
-    try:
-        path = find(source)
-    except UserError:
-        first = Path(source).parts[0] if source else ""
-        is_local = Path(source).suffix in _FILE_SUFFIXES or is_dir(first)
-        if _HUB_ID.fullmatch(source) and not is_local:
-            return load_hub_pairs(source, caption_column)
-        raise
-    if path.is_dir():
-        return _open_directory(path, caption_column)
-    match path.suffix.lower():
-        case ".parquet":
-            return ParquetPairs(str(path), [path], caption_column)
-        case ".json" | ".jsonl":
-            return read_json_pairs(path, caption_column)
-        case suffix:
-            raise UserError(f"{path}: pairs are not read from '{suffix}' files; use {', '.join(_FILE_SUFFIXES)}")
-
-
-def _open_directory(path: Path, caption_column: str) -> PairSource:
-    folders = paired_folders(path)
-    if folders:
-        return read_folder_pairs(*folders)
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        return load_saved_pairs(path, caption_column)
-    files = _training_split(path, visible(path, "**/*.parquet"))
-    if files:
-        return ParquetPairs(str(path), files, caption_column)
-    raise UserError(
-        f"{path}: holds no pairs; expected *.parquet with Pick-a-Pic columns, folders chosen/ and rejected/, "
-        "or a data set saved by `datasets`"
-    )
-
-
-def _training_split(folder: Path, files: list[Path]) -> list[Path]:
-    """Return the files of the split "train" where a folder holds several, as copies of hub data sets do."""
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        shard = _SHARD.match(file.name)
-        splits.setdefault(shard[1] if shard else "", []).append(file)
-    if "train" not in splits or len(splits) == 1:
-        return files
-    others = ", ".join(f"{name or 'other files'} ({len(held)})" for name, held in splits.items() if name != "train")
-    note(f"{folder}: reading the split train ({len(splits['train'])} files) and leaving out {others}")
-    return splits["train"]
-
-
 def read_pairs(source: str, config: DataConfig) -> PairTable:
-    """Return the pairs of a file, a directory or a hub id, filtered as `config` says; no image is read yet.
+    """Return the pairs of a source (see the module), filtered as `config` says; no image is read yet.
 
-    `config` gives `caption_column`, `ties`, `min_margin` and `limit` (the first pairs that pass the filter).
+    `config` gives `caption_column`, `columns`, `default_prompt`, `streaming`, `ties`, `min_margin` and `limit` (the
+    first pairs that pass the filter).
 
     Raises:
         UserError: no such source, a missing column (those found are listed), an empty source, or nothing left.
     """
-    table = PairTable(open_source(source, config.caption_column), config)
+    table = PairTable(open_source(source, config), config)
     if not table.counts.read:
         raise UserError(f"{source}: holds no pairs")
     if not len(table):
-        raise UserError(f"{source}: {table.counts}; try data.ties: keep, a smaller data.min_margin, or label it anew")
+        fix = "; try data.ties: keep, a smaller data.min_margin, or label it anew"
+        raise UserError(f"{source}: {table.counts}{'' if table.counts.faults.total() == table.counts.read else fix}")
     return table

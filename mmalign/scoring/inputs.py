@@ -1,7 +1,7 @@
 """Find the items to score: folders, globs and files, tables that name media, webdataset tars.
 
 Prompts come from a table's column, from `metadata.jsonl` or `metadata.csv` beside the files (as `mmalign generate` and
-the image folders of `datasets` write it), from a `.txt` of the same name, or are the same for all.
+the image folders of `datasets` write it), from a `.txt` or `.caption` of the same name, or are the same for all.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from mmalign.core.files import LeftOut, exists, is_file, visible
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.decode import SUFFIXES
 from mmalign.core.io.items import Item, stamp_of
+from mmalign.core.io.sidecars import prompt_beside
 from mmalign.core.io.tables import TABLE_SUFFIXES, column, file_columns, prompt_column, read_rows, table_items
+from mmalign.core.io.tars import is_tar, tar_items
 from mmalign.core.progress import note
 from mmalign.core.resources import find
-from mmalign.scoring.tars import is_tar, tar_items
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 OWN_GRID = "grid.png"
@@ -130,7 +131,7 @@ class _Prompts:
             listed = self._listed(folder).get(path.relative_to(folder).as_posix())
             if listed is not None:
                 return listed
-        return _read_sidecar(path.with_suffix(".txt"))
+        return prompt_beside(path)
 
     def lists_others(self, path: Path) -> bool:
         """Tell whether the metadata beside a file lists other files and not this one."""
@@ -160,13 +161,6 @@ def _read_metadata(folder: Path) -> dict[str, str | None]:
                 raise UserError(f"{listing}: record {number}: '{file}' has another prompt before; keep one")
         return prompts
     return {}
-
-
-def _read_sidecar(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8-sig").strip() if is_file(path) else None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text, and so no prompt") from None
 
 
 def _hint(text: str, modality: str) -> str:

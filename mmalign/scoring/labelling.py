@@ -1,4 +1,6 @@
-"""Turn sampled images into preference pairs by a reward: best against worst, Bradley-Terry draws, Pareto frontiers.
+"""Turn pictures into preference pairs by a reward: best against worst, Bradley-Terry draws, Pareto frontiers.
+
+The pictures are sampled images, one's own, or those of existing pairs, which the reward confirms or flips.
 
 Bradley-Terry (1952): P(i is preferred to j) = sigmoid((score_i - score_j) / temperature). Frontiers and calibrated
 scores: `mmalign.scoring.calibration`.
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations, groupby
 from pathlib import Path
@@ -19,23 +21,14 @@ import pyarrow as pa
 
 from mmalign.core.errors import UserError
 from mmalign.core.hashing import content_key, uniform
-from mmalign.core.io.columns import missing_columns
-from mmalign.core.io.items import Item
-from mmalign.core.io.parquet import (
-    ForwardReader,
-    RowWriter,
-    atomic_parquet,
-    iterate_columns,
-    open_parquet,
-    read_metadata,
-)
+from mmalign.core.io.parquet import RowWriter, atomic_parquet, read_metadata
 from mmalign.core.progress import note
 from mmalign.core.seeds import derive_seed
 from mmalign.scoring.calibration import Merits, frontier_pairs, win_rates
 from mmalign.scoring.choice import WeightedReward, weighted_total
 from mmalign.scoring.engine import Scored, score_items
+from mmalign.scoring.pictures import Picture, check_sampled, sampled_pictures
 
-SOURCE_COLUMNS = ("prompt", "prompt_id", "seed", "image", "model")
 PAIR_SCHEMA = pa.schema(
     [
         ("caption", pa.string()),
@@ -93,11 +86,17 @@ class LabelSettings:
 
 TIE, CLOSE = "as ties", "below min_margin"
 NOT_FINITE, SINGLE = "with scores that are not finite", "with a single image"
+UNREADABLE = "with an image that cannot be read"
+SHOWN_FAULTS = 5
+"""Prompts whose pictures cannot be read that are named; all are counted."""
 
 
 @dataclass
 class LabelCounts:
-    """Counts of prompts and pairs; `margin_sum` adds score(chosen) - score(rejected) over the pairs kept."""
+    """Counts of prompts and pairs; `margin_sum` adds score(chosen) - score(rejected) over the pairs kept.
+
+    Of existing pairs each counts as a prompt of its own; `flipped` ones got another winner, `decided` ones were ties.
+    """
 
     prompts: int = 0
     images: int = 0
@@ -108,11 +107,17 @@ class LabelCounts:
     """ties and pairs below min_margin, whether or not their prompt gave others"""
     against_score: int = 0
     margin_sum: float = 0.0
+    relabelled: bool = False
+    flipped: int = 0
+    decided: int = 0
 
     def __str__(self) -> str:
         """Return the counts as one line."""
         mean = self.margin_sum / self.kept if self.kept else math.nan
-        reasons = ", ".join(f"{self.left_out[reason]} {reason}" for reason in (TIE, CLOSE, NOT_FINITE, SINGLE))
+        if self.relabelled:
+            return self._of_pairs(mean)
+        shown = (TIE, CLOSE, NOT_FINITE, SINGLE, *([UNREADABLE] if self.left_out[UNREADABLE] else []))
+        reasons = ", ".join(f"{self.left_out[reason]} {reason}" for reason in shown)
         others = self.pairs_left_out - self.left_out[TIE] - self.left_out[CLOSE]
         return (
             f"{self.kept} pairs from {self.prompts - self.left_out.total()} of {self.prompts} prompts, "
@@ -122,16 +127,14 @@ class LabelCounts:
             + (f"; {others} more pairs left out as ties or below min_margin" if others else "")
         )
 
-
-def image_prompts(images: Path) -> list[str]:
-    """Return the distinct prompts of sampled images, in their order.
-
-    Raises:
-        UserError: `images` lacks a column.
-    """
-    _check_columns(images)
-    batches = (batch.column(0).to_pylist() for batch in iterate_columns(images, ("prompt",)))
-    return list(dict.fromkeys(text for batch in batches for text in batch))
+    def _of_pairs(self, mean: float) -> str:
+        decided = f", {self.decided} ties decided" if self.decided else ""
+        confirmed = self.kept - self.flipped - self.decided
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items()) or "none"
+        return (
+            f"{self.kept} of {self.prompts} pairs: {confirmed} as before, {self.flipped} flipped{decided}, "
+            f"mean margin {mean:.4g}; left out: {reasons}"
+        )
 
 
 def label_pairs(
@@ -143,59 +146,76 @@ def label_pairs(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> LabelCounts:
-    """Score sampled images and write preference pairs to `out` with the columns of Pick-a-Pic, plus score_0, score_1.
-
-    The score is the sum of weight x reward (a reward for which lower is better counts negatively), or for `calibrated`
-    the mean win rate. The side of each image is random. Everything random depends on (settings.seed, prompt,
-    images) alone. The metadata records rewards, settings and the sampling. `progress` is called with the number of
-    images newly scored. A prompt with a score that is not finite is left out, and counted.
+    """Score sampled images and write preference pairs to `out`; see `label_pictures`.
 
     Raises:
         UserError: `images` lacks a column or holds nothing, or no pair is left.
     """
+    check_sampled(images)
+    sampling = read_metadata(images).get("settings", {})
+    return label_pictures(
+        sampled_pictures(images),
+        rewards,
+        out,
+        settings,
+        source=str(images),
+        metadata={"sampling": sampling},
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def label_pictures(
+    pictures: Iterable[Picture],
+    rewards: Sequence[WeightedReward],
+    out: Path,
+    settings: LabelSettings,
+    *,
+    source: str,
+    metadata: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> LabelCounts:
+    """Score pictures and write preference pairs to `out` with the columns of Pick-a-Pic, plus score_0, score_1.
+
+    The score is the sum of weight x reward (a reward for which lower is better counts negatively), or for `calibrated`
+    the mean win rate. The side of each image is random. Everything random depends on (settings.seed, prompt,
+    images) alone. The file's metadata records rewards, settings and `metadata`. `progress` is called with the number
+    of images newly scored. A prompt with a score that is not finite, or with a picture that cannot be read, is left
+    out, and counted. `source` is for messages.
+
+    Raises:
+        UserError: no pair is left.
+    """
     if not rewards:
         raise UserError("labelling needs at least one reward")
-    _check_columns(images)
     counts = LabelCounts()
-    metadata = {
+    described = {
         "rewards": [{"name": entry.name, "weight": entry.weight} for entry in rewards],
         "labelling": asdict(settings),
-        "sampling": read_metadata(images).get("settings", {}),
+        **(metadata or {}),
     }
-    with atomic_parquet(out, PAIR_SCHEMA, metadata) as writer:
-        stream = score_items(_items(images), rewards, batch_size=batch_size)
-        for _, group in groupby(stream, key=lambda scored: scored.item.extra["prompt_id"]):
+    with atomic_parquet(out, PAIR_SCHEMA, described) as writer:
+        stream = score_items((picture.item() for picture in pictures), rewards, batch_size=batch_size)
+        for _, group in groupby(stream, key=lambda scored: scored.item.extra.group):
             members = list(group)
-            parts = [_weighted(scored, rewards, quiet=NOT_FINITE in counts.left_out) for scored in members]
+            parts = [_weighted(scored, rewards, counts) for scored in members]
             _label_prompt([scored.item.extra for scored in members], parts, settings, counts, writer)
             if progress is not None:
                 progress(len(members))
         if not counts.kept:
-            raise UserError(f"{images}: no pair is left to write ({counts})")
+            raise UserError(f"{source}: no pair is left to write ({counts})")
     return counts
 
 
-def _check_columns(images: Path) -> None:
-    found = open_parquet(images).schema_arrow.names
-    lacking = [name for name in SOURCE_COLUMNS if name not in found]
-    if lacking:
-        raise missing_columns(str(images), lacking, found, "; give what `mmalign pairs sample` wrote")
-
-
-def _items(images: Path) -> Iterator[Item]:
-    """Yield the sampled images in their order; the row comes with each."""
-    reader = ForwardReader(images, SOURCE_COLUMNS)
-    for index in range(len(reader)):
-        row = reader.row(index)
-        yield Item(f"image of '{row['prompt']}'", row["image"], row["prompt"], extra=row)
-
-
-def _weighted(scored: Scored, rewards: Sequence[WeightedReward], *, quiet: bool) -> list[float]:
-    """Return weight x reward for each; more is better."""
+def _weighted(scored: Scored, rewards: Sequence[WeightedReward], counts: LabelCounts) -> list[float]:
+    """Return weight x reward for each, more is better; nothing where the picture has no score."""
     if scored.error:
-        raise UserError(f"{scored.item.name}: {scored.error}")
+        if counts.left_out[UNREADABLE] < SHOWN_FAULTS:
+            note(f"{scored.item.name}: {scored.error}; what belongs to it is left out")
+        return []
     broken = [(name, value) for name, value in scored.scores.items() if not math.isfinite(value)]
-    if broken and not quiet:
+    if broken and NOT_FINITE not in counts.left_out:
         note(
             f"reward '{broken[0][0]}' gave {broken[0][1]} for an {scored.item.name}; "
             "prompts with such a score are left out, and counted at the end"
@@ -204,7 +224,7 @@ def _weighted(scored: Scored, rewards: Sequence[WeightedReward], *, quiet: bool)
 
 
 def _label_prompt(
-    group: Sequence[Mapping[str, Any]],
+    group: Sequence[Picture],
     parts: Merits,
     settings: LabelSettings,
     counts: LabelCounts,
@@ -212,8 +232,10 @@ def _label_prompt(
 ) -> None:
     counts.prompts += 1
     counts.images += len(group)
-    if len(group) < 2 or not all(math.isfinite(part) for row in parts for part in row):
-        counts.left_out[SINGLE if len(group) < 2 else NOT_FINITE] += 1
+    counts.relabelled = group[0].pair is not None
+    fault = _fault(parts)
+    if fault:
+        counts.left_out[fault] += 1
         return
     if settings.mode == "calibrated":
         parts = win_rates(parts, settings.temperature)
@@ -221,22 +243,32 @@ def _label_prompt(
     else:
         scores = [sum(row) for row in parts]
     kept_before, reason = counts.kept, TIE
-    uids = [f"{row['prompt_id']}-{row['seed']:016x}" for row in group]
-    for better, worse in _choose(scores, parts, group[0]["prompt_id"], settings):
+    for better, worse in _choose(scores, parts, group[0].group, settings):
         margin = scores[better] - scores[worse]
         if margin == 0 or margin < settings.min_margin:
             counts.pairs_left_out += 1
             reason = CLOSE if margin else reason
             continue
-        name = content_key(uids[better], uids[worse])[:16]
+        name = group[0].pair or content_key(group[better].uid, group[worse].uid)[:16]
         chosen, rejected = (worse, better) if _is_upset(margin, name, settings) else (better, worse)
         sides = (chosen, rejected) if uniform(settings.seed, "side", name) < 0.5 else (rejected, chosen)
-        writer.add(_pair_row([(group[i], uids[i], scores[i], float(i == chosen)) for i in sides], name))
+        writer.add(_pair_row([(group[i], scores[i], float(i == chosen)) for i in sides], name))
         counts.kept += 1
+        counts.flipped += group[chosen].chosen is False
+        counts.decided += counts.relabelled and group[chosen].chosen is None
         counts.against_score += chosen == worse
         counts.margin_sum += scores[chosen] - scores[rejected]
     if counts.kept == kept_before:
         counts.left_out[reason] += 1
+
+
+def _fault(parts: Merits) -> str:
+    """Return why a prompt gives no pair, by the scores of its pictures; empty where it may give some."""
+    if not all(parts):
+        return UNREADABLE
+    if len(parts) < 2:
+        return SINGLE
+    return "" if all(math.isfinite(part) for row in parts for part in row) else NOT_FINITE
 
 
 def _choose(scores: Sequence[float], parts: Merits, name: str, settings: LabelSettings) -> list[tuple[int, int]]:
@@ -261,16 +293,16 @@ def _is_upset(margin: float, name: str, settings: LabelSettings) -> bool:
     return flipped != (uniform(settings.seed, "preference", name) < upset_probability)
 
 
-def _pair_row(sides: Sequence[tuple[Mapping[str, Any], str, float, float]], name: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"caption": sides[0][0]["prompt"], "has_label": True, "ranking_id": name}
-    for number, (image, uid, score, label) in enumerate(sides):
+def _pair_row(sides: Sequence[tuple[Picture, float, float]], name: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"caption": sides[0][0].prompt, "has_label": True, "ranking_id": name}
+    for number, (picture, score, label) in enumerate(sides):
         row |= {
-            f"jpg_{number}": image["image"],
+            f"jpg_{number}": picture.read(),
             f"label_{number}": label,
             f"score_{number}": score,
-            f"image_{number}_uid": uid,
-            f"model_{number}": image["model"],
+            f"image_{number}_uid": picture.uid,
+            f"model_{number}": picture.model,
         }
         if label:
-            row["best_image_uid"] = uid
+            row["best_image_uid"] = picture.uid
     return row

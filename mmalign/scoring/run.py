@@ -82,7 +82,7 @@ def score_files(inputs: Sequence[str], chosen: Sequence[Choice], out: Path, sett
     modality = common_modality(chosen)
     items = find_items(inputs, modality, settings.prompt).items
     needing = [choice.label for choice in chosen if "prompts" in reward_class(choice.name).needs]
-    fix = "give a column 'prompt', metadata.jsonl or NAME.txt beside the files, or --prompt TEXT"
+    fix = "give a column 'prompt', metadata.jsonl, NAME.txt or NAME.caption beside the files, or --prompt TEXT"
     _check_prompts(items, needing, settings.skip_bad, fix)
     prompts = list(dict.fromkeys(item.prompt for item in items if item.prompt is not None))
     rewards = load_choices(chosen, prompts, modality=modality, device=settings.device, dtype=settings.dtype)

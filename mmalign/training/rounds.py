@@ -75,7 +75,8 @@ def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Pat
     from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
     from mmalign.data.prompts import load_prompts
     from mmalign.scoring.chosen import load_weighted_rewards, parse_rewards
-    from mmalign.scoring.labelling import LabelSettings, image_prompts, label_pairs
+    from mmalign.scoring.labelling import LabelSettings, label_pairs
+    from mmalign.scoring.pictures import sampled_prompts
     from pipelines import fingerprint_model, load_generator
 
     weights, path = parse_rewards(rounds.reward), resolve_model(model)
@@ -110,7 +111,7 @@ def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Pat
     }
     if pairs.is_file() and read_metadata(pairs) == made_from:
         return pairs
-    rewards = load_weighted_rewards(weights, image_prompts(images))
+    rewards = load_weighted_rewards(weights, sampled_prompts(images))
     with track(open_parquet(images).metadata.num_rows, "label") as job:
         note(str(label_pairs(images, rewards, pairs, labelling, progress=job.advance)))
     return pairs

@@ -285,7 +285,7 @@ def test_sample_and_label_on_the_command_line(model, tmp_path, capsys):
     assert "label_noise 0.9: must be from 0 to 0.5" in capsys.readouterr().err
     out = str(tmp_path / "p.parquet")
     assert main(["pairs", "label", str(tmp_path), "--reward", "x", "--out", out]) == 2
-    assert "holds no images.parquet" in capsys.readouterr().err
+    assert "images.parquet: no column 'chosen', 'rejected'" in capsys.readouterr().err
     assert main(["pairs", "label", str(tmp_path / "s"), "--reward", "clipp", "--out", out]) == 2
     assert "did you mean" in capsys.readouterr().err
 

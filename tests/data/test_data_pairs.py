@@ -18,7 +18,8 @@ from mmalign.core.errors import UserError
 from mmalign.core.io.images import encode_png
 from mmalign.core.io.parquet import ForwardReader, atomic_parquet, read_metadata
 from mmalign.data.pairs import PairTable, read_pairs
-from mmalign.data.readers.tabular import load_hub_pairs
+from mmalign.data.readers.hub import load_hub_rows
+from mmalign.data.readers.tabular import TablePairs
 
 
 def png(level: float) -> bytes:
@@ -107,7 +108,8 @@ def test_hub_data_set_and_saved_data_set(tmp_path):
     rows = [{"caption": f"c{number}", "label_0": number % 2, "label_1": 1 - number % 2} for number in range(6)]
     (tmp_path / "org" / "name").mkdir(parents=True)
     pickapic(tmp_path / "org" / "name" / "train.parquet", rows)
-    hub = load_hub_pairs(str(tmp_path / "org" / "name"), "caption")  # a local folder takes datasets' own path
+    rows = load_hub_rows(str(tmp_path / "org" / "name"))  # a local folder takes datasets' own path
+    hub = TablePairs(rows, DataConfig())
     assert [candidate.prompt for candidate in hub.candidates()] == [f"c{number}" for number in range(6)]
     assert hub.images(3) == (png(0.0), png(1.0))
 

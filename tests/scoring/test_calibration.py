@@ -96,4 +96,4 @@ def test_label_writes_win_rates_and_pairs_of_the_frontiers(tmp_path: Path) -> No
 def test_the_command_knows_the_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["pairs", "label", str(tmp_path), "--reward", "jpeg", "--out", str(tmp_path / "pairs.parquet")]
     assert main([*arguments, "--mode", "calibrated", "--temperature", "0.5"]) == 2
-    assert "holds no images.parquet" in capsys.readouterr().err
+    assert "holds no pairs; expected" in capsys.readouterr().err

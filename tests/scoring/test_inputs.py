@@ -70,6 +70,21 @@ def test_names_and_prompts_that_repeat_in_a_tar_are_refused(tmp_path: Path) -> N
         prompts(two)
 
 
+def test_captions_beside_files_and_in_tars_have_either_suffix(tmp_path: Path) -> None:
+    for name in ("1.png", "22.05.png"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "1.caption").write_text("\ufeffone\n", encoding="utf-8")
+    (tmp_path / "22.05.caption").write_text("two")
+    assert prompts(tmp_path) == ["one", "two"]
+    (tmp_path / "1.txt").write_text("one")
+    assert prompts(tmp_path) == ["one", "two"]
+    (tmp_path / "1.txt").write_text("three")
+    with pytest.raises(UserError, match=r"1.png: 1.txt and 1.caption hold different prompts"):
+        prompts(tmp_path)
+    members = [("7.png", png()), ("7.caption", "seven"), ("7.txt", "seven")]
+    assert prompts(write_tar(tmp_path / "a.tar", members)) == ["seven"]
+
+
 def test_hidden_files_are_left_out_everywhere(tmp_path: Path) -> None:
     junk = b"\0\5\26\7"
     hidden = ["._0.png", ".hidden/0.png", "__MACOSX/0.png", "__MACOSX/._0.png", "._0.txt"]

@@ -8,6 +8,7 @@ like a reward, with paired intervals, and it decides nothing.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jaxtyping import Float
 
 from mmalign.compare.config import RewardEntry
 from mmalign.compare.images.scoring import SCORE_CHUNK, ScoreCache, describe_reward
-from mmalign.compare.images.store import ImageStore
+from mmalign.compare.images.store import Images
 from mmalign.compare.scores import RewardFacts, Scores
 from mmalign.core.errors import UserError
 from mmalign.core.progress import track
@@ -43,7 +44,7 @@ def check_diversity(entry: RewardEntry) -> None:
         )
 
 
-def measure_diversity(entry: RewardEntry, stores: dict[str, ImageStore], cache: Path) -> tuple[Scores, RewardFacts]:
+def measure_diversity(entry: RewardEntry, stores: Mapping[str, Images], cache: Path) -> tuple[Scores, RewardFacts]:
     """Return the diversity of every image of every store, and its facts for the report.
 
     Values are cached by the content of all images of a prompt, so only prompts with a new image are embedded.
@@ -105,7 +106,7 @@ def _measure(reward: Any, todo: list[tuple[Group, list[str]]], kept: ScoreCache,
         kept.save()
 
 
-def _group(store: ImageStore, index: int) -> Group:
+def _group(store: Images, index: int) -> Group:
     return tuple(store.path(index, seed) for seed in store.seeds)
 
 

@@ -6,14 +6,14 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmalign.compare.config import RewardEntry
-from mmalign.compare.images.store import ImageStore
+from mmalign.compare.images.store import Images
 from mmalign.compare.scores import RewardFacts, Scores
 from mmalign.core.errors import UserError
 from mmalign.core.files import write_atomically
@@ -83,7 +83,7 @@ class RewardScorer:
         self._kept = ScoreCache(entry, self.facts, self._reward, cache)
         self._cache = self._kept.values
 
-    def score(self, stores: dict[str, ImageStore]) -> Scores:
+    def score(self, stores: Mapping[str, Images]) -> Scores:
         """Return the score of every image of every store; only images without a cached score are scored.
 
         Raises:
@@ -129,7 +129,7 @@ class RewardScorer:
 
 
 def score_all(
-    entries: Sequence[RewardEntry], stores: dict[str, ImageStore], cache: Path
+    entries: Sequence[RewardEntry], stores: Mapping[str, Images], cache: Path
 ) -> tuple[dict[str, Scores], dict[str, RewardFacts]]:
     """Score all stores by all rewards, one reward in memory at a time; returns label -> scores and label -> facts."""
     scores: dict[str, Scores] = {}
@@ -144,7 +144,7 @@ def score_all(
     return scores, facts
 
 
-def _items(store: ImageStore) -> list[tuple[Path, str]]:
+def _items(store: Images) -> list[tuple[Path, str]]:
     return [(store.path(index, seed), text) for index, text in enumerate(store.prompts) for seed in store.seeds]
 
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mmalign.core.files import write_atomically
 from mmalign.core.io.images import encode_png
@@ -42,6 +42,17 @@ class Sampling:
         if self.adapter_scale == 1:
             del values["adapter_scale"]
         return values
+
+
+class Images(Protocol):
+    """The images of one system over prompts and seeds, wherever they come from."""
+
+    prompts: list[str]
+    seeds: list[int]
+
+    def path(self, index: int, seed: int) -> Path:
+        """Return the path of the image of a prompt and a seed."""
+        ...
 
 
 class ImageStore:

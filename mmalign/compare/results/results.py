@@ -122,7 +122,7 @@ def _system(comparison: Comparison, name: str) -> dict[str, Any]:
     system: dict[str, Any] = {
         "model": facts.model,
         "fingerprint": facts.fingerprint,
-        "guidance": facts.guidance,
+        "guidance": None if facts.made else facts.guidance,
         "adapter_scale": facts.adapter_scale,
         "trained_on": facts.trained_on,
         "rewards": rewards,

@@ -26,6 +26,8 @@ class SystemConfig(StrictModel):
     """name of the system in tables and folders: letters, digits and . _ + -"""
     model: str | None = None
     """a model directory (full or LoRA), or a hub id 'organisation/name'; null: the output of `train`"""
+    images: str | None = None
+    """a folder of images made elsewhere, matched by prompt or name; nothing is generated"""
     train: str | None = None
     """a training config, file or shipped name, whose output is the system; trained unless it is finished"""
     overrides: list[str] = []
@@ -48,9 +50,14 @@ class SystemConfig(StrictModel):
 
     @model_validator(mode="after")
     def _one_origin(self) -> SystemConfig:
-        if (self.model is None) == (self.train is None):
-            given = "both model and train" if self.model else "neither model nor train"
-            raise ValueError(f"'{self.name}' has {given}; give an existing model, or a config that trains one")
+        given = [key for key in ("model", "images", "train") if getattr(self, key) is not None]
+        if len(given) != 1:
+            which = f"both {' and '.join(given)}" if given else "neither model nor train"
+            raise ValueError(
+                f"'{self.name}' has {which}; give an existing model, images of one, or a config that trains one"
+            )
+        if self.images is not None and (self.guidance is not None or self.adapter_scale != 1):
+            raise ValueError(f"'{self.name}' has images, and guidance and adapter_scale change none; remove them")
         if self.overrides and self.train is None:
             raise ValueError(f"'{self.name}' has overrides but no train; remove them, or give train")
         return self

@@ -38,7 +38,8 @@ class SystemFacts:
     training ("trainer.steps" -> 400), empty where there was none. `evaluations` are those of its training, each a
     mapping of "evaluation/REWARD" to a mean and of `COSTS` to the training's cost up to then, taken at
     `evaluation_steps`; `cost` is its total cost, `MEMORY` included; all three are empty where that was not counted.
-    `remark` says why `trained_on` may be incomplete; `control` marks the baseline at another guidance.
+    `remark` says why `trained_on` may be incomplete; `control` marks the baseline at another guidance, `made` images
+    from elsewhere, whose `model` is their folder and whose guidance is not known.
     """
 
     name: str
@@ -54,6 +55,7 @@ class SystemFacts:
     remark: str = ""
     control: bool = False
     evaluation_steps: list[int] = field(default_factory=list)
+    made: bool = False
 
     def evaluation_at(self, step: int) -> dict[str, float]:
         """Return the last evaluation at a step of `evaluation_steps`."""

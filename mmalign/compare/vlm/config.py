@@ -55,6 +55,8 @@ class QuestionConfig(SystemsConfig):
         if self.frames is not None and self.fps is not None:
             raise ValueError("frames and fps: both say which frames are shown; give one")
         for system in self.systems:
+            if system.images is not None:
+                raise ValueError(f"systems: '{system.name}' has images, and a folder of images answers no questions")
             if system.guidance is not None or system.adapter_scale != 1:
                 raise ValueError(
                     f"systems: '{system.name}' has guidance or adapter_scale, which only image models use"

@@ -43,7 +43,51 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 def iterate_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Yield the small columns of a file batch by batch, never touching the others."""
-    yield from open_parquet(path).iter_batches(batch_size=INDEX_BATCH, columns=list(columns))
+    yield from _undamaged(path, open_parquet(path).iter_batches(batch_size=INDEX_BATCH, columns=list(columns)))
+
+
+def _undamaged(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield batches; a damaged page is an error that names the file."""
+    try:
+        yield from batches
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); fetch or write it again") from None
+
+
+def is_text_column(kind: pa.DataType) -> bool:
+    """Tell whether a column holds text, in any of Arrow's encodings."""
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        kind = kind.value_type
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def null_rows(path: Path, column: str) -> set[int]:
+    """Return the rows without a value in a column of bytes, or of structs of them; reads only groups with some."""
+    file = open_parquet(path)
+    leaves = [index for index in range(len(file.schema)) if file.schema.column(index).path.split(".")[0] == column]
+    found: set[int] = set()
+    start = 0
+    for group in range(file.metadata.num_row_groups):
+        part = file.metadata.row_group(group)
+        counts = [part.column(leaf).statistics for leaf in leaves]
+        if all(count is None or not count.has_null_count or count.null_count for count in counts):
+            batches = file.iter_batches(IMAGE_BATCH, row_groups=[group], columns=[column])
+            found |= _null_rows(_undamaged(path, batches), start)
+        start += part.num_rows
+    return found
+
+
+def _null_rows(batches: Iterator[pa.RecordBatch], start: int) -> set[int]:
+    found = set()
+    for batch in batches:
+        cells = batch.column(0)
+        empty = cells.is_null().to_pylist()
+        if pa.types.is_struct(cells.type):
+            inside = zip(*(part.is_null().to_pylist() for part in cells.flatten()), strict=True)
+            empty = [whole or all(parts) for whole, parts in zip(empty, inside, strict=True)]
+        found |= {start + row for row, null in enumerate(empty) if null}
+        start += batch.num_rows
+    return found
 
 
 class ForwardReader:
@@ -51,7 +95,7 @@ class ForwardReader:
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         """Open the file; `columns` are the ones that `row` returns."""
-        self._file = open_parquet(path)
+        self._path, self._file = path, open_parquet(path)
         self._columns = list(columns)
         groups = self._file.metadata
         sizes = (groups.row_group(index).num_rows for index in range(groups.num_row_groups))
@@ -71,7 +115,8 @@ class ForwardReader:
             raise IndexError(f"row {index} of {len(self)}")
         group = bisect.bisect_right(self._starts, index) - 1
         if self._batch is None or group != self._group or index < self._first:
-            self._batches = self._file.iter_batches(IMAGE_BATCH, row_groups=[group], columns=self._columns)
+            batches = self._file.iter_batches(IMAGE_BATCH, row_groups=[group], columns=self._columns)
+            self._batches = _undamaged(self._path, batches)
             self._group, self._first, self._batch = group, self._starts[group], next(self._batches)
         while index >= self._first + self._batch.num_rows:
             self._first += self._batch.num_rows

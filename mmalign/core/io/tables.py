@@ -10,12 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from mmalign.core.errors import UserError, shorten
 from mmalign.core.io.columns import PROMPT_COLUMNS, missing_columns
 from mmalign.core.io.items import Item, stamp_of
-from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
+from mmalign.core.io.parquet import ForwardReader, is_text_column, iterate_columns, open_parquet
 
 TABLE_SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".parquet"})
 _FILE_COLUMNS = ("file_name", "file", "path")
@@ -109,7 +107,7 @@ def json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
                 raise UserError(f"{path}: line {number} is not JSON ({getattr(error, 'msg', error)})") from None
 
 
@@ -138,6 +136,9 @@ def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[Mapping[str, Any]]:
     for line, record in csv_records(path, lines, "\t" if path.suffix.lower() == ".tsv" else ","):
         if header is None:
             header = record
+            repeated = next((name for name in record if name.strip() and record.count(name) > 1), None)
+            if repeated is not None:
+                raise UserError(f"{path}: two columns are called '{repeated}'; rename one")
         elif len(record) != len(header):
             raise UserError(f"{path}: line {line} has not as many fields as the first line")
         else:
@@ -190,7 +191,9 @@ def _parquet_items(path: Path, modality: str) -> Iterator[Item]:
     schema = open_parquet(path).schema_arrow
     media_at, text_at = _media_column(path, schema.names, modality), prompt_column(schema.names)
     small = [
-        name for name in (text_at, media_at if _is_text(schema.field(media_at).type) else None) if name is not None
+        name
+        for name in (text_at, media_at if is_text_column(schema.field(media_at).type) else None)
+        if name is not None
     ]
     reader, stamp, number = ForwardReader(path, [media_at]), stamp_of(path), 0
     rows = iterate_columns(path, small) if small else iter(())
@@ -202,13 +205,6 @@ def _parquet_items(path: Path, modality: str) -> Iterator[Item]:
             continue
         name = f"{path}#{number}"
         yield _with_prompt(Item(name, partial(_cell, reader, number, media_at, path), None, None, stamp), prompt)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Tell whether a column holds text, in any of Arrow's encodings."""
-    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
-        kind = kind.value_type
-    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 def _cell(reader: ForwardReader, number: int, name: str, table: Path) -> bytes:

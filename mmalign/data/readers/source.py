@@ -16,7 +16,7 @@ from mmalign.core.io.images import Media
 class Candidate(NamedTuple):
     """One comparison as the source states it; the side with the larger label is preferred, equal labels are a tie.
 
-    Missing labels and scores are NaN.
+    Missing labels and scores are NaN. `fault` says why a row is no comparison, such as "without a prompt".
     """
 
     row: int
@@ -26,6 +26,8 @@ class Candidate(NamedTuple):
     label_1: float
     score_0: float = math.nan
     score_1: float = math.nan
+    category: str = ""
+    fault: str = ""
 
 
 @runtime_checkable

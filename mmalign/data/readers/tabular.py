@@ -1,162 +1,165 @@
-"""Pick-a-Pic columns (`caption, jpg_0, jpg_1, label_0, label_1`) in parquet files or a `datasets` data set.
-
-Optional columns: `has_label`, `score_0`/`score_1`, and an id. Only the small columns are read to index a source;
-images are read row by row later, so a million rows need a few hundred megabytes, whatever the size of the images.
-"""
+"""Pairs in a table of any layout: comparisons from its small columns, images from their cells when a pair is read."""
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from itertools import combinations
+from numbers import Real
 from typing import Any
 
-import pyarrow as pa
-
-from mmalign.core.errors import UserError
-from mmalign.core.io.columns import missing_columns
+from mmalign.config.sections import DataConfig
+from mmalign.core.errors import UserError, shorten
 from mmalign.core.io.images import Media
-from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet, read_metadata
-from mmalign.data.readers.source import Candidate, choose_caption_column, flag_of, id_of, number_of
+from mmalign.data.readers.layouts import ID_COLUMNS, Layout, Listed, Sides, choose_layout
+from mmalign.data.readers.rows import Rows, as_image, as_media
+from mmalign.data.readers.source import Candidate, flag_of, id_of, number_of
 
-IMAGE_COLUMNS = ("jpg_0", "jpg_1")
-LABEL_COLUMNS = ("label_0", "label_1")
-SCORE_COLUMNS = ("score_0", "score_1")
-ID_COLUMNS = ("ranking_id", "pair_id", "uid", "id")
+__all__ = ["ID_COLUMNS", "TablePairs", "as_media"]
+
+NO_PROMPT, NO_IMAGE, SINGLE = "without a prompt", "without an image", "without another image of their prompt"
+_CATEGORICAL = ("unsafe type",)
+"""The only dimension of VisionRewardDB-Image that is no rating."""
+
+_Groups = dict[tuple[str, str], list[tuple[int, float, str]]]
+"""(group, prompt) -> row, rating and category of each image."""
 
 
-class _Columns:
-    """Which columns of a source hold what."""
+class TablePairs:
+    """The comparisons of a table. Those of rated images stand where the first of their prompt stands."""
 
-    def __init__(self, found: Sequence[str], caption: str, source: str) -> None:
-        self.source = source
-        self.caption = choose_caption_column(found, caption, source)
-        lacking = [name for name in (*IMAGE_COLUMNS, *LABEL_COLUMNS) if name not in found]
-        if lacking:
-            raise missing_columns(source, lacking, found)
-        optional = [name for name in ("has_label", *SCORE_COLUMNS) if name in found]
-        self.identifier = next((name for name in ID_COLUMNS if name in found), None)
-        self.small = [self.caption, *LABEL_COLUMNS, *optional, *([self.identifier] if self.identifier else [])]
+    def __init__(self, rows: Rows, config: DataConfig) -> None:
+        """Take a table; nothing is read. `config` gives `caption_column` and `columns`."""
+        self.name, self.metadata = rows.name, rows.metadata
+        self._rows, self._config = rows, config
+        self._layouts: dict[tuple[str, ...], Layout] = {}
+        self._places: tuple[array[int], ...] = ()
 
-    def candidates(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Candidate]:
-        values = {name: batch.column(name).to_pylist() for name in self.small}
-        for offset in range(batch.num_rows):
-            record = {name: column[offset] for name, column in values.items()}
-            yield self._candidate(record, first_row + offset)
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield every comparison.
 
-    def _candidate(self, record: Mapping[str, Any], row: int) -> Candidate:
-        prompt = record[self.caption]
+        Raises:
+            UserError: the columns are in no known layout, or a cell is not what it should be.
+        """
+        self._places = array("q"), array("q"), array("q"), array("q")
+        groups: _Groups = {}
+        for number, layout, row in self._rows.read(self._choose):
+            fault = self._fault(number, layout, row)
+            if fault:
+                yield Candidate(-1, "", "", math.nan, math.nan, fault=fault)
+            elif isinstance(layout, Sides):
+                yield self._from_sides(number, layout, row)
+            elif isinstance(layout, Listed):
+                yield from self._from_list(number, layout, row)
+            else:
+                merit = layout.sign * _rating(row.get(layout.rating), f"{self._rows.where(number)}: {layout.rating}")
+                key = str(row.get(layout.group, "") if layout.group else ""), row[layout.prompt]
+                groups.setdefault(key, []).append((number, merit, _text(row, layout.category)))
+        yield from self._from_groups(groups)
+
+    def images(self, row: int) -> tuple[Media, Media]:
+        """Return both images of a comparison."""
+        first, second = (self._image(self._places[side][row], self._places[2 + side][row], side) for side in (0, 1))
+        return first, second
+
+    def _image(self, row: int, slot: int, side: int) -> Media:
+        layout = self._rows.layout(row, self._choose)
+        column = layout.images[slot] if isinstance(layout, Sides) else layout.images[0]
+        value = self._rows.cell(row, column, side)
+        if isinstance(layout, Listed):
+            value = value[slot]
+        return as_image(value, self._rows.file(row), f"{self._rows.where(row)}, {column}")
+
+    def _choose(self, found: Sequence[str], where: str, sample: Mapping[str, Any] | None) -> Layout:
+        key = (*found, *(name for name, value in (sample or {}).items() if isinstance(value, list)))
+        if key not in self._layouts:
+            self._layouts[key] = choose_layout(found, self._config, where, sample)
+        return self._layouts[key]
+
+    def _fault(self, number: int, layout: Layout, row: Mapping[str, Any]) -> str:
+        """Return why a row is no comparison: a cell that it needs is empty.
+
+        Raises:
+            UserError: the prompt is no text, or an image of a record is neither a path nor bytes.
+        """
+        prompt = row.get(layout.prompt)
+        if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+            return NO_PROMPT
         if not isinstance(prompt, str):
-            raise UserError(f"{self.source}: row {row} has no text in column '{self.caption}' ({prompt!r})")
-        where = f"{self.source}: row {row}"
-        labelled = flag_of(record.get("has_label"), f"{where}: has_label") is not False
-        labels = [number_of(record[name], f"{where}: {name}") if labelled else math.nan for name in LABEL_COLUMNS]
-        scores = [number_of(record.get(name), f"{where}: {name}") for name in SCORE_COLUMNS]
-        identifier = record[self.identifier] if self.identifier else None
-        return Candidate(row, prompt, id_of(identifier, row), *labels, *scores)
+            kind = type(prompt).__name__
+            raise UserError(f"{self._rows.where(number)}: the prompt is a {kind}; expected text in '{layout.prompt}'")
+        for name in (name for name in layout.images if name in row):
+            if row[name] is None or row[name] == "":
+                return NO_IMAGE
+            if not isinstance(row[name], str | bytes | Mapping | list):
+                given = shorten(repr(row[name]))
+                raise UserError(
+                    f"{self._rows.where(number)}: expected the path of an image in '{name}', found {given}"
+                )
+        return ""
+
+    def _place(self, first: tuple[int, int], second: tuple[int, int]) -> int:
+        for kept, value in zip(self._places, (first[0], second[0], first[1], second[1]), strict=True):
+            kept.append(value)
+        return len(self._places[0]) - 1
+
+    def _from_sides(self, number: int, layout: Sides, row: Mapping[str, Any]) -> Candidate:
+        where = self._rows.where(number)
+        labels = [1.0, 0.0]
+        if layout.labels is not None:
+            labels = [number_of(row.get(name), f"{where}: {name}") for name in layout.labels]
+        if layout.has_label and flag_of(row.get(layout.has_label), f"{where}: {layout.has_label}") is False:
+            labels = [math.nan, math.nan]
+        scores = [number_of(row.get(name), f"{where}: {name}") for name in layout.scores or ()] or [math.nan, math.nan]
+        identifier = id_of(row.get(layout.id) if layout.id else None, number + self._rows.first)
+        place = self._place((number, 0), (number, 1))
+        (label_0, label_1), (score_0, score_1), category = labels, scores, _text(row, layout.category)
+        return Candidate(place, row[layout.prompt], identifier, label_0, label_1, score_0, score_1, category)
+
+    def _from_list(self, number: int, layout: Listed, row: Mapping[str, Any]) -> Iterator[Candidate]:
+        where, images, given = self._rows.where(number), row[layout.image_list], row.get(layout.ratings)
+        merits = given if isinstance(given, list) else []
+        if not isinstance(images, list) or len(images) != len(merits) or len(images) < 2:
+            found = f"{shorten(repr(images))} and {shorten(repr(given))}"
+            raise UserError(f"{where}: needs at least 2 images and a preference for each; found {found}")
+        if not all(isinstance(merit, Real) for merit in merits):
+            raise UserError(f"{where}: preferences and ranks are numbers; found {shorten(repr(merits))}")
+        if not all(images):
+            yield Candidate(-1, "", "", math.nan, math.nan, fault=NO_IMAGE)
+            return
+        ratings = [number_of(merit, f"{where}: {layout.ratings}") for merit in merits]
+        identifier = id_of(row.get(layout.id) if layout.id else None, number + self._rows.first)
+        for first, second in combinations(range(len(images)), 2):
+            name = identifier if len(images) == 2 else f"{identifier}-{first}-{second}"
+            label_0, label_1 = (layout.sign * ratings[slot] for slot in (first, second))
+            place = self._place((number, first), (number, second))
+            yield Candidate(place, row[layout.prompt], name, label_0, label_1, category=_text(row, layout.category))
+
+    def _from_groups(self, groups: _Groups) -> Iterator[Candidate]:
+        taken: set[str] = set()
+        for (group, prompt), members in groups.items():
+            if len(members) == 1:
+                yield Candidate(-1, "", "", math.nan, math.nan, fault=SINGLE)
+            name = group if group and group not in taken else f"{group or 'row'}-{members[0][0]}"
+            taken.add(name)
+            for first, second in combinations(range(len(members)), 2):
+                (row_0, merit_0, category), (row_1, merit_1, _) = members[first], members[second]
+                place = self._place((row_0, 0), (row_1, 0))
+                yield Candidate(place, prompt, f"{name}-{first}-{second}", merit_0, merit_1, category=category)
 
 
-def as_media(value: object, folder: Path, where: str) -> Media:
-    """Return an image cell as media: bytes, a path, or the {"bytes", "path"} of `datasets`' Image feature."""
+def _rating(value: object, where: str) -> float:
+    """Return a rating: a number, the mean of a list of them, or the sum of the dimensions of a struct."""
+    if isinstance(value, list):
+        numbers = [number_of(one, where) for one in value]
+        return math.fsum(numbers) / len(numbers) if numbers else math.nan
     if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, str) and value:
-        return folder / value
-    raise UserError(f"{where}: no image (found {type(value).__name__}, expected bytes or a path)")
+        named = {name: one for name, one in value.items() if name not in _CATEGORICAL and isinstance(one, Real)}
+        return math.fsum(float(one) for one in named.values()) if named else math.nan
+    return number_of(value, where)
 
 
-class ParquetPairs:
-    """Pairs in one or more parquet files, in the order of the files' names."""
-
-    def __init__(self, name: str, files: Sequence[Path], caption: str) -> None:
-        """Check the columns of every file; no row is read."""
-        self.name = name
-        self.metadata: dict[str, Any] = read_metadata(files[0])
-        self._files = list(files)
-        self._columns = [_Columns(open_parquet(path).schema_arrow.names, caption, str(path)) for path in files]
-        self._starts = [0]
-        for path in files:
-            self._starts.append(self._starts[-1] + open_parquet(path).metadata.num_rows)
-        self._open = -1
-        self._reader: ForwardReader | None = None
-
-    def candidates(self) -> Iterator[Candidate]:
-        """Yield every comparison; rows are numbered through all files."""
-        for path, columns, start in zip(self._files, self._columns, self._starts, strict=False):
-            for batch in iterate_columns(path, columns.small):
-                yield from columns.candidates(batch, start)
-                start += batch.num_rows
-
-    def images(self, row: int) -> tuple[Media, Media]:
-        """Return both images of a row."""
-        index = next(i for i, end in enumerate(self._starts[1:]) if row < end)
-        if self._reader is None or index != self._open:
-            self._reader, self._open = ForwardReader(self._files[index], IMAGE_COLUMNS), index
-        local, path = row - self._starts[index], self._files[index]
-        cells = self._reader.row(local)
-        first, second = (as_media(cells[name], path.parent, f"{path}: row {local}, {name}") for name in IMAGE_COLUMNS)
-        return first, second
-
-
-class HubPairs:
-    """Pairs in a `datasets` data set: a hub id with an optional `:split`, or a folder of `save_to_disk`."""
-
-    def __init__(self, name: str, dataset: Any, caption: str) -> None:
-        """Check the columns; `dataset` is a `datasets.Dataset`."""
-        from datasets import Image
-
-        self.name = name
-        self.metadata: dict[str, Any] = {}
-        self._columns = _Columns(dataset.column_names, caption, name)
-        self._small = dataset.select_columns(self._columns.small).with_format("arrow")
-        images = dataset.select_columns(list(IMAGE_COLUMNS))
-        for column in IMAGE_COLUMNS:
-            if isinstance(images.features[column], Image):
-                images = images.cast_column(column, Image(decode=False))
-        self._images = images
-
-    def candidates(self) -> Iterator[Candidate]:
-        """Yield every comparison."""
-        start = 0
-        for table in self._small.iter(batch_size=8192):
-            for batch in table.to_batches():
-                yield from self._columns.candidates(batch, start)
-                start += batch.num_rows
-
-    def images(self, row: int) -> tuple[Media, Media]:
-        """Return both images of a row."""
-        cells = self._images[row]
-        first, second = (as_media(cells[name], Path(), f"{self.name}: row {row}, {name}") for name in IMAGE_COLUMNS)
-        return first, second
-
-
-def load_hub_pairs(identifier: str, caption: str) -> HubPairs:
-    """Return the pairs of a hub data set, such as "yuvalkirstain/pickapic_v2" or "organisation/name:validation".
-
-    Raises:
-        UserError: it cannot be loaded (the reason is given), or lacks a column.
-    """
-    from datasets import load_dataset
-
-    path, _, split = identifier.partition(":")
-    try:
-        dataset = load_dataset(path, split=split or "train")
-    except Exception as error:  # datasets raises anything from OSError to its own types for a missing data set
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"data set '{identifier}' cannot be loaded ({reason}); give a parquet, JSON or JSONL file, "
-            "a folder, or a hub id 'organisation/name:split'"
-        ) from None
-    return HubPairs(identifier, dataset, caption)
-
-
-def load_saved_pairs(folder: Path, caption: str) -> HubPairs:
-    """Return the pairs of a folder that `datasets.Dataset.save_to_disk` wrote."""
-    from datasets import load_from_disk
-
-    dataset = load_from_disk(str(folder))
-    if isinstance(dataset, dict):
-        raise UserError(f"{folder}: holds the splits {', '.join(dataset)}; give the folder of one of them")
-    return HubPairs(str(folder), dataset, caption)
+def _text(row: Mapping[str, Any], column: str | None) -> str:
+    value = row.get(column) if column else None
+    return "" if value is None else str(value)

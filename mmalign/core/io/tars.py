@@ -17,10 +17,11 @@ from mmalign.core.errors import UserError
 from mmalign.core.files import is_hidden
 from mmalign.core.io.decode import SUFFIXES
 from mmalign.core.io.items import MAX_BYTES, Item, Slice, stamp_of
+from mmalign.core.io.sidecars import SIDECAR_SUFFIXES
 from mmalign.core.io.tables import prompt_column
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-TEXT_SUFFIXES = (".txt", ".json")
+TEXT_SUFFIXES = (*SIDECAR_SUFFIXES, ".json")
 MAX_TEXT = 1 << 20
 
 
@@ -32,7 +33,7 @@ def is_tar(path: Path) -> bool:
 def tar_items(path: Path, modality: str) -> Iterator[Item]:
     """Yield the images or videos of an archive, named `shard.tar/member`, with the prompt of their sample.
 
-    The prompt is the sample's `.txt`, or else the key prompt, caption or text of its `.json`.
+    The prompt is the sample's `.txt` or `.caption`, or else the key prompt, caption or text of its `.json`.
 
     Raises:
         UserError: the archive is damaged, cut off or holds a name twice, or a prompt is not readable.
@@ -86,7 +87,7 @@ def _prompt(archive: tarfile.TarFile, medium: tarfile.TarInfo, texts: list[tarfi
             if _stem(text) in group and not (found and text.name.lower().endswith(".json")):
                 prompt = _read_prompt(archive, text, f"{path}/{text.name}")
                 found |= {} if prompt is None else {text.name: prompt}
-        if len(found) > 1:
+        if len(set(found.values())) > 1:
             raise UserError(f"{path}: '{medium.name}' has several prompts ({', '.join(found)}); keep one")
         if found:
             return next(iter(found.values()))
@@ -105,7 +106,7 @@ def _read_prompt(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -
         raise UserError(f"{name}: {member.size} bytes are too many for a prompt")
     try:
         text = _read(archive, member).decode("utf-8-sig")
-        if member.name.lower().endswith(".txt"):
+        if member.name.lower().endswith(SIDECAR_SUFFIXES):
             return text.strip()
         content = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
