@@ -179,7 +179,8 @@ class AdapterConfig(StrictModel):
 
     @model_validator(mode="after")
     def _one_shape(self) -> AdapterConfig:
-        given = sorted({"rank", "alpha", "targets", "init"} & {name for name in self.model_fields_set if getattr(self, name)})
+        own = ("rank", "alpha", "targets", "init")
+        given = sorted(name for name in own if name in self.model_fields_set and getattr(self, name))
         if self.start is not None and given:
             raise ValueError(f"start gives rank, alpha, targets and init; remove {', '.join(given)}, or start")
         return self
