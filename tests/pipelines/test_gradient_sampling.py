@@ -90,7 +90,7 @@ def test_the_gradient_of_all_steps_is_the_directional_derivative(
 
     def value() -> Tensor:
         result = rollout(generator, cond, guidance=guidance, eta=eta)
-        assert result.grad_steps == (0, 1, 2, 3) and result.repeats == 1
+        assert result.grad_steps == ((0, 1, 2, 3),) * 2 and result.repeats == 1
         return reward(generator.decode_checkpointed(result.latents, 1))
 
     def moved(distance: float) -> float:
@@ -183,7 +183,7 @@ def test_low_variance_averages_renoised_last_steps(
     doubled = 2 if guidance > 1 else 1
     result = rollout(generator, cond, "low-variance", repeats=3, guidance=guidance, eta=eta, checkpoint=False)
     assert calls == [(2 * doubled, False)] * 3 + [(2 * doubled, True), (3 * 2 * doubled, True)]
-    assert result.repeats == 4 and result.grad_steps == (3,) and len(result.latents) == 8
+    assert result.repeats == 4 and result.grad_steps == ((3,),) * 2 and len(result.latents) == 8
     found = weight_gradients(generator, reward(result.latents))
 
     last = rollout(generator, cond, "last-k", guidance=guidance, eta=eta).latents
@@ -213,7 +213,7 @@ def test_refl_scores_the_clean_latents_predicted_at_its_step(
     generator, cond = load(kind)
     generator.process.clip_range = clip
     result = rollout(generator, cond, "refl", eta=eta, low=0.25, high=0.75, checkpoint=False)
-    (step,) = result.grad_steps
+    (step,) = result.grad_steps[0]
     assert step in (1, 2) and calls == [(4, False)] * step + [(4, True)]
     with torch.no_grad():
         path = sample(generator, cond, steps=4, guidance=3.0, eta=eta, seeds=SEEDS, record=True)
