@@ -92,7 +92,7 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
         """Return the clipped objective, a mean over images and the trained steps."""
         c = self.config
         assert batch.advantages is not None
-        random_steps = torch.tensor(batch.random_steps())
+        random_steps = torch.tensor(batch.learned_steps())
         count = max(1, round(c.timestep_fraction * len(random_steps)))
         order = torch.randperm(len(random_steps), generator=run.random("steps", run.step))
         steps = random_steps[order[:count].sort().values].to(batch.log_probs.device)

@@ -54,7 +54,9 @@ class RandomSamplingConfig(SamplingConfig):
     """Base of the configurations of methods that learn from the random steps of their samples."""
 
     random_steps: tuple[float, float] = (0.0, 1.0)
-    """part of the sampling (0 is its start) whose steps are random and trained on; the others are deterministic"""
+    """part of the sampling (0 is its start) whose steps are random; the others are deterministic"""
+    learned_steps: tuple[float, float] | None = None
+    """part of the sampling whose random steps are trained on; null: all random steps"""
     updates_per_round: int = Field(1, ge=1)
     """passes over one round of samples; each is one optimiser step, or one for each of its mini-batches"""
     mini_batches: int = Field(1, ge=1)
@@ -85,6 +87,8 @@ class Rollout:
     old_log_probs: Float[Tensor, "steps batch"]
     log_probs: Float[Tensor, "steps batch"]
     drawn_at: int
+    learned: range
+    """The part of the sampling whose random steps are learned from."""
     reference_log_probs: Float[Tensor, "steps batch"] | None = None
     reference_means: Float[Tensor, "steps batch *latent"] | None = None
     advantages: Float[Tensor, " batch"] | None = None
@@ -124,9 +128,9 @@ class Rollout:
             first_pass=first_pass,
         )
 
-    def random_steps(self) -> list[int]:
-        """Return the steps that have a density; only these can be learned from."""
-        return (self.stds > 0).all(1).nonzero().flatten().tolist()
+    def learned_steps(self) -> list[int]:
+        """Return the steps that are learned from: those of the chosen part that have a density."""
+        return [index for index in (self.stds > 0).all(1).nonzero().flatten().tolist() if index in self.learned]
 
 
 SamplingT = TypeVar("SamplingT", bound=RandomSamplingConfig)
@@ -149,17 +153,29 @@ class SamplingMethod(Method[SamplingT]):
                 f"method.eta is 0, and {self.name} needs a random sampler: without noise a step has no density; "
                 "set method.eta to 1"
             )
-        if not any(self.kernel().stds(process, self.config.sampling_steps)):
-            raise UserError(
-                f"method.random_steps {list(self.config.random_steps)} holds none of the {self.config.sampling_steps} "
-                "steps that have noise; 0 <= start < end <= 1 is needed, such as [0.0, 0.5] (the last may have none)"
-            )
+        c, stds = self.config, self.kernel().stds(process, self.config.sampling_steps)
+        for name, steps in (("random_steps", range(len(stds))), ("learned_steps", self.learned())):
+            if not any(stds[step] for step in steps):
+                raise UserError(
+                    f"method.{name} {list(getattr(c, name) or c.random_steps)} holds none of the {c.sampling_steps} "
+                    "steps that have noise; 0 <= start < end <= 1 is needed, such as [0.0, 0.5] (the last may have "
+                    "none)"
+                )
 
     def kernel(self) -> Kernel:
         """Return the kernel of the sampling: DDIM of noise eta in the random part, 0 elsewhere."""
         c = self.config
-        low, high = (round(share * c.sampling_steps) for share in c.random_steps)
-        return ddim([c.eta if low <= index < high else 0.0 for index in range(c.sampling_steps)])
+        random = self._part(c.random_steps)
+        return ddim([c.eta if index in random else 0.0 for index in range(c.sampling_steps)])
+
+    def learned(self) -> range:
+        """Return the part of the sampling whose random steps are learned from."""
+        return self._part(self.config.learned_steps or (0.0, 1.0))
+
+    def _part(self, shares: tuple[float, float]) -> range:
+        """Return a part of the sampling, given by its start and its end as shares, in steps."""
+        low, high = (round(share * self.config.sampling_steps) for share in shares)
+        return range(self.config.sampling_steps)[max(low, 0) : max(high, 0)]
 
 
 class TrajectoryMethod(SamplingMethod[ConfigT]):
@@ -229,6 +245,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
             old_log_probs=trajectory.log_probs,
             log_probs=trajectory.log_probs,
             drawn_at=run.step,
+            learned=self.learned(),
         )
         if self.whole_reference or c.kl_weight:
             with run.reference.active():
@@ -242,10 +259,10 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
         batch.log_probs = present.clone().requires_grad_()
         output = self.loss(run, batch)
         (weights,) = torch.autograd.grad(output.loss, batch.log_probs)
-        random_steps = batch.random_steps()
+        learned = batch.learned_steps()
         everything = torch.arange(weights.shape[1], device=weights.device)
         # At least one step is computed, so that there is always a gradient, even if it is zero.
-        for index in [i for i in random_steps if c.kl_weight or bool(weights[i].any())] or random_steps[:1]:
+        for index in [i for i in learned if c.kl_weight or bool(weights[i].any())] or learned[:1]:
             # The first update takes all rows, in the batches in which they were sampled: the ratio is exactly 1.
             needed = everything if fresh or c.kl_weight else weights[index].nonzero().flatten()
             rows = needed if len(needed) else everything
@@ -256,7 +273,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
             if c.kl_weight:
                 assert batch.reference_means is not None
                 kl = gaussian_kl(mean, batch.reference_means[index], std).mean()
-                part = part + c.kl_weight / len(random_steps) * kl
+                part = part + c.kl_weight / len(learned) * kl
             backward(batch.share * part)
         new = fresh or batch.first_pass
         return {"loss": output.loss, **self._metrics(run, batch, new), **output.metrics}
@@ -272,7 +289,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
 
     def _kl(self, run: Run, batch: Rollout) -> Tensor:
         """Return the KL of a sampling step to the reference in nats per dimension; of a random step if need be."""
-        means, stds, steps = batch.old_means, batch.stds, batch.random_steps()
+        means, stds, steps = batch.old_means, batch.stds, batch.learned_steps()
         if batch.reference_means is not None:
             return gaussian_kl(
                 means[steps].flatten(0, 1), batch.reference_means[steps].flatten(0, 1), stds[steps].flatten()
@@ -301,7 +318,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
         """
         assert batch.trajectory.means is not None
         means, log_probs = batch.trajectory.means.clone(), batch.old_log_probs.clone()
-        for index in batch.random_steps():
+        for index in batch.learned_steps():
             if batch.wanted is None or bool(batch.wanted[index].all()):
                 means[index], _, log_probs[index] = self._replay(run, batch, index)
             elif len(rows := batch.wanted[index].nonzero().flatten()):

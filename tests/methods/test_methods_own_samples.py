@@ -178,7 +178,7 @@ def branches(
     batch = prompts(run, "a red circle", "a star")
     latents = sample_branching(
         run.generator, batch.cond, kernel=ddim(etas), steps=len(etas), candidates=candidates, seeds=[7, 8],
-        visit=seen.append, guidance=guidance,
+        visit=seen.extend, guidance=guidance,
     )  # fmt: skip
     return latents, seen
 
