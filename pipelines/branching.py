@@ -88,7 +88,7 @@ def sample_branching(
     guidance: float = 7.5,
     autocast: Autocast = nullcontext,
 ) -> Float[Tensor, "batch *latent"]:
-    """Sample latents by `kernel` in `steps` steps, and call `visit` with the candidates' steps, segment by segment.
+    """Sample latents by `kernel` in `steps` steps, and call `visit` with the steps of each segment of candidates.
 
     Candidates branch at the random ones of `branch_steps` (None: all) and take `segment` further ones of these each
     before they are handed over; the next segment begins after them. `visit` gets the steps of a segment; the last
@@ -97,8 +97,8 @@ def sample_branching(
     With one candidate the result is that of `pipelines.sample`, to the bit where batches of one size are computed.
     A call of the network for every candidate is made at each step of a segment but the first, and, with
     `predict_clean`, at its end; one call for the batch elsewhere. `guidance` and `autocast` are those of
-    `guided_predictor`. Raises `PipelineError` for less than one candidate, a negative `segment`, and a kernel that does
-    not fit the model or the number of steps.
+    `guided_predictor`. Raises `PipelineError` for less than one candidate, a negative `segment`, and a kernel that
+    does not fit the model or the number of steps.
     """
     if candidates < 1 or segment < 0:
         raise PipelineError(f"candidates must be at least 1 and segment 0, got {candidates} and {segment}.")

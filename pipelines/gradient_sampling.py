@@ -61,10 +61,10 @@ def sample_with_gradient(
     sample and its n re-noised copies, where the paper's algorithm adds their gradients up: 1 / (1 + n) of its step,
     which Adam does not see. For ReFL the latents are the clean ones predicted at the trained step.
 
-    `rng` (on the CPU) draws the steps and nothing else: one generator draws once, for all samples; a sequence holds one
-    for each sample, whose steps then depend on its own generator alone. Noise is that of `seeds`, one a prompt. The
-    rest is as for `sample`, errors included; with `checkpoint` memory grows with the trained steps by no more than
-    their latents.
+    `rng` (on the CPU) draws the steps and nothing else: one generator draws once, for all samples; a sequence holds
+    one for each sample, whose steps then depend on its own generator alone. Noise is that of `seeds`, one a prompt.
+    The rest is as for `sample`, errors included; with `checkpoint` memory grows with the trained steps by no more
+    than their latents.
     """
     chosen = pick_kernel(kernel, eta)
     if isinstance(rng, torch.Generator):

@@ -1,9 +1,10 @@
 """SPO: step-by-step preference on the policy's own samples (arXiv 2406.04314); objective: `mmalign.losses.spo`.
 
 At every learned sampling step several candidates are drawn from the same state and scored; the best is preferred over
-the worst, so both sides of a pair have the same past. With `segment` they are compared a few steps later, and all these
-steps of the best chain are preferred over those of the worst. Steps are judged by the rewards of the decoded clean
-image that the network predicts from a candidate; a reward that reads noisy latents overrides `SPO.step_scores`.
+the worst, so both sides of a pair have the same past. With `segment` they are compared a few steps later, and all
+these steps of the best chain are preferred over those of the worst. Steps are judged by the rewards of the decoded
+clean image that the network predicts from a candidate; a reward that reads noisy latents overrides
+`SPO.step_scores`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class SPOConfig(RandomSamplingConfig):
     candidates: int = Field(4, ge=2)
     """continuations sampled and scored at each learned step"""
     segment: int = Field(0, ge=0)
-    """further steps that each candidate takes by itself before it is scored; the pairs of these steps share the label"""
+    """further steps that each candidate takes by itself before it is scored; all steps of a pair share the label"""
     beta: float = Field(10.0, gt=0)
     """factor from the difference of log-ratios to the logit"""
     clip: float = Field(0.1, gt=0, lt=1)
