@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pipelines.conditioning import Conditioning
 from pipelines.generator import Generator
-from pipelines.guidance import Autocast
+from pipelines.guidance import Autocast, Predictor, guided_predictor
 from pipelines.kernels import Kernel, pick_kernel
-from pipelines.sampling import Segment, noise_stream, sample
+from pipelines.sampling import Segment, Trajectory, noise_stream, sample
 from pipelines.truncation import Truncation
 
 
@@ -32,12 +32,12 @@ class GradientSample:
     repeats
         Images a prompt: 1, and ``1 + n`` for DRaFT-LV, of which the first is the sampled one.
     grad_steps
-        The sampling steps whose prediction is trained, ascending.
+        For each prompt, the sampling steps whose prediction is trained, ascending.
     """
 
     latents: Float[Tensor, "images *latent"]
     repeats: int
-    grad_steps: tuple[int, ...]
+    grad_steps: tuple[tuple[int, ...], ...]
 
 
 def sample_with_gradient(
@@ -45,7 +45,7 @@ def sample_with_gradient(
     cond: Conditioning,
     *,
     truncation: Truncation,
-    rng: torch.Generator,
+    rng: torch.Generator | Sequence[torch.Generator],
     seeds: Sequence[int],
     steps: int = 50,
     guidance: float = 7.5,
@@ -61,14 +61,18 @@ def sample_with_gradient(
     sample and its n re-noised copies, where the paper's algorithm adds their gradients up: 1 / (1 + n) of its step,
     which Adam does not see. For ReFL the latents are the clean ones predicted at the trained step.
 
-    `rng` (on the CPU) draws the steps, once a call, and nothing else; noise is that of `seeds`, one a prompt. The rest
-    is as for `sample`, errors included; with `checkpoint` memory grows with the trained steps by no more than their
-    latents.
+    `rng` (on the CPU) draws the steps and nothing else: one generator draws once, for all samples; a sequence holds
+    one for each sample, whose steps then depend on its own generator alone. Noise is that of `seeds`, one a prompt.
+    The rest is as for `sample`, errors included; with `checkpoint` memory grows with the trained steps by no more
+    than their latents.
     """
-    grad_steps, chosen = truncation.draw(steps, rng), pick_kernel(kernel, eta)
-    exit_step = grad_steps[0] if truncation.mode == "refl" else None
+    chosen = pick_kernel(kernel, eta)
+    if isinstance(rng, torch.Generator):
+        grad_steps = (truncation.draw(steps, rng),) * len(seeds)
+    else:
+        grad_steps = tuple(truncation.draw(steps, one) for one in rng)
 
-    def rollout(copies: int = 1, latents: Tensor | None = None, start: int = 0) -> Tensor:
+    def rollout(segment: Segment, copies: int = 1, latents: Tensor | None = None, record: bool = False) -> Trajectory:
         return sample(
             generator,
             _copies(cond, copies),
@@ -78,16 +82,36 @@ def sample_with_gradient(
             seeds=list(seeds) * copies,
             negative=negative if negative is None or len(negative) == 1 else _copies(negative, copies),
             latents=latents,
-            segment=Segment(start, exit_step, grad_steps, checkpoint),
+            segment=segment,
+            record=record,
             autocast=autocast,
-        ).latents
+        )
 
-    sampled = rollout()
+    if truncation.mode == "refl":
+        exits = [exit_step for (exit_step,) in grad_steps]
+        if len(set(exits)) == 1:
+            sampled = rollout(Segment(0, exits[0], grad_steps[0], checkpoint=checkpoint)).latents
+        else:
+            path = rollout(Segment(exit=max(exits)), record=True)
+            predict = guided_predictor(generator, cond, guidance, negative, autocast=autocast, checkpoint=checkpoint)
+            sampled = _clean_at(generator, path, exits, predict)
+        return GradientSample(sampled, 1, grad_steps)
+    sampled = rollout(Segment.of_each(grad_steps, checkpoint=checkpoint)).latents
     if truncation.mode != "low-variance":
         return GradientSample(sampled, 1, grad_steps)
     noisy = _renoised(generator, sampled.detach(), seeds, steps, truncation.repeats)
-    again = rollout(truncation.repeats, noisy, steps - 1)
+    last = Segment(steps - 1, None, grad_steps[0], checkpoint=checkpoint)
+    again = rollout(last, truncation.repeats, noisy).latents
     return GradientSample(torch.cat([sampled, again]), 1 + truncation.repeats, grad_steps)
+
+
+def _clean_at(generator: Generator, path: Trajectory, exits: list[int], predict: Predictor) -> Tensor:
+    """Return the clean latents that each sample's prediction at a step of its own implies, with its graph."""
+    assert path.states is not None
+    x = path.states[exits, range(len(exits))]
+    t = path.timesteps[exits].to(x.device)
+    with torch.enable_grad():
+        return generator.process.clean(x, predict(x, t), t)
 
 
 def _renoised(generator: Generator, x0: Tensor, seeds: Sequence[int], steps: int, repeats: int) -> Tensor:

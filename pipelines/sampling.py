@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -82,6 +83,9 @@ class Segment:
         Indices of the steps whose network call keeps its graph; the predictions of other steps are constants, while
         the linear path from step to step carries the gradient on from the first of them. Nothing before it has a
         graph.
+    grad_steps_each
+        The same for each sample by itself, all within `grad_steps`; None: those for all. At a step that some samples
+        train, they and the others are two network calls.
     checkpoint
         Keep no activations of those calls: the backward pass computes them again (`guided_predictor`).
     """
@@ -89,6 +93,7 @@ class Segment:
     start: int = 0
     exit: int | None = None
     grad_steps: Collection[int] = ()
+    grad_steps_each: Sequence[Collection[int]] | None = None
     checkpoint: bool = False
 
     def span(self, steps: int) -> range:
@@ -103,6 +108,19 @@ class Segment:
         if outside:
             raise PipelineError(f"grad_steps must lie in {span[0]}..{span[-1]} for {steps} steps, got {outside}.")
         return span
+
+    @classmethod
+    def of_each(cls, steps: Sequence[Collection[int]], *, start: int = 0, checkpoint: bool = False) -> Segment:
+        """Return the segment in which each sample has trained steps of its own."""
+        every = sorted(set().union(*steps))
+        each = None if all(sorted(one) == every for one in steps) else steps
+        return cls(start, None, every, each, checkpoint)
+
+    def trained(self, index: int, samples: range) -> list[int]:
+        """Return which of some samples, counted from 0, keep the graph of their network call at a step."""
+        if self.grad_steps_each is None or index not in self.grad_steps:
+            return list(range(len(samples))) if index in self.grad_steps else []
+        return [row for row, sample in enumerate(samples) if index in self.grad_steps_each[sample]]
 
 
 WHOLE = Segment()
@@ -211,14 +229,46 @@ def sample(
         assert x is not None
         x = x.to(generator.device, latent_dtype(generator))
         against = negative if negative is None or len(negative) == 1 else negative[part]
-        predict = guided_predictor(
-            generator, cond[part], guidance, against, autocast=autocast, checkpoint=segment.checkpoint
-        )
+        options: dict[str, Any] = {"autocast": autocast, "checkpoint": segment.checkpoint}
+        predict = _PartlyTrained(generator, cond[part], guidance, against, options)
         if solver == "dpm++":
-            parts.append(_dpm_solver(generator, predict, x, schedule))
+            parts.append(_dpm_solver(generator, predict.all, x, schedule))
         else:
-            parts.append(_run(generator.process, predict, x, noise if chosen.random else None, plan))
+            samples = range(len(cond))[part]
+            parts.append(_run(generator.process, predict, x, noise if chosen.random else None, plan, samples))
     return parts[0] if len(parts) == 1 else Trajectory.cat(parts)
+
+
+class _PartlyTrained:
+    """The network calls of a batch, with a graph for some of the samples."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        cond: Conditioning,
+        guidance: float,
+        negative: Conditioning | None,
+        options: dict[str, Any],
+    ) -> None:
+        self.given = (generator, cond, guidance, negative, options)
+        self.all = guided_predictor(generator, cond, guidance, negative, **options)
+
+    def __call__(self, x: Tensor, t: Tensor, trained: list[int]) -> Tensor:
+        """Return the predictions of all samples; those of samples that are not trained are constants."""
+        if len(trained) in (0, len(x)):
+            with torch.set_grad_enabled(bool(trained)):
+                return self.all(x, t)
+        others = sorted(set(range(len(x))) - set(trained))
+        with torch.no_grad():
+            constant = self._of(others)(x[others], t[others])
+        with torch.enable_grad():
+            kept = self._of(trained)(x[trained], t[trained])
+            return torch.cat([kept, constant])[torch.tensor(trained + others).argsort().to(x.device)]
+
+    def _of(self, rows: list[int]) -> Predictor:
+        generator, cond, guidance, negative, options = self.given
+        against = negative if negative is None or len(negative) == 1 else negative[torch.tensor(rows)]
+        return guided_predictor(generator, cond[torch.tensor(rows)], guidance, against, **options)
 
 
 class _Plan:
@@ -233,7 +283,12 @@ class _Plan:
 
 
 def _run(
-    process: NoiseProcess, predict: Predictor, x: Tensor, noise: Iterator[Tensor] | None, plan: _Plan
+    process: NoiseProcess,
+    predict: _PartlyTrained,
+    x: Tensor,
+    noise: Iterator[Tensor] | None,
+    plan: _Plan,
+    samples: range,
 ) -> Trajectory:
     on_device = plan.levels.to(x.device)
     first = min(plan.segment.grad_steps, default=len(plan.levels))
@@ -241,8 +296,7 @@ def _run(
         noise = itertools.islice(noise, plan.segment.start, None)
     states, means, stds, log_probs = [x.detach()], [], [], []
     for index in plan.span:
-        with torch.set_grad_enabled(index in plan.segment.grad_steps):
-            output = predict(x, on_device[index].expand(len(x)))
+        output = predict(x, on_device[index].expand(len(x)), plan.segment.trained(index, samples))
         with torch.set_grad_enabled(index >= first):
             level, next_level = plan.levels[index].item(), plan.next_levels[index].item()
             mean, std = plan.kernels[index](process, x, output, level, next_level)

@@ -1,13 +1,16 @@
 """Advantages: rewards normalised across prompts, as the weights of log-probabilities in a policy gradient.
 
-A = (reward - mean) / (std + 1e-8), with the population's standard deviation, as NumPy's. The functions differ in
-the set of rewards that mean and std are taken over:
+A = (reward - mean) / (max(std, floor * largest |reward|) + epsilon), with the population's standard deviation, as
+NumPy's. The functions differ in the set of rewards that the mean is taken over:
 
 * `PromptStatistics`: the last rewards of the same prompt across batches (DDPO, Black et al., arXiv 2305.13301,
   appendix; buffer and minimum of the authors' code), the whole batch until there are enough;
 * `group_advantages`: the images of the same prompt in this batch (GRPO, Shao et al., arXiv 2402.03300, section 4.1).
 
-Where all rewards of that set are equal, A is exactly 0.
+`Spread` says what the difference is divided by: the spread of that set, that of the whole batch (arXiv 2503.20783
+shows how the former favours prompts whose rewards hardly differ), or nothing. Where all rewards of the set are equal,
+A is exactly 0. `epsilon` and `floor` keep rewards that differ by rounding from advantages of order 1: 1e-4 is that of
+Flow-GRPO's code (ddpo-pytorch: 1e-6, TRL: 1e-8), and float32 rounds rewards by 6e-8 of their size.
 """
 
 from __future__ import annotations
@@ -15,13 +18,60 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-EPSILON = 1e-8
+STD = ("group", "batch", "none")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What the difference from the mean is divided by.
+
+    std
+        ``group``: the standard deviation of the rewards that the mean is taken over; ``batch``: that of all rewards of
+        the batch; ``none``: nothing, so that advantages have the rewards' unit.
+    epsilon
+        Added to the deviation.
+    floor
+        Least deviation, in units of the largest absolute reward of its set.
+
+    >>> rewards = torch.tensor([1.0, 3.0])
+    >>> Spread("group", epsilon=0.0).standardise(rewards, rewards, rewards).tolist()
+    [-1.0, 1.0]
+
+    Raises:
+        ValueError: std is none of these, or a number is negative or not finite.
+    """
+
+    std: str = "group"
+    epsilon: float = 1e-4
+    floor: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.std not in STD:
+            raise ValueError(f"std={self.std!r} must be one of {', '.join(STD)}")
+        if not (0 <= self.epsilon < math.inf and 0 <= self.floor < math.inf):
+            raise ValueError(f"epsilon={self.epsilon} and floor={self.floor} must be finite and not negative")
+
+    def standardise(self, values: Tensor, pool: Tensor, batch: Tensor) -> Tensor:
+        """Return the advantages of some rewards, given those that the mean is taken over and the whole batch."""
+        if pool.min() == pool.max():
+            return torch.zeros_like(values)
+        centred = values - pool.mean()
+        if self.std == "none":
+            return centred
+        judged = pool if self.std == "group" else batch
+        least = self.floor * judged.abs().max()
+        return centred / (torch.maximum(judged.std(correction=0), least) + self.epsilon)
+
+
+USUAL = Spread()
 
 
 class PromptStatistics:
@@ -33,9 +83,13 @@ class PromptStatistics:
         How many kept rewards, those of the current batch included, a prompt needs for statistics of its own.
     clip
         Advantages are clipped to [-clip, clip] (5 in TRL, 10 in the first ddpo-pytorch); None: they are not.
+    spread
+        What the difference from the mean is divided by.
     """
 
-    def __init__(self, *, buffer_size: int = 16, min_count: int = 16, clip: float | None = 5.0) -> None:
+    def __init__(
+        self, *, buffer_size: int = 16, min_count: int = 16, clip: float | None = 5.0, spread: Spread = USUAL
+    ) -> None:
         """Start without any reward.
 
         Raises:
@@ -49,6 +103,7 @@ class PromptStatistics:
         self.buffer_size = buffer_size
         self.min_count = min_count
         self.clip = clip
+        self.spread = spread
         self._rewards: dict[str, deque[float]] = {}
 
     def advantages(self, prompts: Sequence[str], rewards: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
@@ -66,7 +121,7 @@ class PromptStatistics:
         for prompt, rows in _rows_by_prompt(prompts).items():
             kept = self._rewards[prompt]
             pool = values.new_tensor(list(kept)) if len(kept) >= self.min_count else values
-            advantages[rows] = _standardise(values[rows], pool)
+            advantages[rows] = self.spread.standardise(values[rows], pool, values)
         return _finish(advantages, rewards, self.clip)
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,11 +134,11 @@ class PromptStatistics:
 
 
 def group_advantages(
-    prompts: Sequence[str], rewards: Float[Tensor, " batch"], *, clip: float | None = None
+    prompts: Sequence[str], rewards: Float[Tensor, " batch"], *, clip: float | None = None, spread: Spread = USUAL
 ) -> Float[Tensor, " batch"]:
     """Return the advantage of each image among the images of its prompt in this batch; 0 for a single image.
 
-    Precision, device and clip as in `PromptStatistics`.
+    Precision, device, clip and spread as in `PromptStatistics`.
 
     Raises:
         ValueError: there is not one prompt for each reward, a reward is not finite, or clip is not positive.
@@ -92,14 +147,8 @@ def group_advantages(
     values = _finite_rewards(prompts, rewards)
     advantages = torch.empty_like(values)
     for rows in _rows_by_prompt(prompts).values():
-        advantages[rows] = _standardise(values[rows], values[rows])
+        advantages[rows] = spread.standardise(values[rows], values[rows], values)
     return _finish(advantages, rewards, clip)
-
-
-def _standardise(values: Tensor, pool: Tensor) -> Tensor:
-    if pool.min() == pool.max():
-        return torch.zeros_like(values)
-    return (values - pool.mean()) / (pool.std(correction=0) + EPSILON)
 
 
 def _rows_by_prompt(prompts: Sequence[str]) -> dict[str, list[int]]:

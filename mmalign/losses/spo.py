@@ -37,10 +37,14 @@ def step_preference(
 
 
 def dynamic_threshold(std: float, stds: tuple[float, float], thresholds: tuple[float, float]) -> float:
-    """Return the threshold of a step, linear in its std: thresholds[0] at the smallest of the sampler's `stds`."""
+    """Return the threshold of a step, linear in its std: thresholds[0] at the least, thresholds[1] at the largest.
+
+    `stds` are those two of the whole table of the sampler's levels, also where a part of them is learned from. A line
+    that begins below 0 is 0 there, which every pair exceeds whose scores differ.
+    """
     low, high = stds
     share = (std - low) / (high - low) if high > low else 0.0
-    return thresholds[0] + share * (thresholds[1] - thresholds[0])
+    return max(0.0, thresholds[0] + share * (thresholds[1] - thresholds[0]))
 
 
 def spo_logit(

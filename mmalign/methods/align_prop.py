@@ -76,7 +76,7 @@ class AlignProp(Method[AlignPropConfig]):
             run.generator,
             samples.cond,
             truncation=self.truncation,
-            rng=run.random("truncation", run.step),
+            rng=[torch.Generator().manual_seed(seed) for seed in run.seeds(samples.ids, samples.epoch, "truncation")],
             seeds=run.seeds(samples.ids, samples.epoch),
             steps=c.sampling_steps,
             guidance=c.guidance,
@@ -92,7 +92,7 @@ class AlignProp(Method[AlignPropConfig]):
         metrics: dict[str, Tensor | float] = {
             "reward": scores.total.mean(),
             "distance": distance,
-            "trained_steps": float(len(drawn.grad_steps)),
+            "trained_steps": sum(map(len, drawn.grad_steps)) / len(samples),
         }
         metrics |= {f"reward/{name}": score.mean() for name, score in scores.parts.items()}
         loss = -gain.mean()

@@ -6,16 +6,18 @@ rewards of the prompt, is the advantage of all its steps. `kl_weight` adds DPOK'
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Bool
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from mmalign.core.distributed import gather, rank
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import clamped_policy_gradient, clipped_policy_gradient
-from mmalign.losses.advantages import PromptStatistics, group_advantages
+from mmalign.losses.advantages import PromptStatistics, Spread, group_advantages
 from mmalign.methods.base import LossOutput
 from mmalign.methods.run import Run
 from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
@@ -36,8 +38,14 @@ class DDPOConfig(TrajectoryConfig):
     """rewards of a prompt that must be known before its own mean and deviation are used instead of the round's"""
     advantage_clip: float = Field(5.0, gt=0)
     """advantages are clipped to +- this value"""
+    advantage_std: Literal["group", "batch", "none"] = "group"
+    """an advantage is in units of the spread of: group, the rewards its mean is of; batch, the round's; none: of 1"""
+    advantage_epsilon: float = Field(1e-4, ge=0, allow_inf_nan=False)
+    """added to the spread"""
+    advantage_floor: float = Field(1e-5, ge=0, allow_inf_nan=False)
+    """least spread, in units of the largest absolute reward: smaller differences are rounding"""
     timestep_fraction: float = Field(1.0, gt=0, le=1)
-    """share of the random sampling steps that an update trains on, redrawn at every update"""
+    """share of the learned sampling steps that an update trains on, redrawn at every update for each image"""
 
     @model_validator(mode="after")
     def _has_something_to_compare(self) -> DDPOConfig:
@@ -58,8 +66,13 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
     def __init__(self, config: DDPOConfig) -> None:
         """Start without statistics."""
         super().__init__(config)
+        self.whole_first = config.timestep_fraction == 1
+        self.spread = Spread(config.advantage_std, config.advantage_epsilon, config.advantage_floor)
         self.statistics = PromptStatistics(
-            buffer_size=config.buffer_size, min_count=config.min_count, clip=config.advantage_clip
+            buffer_size=config.buffer_size,
+            min_count=config.min_count,
+            clip=config.advantage_clip,
+            spread=self.spread,
         )
 
     def describe(self) -> str:
@@ -80,7 +93,7 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
         all_prompts = [prompt for theirs, _ in everywhere for prompt in theirs]
         all_rewards = rewards.new_tensor([reward for _, theirs in everywhere for reward in theirs])
         if self.config.advantage == "group":
-            found = group_advantages(all_prompts, all_rewards, clip=self.config.advantage_clip)
+            found = group_advantages(all_prompts, all_rewards, clip=self.config.advantage_clip, spread=self.spread)
         else:
             found = self.statistics.advantages(all_prompts, all_rewards)
         mine = found[rank() * len(prompts) :][: len(prompts)]
@@ -88,19 +101,32 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
             rollout.advantages = advantages
         return rollouts
 
+    def learn(self, run: Run, batch: Rollout, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
+        """Train each image on the sampling steps drawn for it, by its id, at this update."""
+        batch.wanted = self._drawn(run, batch) if self.config.timestep_fraction < 1 else None
+        return super().learn(run, batch, backward)
+
     def loss(self, run: Run, batch: Rollout) -> LossOutput:
         """Return the clipped objective, a mean over images and the trained steps."""
-        c = self.config
+        c, steps = self.config, batch.learned_steps()
         assert batch.advantages is not None
-        random_steps = torch.tensor(batch.random_steps())
-        count = max(1, round(c.timestep_fraction * len(random_steps)))
-        order = torch.randperm(len(random_steps), generator=run.random("steps", run.step))
-        steps = random_steps[order[:count].sort().values].to(batch.log_probs.device)
         now, old = batch.log_probs[steps], batch.old_log_probs[steps]
         objective = clipped_policy_gradient if c.ratio == "clipped" else clamped_policy_gradient
         losses = objective(now, old, batch.advantages.expand_as(now), clip=c.clip)
         clipped = ((now.detach() - old).exp() - 1).abs() > c.clip
+        if batch.wanted is not None:
+            losses, clipped = losses[batch.wanted[steps]], clipped[batch.wanted[steps]]
         return LossOutput(losses.mean(), {"clipped": clipped.float().mean()})
+
+    def _drawn(self, run: Run, batch: Rollout) -> Bool[Tensor, "steps batch"]:
+        """Return which steps each image is trained on: as many for all, at least one."""
+        steps = torch.tensor(batch.learned_steps())
+        count = max(1, round(self.config.timestep_fraction * len(steps)))
+        drawn = torch.zeros(batch.old_log_probs.shape, dtype=torch.bool)
+        for column, name in enumerate(batch.samples.ids):
+            source = run.random("steps", run.step, name, batch.samples.epoch)
+            drawn[steps[torch.randperm(len(steps), generator=source)[:count]], column] = True
+        return drawn.to(batch.old_log_probs.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rewards remembered for each prompt."""

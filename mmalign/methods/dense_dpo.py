@@ -102,7 +102,7 @@ class DenseDPO(TrajectoryMethod[DenseDPOConfig]):
     def _drawn(self, run: Run, batch: Rollout) -> tuple[Int[Tensor, "prompts compared"], Int[Tensor, "steps batch"]]:
         """Return the compared images, in random order, and how often each of their steps was drawn."""
         c, device = self.config, batch.rewards.device
-        random_steps = torch.tensor(batch.random_steps())
+        random_steps = torch.tensor(batch.learned_steps())
         law = discounted_probabilities(len(random_steps), c.gamma)
         images, counts = [], torch.zeros(batch.old_log_probs.shape, dtype=torch.long)
         for first in range(0, len(batch.rewards), c.images_per_prompt):

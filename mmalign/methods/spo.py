@@ -1,8 +1,10 @@
 """SPO: step-by-step preference on the policy's own samples (arXiv 2406.04314); objective: `mmalign.losses.spo`.
 
-At every random sampling step several candidates are drawn from the same state and scored; the best is preferred over
-the worst, so both sides of a pair have the same past. Steps are judged by the rewards of the decoded clean image that
-the network predicts from a candidate; a reward that reads noisy latents overrides `SPO.step_scores`.
+At every learned sampling step several candidates are drawn from the same state and scored; the best is preferred over
+the worst, so both sides of a pair have the same past. With `segment` they are compared a few steps later, and all
+these steps of the best chain are preferred over those of the worst. Steps are judged by the rewards of the decoded
+clean image that the network predicts from a candidate; a reward that reads noisy latents overrides
+`SPO.step_scores`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from mmalign.methods.noising import pair_accuracy
 from mmalign.methods.run import Run
 from mmalign.methods.step_pairs import StepPairs, split_pairs
 from mmalign.methods.trajectory import RandomSamplingConfig, SamplingMethod
+from pipelines import ddim
 from pipelines.branching import Branching, sample_branching
+from pipelines.conditioning import Conditioning
 from pipelines.guidance import guided_predictor
 from pipelines.sampling import gaussian_log_prob
 
@@ -31,13 +35,16 @@ class SPOConfig(RandomSamplingConfig):
     """Configuration of `spo`; ratios are of densities per latent dimension, as in the authors' code."""
 
     candidates: int = Field(4, ge=2)
-    """continuations sampled and scored at each random step"""
+    """continuations sampled and scored at each learned step"""
+    segment: int = Field(0, ge=0)
+    """further steps that each candidate takes by itself before it is scored; all steps of a pair share the label"""
     beta: float = Field(10.0, gt=0)
     """factor from the difference of log-ratios to the logit"""
     clip: float = Field(0.1, gt=0, lt=1)
     """ratios to the reference outside 1 +- clip give no gradient"""
     threshold: tuple[float, float] = (0.3, 0.3)
-    """softmax gap of best and worst that a pair must exceed, at the sampler's least and at its largest noise"""
+    """softmax gap of best and worst that a pair must exceed, at the least and at the largest noise of a sampler whose
+    steps are all random; below 0, the gap is 0 up to the noise at which the line between the two crosses it"""
     score_scale: float = Field(1.0, gt=0)
     """factor on the rewards before the softmax"""
     mini_batch_size: int | None = Field(None, ge=1)
@@ -48,8 +55,8 @@ class SPOConfig(RandomSamplingConfig):
     def _thresholds_are_gaps(self) -> SPOConfig:
         if self.mini_batch_size is not None and self.mini_batches > 1:
             raise ValueError(f"mini_batch_size {self.mini_batch_size} and mini_batches {self.mini_batches}: give one")
-        if not all(0 <= one < 1 for one in self.threshold):
-            raise ValueError(f"threshold {list(self.threshold)}: each gap of probabilities must satisfy 0 <= gap < 1")
+        if not all(-1 < one < 1 for one in self.threshold):
+            raise ValueError(f"threshold {list(self.threshold)}: each gap of probabilities must satisfy -1 < gap < 1")
         return self
 
 
@@ -71,10 +78,12 @@ class SPO(SamplingMethod[SPOConfig]):
         """Return the conventions: the units of beta, the clip and the threshold."""
         c = self.config
         low, high = c.threshold
+        later = f", {c.segment} steps later," if c.segment else ""
         gap = f"{low:g}" if low == high else f"{low:g}..{high:g} by the step's noise"
         return (
             f"{self.name}: beta={c.beta:g}, clip={c.clip:g} on ratios per dimension, best against worst of "
-            f"{c.candidates} where the softmax of {c.score_scale:g} x reward differs by {gap}, guidance {c.guidance:g}"
+            f"{c.candidates}{later} where the softmax of {c.score_scale:g} x reward differs by {gap}, "
+            f"guidance {c.guidance:g}"
         )
 
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[StepPairs]:
@@ -105,13 +114,14 @@ class SPO(SamplingMethod[SPOConfig]):
     @torch.no_grad()
     def _draw(self, run: Run, samples: PromptBatch) -> list[StepPairs]:
         c, kernel = self.config, self.kernel()
-        stds = [std for std in kernel.stds(run.process, c.sampling_steps) if std > 0]
+        table = [std for std in ddim(c.eta).stds(run.process, c.sampling_steps) if std > 0]
         found: list[tuple[Branching, Tensor]] = []
 
-        def judge(step: Branching) -> None:
-            threshold = dynamic_threshold(float(step.std), (min(stds), max(stds)), c.threshold)
-            best, worst, valid = step_preference(c.score_scale * self.step_scores(run, samples, step), threshold)
-            found.append((step.pick(best, worst), valid))
+        def judge(segment: list[Branching]) -> None:
+            threshold = dynamic_threshold(float(segment[0].std), (min(table), max(table)), c.threshold)
+            scores = self.step_scores(run, samples, segment[-1])
+            best, worst, valid = step_preference(c.score_scale * scores, threshold)
+            found.extend((step.pick(best, worst), valid) for step in segment)
 
         latents = sample_branching(
             run.generator,
@@ -121,6 +131,8 @@ class SPO(SamplingMethod[SPOConfig]):
             candidates=c.candidates,
             seeds=run.seeds(samples.ids, samples.epoch),
             visit=judge,
+            branch_steps=self.learned(),
+            segment=c.segment,
             predict_clean=self.predict_clean,
             guidance=c.guidance,
             autocast=run.autocast,
@@ -132,12 +144,14 @@ class SPO(SamplingMethod[SPOConfig]):
         """Return this step's part of the mean over chains and steps; pairs below the threshold count as zeros."""
         c, step = self.config, batch.step
         with run.reference.active():
-            reference = self._mean(run, batch)
-        policy = self._mean(run, batch)
-        std = torch.as_tensor(step.std, dtype=policy.dtype, device=policy.device).expand(len(policy))
+            reference = self._means(run, batch)
+        policy = self._means(run, batch)
+        std = torch.as_tensor(step.std, dtype=policy.dtype, device=policy.device).expand(policy.shape[1])
         best, worst = (
-            gaussian_log_prob(candidate, policy, std) - gaussian_log_prob(candidate, reference, std)
-            for candidate in step.candidates
+            gaussian_log_prob(candidate, ours, std) - gaussian_log_prob(candidate, theirs, std)
+            for candidate, ours, theirs in zip(
+                step.candidates, policy.expand_as(step.candidates), reference.expand_as(step.candidates), strict=True
+            )
         )
         losses = spo(best, worst, batch.valid, beta=c.beta, clip=c.clip)
         logit = spo_logit(best.detach(), worst.detach(), beta=c.beta, clip=c.clip)
@@ -148,13 +162,20 @@ class SPO(SamplingMethod[SPOConfig]):
                 "reward": batch.rewards.mean(),
                 "valid": batch.valid.float().mean() if batch.valid_share is None else batch.valid_share,
                 "accuracy": pair_accuracy(logit),
-                "kl": gaussian_kl(policy.detach(), reference, std).mean(),
+                "kl": gaussian_kl(policy.detach()[0], reference[0], std).mean(),
             },
         )
 
-    def _mean(self, run: Run, batch: StepPairs) -> Float[Tensor, "batch *latent"]:
-        """Return the mean of the recorded step under the current network."""
+    def _means(self, run: Run, batch: StepPairs) -> Float[Tensor, "starts batch *latent"]:
+        """Return the means of the recorded step from each of its starts, under the current network."""
         step = batch.step
-        predict = guided_predictor(run.generator, batch.samples.cond, self.config.guidance, autocast=run.autocast)
-        output = predict(step.state, torch.as_tensor(step.t, device=step.state.device).expand(len(step.state)))
-        return step.kernel(run.process, step.state, output, step.t, step.t_next)[0]
+        starts, count = step.states.shape[:2]
+        cond = Conditioning.cat([batch.samples.cond] * starts)
+        predict = guided_predictor(run.generator, cond, self.config.guidance, autocast=run.autocast)
+        t = torch.as_tensor(step.t, device=step.states.device).expand(count)
+        outputs = predict(step.states.flatten(0, 1), t.repeat(starts)).unflatten(0, (starts, count))
+        means = [
+            step.kernel(run.process, state, output, step.t, step.t_next)[0]
+            for state, output in zip(step.states, outputs, strict=True)
+        ]
+        return torch.stack(means)

@@ -39,15 +39,16 @@ def gather_rows(
 ) -> StepPairs:
     """Return single chains of several steps as one batch: chain `row` of step `owner`, for each."""
     chosen = [(held[number], position) for number, position in zip(owner.tolist(), row.tolist(), strict=True)]
-    first, device = chosen[0][0], chosen[0][0].step.state.device
+    first, device = chosen[0][0], chosen[0][0].step.states.device
+    starts, item = max(len(pairs.step.states) for pairs, _ in chosen), first.step.states.shape[1:]
     t, t_next = (torch.tensor([getattr(pairs.step, name) for pairs, _ in chosen]) for name in ("t", "t_next"))
-    std = torch.tensor([pairs.step.std for pairs, _ in chosen], dtype=first.step.state.dtype)
+    std = torch.tensor([pairs.step.std for pairs, _ in chosen], dtype=first.step.states.dtype)
     step = replace(
         first.step,
         t=t.to(device),
         t_next=t_next.to(device),
         std=std.to(device),
-        state=torch.stack([pairs.step.state[at] for pairs, at in chosen]),
+        states=torch.stack([pairs.step.states.expand(starts, *item)[:, at] for pairs, at in chosen], dim=1),
         candidates=torch.stack([pairs.step.candidates[:, at] for pairs, at in chosen], dim=1),
         clean=None,
     )

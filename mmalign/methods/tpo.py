@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from mmalign.data.labels import LabelTable
 
 
+LOGIT_BOUND = 3.0
+"""What the rejected caption may add to the logit by default, as with the setting measured on Shapes."""
+
+
 class TPOConfig(TimestepRange):
     """Configuration of `tpo`; errors are means over latent dimensions."""
 
@@ -34,7 +38,13 @@ class TPOConfig(TimestepRange):
     objective: Literal["tdpo", "tkto"] = "tdpo"
     """tdpo: compare the fitting caption with the other; tkto: a good and a bad sample, each by itself"""
     rejected_rise: float | None = Field(None, gt=0)
-    """tdpo: bound on the rise of the error under the rejected caption, without a gradient beyond; null: no bound"""
+    """tdpo: bound on the rise of the error under the rejected caption, without a gradient beyond; null: 6 / beta, by
+    which that side adds 3 to the logit at most; .inf: no bound, and the images fall apart"""
+
+    @property
+    def bound(self) -> float:
+        """The bound on the rise, with the default resolved."""
+        return LOGIT_BOUND * 2 / self.beta if self.rejected_rise is None else self.rejected_rise
 
 
 class TPO(Method[TPOConfig]):
@@ -60,7 +70,7 @@ class TPO(Method[TPOConfig]):
         c = self.config
         if c.objective == "tkto":
             return f"tpo: tkto, beta={c.beta:g}, mean-reduced, no half factor, kahneman-tversky"
-        bound = "no bound" if c.rejected_rise is None else f"bound {c.rejected_rise:g}"
+        bound = "no bound" if math.isinf(c.bound) else f"bound {c.bound:g}"
         return f"tpo: tdpo, beta={c.beta:g}, mean-reduced, half factor on, {bound} on the rejected caption's error"
 
     def collect(self, run: Run, batches: Iterable[LabelBatch]) -> Iterable[LabelBatch] | list[Centred]:
@@ -85,14 +95,13 @@ class TPO(Method[TPOConfig]):
         """Return the mean loss of the images; in the metrics chosen and rejected are the two captions."""
         c, batch = self.config, Centred.of(batch)
         policy, reference = self._errors(run, batch.labels)
-        rise = math.inf if c.rejected_rise is None else c.rejected_rise
-        logit = tdpo_logit(*policy, *reference, beta=c.beta, rejected_rise=rise)
+        logit = tdpo_logit(*policy, *reference, beta=c.beta, rejected_rise=c.bound)
         if c.objective == "tkto":
             gain = _gain(policy, reference)
             good = torch.arange(len(gain), device=gain.device) < len(gain) // 2
             loss = diffusion_kto(gain, good, batch.reference_point(gain), beta=c.beta).mean()
         else:
-            loss = tdpo(*policy, *reference, beta=c.beta, rejected_rise=rise).mean()
+            loss = tdpo(*policy, *reference, beta=c.beta, rejected_rise=c.bound).mean()
         return LossOutput(loss, pair_metrics(policy, reference, logit))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.data.batches import PromptBatch
-from mmalign.losses import gaussian_kl
+from mmalign.losses import denoising_error, gaussian_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.mini_batches import check_parts, places, shuffled_parts
 from mmalign.methods.run import WATCHED, Run
@@ -54,7 +54,9 @@ class RandomSamplingConfig(SamplingConfig):
     """Base of the configurations of methods that learn from the random steps of their samples."""
 
     random_steps: tuple[float, float] = (0.0, 1.0)
-    """part of the sampling (0 is its start) whose steps are random and trained on; the others are deterministic"""
+    """part of the sampling (0 is its start) whose steps are random; the others are deterministic"""
+    learned_steps: tuple[float, float] | None = None
+    """part of the sampling whose random steps are trained on; null: all random steps"""
     updates_per_round: int = Field(1, ge=1)
     """passes over one round of samples; each is one optimiser step, or one for each of its mini-batches"""
     mini_batches: int = Field(1, ge=1)
@@ -65,7 +67,9 @@ class TrajectoryConfig(RandomSamplingConfig):
     """Base of the configurations of methods that learn from recorded trajectories."""
 
     kl_weight: float = Field(0.0, ge=0)
-    """adds this many times the KL divergence to the reference, a mean over random sampling steps and dimensions"""
+    """adds this many times the KL divergence to the reference, a mean over learned sampling steps and dimensions"""
+    distance_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """adds this many times the mean squared difference of the guided predictions of policy and reference"""
 
 
 @dataclass
@@ -85,8 +89,12 @@ class Rollout:
     old_log_probs: Float[Tensor, "steps batch"]
     log_probs: Float[Tensor, "steps batch"]
     drawn_at: int
+    learned: range
+    """The part of the sampling whose random steps are learned from."""
     reference_log_probs: Float[Tensor, "steps batch"] | None = None
     reference_means: Float[Tensor, "steps batch *latent"] | None = None
+    reference_outputs: Float[Tensor, "steps batch *latent"] | None = None
+    """The reference's guided predictions, where `distance_weight` needs them."""
     advantages: Float[Tensor, " batch"] | None = None
     wanted: Bool[Tensor, "steps batch"] | None = None
     """The log-probs that the present update uses; all if not set."""
@@ -118,15 +126,16 @@ class Rollout:
             log_probs=self.log_probs[:, rows],
             reference_log_probs=of_steps(self.reference_log_probs),
             reference_means=of_steps(self.reference_means),
+            reference_outputs=of_steps(self.reference_outputs),
             advantages=None if self.advantages is None else self.advantages[rows],
             wanted=of_steps(self.wanted),
             share=share,
             first_pass=first_pass,
         )
 
-    def random_steps(self) -> list[int]:
-        """Return the steps that have a density; only these can be learned from."""
-        return (self.stds > 0).all(1).nonzero().flatten().tolist()
+    def learned_steps(self) -> list[int]:
+        """Return the steps that are learned from: those of the chosen part that have a density."""
+        return [index for index in (self.stds > 0).all(1).nonzero().flatten().tolist() if index in self.learned]
 
 
 SamplingT = TypeVar("SamplingT", bound=RandomSamplingConfig)
@@ -149,17 +158,29 @@ class SamplingMethod(Method[SamplingT]):
                 f"method.eta is 0, and {self.name} needs a random sampler: without noise a step has no density; "
                 "set method.eta to 1"
             )
-        if not any(self.kernel().stds(process, self.config.sampling_steps)):
-            raise UserError(
-                f"method.random_steps {list(self.config.random_steps)} holds none of the {self.config.sampling_steps} "
-                "steps that have noise; 0 <= start < end <= 1 is needed, such as [0.0, 0.5] (the last may have none)"
-            )
+        c, stds = self.config, self.kernel().stds(process, self.config.sampling_steps)
+        for name, steps in (("random_steps", range(len(stds))), ("learned_steps", self.learned())):
+            if not any(stds[step] for step in steps):
+                raise UserError(
+                    f"method.{name} {list(getattr(c, name) or c.random_steps)} holds none of the {c.sampling_steps} "
+                    "steps that have noise; 0 <= start < end <= 1 is needed, such as [0.0, 0.5] (the last may have "
+                    "none)"
+                )
 
     def kernel(self) -> Kernel:
         """Return the kernel of the sampling: DDIM of noise eta in the random part, 0 elsewhere."""
         c = self.config
-        low, high = (round(share * c.sampling_steps) for share in c.random_steps)
-        return ddim([c.eta if low <= index < high else 0.0 for index in range(c.sampling_steps)])
+        random = self._part(c.random_steps)
+        return ddim([c.eta if index in random else 0.0 for index in range(c.sampling_steps)])
+
+    def learned(self) -> range:
+        """Return the part of the sampling whose random steps are learned from."""
+        return self._part(self.config.learned_steps or (0.0, 1.0))
+
+    def _part(self, shares: tuple[float, float]) -> range:
+        """Return a part of the sampling, given by its start and its end as shares, in steps."""
+        low, high = (round(share * self.config.sampling_steps) for share in shares)
+        return range(self.config.sampling_steps)[max(low, 0) : max(high, 0)]
 
 
 class TrajectoryMethod(SamplingMethod[ConfigT]):
@@ -170,6 +191,8 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
     """Whether the loss compares the images of a prompt, so that a mini-batch takes all of them or none."""
     whole_reference: ClassVar[bool] = False
     """Whether the reference's log-probs are wanted at every step; otherwise one step a round is enough to watch by."""
+    whole_first: bool = True
+    """Whether the first update of a round computes all samples of a step, in the batches in which they were drawn."""
 
     @abstractmethod
     def loss(self, run: Run, batch: Rollout) -> LossOutput:
@@ -229,34 +252,42 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
             old_log_probs=trajectory.log_probs,
             log_probs=trajectory.log_probs,
             drawn_at=run.step,
+            learned=self.learned(),
         )
-        if self.whole_reference or c.kl_weight:
+        if self.whole_reference or c.kl_weight or c.distance_weight:
+            outputs = torch.zeros_like(trajectory.means) if c.distance_weight else None
             with run.reference.active():
-                rollout.reference_means, rollout.reference_log_probs = self.replay_all(run, rollout)
+                rollout.reference_means, rollout.reference_log_probs = self.replay_all(run, rollout, outputs)
+            rollout.reference_outputs = outputs
         return rollout
 
     def learn(self, run: Run, batch: Rollout, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
         """Differentiate the objective by the log-probs, then recompute the sampling steps one by one with a graph."""
         c, fresh = self.config, batch.drawn_at == run.step
+        held = bool(c.kl_weight or c.distance_weight)
         present = batch.old_log_probs if fresh else self.replay_all(run, batch)[1]
         batch.log_probs = present.clone().requires_grad_()
         output = self.loss(run, batch)
         (weights,) = torch.autograd.grad(output.loss, batch.log_probs)
-        random_steps = batch.random_steps()
+        learned = batch.learned_steps()
         everything = torch.arange(weights.shape[1], device=weights.device)
         # At least one step is computed, so that there is always a gradient, even if it is zero.
-        for index in [i for i in random_steps if c.kl_weight or bool(weights[i].any())] or random_steps[:1]:
+        for index in [i for i in learned if held or bool(weights[i].any())] or learned[:1]:
             # The first update takes all rows, in the batches in which they were sampled: the ratio is exactly 1.
-            needed = everything if fresh or c.kl_weight else weights[index].nonzero().flatten()
+            needed = everything if (fresh and self.whole_first) or held else weights[index].nonzero().flatten()
             rows = needed if len(needed) else everything
-            mean, std, log_prob = self._replay(run, batch, index, rows)
+            mean, std, log_prob, predicted = self._replay(run, batch, index, rows)
             if fresh:
-                _check_ratio(log_prob, batch.old_log_probs[index])
+                _check_ratio(log_prob, batch.old_log_probs[index, rows])
             part = (weights[index, rows] * log_prob).sum()
             if c.kl_weight:
                 assert batch.reference_means is not None
                 kl = gaussian_kl(mean, batch.reference_means[index], std).mean()
-                part = part + c.kl_weight / len(random_steps) * kl
+                part = part + c.kl_weight / len(learned) * kl
+            if c.distance_weight:
+                assert batch.reference_outputs is not None
+                distance = denoising_error(predicted, batch.reference_outputs[index]).mean()
+                part = part + c.distance_weight / len(learned) * distance
             backward(batch.share * part)
         new = fresh or batch.first_pass
         return {"loss": output.loss, **self._metrics(run, batch, new), **output.metrics}
@@ -272,7 +303,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
 
     def _kl(self, run: Run, batch: Rollout) -> Tensor:
         """Return the KL of a sampling step to the reference in nats per dimension; of a random step if need be."""
-        means, stds, steps = batch.old_means, batch.stds, batch.random_steps()
+        means, stds, steps = batch.old_means, batch.stds, batch.learned_steps()
         if batch.reference_means is not None:
             return gaussian_kl(
                 means[steps].flatten(0, 1), batch.reference_means[steps].flatten(0, 1), stds[steps].flatten()
@@ -285,27 +316,38 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
 
     def _replay(
         self, run: Run, batch: Rollout, index: int, rows: Int[Tensor, " rows"] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean, std and log-prob of a recorded step (of some rows) under the current network."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return mean, std, log-prob and prediction of a recorded step (of some rows) under the current network."""
         cond = batch.samples.cond if rows is None else batch.samples.cond[rows.cpu()]
         predict = guided_predictor(run.generator, cond, self.config.guidance, autocast=run.autocast)
-        return replay_step(run.process, batch.trajectory, index, predict, rows=rows)
+        made: list[Tensor] = []
+
+        def kept(x: Tensor, t: Tensor) -> Tensor:
+            made.append(predict(x, t))
+            return made[0]
+
+        return *replay_step(run.process, batch.trajectory, index, kept, rows=rows), made[0]
 
     @torch.no_grad()
     def replay_all(
-        self, run: Run, batch: Rollout
+        self, run: Run, batch: Rollout, outputs: Float[Tensor, "steps batch *latent"] | None = None
     ) -> tuple[Float[Tensor, "steps batch *latent"], Float[Tensor, "steps batch"]]:
         """Return means and log-probs of the recorded steps under the current network, without a graph.
 
-        Deterministic and unwanted steps keep their recorded values.
+        Steps that are not learned from, and unwanted ones, keep their recorded values. `outputs`, if given, is filled
+        with the network's guided predictions at the others.
         """
         assert batch.trajectory.means is not None
         means, log_probs = batch.trajectory.means.clone(), batch.old_log_probs.clone()
-        for index in batch.random_steps():
-            if batch.wanted is None or bool(batch.wanted[index].all()):
-                means[index], _, log_probs[index] = self._replay(run, batch, index)
-            elif len(rows := batch.wanted[index].nonzero().flatten()):
-                means[index, rows], _, log_probs[index, rows] = self._replay(run, batch, index, rows)
+        for index in batch.learned_steps():
+            whole = batch.wanted is None or bool(batch.wanted[index].all())
+            rows = None if whole else batch.wanted[index].nonzero().flatten()
+            if rows is not None and not len(rows):
+                continue
+            at = (index,) if rows is None else (index, rows)
+            means[at], _, log_probs[at], predicted = self._replay(run, batch, index, rows)
+            if outputs is not None:
+                outputs[at] = predicted
         return means, log_probs
 
 

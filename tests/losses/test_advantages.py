@@ -10,19 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.losses.advantages import PromptStatistics, group_advantages
+from mmalign.losses.advantages import PromptStatistics, Spread, group_advantages
 
 
 def rewards_of(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+TINY = Spread(epsilon=1e-8, floor=0.0)
+"""So that the deviation alone matters, to the digits compared."""
+
+
 def by_numpy(values: list[float], pool: list[float]) -> list[float]:
-    return [(value - np.mean(pool)) / (np.std(pool) + 1e-8) for value in values]
+    return [(value - np.mean(pool)) / (np.std(pool) + 1e-4) for value in values]
 
 
 def test_a_hand_written_sequence_with_minimum_and_eviction() -> None:
-    statistics = PromptStatistics(buffer_size=4, min_count=3, clip=None)
+    statistics = PromptStatistics(buffer_size=4, min_count=3, clip=None, spread=TINY)
     # Two rewards each are too few: both prompts are judged by the batch, mean 3, variance (4 + 1 + 0 + 9) / 4.
     first = statistics.advantages(["cat", "dog", "cat", "dog"], rewards_of(1.0, 2.0, 3.0, 6.0))
     assert first.tolist() == pytest.approx([value / math.sqrt(3.5) for value in (-2, -1, 0, 3)], rel=1e-7)
@@ -57,10 +61,10 @@ def test_the_clip_holds_on_both_sides_and_none_switches_it_off() -> None:
     prompts = [f"prompt {i}" for i in range(64)]
     for sign in (1.0, -1.0):
         rewards = sign * rewards_of(*values)
-        assert PromptStatistics(clip=None).advantages(prompts, rewards)[0].item() == pytest.approx(
+        assert PromptStatistics(clip=None, spread=TINY).advantages(prompts, rewards)[0].item() == pytest.approx(
             sign * math.sqrt(63), rel=1e-6
         )
-        clipped = PromptStatistics().advantages(prompts, rewards)
+        clipped = PromptStatistics(spread=TINY).advantages(prompts, rewards)
         assert clipped[0].item() == sign * 5.0
         assert clipped[1].item() == pytest.approx(-sign / math.sqrt(63), rel=1e-6)
 
@@ -78,17 +82,17 @@ def test_equal_rewards_give_zero_whatever_rounding_makes_of_their_mean() -> None
 def test_group_advantages_by_hand() -> None:
     prompts = ["cat", "dog", "cat", "fox", "dog", "cat", "dog"]
     # cat: 1, 2, 6, mean 3, variance 14/3; dog: equal, no signal; fox: alone.
-    result = group_advantages(prompts, rewards_of(1.0, 0.3, 2.0, 9.0, 0.3, 6.0, 0.3))
+    result = group_advantages(prompts, rewards_of(1.0, 0.3, 2.0, 9.0, 0.3, 6.0, 0.3), spread=TINY)
     deviation = math.sqrt(14 / 3)
     assert result.tolist() == pytest.approx([-2 / deviation, 0, -1 / deviation, 0, 0, 3 / deviation, 0], rel=1e-7)
     assert result[[1, 3, 4, 6]].tolist() == [0.0] * 4
-    clipped = group_advantages(prompts, rewards_of(1.0, 0.3, 2.0, 9.0, 0.3, 6.0, 0.3), clip=0.5)
+    clipped = group_advantages(prompts, rewards_of(1.0, 0.3, 2.0, 9.0, 0.3, 6.0, 0.3), clip=0.5, spread=TINY)
     assert clipped[[0, 2, 5]].tolist() == [-0.5, pytest.approx(-1 / deviation, rel=1e-7), 0.5]
 
 
 def test_group_advantages_have_mean_zero_and_unit_variance_in_every_group() -> None:
     rewards = torch.randn(24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-3 + 0.21
-    result = group_advantages([f"prompt {i % 4}" for i in range(24)], rewards).view(6, 4)
+    result = group_advantages([f"prompt {i % 4}" for i in range(24)], rewards, spread=TINY).view(6, 4)
     torch.testing.assert_close(result.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-10)
     torch.testing.assert_close(result.var(0, correction=0), torch.ones(4, dtype=torch.float64), rtol=1e-3, atol=0)
 
@@ -119,7 +123,9 @@ def test_a_state_is_a_copy() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_precision_is_that_of_the_rewards_but_never_half(dtype: torch.dtype) -> None:
     rewards = torch.tensor([0.0, 4.0], dtype=dtype, requires_grad=True)
-    for result in (group_advantages(["cat"] * 2, rewards), PromptStatistics().advantages(["cat", "dog"], rewards)):
+    statistics = PromptStatistics(spread=TINY)
+    by_group = group_advantages(["cat"] * 2, rewards, spread=TINY)
+    for result in (by_group, statistics.advantages(["cat", "dog"], rewards)):
         assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert result.tolist() == pytest.approx([-1, 1], abs=1e-7) and not result.requires_grad
 
@@ -145,3 +151,45 @@ def test_wrong_arguments_are_named() -> None:
         group_advantages(["cat"], rewards_of(1.0), clip=-1.0)
     with pytest.raises(ValueError, match=r"2 prompts and rewards of shape \(3,\)"):
         PromptStatistics().advantages(["cat", "dog"], rewards_of(1.0, 2.0, 3.0))
+
+
+def test_what_the_difference_is_divided_by() -> None:
+    """cat: 1, 3, mean 2, deviation 1. dog: 10, 18, mean 14, deviation 4. All: mean 8, variance 178 / 4."""
+    prompts, rewards = ["cat", "dog", "cat", "dog"], rewards_of(1.0, 10.0, 3.0, 18.0)
+    every = math.sqrt((49 + 4 + 25 + 100) / 4)
+    for std, expected in (
+        ("group", [-1.0, -1.0, 1.0, 1.0]),
+        ("batch", [-1 / every, -4 / every, 1 / every, 4 / every]),
+        ("none", [-1.0, -4.0, 1.0, 4.0]),
+    ):
+        found = group_advantages(prompts, rewards, spread=Spread(std, epsilon=0.0, floor=0.0))
+        assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    statistics = PromptStatistics(buffer_size=2, min_count=2, clip=None, spread=Spread("batch", 0.0, 0.0))
+    assert statistics.advantages(prompts, rewards).tolist() == pytest.approx(
+        [-1 / every, -4 / every, 1 / every, 4 / every]
+    )
+
+
+@pytest.mark.parametrize("reward", [0.27, 21.0, -1500.0])
+def test_rewards_that_differ_by_rounding_are_no_preference(reward: float) -> None:
+    """One unit in the last place of float32; with 1e-8 and no floor the advantages were of order 1."""
+    first = torch.tensor(reward)
+    rewards = torch.stack([first, torch.nextafter(first, torch.tensor(math.inf))])
+    assert rewards[0] != rewards[1]
+    found = group_advantages(["cat"] * 2, rewards)
+    assert 0 < found.abs().max() < 0.01
+    assert group_advantages(["cat"] * 2, rewards, spread=TINY).abs().max() > 0.5
+
+
+def test_epsilon_and_floor_by_hand() -> None:
+    rewards = rewards_of(100.0, 102.0)  # deviation 1, largest 102
+    for epsilon, floor, deviation in ((0.5, 0.0, 1.5), (0.0, 0.1, 10.2), (0.5, 0.1, 10.7), (0.0, 0.001, 1.0)):
+        found = group_advantages(["cat"] * 2, rewards, spread=Spread("group", epsilon, floor))
+        assert found.tolist() == pytest.approx([-1 / deviation, 1 / deviation], rel=1e-12)
+    for options, message in (
+        ({"std": "prompt"}, "must be one of group, batch, none"),
+        ({"epsilon": -1.0}, "must be finite and not negative"),
+        ({"floor": math.inf}, "must be finite and not negative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Spread(**options)  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def test_chain_is_the_samplers_and_the_candidates_are_those_of_spo(models: dict[
     seen: dict[bool, list[Branching]] = {True: [], False: []}
     ends = {
         clean: sample_branching(
-            run.generator, batch.cond, candidates=3, visit=seen[clean].append, predict_clean=clean, **common
+            run.generator, batch.cond, candidates=3, visit=seen[clean].extend, predict_clean=clean, **common
         )
         for clean in seen
     }
@@ -95,7 +95,7 @@ def test_best_and_worst_by_the_latent_reward_at_the_level(
         steps=3,
         candidates=3,
         seeds=run.seeds(batch.repeat(1).ids, 0),
-        visit=drawn.append,
+        visit=drawn.extend,
         predict_clean=False,
         guidance=1.0,
     )

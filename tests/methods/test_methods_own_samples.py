@@ -10,25 +10,35 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from tiny_models import build_tiny_sd
 from tiny_runs import Brightness, InMemoryPairs, exact_run, losses, online_config, run_config, write_pairs
 from torch import Tensor
 
-from mmalign.core.errors import TrainingDiverged
+from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.data.batches import LabelBatch, PromptBatch
+from mmalign.losses import step_preference
 from mmalign.methods import methods
+from mmalign.methods import spo as spo_method
 from mmalign.methods.base import Method
 from mmalign.methods.dense_dpo import spaced
 from mmalign.methods.run import Run
 from mmalign.scoring.choice import WeightedReward
 from mmalign.training.train import train
-from pipelines import ddim, sample
+from pipelines import NoiseProcess, PipelineError, Truncation, ddim, sample
 from pipelines.branching import Branching, sample_branching
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_tiny_sd(tmp_path_factory.mktemp("own") / "sd", vae="tiny")
+
+
+class Smooth(Brightness):
+    """A differentiable reward that is not linear in the image."""
+
+    def score(self, media: Any, prompts: Any, references: Any) -> Any:
+        return media.double().square().mean((1, 2, 3))
 
 
 def make_run(model: str, scale: float = 0.05) -> Run:
@@ -63,8 +73,13 @@ DRO: dict[str, Any] = {"sampling_steps": 3, "updates_per_round": 2}
 
 def drawn(run: Run, name: str) -> tuple[Method[Any], list[Any]]:
     """Return a method and what it has collected; the policy has moved on since, and one update is done."""
-    options = {"dense_dpo": {**DENSE, "fidelity": "paper"}, "spo": SPO, "diffusion_dro": {**DRO, "margin": 1.0}}
-    method = make_method(name, **options[name])
+    options = {
+        "dense_dpo": {**DENSE, "fidelity": "paper"},
+        "spo": SPO,
+        "spo in segments": {**SPO, "segment": 1},
+        "diffusion_dro": {**DRO, "margin": 1.0},
+    }
+    method = make_method(name.split()[0], **options[name])
     batch = experts() if name == "diffusion_dro" else prompts(run, "a red circle", "a star")
     collected = list(method.collect(run, [batch]))
     with torch.no_grad():
@@ -74,7 +89,7 @@ def drawn(run: Run, name: str) -> tuple[Method[Any], list[Any]]:
     return method, collected
 
 
-@pytest.mark.parametrize("name", ["dense_dpo", "spo", "diffusion_dro"])
+@pytest.mark.parametrize("name", ["dense_dpo", "spo", "spo in segments", "diffusion_dro"])
 def test_gradient_equals_finite_differences(model: str, name: str) -> None:
     run = make_run(model)
     method, collected = drawn(run, name)
@@ -178,7 +193,7 @@ def branches(
     batch = prompts(run, "a red circle", "a star")
     latents = sample_branching(
         run.generator, batch.cond, kernel=ddim(etas), steps=len(etas), candidates=candidates, seeds=[7, 8],
-        visit=seen.append, guidance=guidance,
+        visit=seen.extend, guidance=guidance,
     )  # fmt: skip
     return latents, seen
 
@@ -234,6 +249,184 @@ def test_spo_prefers_the_candidate_whose_clean_image_scores_best(model: str) -> 
     assert all(output.metrics["accuracy"] == 0.5 and output.metrics["kl"] == 0 for output in found)
     strict = make_method("spo", **{**SPO, "threshold": (0.99, 0.99)})
     assert sum(strict.loss(run, b).loss.item() for b in strict.collect(run, [prompts(run, "a star")])) == 0.0
+
+
+def chains(run: Run, etas: Sequence[float], segment: int, steps: Sequence[int] | None = None) -> list[list[Branching]]:
+    seen: list[list[Branching]] = []
+    batch = prompts(run, "a red circle", "a star")
+    sample_branching(
+        run.generator, batch.cond, kernel=ddim(etas), steps=len(etas), candidates=3, seeds=[7, 8],
+        visit=seen.append, branch_steps=steps, segment=segment, guidance=1.0,
+    )  # fmt: skip
+    return seen
+
+
+def test_candidates_of_a_segment_take_their_further_steps_apart(model: str) -> None:
+    """Each chain by hand: its own state, the step's formula, and the draws of its own noise stream."""
+    run, etas = make_run(model), [1.0] * 5
+    batch = prompts(run, "a red circle", "a star")
+    found = chains(run, etas, 1, range(1, 5))
+    assert [[step.t for step in segment] for segment in found] == [[601, 401], [201, 1]]
+    streams = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+
+    def draw() -> Tensor:
+        return torch.stack([torch.randn(run.generator.latent_shape, generator=one) for one in streams]).double()
+
+    def step(x: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        t, t_next = (int(levels[index]) for levels in run.process.schedule(5))
+        output = run.generator.predict(x, torch.full((2,), t), batch.cond)
+        return ddim(1.0)(run.process, x, output, t, t_next)
+
+    x = draw()
+    mean, std = step(x, 0)
+    x = mean + std * draw()
+    for number, segment in enumerate(found):
+        first, second = 1 + 2 * number, 2 + 2 * number
+        torch.testing.assert_close(segment[0].states, x.unsqueeze(0), rtol=1e-9, atol=1e-9)
+        mean, std = step(x, first)
+        branched = torch.stack([mean + std * draw() for _ in range(3)])
+        torch.testing.assert_close(segment[0].candidates, branched, rtol=1e-9, atol=1e-9)
+        assert torch.equal(segment[1].states, segment[0].candidates) and segment[0].clean is None
+        after = torch.stack([mean + std * draw() for mean, std in (step(one, second) for one in branched)])
+        torch.testing.assert_close(segment[1].candidates, after, rtol=1e-9, atol=1e-9)
+        x = after[0]
+        clean = after
+        if second + 1 < 5:
+            t = int(run.process.schedule(5).levels[second + 1])
+            outputs = [run.generator.predict(one, torch.full((2,), t), batch.cond) for one in after]
+            clean = torch.stack([run.process.to_x0(one, out, t) for one, out in zip(after, outputs, strict=True)])
+        torch.testing.assert_close(segment[1].clean, clean, rtol=1e-8, atol=1e-8)
+
+
+def test_segments_end_with_the_steps_that_branch(model: str) -> None:
+    run = make_run(model)
+    assert [len(one) for one in chains(run, [1.0] * 5, 0)] == [1] * 5
+    assert [len(one) for one in chains(run, [1.0] * 5, 3, range(1, 5))] == [4]
+    assert [[step.t for step in one] for one in chains(run, [0.0, 1.0, 1.0, 1.0, 0.0], 1)] == [[601, 401], [201]]
+    with pytest.raises(PipelineError, match="segment 0, got 3 and -1"):
+        chains(run, [1.0] * 5, -1)
+
+
+def test_all_steps_of_a_segment_take_its_label_in_the_loss(model: str) -> None:
+    """Against separate forward passes from each state of the better and of the worse chain."""
+    run = make_run(model)
+    method = make_method("spo", **{**SPO, "sampling_steps": 5, "segment": 2, "learned_steps": (0.4, 1.0)})
+    batch = prompts(run, "a red circle", "a star")
+    collected = list(method.collect(run, [batch]))
+    assert [pairs.step.t for pairs in collected] == [401, 201, 1] and {pairs.share for pairs in collected} == {1 / 3}
+    first, second, third = collected
+    assert first.step.states.shape[0] == 1 and second.step.states.shape[0] == 2
+    # One best and one worst chain: each step starts from where the step before has led it.
+    assert torch.equal(second.step.states, first.step.candidates)
+    assert torch.equal(third.step.states, second.step.candidates)
+    better, worse = (run.generator.decode(end).mean((1, 2, 3)) for end in third.step.candidates)
+    assert (better > worse).all() and all(torch.equal(pairs.valid, third.valid) for pairs in collected)
+    with torch.no_grad():
+        for parameter in run.generator.trainable_parameters():
+            parameter.mul_(1.1)
+    for pairs in collected:
+        log_ratios = []
+        for side in (0, 1):
+            state = pairs.step.states[min(side, len(pairs.step.states) - 1)]
+            t = torch.full((2,), pairs.step.t)
+            squares = []
+            for predict in (run.predict, run.reference.predict):
+                mean, std = pairs.step.kernel(
+                    run.process, state, predict(state, t, batch.cond), pairs.step.t, pairs.step.t_next
+                )
+                squares.append(
+                    (pairs.step.candidates[side] - mean).square().mean((1, 2, 3)) / (2 * std.flatten() ** 2)
+                )
+            log_ratios.append(squares[1] - squares[0])
+        z = 10 * (log_ratios[0].exp().clamp(0.1, 1.9).log() - log_ratios[1].exp().clamp(0.1, 1.9).log())
+        expected = torch.log1p((-z).exp()).mean() / 3
+        assert method.loss(run, pairs).loss.item() == pytest.approx(expected.item(), rel=1e-8)
+
+
+def test_steps_that_are_not_learned_from_stay_random(model: str) -> None:
+    """SPO's code draws its first steps with eta 1 and compares nothing there."""
+    run = make_run(model)
+    method = make_method("spo", **{**SPO, "sampling_steps": 4, "learned_steps": (0.5, 1.0)})
+    batch = prompts(run, "a red circle", "a star")
+    collected = list(method.collect(run, [batch]))
+    seeds = run.seeds([f"{name}/0" for name in batch.ids], 0)
+    path = sample(run.generator, batch.cond, steps=4, guidance=1.0, eta=1.0, seeds=seeds, record=True)
+    assert [pairs.step.t for pairs in collected] == path.timesteps[2:].tolist()
+    torch.testing.assert_close(collected[0].step.state, path.states[2], rtol=1e-9, atol=1e-9)
+    with pytest.raises(
+        UserError, match=r"method.learned_steps \[0.5, 0.5\] holds none of the 4 steps that have noise"
+    ):
+        make_method("spo", sampling_steps=4, learned_steps=(0.5, 0.5)).check(run.process)
+
+
+def test_a_truncation_is_drawn_by_the_samples_id_whatever_the_batches(model: str) -> None:
+    run = exact_run(model, rewards=[WeightedReward("brightness", 1.0, Smooth())])
+    method = make_method("align_prop", sampling_steps=4, guidance=2.0, eta=0.0)
+    texts = ["a red circle", "a star", "two blue squares", "red"]
+    parameters = list(run.generator.trainable_parameters())
+    outputs = {size: [] for size in (4, 1)}
+    for size, found in outputs.items():
+        for start in range(0, 4, size):
+            found.append(method.loss(run, prompts(run, *texts[start : start + size])))
+    found, apart = (
+        torch.autograd.grad(sum(one.loss for one in each) / len(each), parameters) for each in outputs.values()
+    )
+    for ours, theirs in zip(found, apart, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+    trained = [one.metrics["trained_steps"] for one in outputs[1]]
+    assert outputs[4][0].metrics["trained_steps"] == sum(trained) / 4 and len(set(trained)) > 1
+
+
+def test_trained_steps_of_an_update_spread_as_the_mean_of_its_images(model: str) -> None:
+    """K uniform in 1..50 has deviation sqrt((50^2 - 1) / 12) = 14.4; the mean of 16 images 3.6, not 14.4."""
+    run, truncation = make_run(model), Truncation("uniform")
+    means = []
+    for step in range(400):
+        seeds = run.seeds([f"{step}/{image}" for image in range(16)], 0, "truncation")
+        draws = [truncation.draw(50, torch.Generator().manual_seed(seed)) for seed in seeds]
+        means.append(sum(map(len, draws)) / 16)
+    spread = torch.tensor(means, dtype=torch.float64)
+    assert spread.mean().item() == pytest.approx(25.5, abs=4 * 3.608 / 20)
+    assert spread.std().item() == pytest.approx(math.sqrt(2499 / 12 / 16), rel=4 / math.sqrt(800))
+
+
+def test_lpo_threshold_is_that_of_the_whole_table_of_levels(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Golden values of LPO's code, from its table of deviations of 20 DDIM steps: t = 951, 751, 1."""
+    at: dict[int, float] = {}
+    run = make_run(model)
+    run.generator.process = NoiseProcess.from_scheduler(
+        DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1,
+        )
+    )  # fmt: skip
+    for part in ((0.0, 0.25), (0.0, 1.0), (0.9, 1.0)):
+        method: Any = make_method(
+            "spo", sampling_steps=20, guidance=1.0, candidates=2, threshold=(0.35, 0.5), learned_steps=part
+        )
+        steps: list[Branching] = []
+
+        def scores(run: Run, samples: PromptBatch, step: Branching, seen: list[Branching] = steps) -> Tensor:
+            seen.append(step)
+            return torch.zeros(2, len(samples))
+
+        monkeypatch.setattr(method, "step_scores", scores)
+        limits: list[float] = []
+        monkeypatch.setattr(spo_method, "step_preference", lambda s, limit, kept=limits: (
+            kept.append(limit), step_preference(s, 0.0)
+        )[1])  # fmt: skip
+        method.collect(run, [prompts(run, "a star")])
+        for step, limit in zip(steps, limits, strict=True):
+            assert at.setdefault(int(step.t), limit) == limit
+    assert at[951] == pytest.approx(0.5, abs=1e-6) and at[1] == pytest.approx(0.35, abs=1e-6)
+    assert at[751] == pytest.approx(0.35 + 0.15 * (0.5576 - 0.0206) / (0.6444 - 0.0206), abs=5e-5)
+    assert at[751] == pytest.approx(0.4791, abs=5e-5)
+
+
+def test_a_line_of_thresholds_may_begin_below_zero() -> None:
+    assert make_method("spo", threshold=(-0.5, 0.5)).config.threshold == (-0.5, 0.5)
+    with pytest.raises(ValueError, match="must satisfy -1 < gap < 1"):
+        make_method("spo", threshold=(-1.0, 0.5))
 
 
 def test_spo_threshold_follows_the_noise_of_the_step(model: str) -> None:

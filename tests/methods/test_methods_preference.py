@@ -289,6 +289,23 @@ def test_tpo_objectives_on_separate_forward_passes(model: str) -> None:
     assert make_method("tpo", objective="tkto").loss(start, batch).loss.item() == 0.5
 
 
+def test_tpo_bounds_the_rejected_caption_by_default(model: str) -> None:
+    """The rejected side adds 3 to the logit at most: beta / 2 times 6 / beta; Shapes' own 0.03 is that of beta 200."""
+    assert [make_method("tpo", beta=beta).config.bound for beta in (200.0, 5000.0)] == [0.03, 0.0012]
+    assert "bound 0.0012 on" in make_method("tpo", beta=5000.0).describe()
+    run, batch = exact_run(model, 0.3), make_labels(3)
+    policy, reference = (caption_errors(run, batch, predict) for predict in (run.predict, run.reference.predict))
+    beta = 1e5
+    assert (policy[1] - reference[1] > 6 / beta).any()
+    z = beta / 2 * ((reference[0] - policy[0]) + torch.minimum(policy[1] - reference[1], torch.tensor(6 / beta)))
+    output = make_method("tpo", beta=beta).loss(run, batch)
+    assert output.loss.item() == pytest.approx(torch.nn.functional.softplus(-z).mean().item(), rel=1e-9)
+    free = make_method("tpo", beta=beta, rejected_rise=math.inf)
+    assert "no bound" in free.describe()
+    expected = diffusion_dpo(*policy, *reference, beta=beta).mean().item()
+    assert free.loss(run, batch).loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
 def test_equal_captions_teach_nothing(model: str) -> None:
     run, batch = exact_run(model), make_labels(3)
     output = make_method("tpo", beta=2000.0).loss(run, replace(batch, rejected_cond=batch.cond))

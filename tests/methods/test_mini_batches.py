@@ -136,9 +136,11 @@ def test_spo_drops_shuffles_and_takes_as_many_steps_as_its_pairs_fill(run: Run) 
     assert metrics["valid"] == pytest.approx(kept / sum(len(pairs.valid) for pairs in collected))
 
 
-def test_spo_gradients_of_mini_batches_weigh_every_pair_alike(run: Run) -> None:
+@pytest.mark.parametrize("segment", [0, 1])
+def test_spo_gradients_of_mini_batches_weigh_every_pair_alike(run: Run, segment: int) -> None:
     """The sum over mini-batches, each times its size, is the sum over pairs as each is computed by itself."""
-    whole, cut = make("spo", **SPO, threshold=(0.0, 0.0)), make("spo", **SPO, threshold=(0.0, 0.0), mini_batches=3)
+    options = {**SPO, "threshold": (0.0, 0.0), "segment": segment}
+    whole, cut = make("spo", **options), make("spo", **options, mini_batches=3)
     collected = pairs_of(whole, run)
     found: list[Tensor] | None = None
     for step in cut.split(run, collected):

@@ -111,7 +111,7 @@ def test_candidates_differ_by_their_noise_alone(shape: tuple[int, ...], kind: st
     seen: list[Branching] = []
     latents = sample_branching(
         generator, generator.encode_prompts(["1", "-2"]), kernel=ddim(1.0), steps=STEPS, candidates=2, seeds=SEEDS,
-        visit=seen.append, guidance=1.0,
+        visit=seen.extend, guidance=1.0,
     )  # fmt: skip
     assert latents.shape == (2, *shape) and seen[0].candidates.shape == (2, 2, *shape)
     first, second = islice(noise_stream(SEEDS, shape), 1, 3)

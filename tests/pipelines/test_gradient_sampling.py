@@ -90,7 +90,7 @@ def test_the_gradient_of_all_steps_is_the_directional_derivative(
 
     def value() -> Tensor:
         result = rollout(generator, cond, guidance=guidance, eta=eta)
-        assert result.grad_steps == (0, 1, 2, 3) and result.repeats == 1
+        assert result.grad_steps == ((0, 1, 2, 3),) * 2 and result.repeats == 1
         return reward(generator.decode_checkpointed(result.latents, 1))
 
     def moved(distance: float) -> float:
@@ -183,7 +183,7 @@ def test_low_variance_averages_renoised_last_steps(
     doubled = 2 if guidance > 1 else 1
     result = rollout(generator, cond, "low-variance", repeats=3, guidance=guidance, eta=eta, checkpoint=False)
     assert calls == [(2 * doubled, False)] * 3 + [(2 * doubled, True), (3 * 2 * doubled, True)]
-    assert result.repeats == 4 and result.grad_steps == (3,) and len(result.latents) == 8
+    assert result.repeats == 4 and result.grad_steps == ((3,),) * 2 and len(result.latents) == 8
     found = weight_gradients(generator, reward(result.latents))
 
     last = rollout(generator, cond, "last-k", guidance=guidance, eta=eta).latents
@@ -213,7 +213,7 @@ def test_refl_scores_the_clean_latents_predicted_at_its_step(
     generator, cond = load(kind)
     generator.process.clip_range = clip
     result = rollout(generator, cond, "refl", eta=eta, low=0.25, high=0.75, checkpoint=False)
-    (step,) = result.grad_steps
+    (step,) = result.grad_steps[0]
     assert step in (1, 2) and calls == [(4, False)] * step + [(4, True)]
     with torch.no_grad():
         path = sample(generator, cond, steps=4, guidance=3.0, eta=eta, seeds=SEEDS, record=True)
@@ -243,3 +243,39 @@ def test_noise_is_of_the_seeds_and_the_steps_of_the_other_generator(load: Load) 
     together = rollout(generator, cond, "low-variance", eta=1.0).latents
     assert torch.allclose(together[1::2], apart, atol=1e-10)
     assert seeded_noise(SEEDS, (4,)).dtype == torch.float32 and together.dtype == torch.float64
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(("mode", "eta"), [("uniform", 0.0), ("bernoulli", 1.0), ("refl", 1.0), ("gaussian", 0.0)])
+def test_each_sample_is_truncated_by_its_own_draw(load: Load, mode: str, eta: float, checkpoint: bool) -> None:
+    """A batch is what its samples are alone: latents, trained steps, and the sum of the gradients."""
+    generator, cond = load("epsilon")
+    sources = [5, 1] if mode == "gaussian" else [5, 6]
+    options: dict[str, Any] = {"steps": 8, "eta": eta, "checkpoint": checkpoint}
+
+    def rngs(numbers: list[int]) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(number) for number in numbers]
+
+    together = rollout(generator, cond, mode, rng=rngs(sources), **options)
+    apart = [
+        rollout(generator, cond[row], mode, rng=rngs(sources[row : row + 1]), seeds=SEEDS[row : row + 1], **options)
+        for row in range(2)
+    ]
+    assert together.grad_steps == apart[0].grad_steps + apart[1].grad_steps
+    assert together.grad_steps[0] != together.grad_steps[1]
+    torch.testing.assert_close(together.latents, torch.cat([one.latents for one in apart]), rtol=1e-9, atol=1e-9)
+    found = weight_gradients(generator, reward(together.latents))
+    each = [weight_gradients(generator, reward(one.latents)) for one in apart]
+    assert_same(found, [torch.stack(parts).mean(0) for parts in zip(*each, strict=True)])
+
+
+def test_batches_of_a_batch_keep_the_samples_own_steps(load: Load) -> None:
+    generator, cond = load("epsilon")
+    segment = Segment.of_each([(3,), (1, 2, 3)])
+    whole, cut = (
+        sample(generator, cond, steps=4, guidance=3.0, seeds=SEEDS, segment=segment, batch_size=size)
+        for size in (None, 1)
+    )
+    torch.testing.assert_close(whole.latents, cut.latents, rtol=1e-9, atol=1e-9)
+    found, expected = (weight_gradients(generator, reward(one.latents)) for one in (whole, cut))
+    assert_same(found, expected)

@@ -89,6 +89,69 @@ def test_gradient_in_parts_is_that_of_the_whole_objective(model: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=1e-7)
 
 
+def test_distance_to_the_references_predictions_is_that_of_dpoks_code(model: str) -> None:
+    """Without advantages: the mean square of the difference of guided predictions, over the learned steps."""
+    from pipelines.guidance import guided_predictor
+
+    run = make_run(model)
+    options: dict[str, Any] = {"sampling_steps": 3, "guidance": 2.0, "images_per_prompt": 2, "advantage": "group"}
+    method = DDPO(DDPOConfig(**options, distance_weight=0.7, learned_steps=(0.0, 0.67)))
+    (rollout,) = method.collect(run, [prompts(run, "a red circle", "two blue stars")])
+    rollout.advantages = torch.zeros(4)
+    parameters = run.generator.trainable_parameters()
+    method.learn(run, rollout, lambda loss: loss.backward())
+    found = [parameter.grad.clone() for parameter in parameters]
+    squares = []
+    for index in (0, 1):
+        x, t = rollout.trajectory.states[index], rollout.trajectory.timesteps[index].expand(4)
+        predict = guided_predictor(run.generator, rollout.samples.cond, 2.0)
+        ours = predict(x, t)
+        with torch.no_grad(), run.reference.active():
+            theirs = predict(x, t)
+        squares.append((ours - theirs).square().mean())
+    expected = torch.autograd.grad(0.7 * torch.stack(squares).mean(), parameters)
+    assert max(float(one.abs().max()) for one in found) > 0
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=1e-7)
+
+
+def test_each_image_is_trained_on_steps_of_its_own_whatever_the_batches(model: str) -> None:
+    run = make_run(model)
+    options: dict[str, Any] = {"sampling_steps": 6, "guidance": 1.0, "images_per_prompt": 2, "timestep_fraction": 0.5}
+    method = DDPO(DDPOConfig(**options, advantage="group", clip=0.5))
+    texts = ["a red circle", "two blue stars", "a star", "red"]
+    parameters = run.generator.trainable_parameters()
+    found, wanted = [], []
+    for size in (4, 2):
+        batches = [prompts(run, *texts[start : start + size]) for start in range(0, 4, size)]
+        for parameter in parameters:
+            parameter.grad = None
+        rollouts = method.collect(run, batches)
+        for rollout in rollouts:
+            metrics = method.learn(run, rollout, lambda loss: loss.backward())
+            assert float(metrics["log_ratio_max"]) == 0.0
+        wanted.append(torch.cat([rollout.wanted for rollout in rollouts], dim=1))
+        found.append([parameter.grad / len(batches) for parameter in parameters])
+    assert torch.equal(*wanted) and wanted[0].sum(0).tolist() == [3] * 8
+    assert len({tuple(column.tolist()) for column in wanted[0].T}) > 3  # not one draw for all
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    run.step = 1
+    assert not torch.equal(method._drawn(run, rollouts[0]), rollouts[0].wanted)  # redrawn at every update
+
+
+def test_learned_steps_may_be_a_part_of_the_random_ones(model: str) -> None:
+    run = make_run(model)
+    method = DDPO(DDPOConfig(sampling_steps=4, guidance=1.0, images_per_prompt=3, learned_steps=(0.5, 1.0)))
+    (rollout,) = method.collect(run, [prompts(run, "a red circle")])
+    assert (rollout.stds > 0).all() and rollout.learned_steps() == [2, 3]
+    rollout.log_probs = rollout.old_log_probs.clone().requires_grad_()
+    rollout.advantages = torch.tensor([1.0, -2.0, 0.5])
+    (weights,) = torch.autograd.grad(method.loss(run, rollout).loss, rollout.log_probs)
+    expected = torch.tensor([[0.0, 0.0, 0.0]] * 2 + [[-1.0, 2.0, -0.5]] * 2) / 6
+    torch.testing.assert_close(weights, expected)
+
+
 def test_ratio_is_one_before_the_first_update(model: str) -> None:
     run = make_run(model)
     method = DDPO(DDPOConfig(sampling_steps=3, guidance=2.0, images_per_prompt=3))
@@ -117,7 +180,11 @@ def test_only_the_random_part_of_the_sampling_is_learned_from(model: str) -> Non
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"eta": 0.0}, "method.eta is 0"), ({"random_steps": (0.5, 0.5)}, "holds none of the 4 steps that have noise")],
+    [
+        ({"eta": 0.0}, "method.eta is 0"),
+        ({"random_steps": (0.5, 0.5)}, "random_steps .* holds none of the 4 steps that have noise"),
+        ({"random_steps": (0.0, 0.5), "learned_steps": (0.5, 1.0)}, "learned_steps .* holds none of the 4 steps"),
+    ],
 )
 def test_sampler_without_randomness_is_refused(model: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
