@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_runs import losses, run_config, write_answer_pairs
-from tiny_vlms import build_llava_onevision
+from tiny_vlms import build_llava_onevision, build_qwen2_vl, build_smolvlm, tie
 
 from mmalign.config.run import RunConfig
 from mmalign.core.errors import UserError
@@ -55,6 +56,20 @@ def test_the_loss_starts_at_multiples_of_ln_2_and_falls(
     # Forward and backward of two or three answers a pair, and of the reference forward.
     name = method if isinstance(method, str) else method["name"]
     assert losses(output, "images_seen")[2] == 2 * 6 * 3 * (3 if name == "rdpo" else 2)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("build", [build_llava_onevision, build_qwen2_vl, build_smolvlm])
+def test_tied_embeddings_start_at_ln_2_in_bf16_too(
+    world: dict[str, Any], tmp_path: Path, build: Callable[[Path], str], kind: str
+) -> None:
+    tied = tie(build(tmp_path / "untied"), tmp_path / "tied")
+    adapter = {"kind": "lora", "rank": 2} if kind == "lora" else {"kind": "full"}
+    shared = {"steps": 2, "adapter": adapter, "precision": "bf16", "ema": 0.5}
+    output = train(config({**world, "vlm": tied}, tmp_path / "run", **shared))
+    assert losses(output)[1] == pytest.approx(LN2, abs=1e-7)
+    network = load_vlm(output, device="cpu").network  # that it gives the trained model's logits, `train` has checked
+    assert network.get_output_embeddings().weight is network.get_input_embeddings().weight
 
 
 def test_jsd_counts_what_it_looks_at(world: dict[str, Any], tmp_path: Path) -> None:
