@@ -27,6 +27,7 @@ from pipelines.vlm.decoding import NextToken
 from pipelines.vlm.families import FAMILIES, join, signature
 from pipelines.vlm.media import to_uint8, video_arguments
 from pipelines.vlm.packing import pack, saves, sees_everything
+from pipelines.vlm.positions import grid_positions
 
 Media = Sequence[Tensor]
 """One sample's media, in order: images `[3, H, W]` and videos `[F, 3, H, W]`, floats in [0, 1] or uint8."""
@@ -242,19 +243,27 @@ class VisionLanguageModel:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **vision}
         if self._takes_types:
             inputs["mm_token_type_ids"] = self.token_types(batch.input_ids)
-        if not self.family.grid_positions:
-            inputs["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = self._positions(batch)
         return inputs
+
+    def _positions(self, batch: VlmBatch) -> Int[Tensor, "*axes batch length"]:
+        """Return the position of every token, on three axes for families with grids; 0 for padding."""
+        positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+        if self.family.grids is None:
+            return positions
+        positions = positions.expand(3, -1, -1).clone()
+        types, read = self.token_types(batch.input_ids).cpu(), batch.attention_mask.cpu().bool()
+        for row, vision in enumerate(batch.vision):
+            own = grid_positions(types[row][read[row]], *self.family.grids(vision, self.network.config))
+            positions[:, row, read[row].to(positions.device)] = own.to(positions.device)
+        return positions
 
     def _packed_inputs(self, batch: VlmBatch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
         """Return the arguments of the network for a row a prompt, and the places of the states that predict tokens."""
         rows = pack(batch)
         inputs = self._inputs(rows.batch)
-        positions = (rows.batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-        if self.family.grid_positions and any(name.endswith("_grid_thw") for name in inputs):
-            find = self.network.model.compute_3d_position_ids
-            positions = find(**{name: inputs.get(name) for name in inspect.signature(find).parameters})
-        return {**inputs, "position_ids": positions - rows.back, "attention_mask": rows.reads}, rows.before
+        positions = inputs["position_ids"] - rows.back
+        return {**inputs, "position_ids": positions, "attention_mask": rows.reads}, rows.before
 
     def token_types(self, input_ids: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
         """Return 1 for a placeholder of an image, 2 for one of a video and 0 for text: prompt, completion, padding."""
@@ -317,7 +326,8 @@ class VisionLanguageModel:
         answers = [""] * len(samples)
         for indices in self._groups(batch):
             inputs = self._inputs(batch.select(indices))
-            inputs.pop("position_ids", None)
+            if self.family.grids is None:
+                del inputs["position_ids"]  # generation derives the same from the mask
             choice = NextToken(
                 self.vision_ids, temperature, top_p, None if seeds is None else [seeds[i] for i in indices]
             )
