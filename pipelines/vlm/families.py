@@ -26,8 +26,8 @@ class Family:
 
     model_class: in transformers. count: the features of images and those of videos that media make. language: where
     the language model sits, which alone is adapted. grids: those of images and of videos, for models with positions
-    on three axes. mixes_media: whether one sample may hold images and videos. axis: along which the
-    pixels of several samples are joined.
+    on three axes. mixes_media: whether one sample may hold images and videos. mixes_lengths: whether it may hold
+    videos of different numbers of frames. axis: along which the pixels of several samples are joined.
     """
 
     model_class: str
@@ -35,6 +35,7 @@ class Family:
     language: str = "model.language_model"
     grids: Callable[[Vision, Any], tuple[list[Grid], list[Grid]]] | None = None
     mixes_media: bool = True
+    mixes_lengths: bool = False
     axis: int = 0
 
 
@@ -156,9 +157,11 @@ def _tiled(size: Sequence[int], config: Any, side: int, limit: int | None = None
 FAMILIES: dict[str, Family] = {
     "llava_onevision": Family("LlavaOnevisionForConditionalGeneration", _llava_onevision),
     "llava_next_video": Family("LlavaNextVideoForConditionalGeneration", _llava_next_video),
-    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", _grid_features, grids=_grids),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", _grid_features, grids=_grids_in_time),
-    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", _grid_features, grids=_grids_of_frames),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", _grid_features, grids=_grids, mixes_lengths=True),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VLForConditionalGeneration", _grid_features, grids=_grids_in_time, mixes_lengths=True
+    ),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", _grid_features, grids=_grids_of_frames, mixes_lengths=True),
     "smolvlm": Family(
         "SmolVLMForConditionalGeneration", _smolvlm, language="model.text_model", mixes_media=False, axis=1
     ),
