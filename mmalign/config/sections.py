@@ -69,6 +69,8 @@ class DataConfig(StrictModel):
     """frames taken of each video, spread evenly over it; only for vision-language models; null: all"""
     fps: float | None = Field(None, gt=0)
     """frames taken of each second of a video, instead of `frames`"""
+    on_bad: Literal["error", "skip"] = "error"
+    """rows that cannot be read or encoded, of pairs of answers: error ends the run; skip counts and replaces them"""
     cache: str | None = None
     """folder for encoded and precomputed data; null: ~/.cache/mmalign"""
 
@@ -81,7 +83,8 @@ class DataConfig(StrictModel):
     @model_serializer(mode="wrap")
     def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Image models are trained on data without frames, so the record of their training leaves these keys out.
-        return {key: value for key, value in write(self).items() if value is not None or key not in ("frames", "fps")}
+        idle = {"frames": None, "fps": None, "on_bad": "error"}
+        return {key: value for key, value in write(self).items() if key not in idle or value != idle[key]}
 
 
 class AdapterConfig(StrictModel):

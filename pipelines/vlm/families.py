@@ -83,7 +83,7 @@ def _sizes(vision: Vision, name: str, config: Any) -> list[tuple[int, int, int]]
 def _grid_features(vision: Vision, config: Any) -> tuple[int, int]:
     """Qwen: a feature for every place of a grid."""
     images, videos = _grids(vision, config)
-    return sum(one.count for one in images), sum(one.count for one in videos)
+    return sum(one.features for one in images), sum(one.features for one in videos)
 
 
 def _squares(tiles: Tensor, patch: int, shrink: float) -> int:

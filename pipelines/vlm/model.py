@@ -169,16 +169,23 @@ class VisionLanguageModel:
         Raises:
             PipelineError: a sample is longer than `max_length`, by default the model's own limit.
         """
-        text_config = self.network.config.get_text_config()
-        most = max_length or getattr(text_config, "max_position_embeddings", None)
         for sample in samples:
-            if most is not None and len(sample) > most:
-                vision, said = sum(int(i) in self.vision_ids for i in sample.prompt_ids), len(sample.completion_ids)
-                raise PipelineError(
-                    f"a sample has {len(sample)} tokens ({vision} of vision, {said} of completion) but at most"
-                    f" {most} are allowed; nothing is cut: give fewer frames, smaller images or less text."
-                )
+            self.check_length(sample, max_length)
         return collate(samples, self.tokenizer.eos_token_id, padding_side=padding_side, length=length).to(self.device)
+
+    def check_length(self, sample: VlmSample, max_length: int | None = None) -> None:
+        """Raise unless a sample has at most `max_length` tokens, by default the model's own limit.
+
+        Raises:
+            PipelineError: it is longer.
+        """
+        most = max_length or getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and len(sample) > most:
+            vision, said = sum(int(i) in self.vision_ids for i in sample.prompt_ids), len(sample.completion_ids)
+            raise PipelineError(
+                f"a sample has {len(sample)} tokens ({vision} of vision, {said} of completion) but at most"
+                f" {most} are allowed; nothing is cut: give fewer frames, smaller images or less text."
+            )
 
     def log_probs(self, batch: VlmBatch) -> tuple[Float[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
         """Return the log-probability of every completion token, the end token included, and which columns are tokens.

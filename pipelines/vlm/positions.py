@@ -25,7 +25,7 @@ class Grid(NamedTuple):
     width: int
 
     @property
-    def count(self) -> int:
+    def features(self) -> int:
         """The number of features."""
         return len(self.times) * self.height * self.width
 

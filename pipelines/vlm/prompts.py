@@ -47,7 +47,8 @@ def content_of(prompt: str, kinds: Sequence[Kind]) -> Content:
     """
     texts = _TAG_WITH_BREAKS.split(prompt)
     if len(texts) == 1:
-        return [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]
+        media: Content = [{"type": kind} for kind in kinds]
+        return [*media, {"type": "text", "text": prompt}]
     parts: Content = []
     for number, text in enumerate(texts):
         parts += [{"type": kinds[number - 1]}] * bool(number)
