@@ -44,7 +44,7 @@ class DataConfig(StrictModel):
 
     pairs: str | None = None
     """preference pairs (or, for methods that learn from good images, the chosen ones): a parquet, JSON or JSONL
-    file, a folder, or a `datasets` hub id"""
+    file, a folder, or a `datasets` hub id; pairs of answers: a CSV, JSONL, parquet or TSV file"""
     prompts: str | None = None
     """prompts of an online method: a built-in name or a CSV, TSV, JSONL or TXT file"""
     labels: str | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import re
 import shutil
@@ -16,14 +18,16 @@ from PIL import Image
 from tiny_runs import write_answer_pairs
 from tiny_vlms import build_llava_onevision, build_qwen3_vl
 
+from mmalign.cli import pairs as pairs_command
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.decode import Frames, decode_video
 from mmalign.core.io.images import encode_png
+from mmalign.core.io.tables import TABLE_SUFFIXES
 from mmalign.core.io.video_files import write_video
 from mmalign.data.encoded import vlm_samples
 from mmalign.data.encoded.vlm_samples import VlmPairs, read_media
-from mmalign.data.video.items import load_video_questions
+from mmalign.data.video.items import load_video_questions, read_video_items
 from mmalign.data.vlm_pairs import read_vlm_pairs
 from pipelines import VisionLanguageModel, load_vlm
 
@@ -263,3 +267,26 @@ def test_tempcompass_with_its_videos(tmp_path: Path) -> None:
         load_video_questions(str(tmp_path), ["yes_no"])
     with pytest.raises(UserError, match="no questions about videos; give a folder that `mmalign shapes videos"):
         load_video_questions(str(tmp_path / "videos"))
+
+
+def test_help_promises_the_formats_that_are_read(model: VisionLanguageModel, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser(prog="mmalign pairs")
+    pairs_command.add_arguments(parser)
+    (perturb,) = [action.choices["perturb"] for action in parser._actions if isinstance(action.choices, dict)]
+    fields = inspect.getsource(DataConfig).partition("pairs: str")[2].partition("prompts: str")[0]
+    for text in (" ".join(perturb.format_help().split()), " ".join(fields.split())):
+        (promised,) = re.findall(r"an? (CSV, [\w, ]+ or \w+) file", text)
+        assert {f".{name.lower()}" for name in re.split(r", | or ", promised)} == TABLE_SUFFIXES
+
+    write_answer_pairs(tmp_path, 1)
+    row = {"prompt": "what?", "chosen": "red", "rejected": "blue", "video": "0.mkv"}
+    for suffix in TABLE_SUFFIXES:
+        path, mark = tmp_path / f"pairs{suffix}", "\t" if suffix == ".tsv" else ","
+        if suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist([row]), path)
+        elif suffix == ".jsonl":
+            path.write_text(json.dumps(row))
+        else:
+            path.write_text("\n".join(mark.join(one) for one in (row, row.values())))
+        assert len(pairs_of(path, model).batch([0], 0, 0)) == 1
+        assert read_video_items(str(path), questions=True)[0].prompt == "what?"
