@@ -7,9 +7,11 @@ import inspect
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -213,6 +215,49 @@ def test_rates_are_those_of_the_frames_taken(tmp_path: Path) -> None:
     assert decode_video(tmp_path / "a.mkv", Frames(fps=2.0))[1] == pytest.approx(2.0)
     assert decode_video(tmp_path / "a.mkv", Frames(count=3), rate=8.0)[1] == pytest.approx(2.0)
     assert read_media([tmp_path / "a.mkv"], "video", Frames(count=1), None, "x").fps == 4.0
+
+
+class Counted:
+    """A container whose decoded frames are counted; `hidden` packets more are found in it."""
+
+    def __init__(self, container: Any, hidden: int) -> None:
+        self.container, self.hidden, self.decoded = container, hidden, 0
+
+    def __enter__(self) -> Counted:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.container.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.container, name)
+
+    def demux(self, stream: Any) -> Iterator[Any]:
+        packets = list(self.container.demux(stream))
+        return iter([*packets, *packets[: self.hidden]])
+
+    def decode(self, stream: Any) -> Iterator[Any]:
+        for frame in self.container.decode(stream):
+            self.decoded += 1
+            yield frame
+
+
+@pytest.mark.parametrize(("hidden", "decoded"), [(0, 9), (2, 18)])
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_frames_are_thinned_out_in_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, hidden: int, decoded: int
+) -> None:
+    path, levels = tmp_path / f"a.{suffix}", torch.arange(9, dtype=torch.uint8) * 25
+    write_video(path, levels[:, None, None, None].expand(9, 3, 16, 16).contiguous(), 4.0)
+    opened: list[Counted] = []
+    real = av.open
+    monkeypatch.setattr(
+        av, "open", lambda *args, **how: opened.append(Counted(real(*args, **how), hidden)) or opened[-1]
+    )
+    for frames, wanted, rate in ((Frames(count=3), [0, 4, 8], 1.0), (Frames(fps=2.0), [0, 2, 4, 6, 8], 2.0)):
+        video, found = decode_video(path, frames)
+        assert [round(int(level) / 25) for level in video[:, 0, 0, 0]] == wanted and found == pytest.approx(rate)
+        assert opened[-1].decoded == decoded
 
 
 FINE = {"prompt": "what?", "chosen": "red", "rejected": "blue", "video": "0.mkv"}

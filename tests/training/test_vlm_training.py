@@ -127,3 +127,19 @@ def test_a_precomputed_reference_gives_the_losses_of_a_live_one(
     train(config(world, tmp_path / "again", given, **changes))
     (shard,) = (tmp_path / "cache" / "references").rglob("*.safetensors")
     assert shard.stat().st_mtime_ns == made  # found, not computed again
+
+
+@pytest.mark.parametrize("options", [{"name": "rdpo"}, {"name": "vlm_dpo", "reference": "precomputed"}])
+def test_a_bad_video_ends_no_run_that_leaves_it_out(
+    world: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
+) -> None:
+    pairs = write_answer_pairs(tmp_path / "data")
+    (tmp_path / "data" / "2.mkv").write_bytes(b"no video")
+    given = {**world, "pairs": pairs}
+    with pytest.raises(UserError, match=r"answers.jsonl: row 2, pair 'pair-2': unreadable video .*; data.on_bad=skip"):
+        train(config(given, tmp_path / "run", options, steps=4))
+    capsys.readouterr()
+    # The same run goes on, the checkpoints of before it included.
+    output = train(config(given, tmp_path / "run", options, steps=4, data={"on_bad": "skip"}))
+    assert sorted(losses(output)) == [1, 2, 3, 4] and all(map(math.isfinite, losses(output).values()))
+    assert capsys.readouterr().err.count("left out: ") == 1
