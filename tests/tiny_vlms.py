@@ -235,6 +235,19 @@ def build_internvl(path: str | Path, seed: int = 0) -> str:
     return _write(path, hf.InternVLForConditionalGeneration, config, processor, seed)
 
 
+def tie(source: str | Path, path: str | Path) -> str:
+    """Write the model at `source` once more, its output head tied to the input embeddings."""
+    import transformers as hf
+
+    model = hf.AutoModelForImageTextToText.from_pretrained(source)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(path)
+    hf.AutoProcessor.from_pretrained(source).save_pretrained(path)
+    return str(path)
+
+
 BUILDERS: dict[str, Callable[..., str]] = {
     "llava_onevision": build_llava_onevision,
     "llava_next_video": build_llava_next_video,

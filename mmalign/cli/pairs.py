@@ -100,7 +100,8 @@ def _add_perturb_arguments(perturb: argparse.ArgumentParser) -> None:
     perturb.add_argument(
         "source",
         metavar="FILE|DIR",
-        help="preference pairs (of which the chosen images are used), labelled images, or videos with questions",
+        help="preference pairs (of which the chosen images are used), labelled images, or videos with questions: a "
+        "folder of them, or a CSV, JSONL, parquet or TSV file with a column video",
     )
     perturb.add_argument(
         "--out",

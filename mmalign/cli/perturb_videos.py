@@ -40,7 +40,11 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
         help="instruction for descriptions, if the source has none; repeatable (default: six built-in ones)",
     )
     group.add_argument(
-        "--operators", type=_words, metavar="A,B+C", help="perturbations (default: drop,block-shuffle,block-reverse)"
+        "--operators",
+        type=_words,
+        metavar="A,B+C:X=1",
+        help="perturbations, with options after the name, such as crop:area=0.1..0.3 (default: "
+        "drop,block-shuffle,block-reverse)",
     )
     group.add_argument(
         "--difficulty",

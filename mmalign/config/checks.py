@@ -146,7 +146,7 @@ def _check_source(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
 
 
 _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
-    False: {"data": ("frames", "fps"), "evaluate": ("questions", "max_new_tokens")},
+    False: {"data": ("frames", "fps", "on_bad"), "evaluate": ("questions", "max_new_tokens")},
     True: {
         "data": (
             *("ties", "resolution", "crop", "flip", "caption_dropout"),
@@ -156,7 +156,7 @@ _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
     },
 }
 """Whether the method trains a vision-language model -> the keys that it does not support."""
-_DEFAULTS: tuple[Any, ...] = (None, [], False, 0, "drop", "center")
+_DEFAULTS: tuple[Any, ...] = (None, [], False, 0, "drop", "center", "error")
 """The values of such keys in a configuration that was written out with its defaults."""
 
 

@@ -101,7 +101,8 @@ class DataConfig(StrictModel):
 
     pairs: str | None = None
     """preference pairs (or, for methods that learn from good images, the chosen ones): a table, a folder, a tar, a
-    glob or several of them with commas, or a hub id `organisation/name[@revision][:[config/]split]`"""
+    glob or several of them with commas, or a hub id `organisation/name[@revision][:[config/]split]`; pairs of answers:
+    a CSV, JSONL, parquet or TSV file"""
     prompts: str | None = None
     """prompts of an online method: a built-in name or a CSV, TSV, JSONL or TXT file"""
     labels: str | None = None
@@ -132,6 +133,8 @@ class DataConfig(StrictModel):
     """frames taken of each video, spread evenly over it; only for vision-language models; null: all"""
     fps: float | None = Field(None, gt=0)
     """frames taken of each second of a video, instead of `frames`"""
+    on_bad: Literal["error", "skip"] = "error"
+    """rows that cannot be read or encoded, of pairs of answers: error ends the run; skip counts and replaces them"""
     cache: str | None = None
     """folder for encoded and precomputed data; null: ~/.cache/mmalign"""
 
@@ -156,7 +159,8 @@ class DataConfig(StrictModel):
     @model_serializer(mode="wrap")
     def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # The record of a training leaves out keys that it does not use: those of videos, those of unusual sources.
-        idle = {"frames": None, "fps": None, "columns": None, "default_prompt": None, "streaming": False}
+        idle = {"frames": None, "fps": None, "on_bad": "error"}
+        idle |= {"columns": None, "default_prompt": None, "streaming": False}
         return {key: value for key, value in write(self).items() if key not in idle or value != idle[key]}
 
 

@@ -42,10 +42,16 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 def round_frozen(network: nn.Module, precision: Precision) -> None:
     """Store the frozen layers in the compute precision, in place; this halves their memory and saves casts.
 
-    This changes no result under `autocast`, which rounds the same weights to the same values.
+    This changes no result under `autocast`, which rounds the same weights to the same values. A weight that another
+    kind of layer holds too, such as the embedding of a tied output head, stays as it is: autocast leaves it there.
     """
     # transformers takes the dtype of a whole network from its first weights, and SmolVLM casts features to it.
-    first = next(network.parameters()) if hasattr(network, "get_input_embeddings") else None
+    kept = {id(next(network.parameters()))} if hasattr(network, "get_input_embeddings") else set()
     for layer in network.modules():
-        if isinstance(layer, _AUTOCAST_LAYERS) and not any(p.requires_grad or p is first for p in layer.parameters()):
+        if not isinstance(layer, _AUTOCAST_LAYERS):
+            kept |= {id(weight) for weight in layer.parameters(recurse=False)}
+    for layer in network.modules():
+        if isinstance(layer, _AUTOCAST_LAYERS) and not any(
+            p.requires_grad or id(p) in kept for p in layer.parameters()
+        ):
             layer.to(DTYPES[precision])

@@ -119,7 +119,7 @@ def nearest_others(run: VlmRun, pairs: VlmPairs) -> list[int]:
         UserError: all pairs are about the same media.
     """
     first = {media: index for index, (media, _) in reversed(list(enumerate(pairs.media_ids)))}
-    distinct = sorted(first.values())
+    distinct = sorted(index for index in first.values() if pairs.usable(index))
     if len(distinct) < 2:
         raise UserError("rdpo with unseen: retrieved needs pairs about at least two different media")
     features = []
@@ -133,4 +133,5 @@ def nearest_others(run: VlmRun, pairs: VlmPairs) -> list[int]:
         cosines = unit @ unit[row]
         cosines[row] = -torch.inf
         nearest[index] = distinct[int(cosines.argmax())]
-    return [nearest[first[media]] for media, _ in pairs.media_ids]
+    # Pairs that are left out have no features; others stand in for them in every batch.
+    return [nearest.get(first[media], distinct[0]) for media, _ in pairs.media_ids]

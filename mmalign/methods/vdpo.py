@@ -34,7 +34,8 @@ class VDPOConfig(MethodConfig):
     selection: Literal["random", "jsd"] = "jsd"
     """random: one random perturbation; jsd: the one with the largest divergence of the answer, weighted by it"""
     operators: list[str] = Field(["reverse", "block_shuffle", "crop", "mask", "hue"], min_length=1)
-    """perturbations to draw from, by their names in `mmalign.data.video.operators`"""
+    """perturbations to draw from, by their names in `mmalign.data.video.operators`; options are written after the
+    name, as in "crop:area=0.1..0.3" """
     candidates: int = Field(4, ge=2)
     """perturbed versions of each sample that `jsd` selects from"""
     least_relevance: float = Field(0.5, ge=-1, le=1)

@@ -16,6 +16,8 @@ from mmalign.data.labels import LabelTable
 from mmalign.data.pairs import PairTable
 from mmalign.methods.base import Method
 
+_FREE_OF_DATA = ("pairs", "labels", "prompts", "cache", "on_bad")
+
 
 def build_method(config: RunConfig) -> Method[Any]:
     """Return the method that a configuration names."""
@@ -48,7 +50,7 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
     may change, their number may not.
     """
     values = config.model_dump(mode="json", exclude={"output", "evaluate", "monitors", "attention", "rounds"})
-    values["data"] = {k: v for k, v in values["data"].items() if k not in ("pairs", "labels", "prompts", "cache")}
+    values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_OF_DATA}
     trainer = values["trainer"]
     for key in ("budget", "log_every", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"):
         del trainer[key]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.vlm.positions import Grid
+
 Vision = Mapping[str, Tensor]
 """A processor's output for one sample's media: pixels, grids and sizes, by the names of the model's arguments."""
 
@@ -23,16 +25,17 @@ class Family:
     """One family, by the `model_type` of its configuration.
 
     model_class: in transformers. count: the features of images and those of videos that media make. language: where
-    the language model sits, which alone is adapted. grid_positions: whether the model derives three-axis positions
-    from grids and token types. mixes_media: whether one sample may hold images and videos. axis: along which the
-    pixels of several samples are joined.
+    the language model sits, which alone is adapted. grids: those of images and of videos, for models with positions
+    on three axes. mixes_media: whether one sample may hold images and videos. mixes_lengths: whether it may hold
+    videos of different numbers of frames. axis: along which the pixels of several samples are joined.
     """
 
     model_class: str
     count: Callable[[Vision, Any], tuple[int, int]]
     language: str = "model.language_model"
-    grid_positions: bool = False
+    grids: Callable[[Vision, Any], tuple[list[Grid], list[Grid]]] | None = None
     mixes_media: bool = True
+    mixes_lengths: bool = False
     axis: int = 0
 
 
@@ -46,12 +49,41 @@ def join(visions: Sequence[Vision], axis: int) -> dict[str, Tensor]:
     return {name: torch.cat([vision[name] for vision in visions], dim=axis) for name in visions[0]}
 
 
-def _grids(vision: Vision, config: Any) -> tuple[int, int]:
-    """Qwen: every grid of patches shrinks by the square of the merge size."""
-    area = config.vision_config.spatial_merge_size**2
-    grids = (vision.get("image_grid_thw"), vision.get("video_grid_thw"))
-    images, videos = (0 if grid is None else int(grid.prod(-1).sum()) // area for grid in grids)
-    return images, videos
+def _grids(vision: Vision, config: Any) -> tuple[list[Grid], list[Grid]]:
+    """Qwen2-VL: every grid of patches shrinks by the merge size on both sides; the frames are one step apart."""
+    images, videos = _sizes(vision, "image_grid_thw", config), _sizes(vision, "video_grid_thw", config)
+    return [Grid(tuple(range(t)), h, w) for t, h, w in images], [Grid(tuple(range(t)), h, w) for t, h, w in videos]
+
+
+def _grids_in_time(vision: Vision, config: Any) -> tuple[list[Grid], list[Grid]]:
+    """Qwen2.5-VL: as Qwen2-VL, with the frames of videos at their times, in units of 1 / tokens_per_second."""
+    images, videos = _grids(vision, config)
+    if not videos:
+        return images, videos
+    # Rounded in single precision, as in transformers before 5.3.
+    steps = [
+        seconds * config.vision_config.tokens_per_second for seconds in vision["second_per_grid_ts"].cpu().float()
+    ]
+    timed = [(torch.arange(len(one.times)) * step).long().tolist() for one, step in zip(videos, steps, strict=True)]
+    return images, [one._replace(times=tuple(times)) for one, times in zip(videos, timed, strict=True)]
+
+
+def _grids_of_frames(vision: Vision, config: Any) -> tuple[list[Grid], list[Grid]]:
+    """Qwen3-VL: as Qwen2-VL, with a grid for every frame of a video, because text stands between the frames."""
+    images, videos = _grids(vision, config)
+    return images, [one._replace(times=(0,)) for one in videos for _ in one.times]
+
+
+def _sizes(vision: Vision, name: str, config: Any) -> list[tuple[int, int, int]]:
+    """Return frames, rows and columns of the features of each image or video."""
+    merge, grids = config.vision_config.spatial_merge_size, vision.get(name)
+    return [] if grids is None else [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
+
+
+def _grid_features(vision: Vision, config: Any) -> tuple[int, int]:
+    """Qwen: a feature for every place of a grid."""
+    images, videos = _grids(vision, config)
+    return sum(one.features for one in images), sum(one.features for one in videos)
 
 
 def _squares(tiles: Tensor, patch: int, shrink: float) -> int:
@@ -125,9 +157,11 @@ def _tiled(size: Sequence[int], config: Any, side: int, limit: int | None = None
 FAMILIES: dict[str, Family] = {
     "llava_onevision": Family("LlavaOnevisionForConditionalGeneration", _llava_onevision),
     "llava_next_video": Family("LlavaNextVideoForConditionalGeneration", _llava_next_video),
-    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", _grids, grid_positions=True),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", _grids, grid_positions=True),
-    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", _grids, grid_positions=True),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", _grid_features, grids=_grids, mixes_lengths=True),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VLForConditionalGeneration", _grid_features, grids=_grids_in_time, mixes_lengths=True
+    ),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", _grid_features, grids=_grids_of_frames, mixes_lengths=True),
     "smolvlm": Family(
         "SmolVLMForConditionalGeneration", _smolvlm, language="model.text_model", mixes_media=False, axis=1
     ),

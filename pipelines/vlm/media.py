@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipelines.errors import PipelineError
+from pipelines.vlm.families import Family
 
 
 def to_uint8(media: Tensor) -> Tensor:
@@ -21,15 +23,36 @@ def to_uint8(media: Tensor) -> Tensor:
     return (media.detach().float() * 255).round().to(torch.uint8).cpu()
 
 
-def video_arguments(videos: list[Tensor], fps: float) -> dict[str, Any]:
-    """Return the metadata that tell a processor that all frames are given, and their times."""
+def split_media(media: Sequence[Tensor], family: Family) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the images and the videos among one sample's media.
+
+    Raises:
+        PipelineError: the family does not take them together.
+    """
+    images, videos = ([one for one in media if one.ndim == axes] for axes in (3, 4))
+    if images and videos and not family.mixes_media:
+        raise PipelineError("this model takes images or videos in one prompt, not both; split the sample.")
+    lengths = [len(video) for video in videos]
+    if len(set(lengths)) > 1 and not family.mixes_lengths:
+        raise PipelineError(
+            f"this model takes videos of equally many frames in one prompt, not of {' and '.join(map(str, lengths))};"
+            " take the same number of each."
+        )
+    return images, videos
+
+
+def video_arguments(videos: Sequence[Tensor], fps: float, least: int = 1) -> dict[str, Any]:
+    """Return the metadata that tell a processor that all frames are given, and their times.
+
+    The last frame of a video of fewer than `least` frames is repeated, at its own time.
+    """
     from transformers.video_utils import VideoMetadata
 
     if not videos:
         return {}
     if not fps > 0:
         raise PipelineError(f"fps={fps}: frames per second must be positive.")
-    metadata = [
-        VideoMetadata(total_num_frames=len(video), fps=fps, frames_indices=list(range(len(video)))) for video in videos
-    ]
-    return {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
+    indices = [[*range(len(video)), *[len(video) - 1] * (least - len(video))] for video in videos]
+    metadata = [VideoMetadata(total_num_frames=len(own), fps=fps, frames_indices=own) for own in indices]
+    shown = [video[own] for video, own in zip(videos, indices, strict=True)]
+    return {"videos": shown, "video_metadata": metadata, "do_sample_frames": False}

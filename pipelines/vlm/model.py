@@ -25,14 +25,13 @@ from pipelines.vlm import adapters as vlm_adapters
 from pipelines.vlm.batch import PaddingSide, VlmBatch, VlmSample, collate
 from pipelines.vlm.decoding import NextToken
 from pipelines.vlm.families import FAMILIES, join, signature
-from pipelines.vlm.media import to_uint8, video_arguments
+from pipelines.vlm.media import split_media, to_uint8, video_arguments
 from pipelines.vlm.packing import pack, saves, sees_everything
+from pipelines.vlm.positions import grid_positions
+from pipelines.vlm.prompts import separator_of, turns_of, vision_ids
 
 Media = Sequence[Tensor]
 """One sample's media, in order: images `[3, H, W]` and videos `[F, 3, H, W]`, floats in [0, 1] or uint8."""
-
-_VISION_TOKENS = ("image_token", "video_token", "vision_start_token", "vision_end_token", "start_image_token",
-                  "end_image_token", "context_image_token", "fake_image_token", "global_image_token")  # fmt: skip
 
 
 class VisionLanguageModel:
@@ -55,7 +54,7 @@ class VisionLanguageModel:
             raise PipelineError(f"{name_or_path}: the tokenizer has no end token; set eos_token in its configuration.")
         if not getattr(processor, "chat_template", None):
             raise PipelineError(f"{name_or_path}: the processor has no chat template; add chat_template.jinja to it.")
-        self.vision_ids = self._find_vision_ids()
+        self.vision_ids = vision_ids(network.config, processor)
         ends = network.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self._end_ids = sorted({self.tokenizer.eos_token_id, *ends} - {None})
@@ -65,52 +64,43 @@ class VisionLanguageModel:
         self._packs = network.config._attn_implementation == "sdpa" and sees_everything(network.config)
         self._takes_types = "mm_token_type_ids" in inspect.signature(network.model.forward).parameters
 
-    def _find_vision_ids(self) -> frozenset[int]:
-        """Collect the special tokens that mark or hold vision: the configuration's, the tokenizer's, tile marks."""
-        config, vocabulary = self.network.config, self.tokenizer.get_vocab()
-        ids = {getattr(config, f"{name}_id", None) for name in _VISION_TOKENS}
-        for name in _VISION_TOKENS:
-            word = getattr(self.processor, name, None) or getattr(self.tokenizer, name, None)
-            ids.add(vocabulary.get(str(word)))
-        ids |= {token for word, token in self.tokenizer.get_added_vocab().items() if word.startswith("<row_")}
-        return frozenset(token for token in ids if token is not None)
-
     @property
     def device(self) -> torch.device:
         """The device of the network."""
         return next(self.network.parameters()).device
 
     def encode_prompt(self, prompt: str, media: Media = (), *, fps: float = 1.0) -> VlmSample:
-        """Encode one prompt, its media before its text, as the processor and the chat format of the model do.
+        """Encode one prompt with its media, as the processor and the chat format of the model do.
 
-        fps: frames per second of the videos, which families that write times or count positions by them need.
+        Media stand where the text says `<image>` or `<video>`, else before the text. A video of fewer frames than the
+        vision tower joins is shown with its last frame repeated. fps: frames per second of the videos, which families
+        that write times or count positions by them need.
 
         Raises:
-            PipelineError: media of a wrong shape, range or mix, or a prompt that holds words standing for vision.
+            PipelineError: media of a wrong shape, range or mix, or a prompt that holds words standing for vision or
+                tags of other media than there are.
         """
         pixels = [to_uint8(one) for one in media]
-        kinds = ["video" if one.ndim == 4 else "image" for one in pixels]
-        if len(set(kinds)) > 1 and not self.family.mixes_media:
-            raise PipelineError("this model takes images or videos in one prompt, not both; split the sample.")
-        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]
-        turns = [{"role": "user", "content": content}]
+        images, videos = split_media(pixels, self.family)
+        turns = turns_of(prompt, ["video" if one.ndim == 4 else "image" for one in pixels], self.processor)
         text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        images = [one for one in pixels if one.ndim == 3]
-        videos = [one for one in pixels if one.ndim == 4]
+        least = getattr(getattr(self.processor, "video_processor", None), "temporal_patch_size", None) or 1
         try:
             encoded = self.processor(
                 text=[text],
                 images=[images] if images else None,
                 return_tensors="pt",
-                **video_arguments(videos, fps),
+                **video_arguments(videos, fps, least),
             )
-        except (ValueError, StopIteration) as error:
-            raise PipelineError(f"the processor refuses a prompt with {kinds or 'no media'}: {error}") from error
+        except (ValueError, StopIteration, IndexError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            given = f"{len(images)} images and {len(videos)} videos"
+            raise PipelineError(f"the processor refuses a prompt with {given}: {reason}") from error
         text_names = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
         vision = {name: torch.as_tensor(value) for name, value in encoded.items() if name not in text_names}
         if self.family.axis:  # the videos of one sample are joined like those of several samples
             vision = {name: value.flatten(0, self.family.axis)[None] for name, value in vision.items()}
-        sample = VlmSample(encoded["input_ids"][0], vision, self._separator(turns, text))
+        sample = VlmSample(encoded["input_ids"][0], vision, separator_of(turns, text, self.processor))
         self._check_placeholders(sample.prompt_ids, sample.vision)
         return sample
 
@@ -179,16 +169,23 @@ class VisionLanguageModel:
         Raises:
             PipelineError: a sample is longer than `max_length`, by default the model's own limit.
         """
-        text_config = self.network.config.get_text_config()
-        most = max_length or getattr(text_config, "max_position_embeddings", None)
         for sample in samples:
-            if most is not None and len(sample) > most:
-                vision, said = sum(int(i) in self.vision_ids for i in sample.prompt_ids), len(sample.completion_ids)
-                raise PipelineError(
-                    f"a sample has {len(sample)} tokens ({vision} of vision, {said} of completion) but at most"
-                    f" {most} are allowed; nothing is cut: give fewer frames, smaller images or less text."
-                )
+            self.check_length(sample, max_length)
         return collate(samples, self.tokenizer.eos_token_id, padding_side=padding_side, length=length).to(self.device)
+
+    def check_length(self, sample: VlmSample, max_length: int | None = None) -> None:
+        """Raise unless a sample has at most `max_length` tokens, by default the model's own limit.
+
+        Raises:
+            PipelineError: it is longer.
+        """
+        most = max_length or getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and len(sample) > most:
+            vision, said = sum(int(i) in self.vision_ids for i in sample.prompt_ids), len(sample.completion_ids)
+            raise PipelineError(
+                f"a sample has {len(sample)} tokens ({vision} of vision, {said} of completion) but at most"
+                f" {most} are allowed; nothing is cut: give fewer frames, smaller images or less text."
+            )
 
     def log_probs(self, batch: VlmBatch) -> tuple[Float[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
         """Return the log-probability of every completion token, the end token included, and which columns are tokens.
@@ -242,19 +239,27 @@ class VisionLanguageModel:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **vision}
         if self._takes_types:
             inputs["mm_token_type_ids"] = self.token_types(batch.input_ids)
-        if not self.family.grid_positions:
-            inputs["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = self._positions(batch)
         return inputs
+
+    def _positions(self, batch: VlmBatch) -> Int[Tensor, "*axes batch length"]:
+        """Return the position of every token, on three axes for families with grids; 0 for padding."""
+        positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+        if self.family.grids is None:
+            return positions
+        positions = positions.expand(3, -1, -1).clone()
+        types, read = self.token_types(batch.input_ids).cpu(), batch.attention_mask.cpu().bool()
+        for row, vision in enumerate(batch.vision):
+            own = grid_positions(types[row][read[row]], *self.family.grids(vision, self.network.config))
+            positions[:, row, read[row].to(positions.device)] = own.to(positions.device)
+        return positions
 
     def _packed_inputs(self, batch: VlmBatch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
         """Return the arguments of the network for a row a prompt, and the places of the states that predict tokens."""
         rows = pack(batch)
         inputs = self._inputs(rows.batch)
-        positions = (rows.batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-        if self.family.grid_positions and any(name.endswith("_grid_thw") for name in inputs):
-            find = self.network.model.compute_3d_position_ids
-            positions = find(**{name: inputs.get(name) for name in inspect.signature(find).parameters})
-        return {**inputs, "position_ids": positions - rows.back, "attention_mask": rows.reads}, rows.before
+        positions = inputs["position_ids"] - rows.back
+        return {**inputs, "position_ids": positions, "attention_mask": rows.reads}, rows.before
 
     def token_types(self, input_ids: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
         """Return 1 for a placeholder of an image, 2 for one of a video and 0 for text: prompt, completion, padding."""
@@ -273,13 +278,6 @@ class VisionLanguageModel:
                 f"a sample holds {held[0]} image and {held[1]} video placeholders, but its media make {made[0]} and"
                 f" {made[1]} features; was it cut, or does its text name a placeholder?"
             )
-
-    def _separator(self, turns: list[dict[str, Any]], prompt: str) -> str:
-        """Return the blanks that the chat format writes between a prompt and its answer (a space, for some)."""
-        answer = {"role": "assistant", "content": [{"type": "text", "text": "answer"}]}
-        whole = self.processor.apply_chat_template([*turns, answer], tokenize=False)
-        between = whole.removeprefix(prompt).partition("answer")[0] if whole.startswith(prompt) else ""
-        return between if between.isspace() else ""
 
     @torch.no_grad()
     def generate(
@@ -317,7 +315,8 @@ class VisionLanguageModel:
         answers = [""] * len(samples)
         for indices in self._groups(batch):
             inputs = self._inputs(batch.select(indices))
-            inputs.pop("position_ids", None)
+            if self.family.grids is None:
+                del inputs["position_ids"]  # generation derives the same from the mask
             choice = NextToken(
                 self.vision_ids, temperature, top_p, None if seeds is None else [seeds[i] for i in indices]
             )

@@ -272,3 +272,44 @@ def test_what_is_wrong_is_said(name: str, media: object, options: dict, message:
 
 def test_every_operator_says_what_it_does() -> None:
     assert all(len(operator.about) > 10 and operator.about.endswith(".") for operator in OPERATORS.values())
+
+
+def test_options_written_after_a_name_are_those_of_a_call() -> None:
+    media = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    for spec, name, options in (
+        ("crop:area=0.3..0.4", "crop", {"area": (0.3, 0.4)}),
+        ("frame_noise:share=1:std=0.1", "frame_noise", {"share": 1.0, "std": 0.1}),
+        ("freeze:frame=-1", "freeze", {"frame": -1}),
+        ("block_shuffle:ratio=2:avoid_identity=false", "block_shuffle", {"ratio": 2, "avoid_identity": False}),
+    ):
+        assert torch.equal(torch.as_tensor(get_operator(spec)(media, seed=3)), perturb(name, media, seed=3, **options))
+    # Label maps hold for the defaults alone.
+    assert get_operator("hue").effect("colour") is Effect.CHANGES
+    assert get_operator("hue:turn=0.01..0.02").effect("colour") is Effect.DEPENDS
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("corp:area=1..2", "unknown operator 'corp'.*did you mean 'crop'"),
+        ("crop:aera=0.1..0.2", "crop has no option 'aera'"),
+        ("crop:area=0.1", "crop: area=0.1; give a range, such as 0.1..0.3"),
+        ("crop:area=0.5..2", "must be two shares"),
+        ("frame_noise:std=much", "frame_noise: std=much; give a number"),
+        ("drop:ratio=2.5", "drop: ratio=2.5; give a whole number"),
+        ("drop:ratio=0", "ratio=0: must be 1 or more"),
+        ("block_shuffle:avoid_identity=perhaps", "give true or false"),
+    ],
+)
+def test_wrong_options_are_named(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        get_operator(spec)
+
+
+def test_a_crop_shows_a_fifth_at_most_by_default() -> None:
+    # Every pixel names its place, so the smallest and the largest tell the window.
+    place = (torch.arange(64.0).expand(64, 64) / 64)[None].expand(3, -1, -1)
+    for seed in range(20):
+        across, down = (perturb("crop", media, seed=seed) for media in (place, place.transpose(-1, -2)))
+        sides = [float(one.max() - one.min()) + 1 / 64 for one in (across, down)]
+        assert sides[0] * sides[1] < 0.25

@@ -13,19 +13,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_vlms import build_llava_onevision
+from tiny_vlms import build_llava_onevision, build_qwen3_vl
 
 from mmalign.cli import main
 from mmalign.compare.vlm.results import families
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
-from mmalign.core.io.decode import ALL_FRAMES, decode
+from mmalign.core.io.decode import ALL_FRAMES, Frames, decode
+from mmalign.core.io.video_files import write_video
 from mmalign.core.seeds import derive_seed
 from mmalign.data.video.answering import Answerer, Decoding, Request
 from mmalign.data.video.events import clip_lengths, clips, shot_states
 from mmalign.data.video.items import QuestionItem, VideoItem, is_video_source, load_video_questions, read_video_items
 from mmalign.data.video.operators import Effect
-from mmalign.data.video.pairs import VideoPairSettings, mirrored, refuse, write_video_pairs
+from mmalign.data.video.pairs import REASONS, VideoPairSettings, mirrored, refuse, write_video_pairs
 from mmalign.data.video.perturbations import Perturbation, parse_perturbations
 from mmalign.data.video.reading import VideoReader
 from mmalign.data.vlm_pairs import read_vlm_pairs
@@ -417,3 +418,81 @@ def test_perturbations_without_effect_are_left_out(videos: Path, tmp_path: Path,
     request = Request(every[0]["prompt"], reader.media_id(by_id[every[0]["id"].rpartition("/")[0]]), lambda: None)
     found = answerer.margins([(request, every[0]["chosen"], every[0]["rejected"])], "again")
     assert found == [pytest.approx(margin(every[0]), abs=1e-4)]
+
+
+class Saying(Always):
+    """A model that answers an original video as told, and its perturbations, which are shorter, otherwise."""
+
+    def __init__(self, original: str, perturbed: str) -> None:
+        self.original, self.perturbed = original, perturbed
+
+    def generate(self, prompts: Sequence[str], media: Sequence[Any], **options: Any) -> list[str]:
+        return [self.original if len(video) == 8 else self.perturbed for (video,) in media]
+
+
+@pytest.mark.parametrize(
+    ("known", "original", "perturbed", "reason"),
+    [
+        ("yes", "Yes, it moves.", "No, it stands.", None),
+        ("Yes, it moves.", "yes", "no", None),
+        ("yes", "yes", "Yes, it moves.", "equal"),
+        (None, "Yes, it moves.", "yes", "equal"),  # the same in fewer words, whatever the truth
+        ("yes", "yes", "It moves.", "right"),  # may well be right
+        ("yes", "It moves.", "no", "unanswered"),  # may be right, but no rule says so
+        ("3", "There are three.", "4", None),
+        ("3", "three", "3 balls", "equal"),
+        ("B. to the left", "(B)", "A", None),
+        ("B. to the left", "B", "It moves to the left.", "right"),
+    ],
+)
+def test_right_answers_in_other_words_are_chosen_and_never_rejected(
+    videos: Path, model: str, tmp_path: Path, known: str | None, original: str, perturbed: str, reason: str | None
+) -> None:
+    item = VideoItem("a", next((videos / "videos").iterdir()), "?", answer=known)
+    answerer = Answerer(model, Decoding(8), None, open_model=lambda: Saying(original, perturbed))
+    how, out = settings("drop", difficulties=(2,), questions=True), tmp_path / "pairs.parquet"
+    if reason is None:
+        write_video_pairs([item], out, how, answerer)
+        assert [(row["chosen"], row["rejected"]) for row in rows(out)] == [(original, perturbed)]
+        return
+    with pytest.raises(UserError, match=f"left out: 1 {REASONS[reason]}"):
+        write_video_pairs([item], out, how, answerer)
+
+
+def test_the_defaults_work_on_a_model_that_joins_two_frames(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pairs.parquet"
+    qwen = build_qwen3_vl(tmp_path / "qwen")
+    command = ["pairs", "perturb", str(videos), "--out", str(out), "--model", qwen, "--mode", "answers"]
+    command += ["--limit", "2", "--min-events", "1", "--length-ratio", "0", "--max-new-tokens", "6"]
+    # The default operators and difficulties: drop at 16 and 8 leaves one of eight frames.
+    assert main([*command, "--temperature", "1"]) == 0
+    assert {("drop", 16), ("drop", 8), ("block_shuffle", 16)} <= {
+        (row["operator"], row["difficulty"]) for row in rows(out)
+    }
+
+
+def test_a_video_that_fails_costs_no_other_one(
+    videos: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted((videos / "videos").iterdir())
+    (tmp_path / "broken.mkv").write_bytes(b"no video")
+    write_video(tmp_path / "single.mkv", torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    shown = {"whole": files[0], "broken": tmp_path / "broken.mkv", "single": tmp_path / "single.mkv", "last": files[1]}
+    items = [VideoItem(name, file, "Describe.") for name, file in shown.items()]
+    how = settings("block_shuffle", difficulties=(4,), length_ratio=None)
+    answerer = Answerer(model, Decoding(6, temperature=1.0), tmp_path / "kept", batch_size=3)
+    counts = write_video_pairs(items, tmp_path / "pairs.parquet", how, answerer)
+    assert [row["id"] for row in rows(tmp_path / "pairs.parquet")] == ["whole/block_shuffle/4", "last/block_shuffle/4"]
+    assert counts.left_out["failed"] == 2
+    said = capsys.readouterr().err
+    assert (
+        "left out: broken: unreadable video" in said and "left out: single: 1 frame at ratio=4 are one block" in said
+    )
+
+
+def test_rejected_videos_come_with_their_own_rate(videos: Path, tmp_path: Path) -> None:
+    item = VideoItem("a", next((videos / "videos").iterdir()), "?", answer="yes", aspect="order")
+    how = settings("reverse", questions=True, chosen="truth", rejected="videos", frames=Frames(4))
+    write_video_pairs([item], tmp_path / "pairs.parquet", how)
+    (row,) = rows(tmp_path / "pairs.parquet")
+    assert row["fps"] is None and row["rejected_fps"] == pytest.approx(4 * 3 / 7)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_vlms
 import torch
 from tiny_runs import write_answer_pairs
 from tiny_vlms import build_llava_onevision
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
+from mmalign.core.precision import autocast, round_frozen
 from mmalign.data.batches import TimedMedia, VlmPairBatch
 from mmalign.data.encoded.vlm_samples import VlmPairs
 from mmalign.data.video.operators import perturb
@@ -270,3 +272,20 @@ def test_data_that_a_method_cannot_learn_from(
     path = write_answer_pairs(tmp_path, 2, **columns)
     with pytest.raises(UserError, match=message):
         make(name, **options).check_data(read_vlm_pairs(str(path), DataConfig(pairs=str(path))))
+
+
+@pytest.mark.parametrize("name", tiny_vlms.BUILDERS)
+def test_rounding_frozen_layers_changes_no_answer_of_a_tied_model(name: str, tmp_path: Path) -> None:
+    model = load_vlm(tiny_vlms.tie(tiny_vlms.BUILDERS[name](tmp_path / "a"), tmp_path / "b"), device="cpu")
+    head, embeddings = model.network.get_output_embeddings(), model.network.get_input_embeddings()
+    assert head.weight is embeddings.weight
+    model.add_adapter(2)
+    batch = model.encode(["what?", "and?"], [[video(0)], [video(1)]], ["red", "a blue one"])
+    with torch.no_grad(), autocast("bf16", torch.device("cpu")):
+        before, _ = model.log_probs(batch)
+        round_frozen(model.network, "bf16")
+        after, _ = model.log_probs(batch)
+    assert torch.equal(after, before)
+    assert head.weight is embeddings.weight and embeddings.weight.dtype == torch.float32
+    layers = [one for one in model.network.modules() if isinstance(one, torch.nn.Linear) and one is not head]
+    assert sum(one.weight.dtype == torch.bfloat16 for one in layers) > 7  # the others are stored rounded

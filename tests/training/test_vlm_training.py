@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_runs import losses, run_config, write_answer_pairs
-from tiny_vlms import build_llava_onevision
+from tiny_vlms import build_llava_onevision, build_qwen2_vl, build_smolvlm, tie
 
 from mmalign.config.run import RunConfig
 from mmalign.core.errors import UserError
@@ -55,6 +56,20 @@ def test_the_loss_starts_at_multiples_of_ln_2_and_falls(
     # Forward and backward of two or three answers a pair, and of the reference forward.
     name = method if isinstance(method, str) else method["name"]
     assert losses(output, "images_seen")[2] == 2 * 6 * 3 * (3 if name == "rdpo" else 2)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("build", [build_llava_onevision, build_qwen2_vl, build_smolvlm])
+def test_tied_embeddings_start_at_ln_2_in_bf16_too(
+    world: dict[str, Any], tmp_path: Path, build: Callable[[Path], str], kind: str
+) -> None:
+    tied = tie(build(tmp_path / "untied"), tmp_path / "tied")
+    adapter = {"kind": "lora", "rank": 2} if kind == "lora" else {"kind": "full"}
+    shared = {"steps": 2, "adapter": adapter, "precision": "bf16", "ema": 0.5}
+    output = train(config({**world, "vlm": tied}, tmp_path / "run", **shared))
+    assert losses(output)[1] == pytest.approx(LN2, abs=1e-7)
+    network = load_vlm(output, device="cpu").network  # that it gives the trained model's logits, `train` has checked
+    assert network.get_output_embeddings().weight is network.get_input_embeddings().weight
 
 
 def test_jsd_counts_what_it_looks_at(world: dict[str, Any], tmp_path: Path) -> None:
@@ -112,3 +127,19 @@ def test_a_precomputed_reference_gives_the_losses_of_a_live_one(
     train(config(world, tmp_path / "again", given, **changes))
     (shard,) = (tmp_path / "cache" / "references").rglob("*.safetensors")
     assert shard.stat().st_mtime_ns == made  # found, not computed again
+
+
+@pytest.mark.parametrize("options", [{"name": "rdpo"}, {"name": "vlm_dpo", "reference": "precomputed"}])
+def test_a_bad_video_ends_no_run_that_leaves_it_out(
+    world: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
+) -> None:
+    pairs = write_answer_pairs(tmp_path / "data")
+    (tmp_path / "data" / "2.mkv").write_bytes(b"no video")
+    given = {**world, "pairs": pairs}
+    with pytest.raises(UserError, match=r"answers.jsonl: row 2, pair 'pair-2': unreadable video .*; data.on_bad=skip"):
+        train(config(given, tmp_path / "run", options, steps=4))
+    capsys.readouterr()
+    # The same run goes on, the checkpoints of before it included.
+    output = train(config(given, tmp_path / "run", options, steps=4, data={"on_bad": "skip"}))
+    assert sorted(losses(output)) == [1, 2, 3, 4] and all(map(math.isfinite, losses(output).values()))
+    assert capsys.readouterr().err.count("left out: ") == 1

@@ -138,22 +138,31 @@ def _from_container(data: bytes | Path, frames: Frames, rate: float | None) -> t
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         rate = rate or (float(stream.average_rate) if stream.average_rate else None)
-        # Containers often state no number of frames, or a wrong one, so they are counted by decoding.
-        total = sum(1 for _ in container.decode(stream)) if frames != ALL_FRAMES else None
+        if frames == ALL_FRAMES:
+            return _stack(_take(container.decode(stream), None)[0]), rate
+        # Containers often state no number of frames, or a wrong one. Packets are counted without decoding; where they
+        # are not one a frame, the number of decoded frames is taken, and the video is decoded once more.
+        total = sum(packet.size > 0 for packet in container.demux(stream))
         container.seek(0)
-        wanted = None if total is None else frames.choose(total, rate)
-        taken = _stack(list(_frames(container.decode(stream), wanted)))
-        return taken, rate if wanted is None else _thinned(rate, wanted)
+        taken, decoded = _take(container.decode(stream), frames.choose(total, rate))
+        wanted = frames.choose(decoded, rate)
+        if decoded != total:
+            container.seek(0)
+            taken, _ = _take(container.decode(stream), wanted)
+        return _stack(taken), _thinned(rate, wanted)
 
 
-def _frames(decoded: Iterator[Any], wanted: list[int] | None) -> Iterator[Tensor]:
+def _take(decoded: Iterator[Any], wanted: list[int] | None) -> tuple[list[Tensor], int]:
+    """Return the frames of these numbers (None: all), and how many frames there are."""
     chosen = None if wanted is None else set(wanted)
+    taken: list[Tensor] = []
     count = 0
-    for index, frame in enumerate(decoded):
-        if chosen is None or index in chosen:
-            count += 1
-            _check_size(count, frame.width, frame.height)
-            yield torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous()
+    for frame in decoded:
+        if chosen is None or count in chosen:
+            _check_size(len(taken) + 1, frame.width, frame.height)
+            taken.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous())
+        count += 1
+    return taken, count
 
 
 def _stack(levels: list[Tensor]) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
@@ -21,10 +23,13 @@ from mmalign.core.progress import track
 from mmalign.data.batches import TimedMedia, VlmPairBatch
 from mmalign.data.encoded.cache import cache_folder
 from mmalign.data.encoded.store import MEMORY_LIMIT, TensorStore
-from mmalign.data.vlm_pairs import VlmPair, VlmPairTable
+from mmalign.data.vlm_pairs import VlmPairTable
+from pipelines.errors import PipelineError
 from pipelines.vlm.batch import VlmSample
 
 KeptT = TypeVar("KeptT")
+_Pair = tuple[VlmSample, VlmSample]
+"""The chosen and the rejected answer, encoded."""
 
 
 class VlmPairs:
@@ -53,11 +58,14 @@ class VlmPairs:
         self.margins = None if bool(margins.isnan().all()) else margins
         pairs = [(pair.media_ids(), pair.facts()) for pair in table]
         self.media_ids = [media for media, _ in pairs]
-        self._made_by = (model_id, precision, repr(self.frames))
+        # Processors and networks of transformers change from release to release.
+        self._made_by = (model_id, precision, repr(self.frames), version("transformers"))
         self._contents = [repr(pair) for pair in pairs]
         self._batch_size = batch_size
         self._store = cache_folder(data) / "references"
         self._memory = _Memory(memory_limit)
+        self._recent = _Recent(memory_limit // 4)
+        self._bad: set[int] = set()
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -74,11 +82,13 @@ class VlmPairs:
     def batch(self, indices: Sequence[int], epoch: int, seed: int) -> VlmPairBatch:
         """Return these pairs, in this order; nothing about them is random.
 
+        With `data.on_bad: skip` the next pair that can be used takes the place of one that cannot.
+
         Raises:
-            UserError: media cannot be read. PipelineError: the model cannot take them.
+            UserError: media cannot be read, or the model cannot take them; the row is named.
         """
-        rows = list(indices)
-        pairs = [self._memory.keep(("pair", row), partial(self._encode, row), _pair_bytes) for row in rows]
+        found = [self._usable(row) for row in indices]
+        rows, pairs = [row for row, _ in found], [pair for _, pair in found]
         aspects = [self.table.aspects[row] for row in rows]
         return VlmPairBatch(
             prompts=[self.table.prompts[row] for row in rows],
@@ -92,8 +102,21 @@ class VlmPairs:
         )
 
     def media(self, index: int) -> TimedMedia:
-        """Return the media of a pair's chosen answer, decoded."""
-        return self._memory.keep(("media", index), partial(self._decode, index), _media_bytes)
+        """Return the media of a pair's chosen answer, decoded.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        record = self.table[index]
+        return self._read(index, record.kind, record.media, self.media_ids[index][0], record.fps)
+
+    def usable(self, index: int) -> bool:
+        """Tell whether a pair can be used; one that cannot is counted.
+
+        Raises:
+            UserError: it cannot, and bad pairs are not left out.
+        """
+        return self._pair(index) is not None
 
     def reference_sums(
         self, log_probs: Callable[[VlmPairBatch], Float[Tensor, "batch sides"]], sides: int, beside: Sequence[str]
@@ -101,36 +124,63 @@ class VlmPairs:
         """Return the log-probabilities of the `sides` of every pair under the model that training starts from.
 
         Missing ones are computed by `log_probs` and stored by the content of model and pair, and by the pairs `beside`
-        it.
+        it. Those of pairs that cannot be used are NaN.
         """
         store = TensorStore(self._store / content_key(*self._made_by, sides))
         keys = [content_key(content, more) for content, more in zip(self._contents, beside, strict=True)]
         missing = [row for row, key in enumerate(keys) if key not in store]
         with track(len(missing), "reference", unit="pairs") as job:
             for start in range(0, len(missing), self._batch_size):
-                rows = missing[start : start + self._batch_size]
-                for row, sums in zip(rows, log_probs(self.batch(rows, 0, 0)), strict=True):
+                rows = [row for row in missing[start : start + self._batch_size] if self.usable(row)]
+                for row, sums in zip(rows, log_probs(self.batch(rows, 0, 0)) if rows else (), strict=True):
                     store.add(keys[row], {"sums": sums})
-                job.advance(len(rows))
+                job.advance(len(missing[start : start + self._batch_size]))
         store.flush()
-        return store.rows(keys)[torch.arange(len(keys))]["sums"]
+        stored = [row for row, key in enumerate(keys) if key in store]
+        found = torch.full((len(keys), sides), torch.nan)
+        if stored:
+            found[stored] = store.rows([keys[row] for row in stored])[torch.arange(len(stored))]["sums"]
+        return found
 
-    def _encode(self, index: int) -> tuple[VlmSample, VlmSample]:
+    def _usable(self, index: int) -> tuple[int, _Pair]:
+        """Return the first pair from this one on that can be used, and its number."""
+        for row in (*range(index, len(self)), *range(index)):
+            pair = self._pair(row)
+            if pair is not None:
+                return row, pair
+        raise UserError(f"{self.table.name}: none of the {len(self)} pairs can be used")
+
+    def _pair(self, index: int) -> _Pair | None:
+        """Return a pair, encoded; None if it cannot be, and is left out."""
+        if index not in self._bad:
+            with self.table.bad.row():
+                return self._memory.keep(index, partial(self._encode, index), _pair_bytes)
+            self._bad.add(index)
+        return None
+
+    def _encode(self, index: int) -> _Pair:
         record, model = self.table[index], self.model
-        media, fps = self._read(record, record.media)
-        asked = model.encode_prompt(record.prompt, media, fps=fps)
-        other = asked
+        shown = self.media(index)
+        other = shown
         if record.rejected_media is not None:
-            media, fps = self._read(record, record.rejected_media)
-            other = model.encode_prompt(record.prompt, media, fps=fps)
-        return model.complete(asked, record.chosen), model.complete(other, record.rejected)
+            own = self.media_ids[index][1]
+            other = self._read(index, record.kind, record.rejected_media, own, record.rejected_fps)
+        try:
+            asked = model.encode_prompt(record.prompt, shown.media, fps=shown.fps)
+            # Both sides at one rate: perturbed videos are stored at another one, and would be known by that alone.
+            again = asked if other is shown else model.encode_prompt(record.prompt, other.media, fps=shown.fps)
+            pair = model.complete(asked, record.chosen), model.complete(again, record.rejected)
+            for sample in pair:
+                model.check_length(sample)
+        except PipelineError as error:
+            raise UserError(f"{self.table.where(index)}: {error}") from None
+        return pair
 
-    def _decode(self, index: int) -> TimedMedia:
-        record = self.table[index]
-        return self._read(record, record.media)
-
-    def _read(self, record: VlmPair, files: Sequence[Media]) -> TimedMedia:
-        return read_media(files, record.kind, self.frames, record.fps, f"{self.table.name}: pair '{record.id}'")
+    def _read(self, index: int, kind: str, files: Sequence[Media], media_id: str, fps: float | None) -> TimedMedia:
+        where = self.table.where(index)
+        return self._recent.keep(
+            (kind, media_id, fps), lambda: read_media(files, kind, self.frames, fps, where), _media_bytes
+        )
 
 
 def read_media(files: Sequence[Media], kind: str, frames: Frames, fps: float | None, where: str) -> TimedMedia:
@@ -173,7 +223,27 @@ class _Memory:
         return made
 
 
-def _pair_bytes(pair: tuple[VlmSample, VlmSample]) -> int:
+class _Recent:
+    """Keeps the latest values by key up to a number of bytes, so that pairs about one video decode it once."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used = limit, 0
+        self._kept: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+
+    def keep(self, key: Any, make: Callable[[], KeptT], size: Callable[[KeptT], int]) -> KeptT:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            kept: KeptT = self._kept[key][0]
+            return kept
+        made = make()
+        self._kept[key] = made, size(made)
+        self._used += size(made)
+        while self._used > self._limit:
+            self._used -= self._kept.popitem(last=False)[1][1]
+        return made
+
+
+def _pair_bytes(pair: _Pair) -> int:
     tensors = {id(tensor): tensor.nbytes for sample in pair for tensor in sample.vision.values()}
     return sum(tensors.values())
 

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from mmalign.core.errors import UserError
 from mmalign.core.hashing import content_key
 from mmalign.core.progress import track
 from mmalign.core.resources import resolve_model
 from mmalign.data.batches import TimedMedia
 from mmalign.losses import completion_sum
+from pipelines.errors import PipelineError
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Request:
 
 _Job = tuple[str, Request, tuple[str, ...]]
 """The key of an answer, its request, and the two answers to compare, if any."""
+_Work = Callable[[Sequence[_Job]], list[str]]
 
 
 class Answerer:
@@ -83,13 +86,15 @@ class Answerer:
         self._file = None if folder is None else folder / name
         self._kept: dict[str, str] = {} if self._file is None else _read(self._file)
 
-    def answer(self, requests: Sequence[Request], label: str) -> list[str]:
+    def answer(self, requests: Sequence[Request], label: str, *, failed: dict[str, str] | None = None) -> list[str]:
         """Return an answer to each request, stripped; stored ones are not computed again.
 
+        `failed` takes the reason of each request that cannot be answered, by its key; its answer is then empty.
+
         Raises:
-            UserError: media cannot be read. PipelineError: the model cannot take them.
+            UserError: media cannot be read. PipelineError: the model cannot take them. Both only without `failed`.
         """
-        return self._look_up([(one.key, one, ()) for one in requests], self._generate, label, "answers")
+        return self._look_up([(one.key, one, ()) for one in requests], self._generate, label, "answers", failed)
 
     def margins(self, requests: Sequence[tuple[Request, str, str]], label: str) -> list[float]:
         """Return log p(one) - log p(other) of two answers to each request, in nats; kept like answers.
@@ -101,7 +106,7 @@ class Answerer:
         return [float(text) for text in self._look_up(keyed, self._margins, label, "pairs")]
 
     def _look_up(
-        self, jobs: Sequence[_Job], work: Callable[[Sequence[_Job]], list[str]], label: str, unit: str
+        self, jobs: Sequence[_Job], work: _Work, label: str, unit: str, failed: dict[str, str] | None = None
     ) -> list[str]:
         missing = list({job[0]: job for job in jobs if job[0] not in self._kept}.values())
         missing.sort(key=lambda job: job[1].media_id)  # decode each video once
@@ -110,9 +115,9 @@ class Answerer:
             with track(len(missing), label, unit=unit) as progress:
                 for start in range(0, len(missing), self.batch_size):
                     part = missing[start : start + self.batch_size]
-                    self._keep([key for key, *_ in part], work(part))
+                    self._keep(_each_alone(part, work, failed))
                     progress.advance(len(part))
-        return [self._kept[key] for key, *_ in jobs]
+        return [self._kept.get(key, "") for key, *_ in jobs]
 
     def close(self) -> None:
         """Drop the model."""
@@ -142,14 +147,26 @@ class Answerer:
         sums = completion_sum(*self._loaded.log_probs(self._loaded.collate(samples)))
         return [repr(margin) for margin in (sums[::2] - sums[1::2]).tolist()]
 
-    def _keep(self, keys: Sequence[str], answers: Sequence[str]) -> None:
-        new = dict(zip(keys, answers, strict=True))
+    def _keep(self, new: dict[str, str]) -> None:
         self._kept |= new
-        if self._file is not None:
+        if self._file is not None and new:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:
                 # The first line feed ends a last line that a killed process may have left incomplete.
                 file.write("".join(f"\n{json.dumps({'key': key, 'answer': text})}" for key, text in new.items()))
+
+
+def _each_alone(part: Sequence[_Job], work: _Work, failed: dict[str, str] | None) -> dict[str, str]:
+    """Return the results of a batch by key; if it fails and `failed` takes the reasons, of each job by itself."""
+    try:
+        return dict(zip([key for key, *_ in part], work(part), strict=True))
+    except (UserError, PipelineError, MemoryError) as error:
+        if failed is None:
+            raise
+        if len(part) > 1:
+            return {key: text for job in part for key, text in _each_alone([job], work, failed).items()}
+        failed[part[0][0]] = str(error) or "out of memory"
+        return {}
 
 
 def open_vlm(model: str, precision: str) -> Any:

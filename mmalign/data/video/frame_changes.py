@@ -30,8 +30,8 @@ def mask(media: Media, rng: torch.Generator, *, area: tuple[float, float] = (0.2
     return changed
 
 
-def crop(media: Media, rng: torch.Generator, *, area: tuple[float, float] = (0.8, 0.95)) -> Media:
-    """Cut out a random window of a random share `area` and enlarge it; (0.01, 0.2) is mDPO's rejected image."""
+def crop(media: Media, rng: torch.Generator, *, area: tuple[float, float] = (0.01, 0.2)) -> Media:
+    """Cut out a random window of a random share `area` and enlarge it; the default is mDPO's (arXiv 2406.11839)."""
     top, left, height, width = _window(media, rng, area)
     window = media[..., top : top + height, left : left + width]
     return _on_floats(

@@ -7,7 +7,6 @@ optional are `answer` (the right one), `aspect`, `fps` (of a video that does not
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.core.errors import UserError
+from mmalign.core.io.answer_matching import match_answer
 from mmalign.core.io.answers import Judge, rate
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.question_sets import Truth, find_question_set, known_layouts
@@ -55,14 +55,12 @@ class VideoItem:
     truth: Truth | None = None
 
     def right(self, given: str) -> bool | None:
-        """Tell whether an answer is right; None if unknown.
+        """Tell whether an answer is right by the rules of `match_answer`; None if they, or the item, do not tell."""
+        return None if self.answer is None else match_answer(given, self.answer)
 
-        It is right if it equals `answer` up to case, blanks and a full stop, or is the letter of an `answer` "B. ...".
-        """
-        if self.answer is None:
-            return None
-        said, wanted = _plain(given), _plain(self.answer)
-        return said == wanted or (bool(re.match(r"[a-d][.)] ", wanted)) and said.rstrip(")") == wanted[0])
+    def wrong(self, given: str) -> bool:
+        """Tell whether an answer is known to be wrong; one that may be right is not."""
+        return self.right(given) is False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +74,11 @@ class QuestionItem(VideoItem):
         """Tell whether an answer is right; one that no rule can read is wrong without a judge."""
         return rate(self.question, given, self.judge).right
 
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".")
+    def wrong(self, given: str) -> bool:
+        """Tell whether an answer is known to be wrong; one that no rule can read may be right."""
+        if self.right(given):
+            return False
+        return self.question.format not in READ_BY_RULES or match_answer(given, self.question.answer) is False
 
 
 def is_video_source(source: str) -> bool:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -54,12 +55,16 @@ def _effects(*, keeps: Sequence[str | tuple[str, str]] = (), changes: Sequence[s
 
 @dataclass(frozen=True)
 class Operator:
-    """One perturbation: temporal (it chooses and orders frames, see `indices`), or of the content of frames."""
+    """One perturbation: temporal (it chooses and orders frames, see `indices`), or of the content of frames.
+
+    options: those that are set in advance; the effects are then stated for no answer.
+    """
 
     name: str
     function: Callable[..., Any]
     temporal: bool
     effects: Effects
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def about(self) -> str:
@@ -89,7 +94,7 @@ class Operator:
             raise UserError(f"{self.name} changes frames, not their order; only temporal operators take a list")
         if count < 1:
             raise UserError(f"{self.name}: no frame is given")
-        self._check(options)
+        options = self._checked(options)
         return list(self.function(count, np.random.default_rng([seed, count]), **options))
 
     def __call__(self, media: Tensor | Sequence[Item], *, seed: int = 0, **options: Any) -> Tensor | list[Item]:
@@ -103,17 +108,53 @@ class Operator:
         _check_media(media, self)
         if self.temporal:
             return media[self.indices(len(media), seed=seed, **options)]
-        self._check(options)
+        options = self._checked(options)
         # Drawn on the CPU, so that every device gives the same result.
         rng = torch.Generator().manual_seed(derive_seed("perturb", seed))
         return self.function(media, rng, **options)
 
-    def _check(self, options: Mapping[str, Any]) -> None:
-        allowed = list(inspect.signature(self.function).parameters)[2:]
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The options by name."""
+        return dict([*inspect.signature(self.function).parameters.items()][2:])
+
+    def with_options(self, texts: Mapping[str, str]) -> Operator:
+        """Return the operator with these options set, given as text; it is tried on blank frames.
+
+        Raises:
+            UserError: it has no such option, or a value is of another kind or out of range.
+        """
+        self._checked(texts)
+        options = {name: _value(self, name, text) for name, text in texts.items()}
+        operator = replace(self, options=options, effects=_effects())
+        operator(torch.zeros(8, 3, 4, 4))
+        return operator
+
+    def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        allowed = list(self.parameters)
         for name in options:
             if name not in allowed:
                 listed = f"it takes {', '.join(allowed)}" if allowed else "it takes no options"
                 raise UserError(f"{self.name} has no option '{name}'{did_you_mean(name, allowed)} ({listed})")
+        return {**self.options, **options}
+
+
+def _value(operator: Operator, option: str, text: str) -> Any:
+    """Return the value of an option, of the kind of its default."""
+    default = operator.parameters[option].default
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, tuple):
+            low, high = text.split("..")
+            return float(low), float(high)
+        return float(text) if isinstance(default, float) else int(text)
+    except (ValueError, KeyError):
+        kind = _KINDS.get(type(default), "a whole number")
+        raise UserError(f"{operator.name}: {option}={text}; give {kind}") from None
+
+
+_KINDS = {bool: "true or false", tuple: "a range, such as 0.1..0.3", float: "a number"}
 
 
 def _check_media(media: Tensor, operator: Operator) -> None:
@@ -196,15 +237,18 @@ OPERATORS: dict[str, Operator] = {
 """name -> operator."""
 
 
+@cache
 def get_operator(name: str) -> Operator:
-    """Return an operator by its name.
+    """Return an operator by its name, perhaps with options: "mask", "crop:area=0.01..0.2", "frame_noise:std=0.5".
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, it has no such option, or a value is of another kind or out of range.
     """
-    if name not in OPERATORS:
-        raise UserError(f"unknown operator '{name}'{did_you_mean(name, OPERATORS)} ({', '.join(OPERATORS)})")
-    return OPERATORS[name]
+    bare, *settings = name.split(":")
+    if bare not in OPERATORS:
+        raise UserError(f"unknown operator '{bare}'{did_you_mean(bare, OPERATORS)} ({', '.join(OPERATORS)})")
+    options = dict(setting.partition("=")[::2] for setting in settings)
+    return OPERATORS[bare].with_options(options) if options else OPERATORS[bare]
 
 
 def perturb(name: str, media: Tensor | Sequence[Item], *, seed: int = 0, **options: Any) -> Tensor | list[Item]:

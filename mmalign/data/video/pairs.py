@@ -14,18 +14,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from mmalign.core.errors import UserError
+from mmalign.core.io.answer_matching import match_answer
 from mmalign.core.io.decode import ALL_FRAMES, Frames
 from mmalign.core.io.parquet import atomic_parquet
 from mmalign.core.io.video_files import write_video
+from mmalign.core.progress import note
 from mmalign.core.seeds import derive_seed
 from mmalign.data.video.answering import Answerer, Request
 from mmalign.data.video.clip_captions import tell_clips
@@ -34,24 +37,30 @@ from mmalign.data.video.items import VideoItem
 from mmalign.data.video.operators import Effect, get_operator
 from mmalign.data.video.perturbations import Perturbation
 from mmalign.data.video.reading import VideoReader
+from mmalign.data.vlm_pairs import MOST_NAMED
+from pipelines.errors import PipelineError
 
+AboutT = TypeVar("AboutT")
 _TEXT = pa.string()
 _COLUMNS = [("id", _TEXT), ("prompt", _TEXT), ("chosen", _TEXT), ("rejected", _TEXT), ("video", _TEXT),
             ("fps", pa.float64()), ("aspect", _TEXT), ("difficulty", pa.int32()), ("operator", _TEXT)]  # fmt: skip
 
+_OWN_VIDEO = [("rejected_video", _TEXT), ("rejected_fps", pa.float64())]
+
 REASONS = {
     "events": "videos with too few events",
     "unknown": "questions whose right answer is unknown",
-    "unanswered": "questions that the model gets wrong",
+    "unanswered": "questions that the model gets wrong, or answers in words that cannot be rated",
     "keeps": "perturbations that leave the answer true",
     "depends": "perturbations that may leave the answer true",
     "empty": "empty answers",
     "equal": "equal answers",
     "substring": "chosen answers that are part of the rejected one",
     "length": "answers whose lengths differ too much",
-    "right": "rejected answers that are right",
+    "right": "rejected answers that are right, or may be",
     "effect": "perturbations that hardly move the model's preference",
     "mirror": "pairs without an opposite",
+    "failed": "videos or perturbations of them that cannot be read, made or shown",
 }
 """Reasons for leaving out a pair, in the order of the checks."""
 
@@ -159,7 +168,7 @@ def write_video_pairs(
     counts = VideoPairCounts()
     pipeline = _Pipeline(settings, answerer, VideoReader(settings.frames), counts)
     pairs = pipeline.from_captions(items) if settings.captions else pipeline.from_videos(items)
-    schema = pa.schema([*_COLUMNS, *([] if settings.rejected == "answers" else [("rejected_video", _TEXT)])])
+    schema = pa.schema([*_COLUMNS, *([] if settings.rejected == "answers" else _OWN_VIDEO)])
     made_by = {
         "perturbed": source,
         "model": answerer.model if answerer else None,
@@ -185,8 +194,9 @@ def write_video_pairs(
             counts.left_out["mirror"] = len(kept) - len(with_opposite)
             kept = [kept[index] for index in with_opposite]
         for candidate, rejected in kept:
-            writer.add(pipeline.row(candidate, rejected, out))
-            counts.pairs[str(candidate.perturbation)] += 1
+            with pipeline.one_item():
+                writer.add(pipeline.row(candidate, rejected, out))
+                counts.pairs[str(candidate.perturbation)] += 1
         if not counts.pairs:
             raise UserError(f"{source or out}: no pair is left to write ({counts})")
     return counts
@@ -206,13 +216,17 @@ def refuse(
     if chosen.strip() == rejected.strip():
         return "equal"
     if settings.questions:
-        return "right" if item.right(rejected) else None
+        same = match_answer(rejected, chosen)
+        if same:
+            return "equal"
+        wrong = same is False if item.answer is None else item.wrong(rejected)
+        return None if wrong else "right"
     if chosen in rejected:
         return "substring"
     if settings.length_ratio is None:
         return None
     shorter, longer = sorted((len(chosen), len(rejected)))
-    shrunk = "drop" in perturbation.names
+    shrunk = any(get_operator(name).name == "drop" for name in perturbation.names)
     return "length" if (len(chosen) <= len(rejected) if shrunk else longer > settings.length_ratio * shorter) else None
 
 
@@ -248,8 +262,7 @@ class _Pipeline:
         if not self.settings.asks_rejected:
             yield from ((one, one.chosen) for one in candidates)
             return
-        requests = [self._request(one.item, one) for one in candidates]
-        yield from zip(candidates, self._ask(requests, "answer perturbed videos"), strict=True)
+        yield from self._ask([(one, self._request(one.item, one)) for one in candidates], "answer perturbed videos")
 
     def from_captions(self, items: Sequence[VideoItem]) -> Iterator[tuple[_Candidate, str]]:
         """Yield candidates whose answers compose the captions of clips in order, and re-ordered."""
@@ -296,7 +309,7 @@ class _Pipeline:
             name = f"{out.stem}-videos/{candidate.id.replace('/', '_')}.mkv"
             shown = self.reader.show(item, candidate.perturbation, candidate.seed)
             write_video(out.parent / name, shown.media[0], shown.fps)
-            row["rejected_video"] = name
+            row |= {"rejected_video": name, "rejected_fps": shown.fps}
         return row
 
     @property
@@ -305,9 +318,13 @@ class _Pipeline:
 
     def _eventful(self, item: VideoItem) -> bool:
         least = self.settings.min_events
-        enough = least <= 1 or len(set(self.reader.states(item))) >= least
-        self.counts.left_out["events"] += not enough
-        return enough
+        if least <= 1:
+            return True
+        with self.one_item():
+            enough = len(set(self.reader.states(item))) >= least
+            self.counts.left_out["events"] += not enough
+            return enough
+        return False
 
     def _answers(self, items: list[VideoItem]) -> list[tuple[VideoItem, str]]:
         """Return the items with their chosen answers, without those known to be wrong."""
@@ -315,9 +332,9 @@ class _Pipeline:
             known = [(item, item.answer) for item in items if item.answer]
             self.counts.left_out["unknown"] += len(items) - len(known)
             return known
-        answers = self._ask([self._request(item) for item in items], "answer videos")
-        kept = [(item, answer) for item, answer in zip(items, answers, strict=True) if item.right(answer) is not False]
-        self.counts.left_out["unanswered"] += len(items) - len(kept)
+        asked = self._ask([(item, self._request(item)) for item in items], "answer videos")
+        kept = [(item, answer) for item, answer in asked if item.answer is None or item.right(answer)]
+        self.counts.left_out["unanswered"] += len(asked) - len(kept)
         return kept
 
     def _candidates(self, item: VideoItem, chosen: str) -> Iterator[_Candidate]:
@@ -333,9 +350,28 @@ class _Pipeline:
                     continue
             yield _Candidate(item, perturbation, chosen, seed)
 
-    def _ask(self, requests: list[Request], label: str) -> list[str]:
+    def _ask(self, asked: list[tuple[AboutT, Request]], label: str) -> list[tuple[AboutT, str]]:
+        """Return the answers to requests, each with the item or candidate that it is about, without failed ones."""
         assert self.answerer is not None
-        return self.answerer.answer(requests, label)
+        failed: dict[str, str] = {}
+        answers = self.answerer.answer([request for _, request in asked], label, failed=failed)
+        for reason in failed.values():
+            self._leave_out(reason)
+        both = zip(asked, answers, strict=True)
+        return [(about, answer) for (about, request), answer in both if request.key not in failed]
+
+    @contextmanager
+    def one_item(self) -> Iterator[None]:
+        """Context of the work on one item, which is named and counted if that fails."""
+        try:
+            yield
+        except (UserError, PipelineError) as error:
+            self._leave_out(str(error))
+
+    def _leave_out(self, reason: str) -> None:
+        self.counts.left_out["failed"] += 1
+        if self.counts.left_out["failed"] <= MOST_NAMED:
+            note(f"left out: {reason}")
 
     def _request(self, item: VideoItem, candidate: _Candidate | None = None) -> Request:
         """Return the request for the model about a video, or about its perturbation."""

@@ -94,11 +94,19 @@ def _unless_denied(question: VideoQuestion, stated: Effect) -> Effect:
 
 
 def _takes_ratio(name: str) -> bool:
-    return "ratio" in inspect.signature(get_operator(name).function).parameters
+    operator = get_operator(name)
+    return "ratio" in operator.parameters and "ratio" not in operator.options
+
+
+def _plain(name: str) -> str:
+    bare, *options = name.strip().split(":")
+    return ":".join([bare.replace("-", "_"), *options])
 
 
 def parse_perturbations(names: Sequence[str], difficulties: Sequence[int]) -> list[Perturbation]:
-    """Return the perturbations that "drop", "block-reverse" or "mask+local-shuffle" name, at these difficulties.
+    """Return the perturbations that "drop", "block-reverse" or "mask+crop:area=0.1..0.3" name, at these difficulties.
+
+    An operator whose `ratio` is among its options comes at that difficulty alone.
 
     Raises:
         UserError: no such operator, one that needs other inputs besides a video, or a difficulty below 2, which
@@ -109,13 +117,10 @@ def parse_perturbations(names: Sequence[str], difficulties: Sequence[int]) -> li
         raise UserError(f"difficulty {low[0]}: a difficulty is a ratio of 2 or more; a ratio of 1 changes nothing")
     made = []
     for given in names:
-        chain = tuple(name.strip().replace("-", "_") for name in given.split("+"))
+        chain = tuple(_plain(name) for name in given.split("+"))
         for name in chain:
-            needed = [
-                key
-                for key, parameter in list(inspect.signature(get_operator(name).function).parameters.items())[2:]
-                if parameter.default is inspect.Parameter.empty
-            ]
+            parameters = get_operator(name).parameters
+            needed = [key for key, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
             if needed:
                 raise UserError(f"operator '{name}' needs {', '.join(needed)}, which cannot be given here")
         ratios: Sequence[int | None] = difficulties if any(map(_takes_ratio, chain)) else (None,)
