@@ -88,7 +88,7 @@ def add_adapter(
             parameter.requires_grad_(True)
 
 
-def _start(shape: torch.Size, rank: int, init: Init, generator: torch.Generator) -> Tensor:
+def _start(shape: torch.Size, rank: int, init: Init, generator: torch.Generator) -> torch.Tensor:
     """Draw a matrix A, which for a convolution has the shape ``[rank, channels, height, width]``."""
     if init == "gaussian":
         return torch.randn(shape, generator=generator) / rank
