@@ -86,7 +86,7 @@ def test_training_starts_from_the_lora_of_another_tool(world: dict[str, Any], ko
 
 
 def test_a_start_gives_the_rank(kohya: Path, world: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="start gives rank, alpha and targets; remove rank, or start"):
+    with pytest.raises(ValidationError, match="start gives rank, alpha, targets and init; remove rank, or start"):
         run_config(world["sd"], world["pairs"], tmp_path, adapter={"start": str(kohya), "rank": 4})
     config = run_config(world["sd"], world["pairs"], tmp_path, adapter={"start": "no/lora.safetensors"})
     with pytest.raises(UserError, match="no/lora.safetensors: no such file"):
