@@ -88,8 +88,8 @@ def adapter_file(path: str | Path) -> Path:
     path = Path(path)
     file = path
     if path.is_dir():
-        # Of our two files kohya's is read: with its own alpha the adapter computes what it computed in training, in low
-        # precision too.
+        # Of our two files kohya's is read: with its own alpha the adapter computes what it computed in training,
+        # in low precision too.
         usual = [path / name for name in (KOHYA_NAME, WEIGHTS_NAME, PEFT_NAME) if (path / name).is_file()]
         found = usual or sorted(path.glob("*.safetensors"))
         if len(found) > 1 and not usual:
