@@ -88,7 +88,9 @@ def adapter_file(path: str | Path) -> Path:
     path = Path(path)
     file = path
     if path.is_dir():
-        usual = [path / name for name in (WEIGHTS_NAME, PEFT_NAME) if (path / name).is_file()]
+        # Of our two files kohya's is read: with its own alpha the adapter computes what it computed in training,
+        # in low precision too.
+        usual = [path / name for name in (KOHYA_NAME, WEIGHTS_NAME, PEFT_NAME) if (path / name).is_file()]
         found = usual or sorted(path.glob("*.safetensors"))
         if len(found) > 1 and not usual:
             raise PipelineError(f"{path} holds {len(found)} safetensors files; name one, such as {found[0]}.")

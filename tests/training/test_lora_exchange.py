@@ -68,7 +68,9 @@ def test_an_export_that_cannot_be_read_ends_the_run_before_its_first_step(
 
 def test_training_starts_from_the_lora_of_another_tool(world: dict[str, Any], kohya: Path, tmp_path: Path) -> None:
     adapter = {"kind": "lora", "start": str(kohya)}
-    config = run_config(world["sd"], world["pairs"], tmp_path / "run", adapter=adapter, learning_rate=1e-4)
+    config = run_config(
+        world["sd"], world["pairs"], tmp_path / "run", adapter=adapter, learning_rate=1e-4, precision="bf16"
+    )
     output = train(config)
     # The reference is the start, so the first loss of DPO is log 2 and not that of a policy far from its reference.
     assert losses(output)[1] == pytest.approx(0.6931, abs=1e-3)
@@ -86,7 +88,7 @@ def test_training_starts_from_the_lora_of_another_tool(world: dict[str, Any], ko
 
 
 def test_a_start_gives_the_rank(kohya: Path, world: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="start gives rank, alpha and targets; remove rank, or start"):
+    with pytest.raises(ValidationError, match="start gives rank, alpha, targets and init; remove rank, or start"):
         run_config(world["sd"], world["pairs"], tmp_path, adapter={"start": str(kohya), "rank": 4})
     config = run_config(world["sd"], world["pairs"], tmp_path, adapter={"start": "no/lora.safetensors"})
     with pytest.raises(UserError, match="no/lora.safetensors: no such file"):

@@ -143,3 +143,9 @@ def test_a_bad_video_ends_no_run_that_leaves_it_out(
     output = train(config(given, tmp_path / "run", options, steps=4, data={"on_bad": "skip"}))
     assert sorted(losses(output)) == [1, 2, 3, 4] and all(map(math.isfinite, losses(output).values()))
     assert capsys.readouterr().err.count("left out: ") == 1
+
+
+def test_training_starts_from_an_adapter_which_is_the_reference(world: dict[str, Any], tmp_path: Path) -> None:
+    first = train(config(world, tmp_path / "first", steps=2))
+    second = train(config(world, tmp_path / "second", steps=2, adapter={"start": str(first)}, precision="bf16"))
+    assert losses(second)[1] == pytest.approx(LN2, abs=1e-6) and load_vlm(second, device="cpu").has_adapter
