@@ -340,8 +340,8 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
         assert batch.trajectory.means is not None
         means, log_probs = batch.trajectory.means.clone(), batch.old_log_probs.clone()
         for index in batch.learned_steps():
-            whole = batch.wanted is None or bool(batch.wanted[index].all())
-            rows = None if whole else batch.wanted[index].nonzero().flatten()
+            wanted = None if batch.wanted is None else batch.wanted[index]
+            rows = None if wanted is None or bool(wanted.all()) else wanted.nonzero().flatten()
             if rows is not None and not len(rows):
                 continue
             at = (index,) if rows is None else (index, rows)
