@@ -159,7 +159,7 @@ class DataConfig(StrictModel):
     @model_serializer(mode="wrap")
     def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # The record of a training leaves out keys that it does not use: those of videos, those of unusual sources.
-        idle = {"frames": None, "fps": None, "on_bad": "error"}
+        idle: dict[str, Any] = {"frames": None, "fps": None, "on_bad": "error"}
         idle |= {"columns": None, "default_prompt": None, "streaming": False}
         return {key: value for key, value in write(self).items() if key not in idle or value != idle[key]}
 
