@@ -1,7 +1,8 @@
 """Positions of tokens on three axes (time, height, width), as the Qwen-VL models were trained with them.
 
-They are computed here because releases of transformers disagree: 5.3 to 5.5 place videos wrongly, and later ones start
-the text after a video that is longer than wide before the video's end.
+They are computed here because releases of transformers disagree. 5.3 to 5.5 place videos wrongly. Those up to 5.16.1
+cut the seconds between frames to whole ones. All from 5.3 on start the text after a video that is longer than wide
+before the end of the video.
 """
 
 from __future__ import annotations

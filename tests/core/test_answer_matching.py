@@ -41,6 +41,10 @@ from mmalign.core.io.answer_matching import match_answer
         ("B", "Caption B: The ball falls.", True),
         ("the ball falls", "Caption B: The ball falls.", True),
         ("Caption A", "Caption B: The ball falls.", False),
+        ("Sentence B", "Sentence A", False),
+        ("Sentence A", "Sentence A: The ball falls.", True),
+        ("Option 2", "Option 1: The ball falls.", False),
+        ("Option 1", "Option 1: The ball falls.", True),
         # numbers
         ("There are three balls.", "3", True),
         ("3", "three", True),

@@ -74,7 +74,7 @@ def vision_config(**changes: Any) -> Any:
     ("seconds", "times"),
     [
         (1.0, (0, 2, 4, 6)),
-        (0.5, (0, 1, 2, 3)),  # transformers 5.3 to 5.5: all at 0
+        (0.5, (0, 1, 2, 3)),  # transformers up to 5.16.1 cuts seconds to whole ones first: all at 0
         (0.75, (0, 1, 3, 4)),  # 0, 1.5, 3, 4.5: rounded down after the product, not before
         (5 / 3, (0, 3, 6, 10)),  # exactly 10 in single precision, in which the times are computed
     ],

@@ -18,10 +18,12 @@ _JOINING = _NEGATIONS | {"and", "or", "then", "but", "instead", "either", "befor
 """Words with which an answer says more than the expected one, or its contrary."""
 _WORD = re.compile(r"\d+(?:\.\d+)?|\w+")
 _LEAD = re.compile(
-    r"\s*(?:the\s+)?(?:(?:final|correct|best|right)\s+)?(answer|option|choice|caption)\b(?:\s+is)?:?\s*", re.I
+    r"\s*(?:the\s+)?(?:(?:final|correct|best|right)\s+)?"
+    r"(?:answer|option|choice|caption|sentence|statement|description)\b(?:\s+is)?:?\s*",
+    re.I,
 )
 _LETTER = re.compile(r"\s*\(?([a-h])(?:[).:,]+\s*|\s*$)(.*)", re.I | re.S)
-_LETTER_AFTER_LEAD = re.compile(r"([a-h])\b[).:,]*\s*(.*)", re.I | re.S)
+_LETTER_AFTER_LEAD = re.compile(r"\(?([a-h]|\d)\b[).:,]*\s*(.*)", re.I | re.S)
 
 
 def match_answer(given: str, expected: str) -> bool | None:

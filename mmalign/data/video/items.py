@@ -76,9 +76,10 @@ class QuestionItem(VideoItem):
 
     def wrong(self, given: str) -> bool:
         """Tell whether an answer is known to be wrong; one that no rule can read may be right."""
-        if self.right(given):
-            return False
-        return self.question.format not in READ_BY_RULES or match_answer(given, self.question.answer) is False
+        rating = rate(self.question, given, self.judge)
+        if rating.right or rating.matched or self.question.format not in READ_BY_RULES:
+            return not rating.right
+        return match_answer(given, self.question.answer) is False
 
 
 def is_video_source(source: str) -> bool:
