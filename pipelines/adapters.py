@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
 
 from pipelines.errors import PipelineError, nearest
 from pipelines.lora_files import LoraLayer, adapter_file, combine, read_lora, write_lora
