@@ -1,7 +1,8 @@
 """Choose the attention kernel of a network, and verify which one runs.
 
 diffusers' ``set_attention_backend`` silently skips processors that do not support it (those of
-``UNet2DConditionModel`` among them), so the processors are set here and then inspected.
+``UNet2DConditionModel`` among them), so the processors are set here and then inspected. Processors that do support it
+(FLUX.1's) keep their class and carry the kernel's name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ import torch
 
 from pipelines.errors import MissingDependencyError, PipelineError, choose
 
-PROCESSORS = {"sdpa": "AttnProcessor2_0", "xformers": "XFormersAttnProcessor"}
+PROCESSORS = {
+    "sdpa": ("AttnProcessor2_0", "JointAttnProcessor2_0"),
+    "xformers": ("XFormersAttnProcessor", "XFormersJointAttnProcessor"),
+}
+"""Kernel -> the processors that run it, of UNets and of SD3."""
+DISPATCHED = ("FluxAttnProcessor",)
+"""Processors that run any kernel, by the name that they carry."""
+BACKENDS = {None: "sdpa", "native": "sdpa", "xformers": "xformers"}
+"""That name, in diffusers' terms -> the kernel."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +48,24 @@ def set_attention(network: Any, kernel: str = "sdpa") -> AttentionReport:
     another processor.
     """
     choose("attention kernel", kernel, PROCESSORS)
+    dispatched = {type(processor).__name__ for processor in network.attn_processors.values()} <= set(DISPATCHED)
     if kernel == "xformers":
         _require_xformers()
-        network.enable_xformers_memory_efficient_attention()
-    elif set(inspect_attention(network).processors) != {PROCESSORS[kernel]}:
+        if dispatched:
+            network.set_attention_backend("xformers")
+        else:
+            network.enable_xformers_memory_efficient_attention()
+    elif inspect_attention(network).kernel != kernel:
         from diffusers.models.attention_processor import AttnProcessor2_0
 
-        network.set_attn_processor(AttnProcessor2_0())
+        if dispatched:
+            network.set_attention_backend("native")
+        else:
+            network.set_attn_processor(AttnProcessor2_0())
     report = inspect_attention(network)
-    others = [name for name in report.processors if name != PROCESSORS[kernel]]
-    if others:
+    if report.kernel != kernel:
         raise PipelineError(
-            f"attention '{kernel}' was set but layers still run {', '.join(others)};"
+            f"attention '{kernel}' was set but layers still run {', '.join(report.processors)};"
             f" choose the other of {', '.join(PROCESSORS)}."
         )
     return report
@@ -58,11 +73,21 @@ def set_attention(network: Any, kernel: str = "sdpa") -> AttentionReport:
 
 def inspect_attention(network: Any) -> AttentionReport:
     """Report the attention processors that `network` holds now."""
-    counts = dict(Counter(type(processor).__name__ for processor in network.attn_processors.values()))
-    kernels = {name: kernel for kernel, name in PROCESSORS.items()}
-    running = sorted({kernels.get(name, name) for name in counts})
+    processors = list(network.attn_processors.values())
+    counts = dict(Counter(type(processor).__name__ for processor in processors))
+    running = sorted({_kernel(processor) for processor in processors})
     device = next(network.parameters()).device
     return AttentionReport("+".join(running), counts, _backends(device) if running == ["sdpa"] else ())
+
+
+def _kernel(processor: Any) -> str:
+    """Return the kernel that a processor runs; its class's name if it is none of ours."""
+    name = type(processor).__name__
+    if name in DISPATCHED:
+        backend = processor._attention_backend
+        backend = getattr(backend, "value", backend)
+        return BACKENDS.get(backend, str(backend))
+    return next((kernel for kernel, names in PROCESSORS.items() if name in names), name)
 
 
 def _backends(device: torch.device) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ class Conditioning:
     prompt_embeds
         Hidden states of the text encoder(s), ``[batch, length, width]``.
     pooled
-        Pooled text embedding, ``[batch, pooled_width]``; SDXL only.
+        Pooled text embedding, ``[batch, pooled_width]``; SDXL, SD3 and FLUX.1 only.
     time_ids
         Size conditioning in pixels, ``[batch, 6]``: original height and width, crop top and left, target height and
         width; SDXL only. Always kept in float32, because bf16 cannot hold most pixel counts.

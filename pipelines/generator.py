@@ -25,7 +25,7 @@ from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.export import save_pipeline
 from pipelines.lora_files import AdapterPath, with_weight
-from pipelines.noise import NoiseProcess
+from pipelines.noise import NoiseProcess, Schedule
 
 
 class Generator(ABC):
@@ -52,7 +52,12 @@ class Generator(ABC):
     family: ClassVar[str]
     network_name: ClassVar[str]
     vae_names: ClassVar[tuple[str, ...]] = ("vae",)
-    text_names: ClassVar[tuple[str, ...]]
+    text_names: tuple[str, ...]
+    lora_targets: ClassVar[tuple[str, ...]] = adapters.DEFAULT_TARGETS
+    is_flow: ClassVar[bool] = False
+    """Whether the models are flow-matching transformers, which take `pipelines.flow.FlowOptions`."""
+    guidance_inside: ClassVar[bool] = False
+    """Whether guidance is distilled into the network, so that classifier-free guidance is not part of sampling."""
 
     def __init__(
         self,
@@ -90,6 +95,23 @@ class Generator(ABC):
     @abstractmethod
     def image_size(self) -> int:
         """The model's own image side in pixels."""
+
+    def schedule(self, steps: int, latent_shape: Sequence[int] | None = None) -> Schedule:
+        """Return the levels of a sampling run, for latents of a shape (default: `latent_shape`)."""
+        return self.process.schedule(steps)
+
+    @classmethod
+    def check_guidance(cls, guidance: float) -> None:
+        """Raise `PipelineError` for a scale of classifier-free guidance that the family does not take by itself."""
+        if cls.guidance_inside and guidance != 1:
+            raise PipelineError(
+                f"'{cls.family}' models have guidance distilled into the network and are sampled without"
+                f" classifier-free guidance: give guidance 1, not {guidance:g} (their own scale is embedded_guidance)."
+            )
+
+    def describe(self) -> str:
+        """Return, for the log, the conventions that the family was given; empty where there is no choice."""
+        return ""
 
     @abstractmethod
     def predict(
@@ -208,8 +230,8 @@ class Generator(ABC):
         seed: int = 0,
         init: adapters.Init = "gaussian",
     ) -> None:
-        """Add a trainable LoRA (A seeded, B zero) to the attention projections and freeze everything else."""
-        adapters.add_adapter(self.bare_network, rank, alpha, target_modules, seed, init)
+        """Add a trainable LoRA (A seeded, B zero) to the family's `lora_targets` and freeze everything else."""
+        adapters.add_adapter(self.bare_network, rank, alpha, target_modules or self.lora_targets, seed, init)
         self._lora_layers = adapters.lora_layers(self.bare_network)
 
     def load_adapter(self, *given: AdapterPath) -> None:

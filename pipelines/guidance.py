@@ -35,8 +35,9 @@ def guided_predictor(
 
     ``uncond + guidance * (cond - uncond)`` for every finite ``guidance >= 0``: 1 is the conditional prediction alone
     and 0 the unconditional one, each at the cost of a single batch. (diffusers takes anything up to 1 for 1.)
-    `negative` (a batch of one, or as long as `cond`) defaults to the family's unconditional conditioning. Everything
-    that does not change between steps is prepared here, once.
+    `negative` (a batch of one, or as long as `cond`) defaults to the family's unconditional conditioning; families
+    without one (those distilled from guidance, as FLUX.1) need it given. Everything that does not change between steps
+    is prepared here, once.
 
     `autocast` makes the context of each call. With `checkpoint` a call that has a graph keeps its inputs alone and the
     backward pass computes the rest again: one more forward pass, and the same gradients to the bit.
@@ -68,6 +69,8 @@ def _guided(generator: Generator, cond: Conditioning, guidance: float, negative:
     if guidance == 1.0:
         return lambda x_t, t: generator.predict(x_t, t, cond)
     default = negative is None
+    if default:
+        generator.check_guidance(guidance)
     negative = (generator.unconditional() if negative is None else negative).to(generator.device, generator.dtype)
     if len(negative) not in (1, len(cond)):
         raise PipelineError(

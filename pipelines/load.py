@@ -19,6 +19,7 @@ from pipelines.any_pipeline import DiffusersPipeline, is_text_to_image
 from pipelines.attention import PROCESSORS
 from pipelines.components import INDEX, file_digest, model_fingerprint, parse_dtype, read_json
 from pipelines.errors import MissingModelError, PipelineError, choose, nearest
+from pipelines.flow import FlowOptions
 from pipelines.generator import Generator
 from pipelines.hub import explained, fetch_file, is_hub_id, repository
 from pipelines.lora_files import WEIGHTS_NAME, AdapterPath, adapter_file, is_lora_file, with_weight
@@ -27,6 +28,8 @@ from pipelines.single_file import checkpoint_directory
 FAMILIES = {
     "StableDiffusionPipeline": "pipelines.families.unet_image:StableDiffusion",
     "StableDiffusionXLPipeline": "pipelines.families.unet_image:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "pipelines.families.sd3:StableDiffusion3",
+    "FluxPipeline": "pipelines.families.flux:Flux",
 }
 
 
@@ -38,6 +41,7 @@ def load_generator(
     adapter: AdapterPath | Sequence[AdapterPath] | None = None,
     attention: str = "sdpa",
     resolve: Callable[[str], str] = str,
+    flow: FlowOptions | None = None,
 ) -> Generator:
     """Load a generator; its family is detected from ``model_index.json``.
 
@@ -45,13 +49,14 @@ def load_generator(
     ``org/name[@revision]``, or what `Generator.save_lora` wrote, which names its own base model (found by way of
     `resolve`). `adapter` is a LoRA file or directory to load on top, or several: ``PATH``, ``PATH:WEIGHT`` or
     ``(path, weight)`` each; they are added up, to that of `name_or_path` too.
-    `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``. Raises `PipelineError`
-    for a model of an unsupported kind, `MissingModelError` for a missing one.
+    `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``. `flow` is for SD3 and
+    FLUX.1: size, text length, guidance and training levels. Raises `PipelineError` for a model of an unsupported kind
+    and for `flow` with a model of another kind, `MissingModelError` for a missing one.
 
     >>> load_generator("assets/shapes-sd", device="cpu").family
     'sd'
     """
-    model = _load(name_or_path, dtype, device, adapter, attention, resolve, _family)
+    model = _load(name_or_path, dtype, device, adapter, attention, resolve, _family, flow)
     assert isinstance(model, Generator)
     return model
 
@@ -68,7 +73,19 @@ def load_drawer(
 
     Raises `PipelineError` as `load_generator` does, and for an adapter on a model outside our families.
     """
-    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind)
+    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, None)
+
+
+def family_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> type[Generator]:
+    """Return the family of the model that `load_generator` would load, by its index; no weight is read.
+
+    Of a Hub id the index alone is fetched. Raises `PipelineError` as `load_generator` does.
+    """
+    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
+    if is_hub_id(name) and not Path(name).expanduser().exists():
+        with explained(name, "diffusers"):
+            return _family(read_json(fetch_file(name, INDEX)), name)
+    return _family(_locate(name, _family)[1], name)
 
 
 def _load(
@@ -79,6 +96,7 @@ def _load(
     attention: str,
     resolve: Callable[[str], str],
     kind: Callable[[dict[str, Any], str], Any],
+    flow: FlowOptions | None,
 ) -> Generator | DiffusersPipeline:
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, PROCESSORS)
@@ -97,6 +115,13 @@ def _load(
                 " with diffusers: pipe.load_lora_weights(A); pipe.fuse_lora(); pipe.save_pretrained(DIR)."
             )
         return DiffusersPipeline(root, index, **options)
+    if flow is not None:
+        if not found.is_flow:
+            raise PipelineError(
+                f"{name} is a {index['_class_name']}, which has no flow options (size, text length, embedded guidance,"
+                " density of training levels); remove them."
+            )
+        options["flow"] = flow
     generator: Generator = found(root, index, **options, attention=attention)
     if adapters:
         generator.load_adapter(*adapters)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipelines.components import read_json
 from pipelines.errors import MissingModelError, PipelineError
-from pipelines.lora_names import adaptable_layers, kohya_names, layer_of_name
+from pipelines.lora_names import adaptable_layers, kohya_names, layer_of_name, lora_prefix
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "lora_kohya.safetensors"
@@ -55,7 +55,7 @@ OTHER_KINDS = {
     ".lora_B.bias": "LoRA with biases",
 }
 """What a tensor's name holds ($: its end) -> a kind of adapter that is no plain LoRA."""
-_PREFIXES = ("base_model.model.", "unet.")
+_OTHER_MODELS = ("unet", "transformer", "prior", "decoder")
 _TEXT = ("text_encoder", "lora_te")
 
 
@@ -146,10 +146,10 @@ def read_lora(file: Path, network: Any) -> dict[str, LoraLayer]:
     """
     names, metadata = _open(file)
     _check_kind(file, names)
-    tensors = _load(file)
+    tensors, prefix = _load(file), lora_prefix(network)
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        stem, role = _split(file, key)
+        stem, role = _split(file, key, prefix)
         grouped.setdefault(stem, {})[role] = tensor
     layers, known = adaptable_layers(network), layer_of_name(network)
     found = {stem: known[stem] for stem in grouped if stem in known}
@@ -159,7 +159,7 @@ def read_lora(file: Path, network: Any) -> dict[str, LoraLayer]:
             f"the adapter {file} does not fit this base model: it adapts {len(grouped)} layers but only {len(found)}"
             f" of them exist, not {stray}."
         )
-    alphas = _Alphas(file, metadata)
+    alphas = _Alphas(file, metadata, prefix)
     return {
         name: _layer(file, name, grouped[stem], layers[name], alphas)
         for stem, name in sorted(found.items(), key=lambda item: item[1])
@@ -205,9 +205,10 @@ def write_lora(folder: Path, layers: Mapping[str, LoraLayer], network: Any) -> N
             " file; merge it into its base instead."
         )
     state: dict[str, Tensor] = {}
+    prefix = lora_prefix(network)
     for name, layer in layers.items():
-        state[f"unet.{name}.lora_A.weight"] = layer.down
-        state[f"unet.{name}.lora_B.weight"] = layer.up if layer.scale == 1 else layer.up * layer.scale
+        state[f"{prefix}{name}.lora_A.weight"] = layer.down
+        state[f"{prefix}{name}.lora_B.weight"] = layer.up if layer.scale == 1 else layer.up * layer.scale
     save_file(_plain(state), folder / WEIGHTS_NAME, metadata={"format": "pt"})
     kohya = kohya_names(network)
     if not set(layers) <= set(kohya):
@@ -249,7 +250,7 @@ def _other_kind(name: str) -> str | None:
 
 
 def _check_kind(file: Path, names: list[str]) -> None:
-    """Refuse an adapter that is more or other than a LoRA of a UNet."""
+    """Refuse an adapter that is more or other than a LoRA of a denoiser."""
     text = sorted({name.split(".")[0].split("_text")[0] for name in names if name.startswith(_TEXT)})
     if text:
         raise PipelineError(
@@ -267,17 +268,18 @@ def _check_kind(file: Path, names: list[str]) -> None:
         raise PipelineError(f"{file} holds no LoRA; its first tensor is {names[0] if names else '(none)'}.")
 
 
-def _split(file: Path, key: str) -> tuple[str, str]:
+def _split(file: Path, key: str, prefix: str) -> tuple[str, str]:
     """Return the layer that a tensor's name stands for, as `layer_of_name` knows it, and what the tensor is."""
     end = next((end for end in ROLES if key.endswith(end)), None)
     if end is None:
         raise PipelineError(f"{file}: the tensor {key} is no part of a LoRA that is supported.")
     stem = key.removesuffix(end)
-    for prefix in _PREFIXES:
-        stem = stem.removeprefix(prefix)
+    stem = stem.removeprefix("base_model.model.").removeprefix(prefix)
     foreign = stem.split(".")[0]
-    if foreign in ("transformer", "prior", "decoder"):
-        raise PipelineError(f"{file} holds no LoRA for this kind of model; it has ['{foreign}'], not 'unet'.")
+    if foreign in _OTHER_MODELS:
+        raise PipelineError(
+            f"{file} holds no LoRA for this kind of model; it has ['{foreign}'], not '{prefix.removesuffix('.')}'."
+        )
     if ".processor." in stem:  # diffusers before 0.22: attn1.processor.to_q_lora
         stem = stem.replace(".processor.", ".").removesuffix("_lora")
         stem = f"{stem}.0" if stem.endswith(".to_out") else stem
@@ -287,8 +289,8 @@ def _split(file: Path, key: str) -> tuple[str, str]:
 class _Alphas:
     """The alpha of each layer as a file's header (diffusers) or the config beside it (peft) gives it."""
 
-    def __init__(self, file: Path, metadata: dict[str, str]) -> None:
-        self.file = file
+    def __init__(self, file: Path, metadata: dict[str, str], prefix: str) -> None:
+        self.file, self.prefix = file, prefix
         try:
             given = json.loads(metadata.get(METADATA_KEY, "{}"))
         except ValueError:
@@ -296,7 +298,7 @@ class _Alphas:
         if file.name == PEFT_NAME and (file.parent / PEFT_CONFIG).is_file():
             given = read_json(file.parent / PEFT_CONFIG)
         given = given if isinstance(given, dict) else {}
-        self.config = {key.removeprefix("unet."): value for key, value in given.items()}
+        self.config = {key.removeprefix(prefix): value for key, value in given.items()}
 
     def __call__(self, name: str, rank: int) -> float:
         """Return the alpha for a layer whose file holds no tensor of it; without any it is the rank."""
@@ -305,7 +307,7 @@ class _Alphas:
             (
                 value
                 for key, value in patterns.items()
-                if f".{name}".endswith(f".{key.removeprefix('^').removeprefix('unet.')}")
+                if f".{name}".endswith(f".{key.removeprefix('^').removeprefix(self.prefix)}")
             ),
             self.config.get("lora_alpha"),
         )

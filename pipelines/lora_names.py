@@ -30,6 +30,11 @@ _RESNET = {
 }
 
 
+def lora_prefix(network: Any) -> str:
+    """Return how diffusers' names of a network's LoRA begin: "unet." or "transformer."."""
+    return "unet." if hasattr(network, "down_blocks") else "transformer."
+
+
 def adaptable_layers(network: Any) -> dict[str, torch.nn.Module]:
     """Return the linear and convolution layers of a network by name, whether they carry an adapter or not."""
     from peft.tuners.tuners_utils import BaseTunerLayer

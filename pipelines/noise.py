@@ -15,6 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pipelines.errors import PipelineError, choose
+from pipelines.flow import Density
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 Timestep = int | float | Shaped[Tensor, " batch"] | Shaped[Tensor, ""]
@@ -60,6 +61,7 @@ class NoiseProcess(ABC):
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
         self.clip_range = clip_range
         self._scheduler = scheduler
+        self._weights: Tensor | None = None
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseProcess:
@@ -212,8 +214,8 @@ class NoiseProcess(ABC):
     ) -> Shaped[Tensor, " n"]:
         """Draw `n` training timesteps from levels ``low <= level < high``, counted from clean.
 
-        Uniformly, or with ``discount < 1`` each level `discount` times as likely as the next noisier one. They are on
-        the generator's device.
+        Uniformly, or by the density of `FlowProcess.set_density`; with ``discount < 1`` each level is `discount` times
+        as likely, relative to that, as the next noisier one. They are on the generator's device.
         """
         high = self.num_train_timesteps if high is None else high
         if not 0 <= low < high <= self.num_train_timesteps:
@@ -223,9 +225,13 @@ class NoiseProcess(ABC):
         if not 0.0 < discount <= 1.0:
             raise PipelineError(f"discount must lie in (0, 1], got {discount}; 1 draws all levels alike.")
         device = generator.device if generator is not None else None
-        if discount == 1.0:
+        if discount == 1.0 and self._weights is None:
             return self._timesteps_of(torch.randint(low, high, (n,), generator=generator, device=device))
         weights = discount ** torch.arange(high - 1 - low, -1, -1, dtype=torch.float64, device=device)
+        if self._weights is not None:
+            weights = weights * self._weights[low:high].to(weights.device)
+            if not bool(weights.any()):
+                raise PipelineError(f"the density gives no level in {low}..{high - 1} a weight; widen one of them.")
         return self._timesteps_of(low + torch.multinomial(weights, n, replacement=True, generator=generator))
 
     def _timesteps_of(self, levels: Tensor) -> Tensor:
@@ -291,13 +297,39 @@ class FlowProcess(NoiseProcess):
     """Rectified flow: ``x_t = (1 - s) x0 + s noise`` with ``s = t / T``; the network predicts ``noise - x0``.
 
     arXiv 2209.03003; time shift as in SD3 (arXiv 2403.03206, eq. 23). Timesteps are floats in ``(0, T]``.
+
+    The training levels are those of the scheduler before any ``set_timesteps``, as in diffusers' training scripts:
+    shifted where its shift is fixed (SD3), not shifted where it depends on the size of the latents (FLUX.1), although
+    such models are sampled with the shift.
+
+    Attributes: `mu`, the shift of a scheduler that shifts by size; `even_sigmas`, whether the levels before the shift
+    are by default ``linspace(1, 1 / steps, steps)`` instead of ending at the lowest training level; `density`.
     """
 
     def __init__(self, scheduler: Any) -> None:
         """Take the (shifted) noise levels from a ``FlowMatchEulerDiscreteScheduler``."""
         super().__init__("flow", scheduler)
         self.mu: float | None = None
+        self.even_sigmas = False
+        self.density = Density()
         self._levels = scheduler.timesteps.flip(0).clone()
+
+    @property
+    def shifts_by_size(self) -> bool:
+        """Whether the shift of the sampling levels depends on the size of the latents."""
+        return bool(self._scheduler.config.use_dynamic_shifting)
+
+    def set_density(self, density: Density) -> None:
+        """Draw training levels by a density over the training grid from now on."""
+        self.density = density
+        self._weights = None if density.kind == "uniform" else density.weights(self.num_train_timesteps)
+
+    def describe(self) -> str:
+        """Return, for the log, how levels are placed in sampling and drawn in training."""
+        if self.shifts_by_size:
+            shift = "by size" if self.mu is None else f"by size, mu {self.mu:.4g}"
+            return f"sampling levels shifted {shift}; training levels {self.density} on the unshifted grid"
+        return f"sampling levels shifted by {self._scheduler.shift:g}; training levels {self.density} on that grid"
 
     def schedule(
         self,
@@ -317,17 +349,19 @@ class FlowProcess(NoiseProcess):
             `mu_for` gives it for a number of tokens.
         sigmas
             The noise levels before the shift, one a step, descending in (0, 1]: by default evenly spaced from the top
-            of the training levels to their end. diffusers' pipelines of models with dynamic shifting give
-            ``linspace(1, 1 / steps, steps)``.
+            of the training levels to their end, or with `even_sigmas` ``linspace(1, 1 / steps, steps)``, as FLUX.1's
+            pipeline gives them.
 
         The levels equal those of ``FlowMatchEulerDiscreteScheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)``, the
         stretching to a terminal level included. Raises `PipelineError` for arguments that the scheduler cannot take.
         """
         self.check_steps(steps)
         scheduler, mu = self._scheduler, self.mu if mu is None else mu
+        if sigmas is None and self.even_sigmas:
+            sigmas = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64).tolist()
         if sigmas is not None and len(sigmas) != steps:
             raise PipelineError(f"sigmas must be one for each of {steps} steps, got {len(sigmas)}.")
-        if scheduler.config.use_dynamic_shifting:
+        if self.shifts_by_size:
             if mu is None or shift is not None:
                 raise PipelineError(
                     "this scheduler shifts its levels by the size of the latents (use_dynamic_shifting): give mu, such"

@@ -205,7 +205,8 @@ def sample(
     >>> drawn.latents.shape == (2, *generator.latent_shape), drawn.log_probs.shape
     (True, torch.Size([4, 2]))
     """
-    schedule = steps if isinstance(steps, Schedule) else generator.process.schedule(steps)
+    shape = generator.latent_shape if latents is None else latents.shape[1:]
+    schedule = steps if isinstance(steps, Schedule) else generator.schedule(steps, shape)
     chosen = pick_kernel(kernel, eta)
     chosen.check(generator.process)
     plan = _Plan(schedule, chosen.for_steps(len(schedule.levels)), segment, record)
@@ -221,7 +222,6 @@ def sample(
     parts = []
     for start in range(0, len(cond), batch_size or len(cond)):
         part = slice(start, start + (batch_size or len(cond)))
-        shape = generator.latent_shape if latents is None else latents.shape[1:]
         # The initial draw is taken even when latents are given, so that the noise of later steps is the same.
         noise = None if seeds is None else noise_stream(seeds[part], shape, generator.device)
         drawn = None if noise is None else next(noise)

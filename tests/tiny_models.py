@@ -182,50 +182,102 @@ def build_tiny_sdxl(path: str | Path, *, seed: int = 0) -> str:
     return str(path)
 
 
-def build_tiny_sd3(path: str | Path, *, seed: int = 0) -> str:
-    """Write a ``StableDiffusion3Pipeline`` without T5 for 16x16 images, a model outside our families."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
+def tiny_t5(folder: Path, width: int) -> tuple[Any, Any]:
+    """Return a real ``T5TokenizerFast`` over characters and a one-layer ``T5EncoderModel`` for it."""
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    vocabulary += [(character, -3.0) for character in string.ascii_lowercase + string.digits]
+    vocabulary += [(f"\u2581{word}", -1.0) for word in WORDS]
+    tokenizer = T5TokenizerFast(vocab=vocabulary, extra_ids=0)
+    tokenizer.save_pretrained(folder)
+    config = T5Config(vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2)
+    return tokenizer, T5EncoderModel(config).eval()
+
+
+def tiny_flow_vae() -> Any:
+    """Return an ``AutoencoderKL`` of 16 channels with shift and scale, halving the sides, like those of SD3."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=IMAGE_SIZE,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def build_tiny_sd3(path: str | Path, *, t5: bool = False, seed: int = 0) -> str:
+    """Write a ``StableDiffusion3Pipeline`` for 16x16 images (latents ``[16, 8, 8]``), shift 3, and return its path."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     path = Path(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizers = [tiny_tokenizer(path / name) for name in ("tokenizer", "tokenizer_2")]
+        third, encoder = tiny_t5(path / "tokenizer_3", 40) if t5 else (None, None)
         pipe = StableDiffusion3Pipeline(
             transformer=SD3Transformer2DModel(
                 sample_size=8,
-                patch_size=1,
+                patch_size=2,
                 num_layers=2,
                 attention_head_dim=8,
                 num_attention_heads=2,
-                joint_attention_dim=32,
+                joint_attention_dim=40,
                 caption_projection_dim=16,
                 pooled_projection_dim=32,
                 pos_embed_max_size=8,
             ).eval(),
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-            vae=AutoencoderKL(
-                block_out_channels=(8, 16),
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                latent_channels=16,
-                norm_num_groups=4,
-                sample_size=IMAGE_SIZE,
-                shift_factor=0.06,
-                scaling_factor=1.5,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ).eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_flow_vae(),
             text_encoder=tiny_text_encoder(tokenizers[0], projection=True),
             text_encoder_2=tiny_text_encoder(tokenizers[1], projection=True),
-            text_encoder_3=None,
+            text_encoder_3=encoder,
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
-            tokenizer_3=None,
+            tokenizer_3=third,
+        )
+        pipe.save_pretrained(path, safe_serialization=True)
+    return str(path)
+
+
+def build_tiny_flux(path: str | Path, *, schnell: bool = False, seed: int = 0) -> str:
+    """Write a ``FluxPipeline`` (dev: embedded guidance, shift by size; schnell: neither) and return its path.
+
+    The network has no size of its own, and 256x256 images by default; tests ask for 16x16.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    path = Path(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer(path / "tokenizer")
+        second, encoder = tiny_t5(path / "tokenizer_2", 24)
+        pipe = FluxPipeline(
+            transformer=FluxTransformer2DModel(
+                patch_size=1,
+                in_channels=64,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=24,
+                pooled_projection_dim=16,
+                guidance_embeds=not schnell,
+                axes_dims_rope=(4, 4, 8),
+            ).eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0 if schnell else 3.0, use_dynamic_shifting=not schnell),
+            vae=tiny_flow_vae(),
+            text_encoder=tiny_text_encoder(tokenizer),
+            text_encoder_2=encoder,
+            tokenizer=tokenizer,
+            tokenizer_2=second,
         )
         pipe.save_pretrained(path, safe_serialization=True)
     return str(path)

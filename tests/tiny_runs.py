@@ -44,7 +44,7 @@ def run_config(model: str, pairs: Path, output: Path, method: Any = "diffusion_d
     trainer = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "log_every": 1, "checkpoint_every": 2, "warmup": 0}
     sections = {
         key: changes.pop(key)
-        for key in ("adapter", "evaluate", "data", "rewards", "monitors", "rounds")
+        for key in ("adapter", "evaluate", "data", "rewards", "monitors", "rounds", "flow")
         if key in changes
     }
     return RunConfig(

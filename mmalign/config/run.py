@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmalign.config.checks import ConfigIssue, check_numbers, check_recipe, describe_errors, method_class, takes_text
+from mmalign.config.flow import FlowConfig
 from mmalign.config.renamed import rename_keys
 from mmalign.config.sections import (
     AdapterConfig,
@@ -59,6 +60,9 @@ class RunConfig(StrictModel):
     """alarms on the metrics of an online run"""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """attention kernel"""
+    flow: FlowConfig | None = None
+    """choices for flow models (SD3, FLUX.1): density of training levels, text length, embedded guidance; null: their
+    defaults"""
 
     @property
     def modality(self) -> str:

@@ -14,6 +14,7 @@ from mmalign.core.progress import note, track
 from mmalign.core.resources import resolve_model
 from mmalign.core.seeds import derive_seed
 from mmalign.training.chain import check_chain, train_once
+from mmalign.training.family import check_family, flow_options
 from mmalign.training.models import whole_model
 from mmalign.training.recipe import build_method, set_aside
 
@@ -49,6 +50,7 @@ def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
     rounds, output = config.rounds, Path(config.output)
     assert rounds is not None
     check_chain(resume, "rounds", "sample and label")
+    check_family(config)
     if resume == "never":
         set_aside(output / FOLDER)
     note(describe_rounds(rounds))
@@ -91,7 +93,8 @@ def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Pat
     )
 
     def open_generator() -> Any:
-        return load_generator(path, dtype=rounds.precision, resolve=resolve_model)
+        flow = flow_options(config, path)
+        return load_generator(path, dtype=rounds.precision, resolve=resolve_model, flow=flow)
 
     prompts = load_prompts(rounds.prompts, rounds.limit)
     samples, pairs = folder / "samples", folder / PAIRS_FILE

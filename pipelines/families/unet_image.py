@@ -6,21 +6,17 @@ epsilon, v or sample prediction, with `AutoencoderKL` or `AutoencoderTiny`.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from pipelines.components import component_config, has_component
+from pipelines.components import component_config
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
-from pipelines.generator import Generator
+from pipelines.families.latent_image import LatentImage, single
 
-ENCODE_BATCH = 64
 UNET_STRUCTURE = frozenset(
     """sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift down_block_types
     mid_block_type up_block_types only_cross_attention block_out_channels layers_per_block downsample_padding
@@ -44,26 +40,19 @@ UNET_INPUTS = {
 """Keys that give the UNet an input beside image, timestep and text -> that input; null or false: none."""
 
 
-def _single(tensor: Tensor) -> Tensor:
-    """Leave half precision; float64, which tests compute in, stays."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-class StableDiffusion(Generator):
+class StableDiffusion(LatentImage):
     """Stable Diffusion 1.x and 2.x (one text encoder)."""
 
     family = "sd"
     network_name = "unet"
-    text_names: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    text_names: tuple[str, ...] = ("text_encoder", "tokenizer")
     added_conditioning: str | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """Load as `Generator` does, and refuse UNets with inputs other than text (inpainting, refiner, editing)."""
         super().__init__(*args, **options)
         config = self.network.config
-        missing = [name for name in (*self.vae_names, *self.text_names) if not has_component(self.index, name)]
-        if missing:
-            raise PipelineError(f"{self.name_or_path} lacks {', '.join(missing)}, which '{self.family}' models need.")
+        self._check_encoders()
         self._check_unet(component_config(self.root, self.network_name))
         if config.addition_embed_type != self.added_conditioning:
             raise PipelineError(
@@ -97,16 +86,6 @@ class StableDiffusion(Generator):
                 " supported; use a base model."
             )
 
-    @cached_property
-    def _vae_config(self) -> dict[str, Any]:
-        return component_config(self.root, "vae")
-
-    @property
-    def vae_factor(self) -> int:
-        """How many pixels a side one latent covers."""
-        channels = self._vae_config.get("block_out_channels") or self._vae_config["encoder_block_out_channels"]
-        return int(2 ** (len(channels) - 1))
-
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents of one image at the model's own size."""
@@ -114,11 +93,6 @@ class StableDiffusion(Generator):
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return config.in_channels, height, width
-
-    @property
-    def image_size(self) -> int:
-        """The model's own image side in pixels."""
-        return self.latent_shape[1] * self.vae_factor
 
     def predict(
         self, x_t: Float[Tensor, "batch channels height width"], t: Shaped[Tensor, " batch"], cond: Conditioning
@@ -132,94 +106,16 @@ class StableDiffusion(Generator):
             added_cond_kwargs=self._added(cond, dtype),
             return_dict=False,
         )[0]
-        return _single(output)
+        return single(output)
 
     def _added(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
         return None
-
-    def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
-        """Return the posterior mean of media in [0, 1], scaled for the UNet."""
-        return self.encode_posterior(media)[0]
-
-    def encode_posterior(
-        self, media: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
-        """Return mean and standard deviation of the latents' posterior, scaled; std is 0 for `AutoencoderTiny`."""
-        factor = self.vae_factor
-        if media.ndim != 4 or media.shape[1] != 3 or media.shape[2] % factor or media.shape[3] % factor:
-            raise PipelineError(
-                f"media must be [batch, 3, height, width] with sides that are multiples of {factor},"
-                f" got {list(media.shape)}."
-            )
-        vae = self.encoder("vae")
-        encoded = vae.encode(media.to(self.device, vae.dtype) * 2.0 - 1.0)
-        if hasattr(encoded, "latent_dist"):
-            mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-        else:
-            mean = encoded.latents.float()
-            std = torch.zeros_like(mean)
-        shift, scale = self._latent_scaling(mean)
-        return (mean - shift) * scale, std * scale
-
-    def decode(self, latents: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 height width"]:
-        """Return images in [0, 1], float32 (or float64); differentiable where the clamp is not active."""
-        vae = self.encoder("vae")
-        shift, scale = self._latent_scaling(latents)
-        images = vae.decode((latents / scale + shift).to(self.device, vae.dtype), return_dict=False)[0]
-        return (_single(images) / 2.0 + 0.5).clamp(0.0, 1.0)
-
-    def _latent_scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Return shift and scale of the latents; some SDXL autoencoders (Playground 2.5) give them per channel."""
-        config = self._vae_config
-        scale = float(config.get("scaling_factor") or 1.0)
-        if config.get("latents_mean") and config.get("latents_std"):
-            mean, std = (like.new_tensor(config[key]).reshape(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
-            return mean, scale / std
-        return float(config.get("shift_factor") or 0.0), scale
-
-    def _encoder_dtype(self, name: str) -> torch.dtype:
-        # SDXL's autoencoder overflows in fp16; its configuration says so.
-        overflows = name == "vae" and self._load_dtype == torch.float16 and self._vae_config.get("force_upcast", True)
-        return torch.float32 if overflows else self._load_dtype
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts, each distinct one once, as diffusers' pipeline does; warns, with a count, if any are cut."""
-        if isinstance(prompts, str):
-            raise PipelineError("encode_prompts takes a list of prompts, got one string; write [prompt].")
-        if not prompts:
-            raise PipelineError("encode_prompts needs at least one prompt, got none.")
-        position = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        distinct = list(position)
-        with torch.no_grad():
-            parts = [
-                self._encode_batch(distinct[start : start + ENCODE_BATCH])
-                for start in range(0, len(distinct), ENCODE_BATCH)
-            ]
-        encoded = Conditioning.cat(parts)
-        return encoded if len(distinct) == len(prompts) else encoded[[position[prompt] for prompt in prompts]]
 
     def _encode_batch(self, prompts: list[str]) -> Conditioning:
         encoder = self.encoder("text_encoder")
         tokens = self._tokenize("tokenizer", prompts)
         mask = tokens["attention_mask"] if getattr(encoder.config, "use_attention_mask", False) else None
         return Conditioning(encoder(tokens["input_ids"], attention_mask=mask)[0])
-
-    def _tokenize(self, name: str, prompts: list[str]) -> dict[str, Tensor]:
-        """Return token ids and mask, padded and cut to the tokenizer's length; warns with a count of cut prompts."""
-        tokenizer = self.encoder(name)
-        length = tokenizer.model_max_length
-        untruncated = tokenizer(prompts, verbose=False)["input_ids"]
-        cut = [prompt for prompt, ids in zip(prompts, untruncated, strict=True) if len(ids) > length]
-        if cut:
-            warnings.warn(
-                f"{len(cut)} of {len(prompts)} prompts exceed {length} tokens and were cut, such as '{cut[0]}'.",
-                stacklevel=4,
-            )
-        padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return {key: padded[key].to(self.device) for key in ("input_ids", "attention_mask")}
-
-    def _make_unconditional(self) -> Conditioning:
-        return self.encode_prompts([""])
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -20,10 +20,16 @@ from mmalign.cli import main
 from mmalign.training.train import train
 from pipelines import PipelineError, load_drawer, load_generator
 
+PIPELINE = "StableDiffusion3PAGPipeline"
+
 
 @pytest.fixture(scope="module")
 def sd3(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_tiny_sd3(tmp_path_factory.mktemp("models") / "sd3")
+    model = Path(build_tiny_sd3(tmp_path_factory.mktemp("models") / "sd3"))
+    index = json.loads((model / "model_index.json").read_text())
+    # The same components in a pipeline that is none of our families.
+    (model / "model_index.json").write_text(json.dumps(index | {"_class_name": PIPELINE}))
+    return str(model)
 
 
 def by_diffusers(model: str, prompts: list[str], seeds: list[int], **options: float) -> np.ndarray:
@@ -61,7 +67,7 @@ def test_it_is_compared_with_a_model_of_ours(sd3: str, tmp_path: Path) -> None:
 
 def test_what_it_cannot_do_is_one_line(sd3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
-        PipelineError, match="a StableDiffusion3Pipeline; supported: StableDiffusionPipeline, .*compare"
+        PipelineError, match="a StableDiffusion3PAGPipeline; supported: StableDiffusionPipeline, .*compare"
     ):
         train(run_config(sd3, write_pairs(tmp_path / "data"), tmp_path / "run"))
     capsys.readouterr()
@@ -95,7 +101,7 @@ def test_code_beside_a_model_is_not_run(sd3: str, tmp_path: Path) -> None:
         load_drawer(model, device="cpu")
     (model / "model_index.json").write_text(json.dumps(index))
     (model / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(PipelineError, match="cannot load the StableDiffusion3Pipeline"):
+    with pytest.raises(PipelineError, match="cannot load the StableDiffusion3PAGPipeline"):
         load_drawer(model, device="cpu")
     with pytest.raises(PipelineError, match="wrong kind"):
         load_generator(model)

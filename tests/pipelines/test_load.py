@@ -58,8 +58,8 @@ def test_directories_that_are_no_pipeline_are_explained(model: Path, tmp_path: P
 
 def test_pipelines_of_other_kinds_are_refused_before_weights_are_read(model: Path) -> None:
     shutil.rmtree(model / "unet")
-    edit(model / "model_index.json", _class_name="FluxPipeline")
-    refused("wrong kind: a FluxPipeline; supported: StableDiffusionPipeline", model)
+    edit(model / "model_index.json", _class_name="SanaPipeline")
+    refused("wrong kind: a SanaPipeline; supported: StableDiffusionPipeline", model)
     (model / "model_index.json").write_text("{")
     refused("not valid JSON", model)
 

@@ -40,6 +40,7 @@ from mmalign.training.optim import build_optimizer
 from mmalign.training.output import CHECKPOINTS
 from mmalign.training.recipe import data_id
 from pipelines import Generator, load_generator
+from pipelines.load import family_of
 from rewards.backbones.latent_files import LatentParts
 from rewards.backbones.latent_network import MAX_LOGIT_SCALE, LatentNetwork
 
@@ -213,7 +214,12 @@ class RewardLearner(Learner):
 
 
 def _load_generator(config: LatentRewardConfig, device: torch.device) -> Generator:
-    generator = load_generator(resolve_model(config.model), device=device, resolve=resolve_model)
+    path = resolve_model(config.model)
+    if family_of(path, resolve_model).is_flow:
+        raise UserError(
+            f"model {config.model} is a flow model; a latent reward is built from the UNet of an SD or SDXL"
+        )
+    generator = load_generator(path, device=device, resolve=resolve_model)
     if generator.has_adapter:
         raise UserError(f"model {config.model} is an adapter on {generator.name_or_path}; build the reward from that")
     return generator

@@ -26,6 +26,7 @@ from mmalign.methods.base import Method
 from mmalign.methods.reference import Reference
 from mmalign.methods.run import BaseRun, Run
 from mmalign.scoring.checks import check_reward
+from mmalign.training.family import check_family, flow_options
 from mmalign.training.image_evaluation import ImageEvaluation, check_evaluation
 from mmalign.training.recipe import data_id
 from mmalign.training.tasks.base import CardFacts, Source, Task
@@ -63,7 +64,8 @@ class ImageTask(Task[Generator]):
     )
 
     def check(self, config: RunConfig) -> None:
-        """Check the prompts and rewards of the evaluation."""
+        """Check the model's family, and the prompts and rewards of the evaluation."""
+        check_family(config)
         if config.evaluate:
             check_evaluation(config.evaluate)
 
@@ -86,15 +88,24 @@ class ImageTask(Task[Generator]):
 
     def load_model(self, config: RunConfig, path: str, device: Any) -> Generator:
         """Return the generator; its encoders are loaded when they are first used."""
-        return load_generator(path, dtype="float32", device=device, attention=config.attention, resolve=resolve_model)
+        return load_generator(
+            path,
+            dtype="float32",
+            device=device,
+            attention=config.attention,
+            resolve=resolve_model,
+            flow=flow_options(config, path),
+        )
 
     def model_id(self, model: Generator) -> str:
         """Return the fingerprint of the diffusers directory."""
         return model.model_id
 
     def check_model(self, method: Method[Any], model: Generator) -> None:
-        """Check the method's options against the noise process."""
+        """Check the method's options against the noise process; prints the family's conventions."""
         method.check(model.process)
+        if line := model.describe():
+            note(line)
 
     def encode(
         self,

@@ -1,0 +1,156 @@
+"""What image generators over an autoencoder's latents share: encode and decode images, encode prompts in batches.
+
+Latent diffusion: arXiv 2112.10752. A family adds its denoiser, its text encoders and its sizes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipelines.components import component_config, has_component
+from pipelines.conditioning import Conditioning
+from pipelines.errors import PipelineError
+from pipelines.generator import Generator
+
+ENCODE_BATCH = 64
+
+
+def single(tensor: Tensor) -> Tensor:
+    """Leave half precision; float64, which tests compute in, stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class LatentImage(Generator):
+    """An image generator over the latents of `AutoencoderKL` or `AutoencoderTiny`."""
+
+    def _check_encoders(self) -> None:
+        """Raise `PipelineError` if the directory lacks the autoencoder, a text encoder or a tokenizer."""
+        missing = [name for name in (*self.vae_names, *self.text_names) if not has_component(self.index, name)]
+        if missing:
+            raise PipelineError(f"{self.name_or_path} lacks {', '.join(missing)}, which '{self.family}' models need.")
+
+    @cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        return component_config(self.root, "vae")
+
+    @property
+    def vae_factor(self) -> int:
+        """How many pixels a side one latent covers."""
+        channels = self._vae_config.get("block_out_channels") or self._vae_config["encoder_block_out_channels"]
+        return int(2 ** (len(channels) - 1))
+
+    @property
+    def image_size(self) -> int:
+        """The image side in pixels, by default the model's own."""
+        return int(self.latent_shape[1]) * self.vae_factor
+
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of images are multiples of, in pixels."""
+        return self.vae_factor
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise `PipelineError`, with the nearest size that would do, for an image that the model cannot take."""
+        nearest = [self._nearest_side(side) for side in (height, width)]
+        if nearest != [height, width]:
+            raise PipelineError(
+                f"'{self.family}' takes images with sides that are {self._sides}, not {height} x {width}; the nearest"
+                f" size is {nearest[0]} x {nearest[1]}."
+            )
+
+    @property
+    def _sides(self) -> str:
+        return f"multiples of {self.side_multiple}"
+
+    def _nearest_side(self, side: int) -> int:
+        return max(1, round(side / self.side_multiple)) * self.side_multiple
+
+    def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
+        """Return the posterior mean of media in [0, 1], scaled for the denoiser."""
+        return self.encode_posterior(media)[0]
+
+    def encode_posterior(
+        self, media: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
+        """Return mean and standard deviation of the latents' posterior, scaled; std is 0 for `AutoencoderTiny`."""
+        if media.ndim != 4 or media.shape[1] != 3:
+            raise PipelineError(f"media must be [batch, 3, height, width], got {list(media.shape)}.")
+        self.check_size(media.shape[2], media.shape[3])
+        vae = self.encoder("vae")
+        encoded = vae.encode(media.to(self.device, vae.dtype) * 2.0 - 1.0)
+        if hasattr(encoded, "latent_dist"):
+            mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        else:
+            mean = encoded.latents.float()
+            std = torch.zeros_like(mean)
+        shift, scale = self._latent_scaling(mean)
+        return (mean - shift) * scale, std * scale
+
+    def decode(self, latents: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 height width"]:
+        """Return images in [0, 1], float32 (or float64); differentiable where the clamp is not active."""
+        vae = self.encoder("vae")
+        shift, scale = self._latent_scaling(latents)
+        images = vae.decode((latents / scale + shift).to(self.device, vae.dtype), return_dict=False)[0]
+        return (single(images) / 2.0 + 0.5).clamp(0.0, 1.0)
+
+    def _latent_scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Return shift and scale of the latents; some SDXL autoencoders (Playground 2.5) give them per channel."""
+        config = self._vae_config
+        scale = float(config.get("scaling_factor") or 1.0)
+        if config.get("latents_mean") and config.get("latents_std"):
+            mean, std = (like.new_tensor(config[key]).reshape(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+            return mean, scale / std
+        return float(config.get("shift_factor") or 0.0), scale
+
+    def _encoder_dtype(self, name: str) -> torch.dtype:
+        # SDXL's autoencoder overflows in fp16; its configuration says so.
+        overflows = name == "vae" and self._load_dtype == torch.float16 and self._vae_config.get("force_upcast", True)
+        return torch.float32 if overflows else self._load_dtype
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts, each distinct one once, as diffusers' pipeline does; warns, with a count, if any are cut."""
+        if isinstance(prompts, str):
+            raise PipelineError("encode_prompts takes a list of prompts, got one string; write [prompt].")
+        if not prompts:
+            raise PipelineError("encode_prompts needs at least one prompt, got none.")
+        position = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        distinct = list(position)
+        with torch.no_grad():
+            parts = [
+                self._encode_batch(distinct[start : start + ENCODE_BATCH])
+                for start in range(0, len(distinct), ENCODE_BATCH)
+            ]
+        encoded = Conditioning.cat(parts)
+        return encoded if len(distinct) == len(prompts) else encoded[[position[prompt] for prompt in prompts]]
+
+    @abstractmethod
+    def _encode_batch(self, prompts: list[str]) -> Conditioning:
+        """Encode a few prompts, without a gradient."""
+
+    def _tokenize(
+        self, name: str, prompts: list[str], length: int | None = None, *, warn: bool = True
+    ) -> dict[str, Tensor]:
+        """Return token ids and mask, padded and cut to `length` (default: the tokenizer's); counts cut prompts."""
+        tokenizer = self.encoder(name)
+        length = length or tokenizer.model_max_length
+        if warn:
+            untruncated = tokenizer(prompts, verbose=False)["input_ids"]
+            cut = [prompt for prompt, ids in zip(prompts, untruncated, strict=True) if len(ids) > length]
+            if cut:
+                warnings.warn(
+                    f"{len(cut)} of {len(prompts)} prompts exceed {length} tokens and were cut, such as '{cut[0]}'.",
+                    stacklevel=4,
+                )
+        padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return {key: padded[key].to(self.device) for key in ("input_ids", "attention_mask")}
+
+    def _make_unconditional(self) -> Conditioning:
+        return self.encode_prompts([""])
