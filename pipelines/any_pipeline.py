@@ -1,4 +1,4 @@
-"""Text-to-image pipelines of diffusers outside our families (SD3, Flux, PixArt, Sana, ...): drawing, nothing else.
+"""Text-to-image pipelines of diffusers outside our families (PixArt, Sana, Qwen-Image, ...): drawing, nothing else.
 
 The pipeline itself samples, with its own scheduler. It can be compared and its images labelled; training needs a
 family, which gives the noise process and single steps.
@@ -37,7 +37,7 @@ def is_text_to_image(pipeline: Any) -> bool:
     Its call tells: it takes a prompt and a height, and no image. (``AutoPipelineForText2Image`` has a list, which
     imports all pipelines at once: under transformers 5, diffusers 0.36 fails at that.)
 
-    >>> is_text_to_image("StableDiffusion3Pipeline"), is_text_to_image("FluxFillPipeline")
+    >>> is_text_to_image("SanaPipeline"), is_text_to_image("FluxFillPipeline")
     (True, False)
     """
     import diffusers
@@ -76,7 +76,7 @@ class DiffusersPipeline:
         self.name_or_path = name_or_path
         _refuse_code(root, index)
         names = [name for name in index if has_component(index, name)]
-        # diffusers wants to be told of each component that is absent (SD3 without its T5).
+        # diffusers wants to be told of each component that is absent.
         absent = {name: None for name, entry in index.items() if isinstance(entry, list) and name not in names}
         variants = {found for name in names if (found := weight_variant(root / name)) is not None}
         options = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True, **absent}

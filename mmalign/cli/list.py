@@ -10,8 +10,8 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +20,10 @@ from rich.text import Text
 from mmalign.core.errors import UserError
 from mmalign.core.progress import note
 from mmalign.core.registry import Registry
+
+if TYPE_CHECKING:
+    from mmalign.methods.base import Method
+    from pipelines import Generator
 
 
 class Listing(NamedTuple):
@@ -63,15 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _methods() -> Listing:
-    from mmalign.methods import methods
-
     rows = []
-    for name in methods.names():
-        try:
-            method = methods.get(name)
-        except UserError as error:  # a broken third-party plug-in must not hide the others
-            note(f"warning: {error}")
-            continue
+    for name, method in _working_methods():
         needs = method.needs
         paper = re.search(r"arXiv[: ](\d{4}\.\d{4,5})", inspect.getdoc(inspect.getmodule(method)) or "")
         rows.append(
@@ -89,6 +86,17 @@ def _methods() -> Listing:
     columns = ["method", "learns from", "reference", "reward", "makes", "paper", "objective and curve", "what it does"]
     hint = "Use one as `method: {name: NAME, ...}` in a config; `mmalign list configs` has examples."
     return Listing(columns, rows, hint)
+
+
+def _working_methods() -> Iterator[tuple[str, type[Method[Any]]]]:
+    """Yield the methods; a broken third-party plug-in is a warning, and does not hide the others."""
+    from mmalign.methods import methods
+
+    for name in methods.names():
+        try:
+            yield name, methods.get(name)
+        except UserError as error:
+            note(f"warning: {error}")
 
 
 def _rewards() -> Listing:
@@ -164,11 +172,17 @@ def _families() -> Listing:
     rows = []
     for pipeline in FAMILIES:
         family = families.get(pipeline)
-        rows.append([family.family, pipeline, _first_line(family)])
+        rows.append([family.family, pipeline, _first_line(family), _trained_by(family)])
     for name, answering in vlm_families.items():
-        rows.append([name, answering.model_class, "answers about images and videos"])
+        rows.append([name, answering.model_class, "answers about images and videos", "every vision-language method"])
     hint = "The family is read from a model's model_index.json or config.json; you never name it."
-    return Listing(["family", "diffusers or transformers class", "models"], rows, hint)
+    return Listing(["family", "diffusers or transformers class", "models", "trained by"], rows, hint)
+
+
+def _trained_by(generator: type[Generator]) -> str:
+    """Return the methods that train a family of image generators."""
+    refused = [name for name, method in _working_methods() if generator.is_flow and not method.needs.flow]
+    return "every image method" + (f" but {', '.join(refused)}" if refused else "")
 
 
 def _configs() -> Listing:

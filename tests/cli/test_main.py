@@ -150,7 +150,7 @@ def test_out_of_gpu_memory_says_what_to_do(verb, capsys) -> None:
     [
         ("methods", ["diffusion_dpo", "pairs", "2311.12908"]),
         ("rewards", ["clip", "prompts", "-1 .. 1"]),
-        ("families", ["sdxl", "StableDiffusionXLPipeline"]),
+        ("families", ["sdxl", "StableDiffusionXLPipeline", "FluxPipeline", "every image method but lpo"]),
         ("configs", ["config"]),
         ("prompts", ["shapes-drawbench", "200", "Counting"]),
     ],

@@ -1,0 +1,324 @@
+"""SD3 and FLUX.1 against diffusers' own pipelines, on tiny models of their real classes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from tiny_models import build_tiny_flux, build_tiny_sd, build_tiny_sd3
+
+from pipelines import PipelineError, load_generator, sample
+from pipelines.attention import set_attention
+from pipelines.errors import MissingDependencyError
+from pipelines.families.flux import pack, positions, unpack
+from pipelines.flow import Density, FlowOptions
+from pipelines.load import family_of
+
+PROMPTS = ["a red circle", "two blue stars above the green square"]
+BUILDERS: dict[str, Callable[[Path], str]] = {
+    "sd3": build_tiny_sd3,
+    "sd3 t5": lambda path: build_tiny_sd3(path, t5=True),
+    "flux": build_tiny_flux,
+    "schnell": lambda path: build_tiny_flux(path, schnell=True),
+}
+LENGTH = 32
+OPTIONS = FlowOptions(image_size=16, text_length=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("flow")
+    return {name: build(folder / name.replace(" ", "-")) for name, build in BUILDERS.items()}
+
+
+def load(model: str, **options: Any) -> Any:
+    return load_generator(model, device="cpu", flow=OPTIONS, **options)
+
+
+def load_pipe(model: str) -> Any:
+    index = json.loads((Path(model) / "model_index.json").read_text())
+    absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name) == [None, None]}
+    pipe = DiffusionPipeline.from_pretrained(model, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, x: torch.Tensor, prompts: list[str] = PROMPTS, **options: Any) -> torch.Tensor:
+    """Return the latents that the pipeline samples from noise `x`, not packed."""
+    flux = type(pipe).__name__ == "FluxPipeline"
+    height, width = x.shape[-2:]
+    made = pipe(
+        prompts,
+        latents=pack(x) if flux else x,
+        height=2 * height,
+        width=2 * width,
+        max_sequence_length=LENGTH,
+        output_type="latent",
+        **options,
+    ).images
+    return unpack(made, height, width) if flux else made
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_prompts_and_one_prediction_are_those_of_the_pipeline(models: dict[str, str], name: str) -> None:
+    generator, pipe, x = load(models[name]), load_pipe(models[name]), noise(2, 16, 8, 8)
+    cond = generator.encode_prompts(PROMPTS)
+    options = {"prompt_2": None, "prompt_3": None} if name.startswith("sd3") else {}
+    encoded = pipe.encode_prompt(prompt=PROMPTS, max_sequence_length=LENGTH, device="cpu", **options)
+    embeds, pooled = (encoded[0], encoded[2]) if name.startswith("sd3") else encoded[:2]
+    torch.testing.assert_close(cond.prompt_embeds, embeds, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cond.pooled, pooled, rtol=1e-5, atol=1e-5)
+    t = torch.tensor([700.0, 31.5])
+    with torch.no_grad():
+        given: dict[str, Any] = {"pooled_projections": pooled, "encoder_hidden_states": embeds, "return_dict": False}
+        if name.startswith("sd3"):
+            expected = pipe.transformer(hidden_states=x, timestep=t, **given)[0]
+        else:
+            given |= {
+                "txt_ids": torch.zeros(LENGTH, 3),
+                "img_ids": pipe._prepare_latent_image_ids(2, 4, 4, "cpu", None),
+            }
+            given["guidance"] = torch.tensor([3.5, 3.5]) if name == "flux" else None
+            packed = pipe._pack_latents(x, 2, 16, 8, 8)
+            expected = pipe._unpack_latents(
+                pipe.transformer(hidden_states=packed, timestep=t / 1000, **given)[0], 16, 16, 2
+            )
+        found = generator.predict(x, t, cond)
+        assert (generator.predict(x, t / 1000, cond) - expected).abs().max() > 1e-3  # the time is not taken lightly
+        assert (generator.predict(x, t, cond[[1, 0]]) - expected).abs().max() > 1e-4  # nor is the prompt
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance"),
+    [("sd3", 1.0), ("sd3", 4.5), ("sd3 t5", 4.5), ("flux", 1.0), ("schnell", 1.0)],
+)
+def test_a_whole_sample_is_that_of_the_pipeline(models: dict[str, str], name: str, guidance: float) -> None:
+    generator, pipe, x = load(models[name]), load_pipe(models[name]), noise(2, 16, 8, 8)
+    scale = {"guidance_scale": guidance} if name.startswith("sd3") else {}
+    expected = draw(pipe, x, num_inference_steps=5, **scale)
+    drawn = sample(generator, generator.encode_prompts(PROMPTS), steps=5, guidance=guidance, latents=x)
+    torch.testing.assert_close(drawn.latents, expected, rtol=1e-4, atol=1e-4)
+    assert float(expected.std()) > 0.5 and float((expected[0] - expected[1]).abs().max()) > 0.5
+
+
+def test_wide_images_are_shifted_by_their_own_size(models: dict[str, str]) -> None:
+    """FLUX.1-dev shifts by the number of tokens: 16 of the model's own images here, 60 of these."""
+    generator, pipe, x = load(models["flux"]), load_pipe(models["flux"]), noise(2, 16, 12, 20)
+    drawn = sample(generator, generator.encode_prompts(PROMPTS), steps=4, guidance=1.0, latents=x)
+    torch.testing.assert_close(drawn.latents, draw(pipe, x, num_inference_steps=4), rtol=1e-4, atol=1e-4)
+    own, wide = generator.schedule(4), generator.schedule(4, (16, 12, 20))
+    mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (60 - 256)
+    assert wide.levels[1].item() == pytest.approx(1000 / (1 + torch.exp(torch.tensor(-mu)).item() / 3), rel=1e-5)
+    assert wide.levels[1] > own.levels[1]
+
+
+def test_embedded_guidance_reaches_the_network_and_true_guidance_needs_a_negative(models: dict[str, str]) -> None:
+    pipe, x = load_pipe(models["flux"]), noise(2, 16, 8, 8)
+    other = load_generator(models["flux"], device="cpu", flow=FlowOptions(16, LENGTH, embedded_guidance=1.0))
+    cond = other.encode_prompts(PROMPTS)
+    drawn = sample(other, cond, steps=3, guidance=1.0, latents=x).latents
+    torch.testing.assert_close(drawn, draw(pipe, x, num_inference_steps=3, guidance_scale=1.0), rtol=1e-4, atol=1e-4)
+    own = load(models["flux"])
+    assert (sample(own, cond, steps=3, guidance=1.0, latents=x).latents - drawn).abs().max() > 1e-4
+    with pytest.raises(PipelineError, match="without classifier-free guidance: give guidance 1, not 4"):
+        sample(own, cond, steps=3, guidance=4.0, latents=x)
+    negative = own.encode_prompts(["a blue star"])
+    guided = sample(own, cond, steps=3, guidance=4.0, negative=negative, latents=x).latents
+    expected = draw(pipe, x, num_inference_steps=3, true_cfg_scale=4.0, negative_prompt=["a blue star"] * 2)
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_packing_is_diffusers_and_its_inverse(models: dict[str, str]) -> None:
+    pipe, x = load_pipe(models["flux"]), noise(2, 16, 4, 6)
+    assert torch.equal(pack(x), pipe._pack_latents(x, 2, 16, 4, 6))
+    assert torch.equal(unpack(pack(x), 4, 6), x)
+    assert torch.equal(positions(4, 6), pipe._prepare_latent_image_ids(2, 2, 3, "cpu", torch.float32))
+
+
+@pytest.mark.parametrize("name", ["sd3 t5", "flux"])
+def test_unequal_prompts_of_a_batch_are_those_of_singles(models: dict[str, str], name: str) -> None:
+    generator, x, t = load(models[name]), noise(2, 16, 8, 8), torch.tensor([400.0, 800.0])
+    cond = generator.encode_prompts(PROMPTS)
+    with torch.no_grad():
+        together = generator.predict(x, t, cond)
+        for row, prompt in enumerate(PROMPTS):
+            alone = generator.encode_prompts([prompt])
+            torch.testing.assert_close(alone.prompt_embeds[0], cond.prompt_embeds[row], rtol=1e-5, atol=1e-6)
+            single = generator.predict(x[row : row + 1], t[row : row + 1], alone)[0]
+            torch.testing.assert_close(single, together[row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_latents_are_shifted_and_scaled_both_ways(models: dict[str, str], name: str) -> None:
+    generator, pipe = load(models[name]), load_pipe(models[name])
+    media = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        mean = pipe.vae.encode(2 * media - 1).latent_dist.mean
+        latents = generator.encode(media)
+        torch.testing.assert_close(latents, (mean - 0.06) * 1.5, rtol=1e-5, atol=1e-6)
+        expected = (pipe.vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(generator.decode(latents), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_sizes_that_do_not_fit_name_the_nearest(models: dict[str, str], name: str) -> None:
+    generator = load(models[name])
+    sides = r"multiples of 4 up to 32" if name == "sd3" else "multiples of 4"
+    with pytest.raises(PipelineError, match=rf"sides that are {sides}, not 18 x 31; the nearest size is 16 x 32"):
+        generator.encode(torch.zeros(1, 3, 18, 31))
+    with pytest.raises(PipelineError, match="the nearest size is 20 x 20"):
+        load_generator(models[name], device="cpu", flow=FlowOptions(image_size=21))
+    if name == "sd3":
+        with pytest.raises(PipelineError, match="the nearest size is 32 x 32"):
+            load_generator(models[name], device="cpu", flow=FlowOptions(image_size=64))
+        assert load_generator(models[name], device="cpu").latent_shape == (16, 8, 8)
+    else:
+        assert load_generator(models[name], device="cpu").image_size == 256  # diffusers' default of 128 latents
+        with pytest.raises(PipelineError, match="not 18 x 16; the nearest size is 16 x 16"):
+            generator.predict(noise(1, 16, 9, 8), torch.tensor([500.0]), generator.encode_prompts(["a star"]))
+
+
+def test_options_that_a_model_does_not_have_are_refused(models: dict[str, str], tmp_path: Path) -> None:
+    for model in (models["sd3"], models["schnell"]):
+        with pytest.raises(PipelineError, match="has no embedded guidance"):
+            load_generator(model, device="cpu", flow=FlowOptions(embedded_guidance=3.5))
+    with pytest.raises(PipelineError, match=r"text_length must lie in 1\.\.512 tokens, got 600"):
+        load_generator(models["sd3"], device="cpu", flow=FlowOptions(text_length=600))
+    with pytest.raises(PipelineError, match="is a StableDiffusionPipeline, which has no flow options"):
+        load_generator(build_tiny_sd(tmp_path / "sd"), device="cpu", flow=FlowOptions())
+    copy = tmp_path / "channels"
+    shutil.copytree(models["flux"], copy)
+    config = json.loads((copy / "transformer" / "config.json").read_text())
+    (copy / "transformer" / "config.json").write_text(json.dumps(config | {"in_channels": 128}))
+    with pytest.raises(PipelineError, match="takes 32 channels, its autoencoder gives 16; inpainting"):
+        load_generator(copy, device="cpu")
+    (copy / "model_index.json").write_text(
+        json.dumps(json.loads((copy / "model_index.json").read_text()) | {"text_encoder_2": [None, None]})
+    )
+    with pytest.raises(PipelineError, match="lacks text_encoder_2, which 'flux' models need"):
+        load_generator(copy, device="cpu")
+    with pytest.raises(MissingDependencyError, match="xformers"):
+        load(models["flux"], attention="xformers")
+
+
+def test_the_family_is_known_from_the_index_alone(models: dict[str, str], tmp_path: Path) -> None:
+    for name, family in (("sd3", "sd3"), ("schnell", "flux")):
+        copy = tmp_path / name
+        copy.mkdir()
+        shutil.copy(Path(models[name]) / "model_index.json", copy)
+        found = family_of(copy)
+        assert found.family == family and found.is_flow
+
+
+def test_attention_is_reported(models: dict[str, str]) -> None:
+    reports = {name: load(models[name]).attention for name in ("sd3", "flux")}
+    assert [report.kernel for report in reports.values()] == ["sdpa", "sdpa"]
+    assert reports["sd3"].processors == {"JointAttnProcessor2_0": 2}
+    flux = load(models["flux"])
+    flux.network.set_attention_backend("_native_math")
+    assert set_attention(flux.network).kernel == "sdpa"
+
+
+def test_caches_know_the_text_length(models: dict[str, str]) -> None:
+    short = load(models["sd3"])
+    assert short.text_id != load_generator(models["sd3"], device="cpu").text_id
+    assert short.encode_prompts(["a star"]).prompt_embeds.shape == (1, 16 + LENGTH, 40)
+
+
+def test_a_prompt_that_t5_holds_is_not_called_cut(models: dict[str, str], recwarn: pytest.WarningsRecorder) -> None:
+    """CLIP's tokenizer cuts at 16 here, T5's at 32."""
+    generator, prompt = load(models["sd3 t5"]), "a zebra a zebra a zebra"
+    assert len(generator.encoder("tokenizer")(prompt)["input_ids"]) > 16
+    generator.encode_prompts([prompt])
+    assert not [one for one in recwarn if "were cut" in str(one.message)]
+    with pytest.warns(UserWarning, match="1 of 1 prompts exceed 32 tokens"):
+        generator.encode_prompts(["zebra " * 20])
+    with pytest.warns(UserWarning, match="1 of 1 prompts exceed 16 tokens"):
+        load(models["sd3"]).encode_prompts([prompt])
+
+
+def moved(generator: Any, seed: int = 5) -> Any:
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in generator.trainable_parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=source))
+    return generator
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_lora_is_read_by_the_plain_pipeline(models: dict[str, str], name: str, tmp_path: Path) -> None:
+    generator, x = load(models[name]), noise(2, 16, 8, 8)
+    generator.add_adapter(4, alpha=8.0, seed=1)
+    cond, t = generator.encode_prompts(PROMPTS), torch.tensor([700.0, 300.0])
+    moved(generator)
+    generator.save_lora(tmp_path / "lora")
+    expected = sample(generator, cond, steps=3, guidance=1.0, latents=x).latents
+    pipe = load_pipe(models[name])
+    before = draw(pipe, x, num_inference_steps=3, **({"guidance_scale": 1.0} if name == "sd3" else {}))
+    pipe.load_lora_weights(str(tmp_path / "lora"))
+    found = draw(pipe, x, num_inference_steps=3, **({"guidance_scale": 1.0} if name == "sd3" else {}))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - before).abs().max() > 0.01
+    names = set(load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors"))
+    assert "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight" in names
+    # SD3: 8 projections in the first block, of which the last lacks to_add_out; FLUX.1: 8 and 4 of the feed-forward
+    # networks in its joint block, 3 projections in its single one.
+    assert len(names) == 2 * {"sd3": 8 + 7, "flux": 8 + 4 + 3}[name]
+    assert not (tmp_path / "lora" / "lora_kohya.safetensors").exists()
+    with torch.no_grad():
+        again = load_generator(tmp_path / "lora", device="cpu", flow=OPTIONS)
+        torch.testing.assert_close(again.predict(x, t, cond), generator.predict(x, t, cond), rtol=1e-5, atol=1e-5)
+    generator.save(tmp_path / "whole")
+    merged = draw(
+        load_pipe(str(tmp_path / "whole")),
+        x,
+        num_inference_steps=3,
+        **({"guidance_scale": 1.0} if name == "sd3" else {}),
+    )
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_loras_of_other_kinds_of_models_are_refused(models: dict[str, str], tmp_path: Path) -> None:
+    unet = load_generator(build_tiny_sd(tmp_path / "sd"), device="cpu")
+    unet.add_adapter(2)
+    unet.save_lora(tmp_path / "unet-lora")
+    file = tmp_path / "unet-lora" / "pytorch_lora_weights.safetensors"
+    with pytest.raises(PipelineError, match=r"it has \['unet'\], not 'transformer'"):
+        load(models["sd3"], adapter=file)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_gradient_checkpointing_keeps_the_gradient(models: dict[str, str], name: str) -> None:
+    generator = load(models[name])
+    generator.add_adapter(2, seed=0)
+    moved(generator).network.train()
+    cond, x, t = generator.encode_prompts(PROMPTS), noise(2, 16, 8, 8), torch.tensor([700.0, 300.0])
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            generator.enable_gradient_checkpointing()
+        loss = generator.predict(x, t, cond).square().mean()
+        gradients.append(torch.autograd.grad(loss, generator.trainable_parameters()))
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-8)
+    assert any(bool(gradient.any()) for gradient in gradients[0])
+
+
+def test_the_log_line_names_the_conventions(models: dict[str, str]) -> None:
+    flow = FlowOptions(16, LENGTH, 2.0, Density("logit_normal"))
+    assert load_generator(models["flux"], device="cpu", flow=flow).describe() == (
+        "flux: 16 x 16 pixels, 32 text tokens, embedded guidance 2; sampling levels shifted by size, mu 0.4594;"
+        " training levels logit_normal(0, 1) on the unshifted grid"
+    )
