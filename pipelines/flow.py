@@ -97,3 +97,10 @@ class FlowOptions:
     text_length: int | None = None
     embedded_guidance: float | None = None
     density: Density = Density()
+
+    @property
+    def sampling(self) -> str:
+        """What of it decides how samples look, as text; "default" where nothing was chosen."""
+        names = ("image_size", "text_length", "embedded_guidance")
+        chosen = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        return ", ".join(chosen) or "default"

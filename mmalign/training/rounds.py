@@ -82,6 +82,7 @@ def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Pat
     from pipelines import fingerprint_model, load_generator
 
     weights, path = parse_rewards(rounds.reward), resolve_model(model)
+    flow = flow_options(config, path)
     settings = SampleSettings(
         model=model,
         fingerprint=fingerprint_model(path, resolve=resolve_model),
@@ -90,10 +91,10 @@ def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Pat
         solver=rounds.solver,
         precision=rounds.precision,
         seed=derive_seed(config.trainer.seed, "round", number),
+        flow=None if flow is None else flow.sampling,
     )
 
     def open_generator() -> Any:
-        flow = flow_options(config, path)
         return load_generator(path, dtype=rounds.precision, resolve=resolve_model, flow=flow)
 
     prompts = load_prompts(rounds.prompts, rounds.limit)
@@ -110,7 +111,7 @@ def _make_pairs(config: RunConfig, rounds: RoundsConfig, model: str, folder: Pat
     made_from = {
         "rewards": [{"name": name, "weight": weight} for name, weight in weights.items()],
         "labelling": asdict(labelling),
-        "sampling": asdict(settings),
+        "sampling": {key: value for key, value in asdict(settings).items() if value is not None},
     }
     if pairs.is_file() and read_metadata(pairs) == made_from:
         return pairs

@@ -267,7 +267,7 @@ def test_a_lora_is_read_by_the_plain_pipeline(models: dict[str, str], name: str,
     expected = sample(generator, cond, steps=3, guidance=1.0, latents=x).latents
     pipe = load_pipe(models[name])
     before = draw(pipe, x, num_inference_steps=3, **({"guidance_scale": 1.0} if name == "sd3" else {}))
-    pipe.load_lora_weights(str(tmp_path / "lora"))
+    pipe.load_lora_weights(str(tmp_path / "lora"), weight_name="pytorch_lora_weights.safetensors")
     found = draw(pipe, x, num_inference_steps=3, **({"guidance_scale": 1.0} if name == "sd3" else {}))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - before).abs().max() > 0.01

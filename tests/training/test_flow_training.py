@@ -111,7 +111,7 @@ def check_export(base: str, output: Path, kind: str) -> None:
     else:
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name) == [None, None]}
         pipe = diffusers.DiffusionPipeline.from_pretrained(base, **absent)
-        pipe.load_lora_weights(str(output))
+        pipe.load_lora_weights(str(output), weight_name="pytorch_lora_weights.safetensors")
         theirs = pipe.transformer
     x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     t, cond = torch.tensor([600.0]), ours.encode_prompts(["a red circle"])

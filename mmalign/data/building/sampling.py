@@ -45,7 +45,7 @@ class SampleSettings:
     """Everything that determines the images besides prompt and seed; their seeds derive from `seed`.
 
     `fingerprint` identifies the model's content (and an extra adapter's), so that a retrained model of the same name
-    is told from the old one; `model` is its name, for readers.
+    is told from the old one; `model` is its name, for readers. `flow` names what was chosen for a flow model.
     """
 
     model: str
@@ -57,6 +57,7 @@ class SampleSettings:
     precision: str = "fp32"
     adapter_scale: float = 1.0
     seed: int = 0
+    flow: str | None = None
 
 
 @dataclass(frozen=True)
