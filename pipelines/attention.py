@@ -21,7 +21,7 @@ PROCESSORS = {
     "xformers": ("XFormersAttnProcessor", "XFormersJointAttnProcessor"),
 }
 """Kernel -> the processors that run it, of UNets and of SD3."""
-DISPATCHED = ("FluxAttnProcessor",)
+DISPATCHED = ("FluxAttnProcessor", "ZSingleStreamAttnProcessor")
 """Processors that run any kernel, by the name that they carry."""
 BACKENDS = {None: "sdpa", "native": "sdpa", "xformers": "xformers"}
 """That name, in diffusers' terms -> the kernel."""
@@ -48,7 +48,7 @@ def set_attention(network: Any, kernel: str = "sdpa") -> AttentionReport:
     another processor.
     """
     choose("attention kernel", kernel, PROCESSORS)
-    dispatched = {type(processor).__name__ for processor in network.attn_processors.values()} <= set(DISPATCHED)
+    dispatched = {type(processor).__name__ for processor in _processors(network)} <= set(DISPATCHED)
     if kernel == "xformers":
         _require_xformers()
         if dispatched:
@@ -73,11 +73,18 @@ def set_attention(network: Any, kernel: str = "sdpa") -> AttentionReport:
 
 def inspect_attention(network: Any) -> AttentionReport:
     """Report the attention processors that `network` holds now."""
-    processors = list(network.attn_processors.values())
+    processors = _processors(network)
     counts = dict(Counter(type(processor).__name__ for processor in processors))
     running = sorted({_kernel(processor) for processor in processors})
     device = next(network.parameters()).device
     return AttentionReport("+".join(running), counts, _backends(device) if running == ["sdpa"] else ())
+
+
+def _processors(network: Any) -> list[Any]:
+    """Return the processor of each attention layer; some networks (Z-Image's) do not list theirs."""
+    if hasattr(network, "attn_processors"):
+        return list(network.attn_processors.values())
+    return [module.processor for module in network.modules() if hasattr(module, "processor")]
 
 
 def _kernel(processor: Any) -> str:

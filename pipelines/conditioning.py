@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pipelines.errors import PipelineError
@@ -23,11 +23,14 @@ class Conditioning:
     time_ids
         Size conditioning in pixels, ``[batch, 6]``: original height and width, crop top and left, target height and
         width; SDXL only. Always kept in float32, because bf16 cannot hold most pixel counts.
+    mask
+        Which positions hold text, ``[batch, length]``; Z-Image only, whose other positions hold zeros.
     """
 
     prompt_embeds: Float[Tensor, "batch length width"]
     pooled: Float[Tensor, "batch pooled_width"] | None = None
     time_ids: Float[Tensor, "batch 6"] | None = None
+    mask: Bool[Tensor, "batch length"] | None = None
 
     def __post_init__(self) -> None:
         """Check that all tensors have one batch size."""
@@ -50,8 +53,9 @@ class Conditioning:
         return self._map(lambda name, tensor: tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move to a device and cast the embeddings; `time_ids` keep float32."""
-        return self._map(lambda name, tensor: tensor.to(device, torch.float32 if name == "time_ids" else dtype))
+        """Move to a device and cast the embeddings; `time_ids` keep float32 and `mask` its own type."""
+        types = {"time_ids": torch.float32, "mask": torch.bool}
+        return self._map(lambda name, tensor: tensor.to(device, types.get(name, dtype)))
 
     def repeat_interleave(self, n: int) -> Conditioning:
         """Repeat each row `n` times in place: ``a, b -> a, a, b, b`` for ``n=2``."""

@@ -30,6 +30,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": "pipelines.families.unet_image:StableDiffusionXL",
     "StableDiffusion3Pipeline": "pipelines.families.sd3:StableDiffusion3",
     "FluxPipeline": "pipelines.families.flux:Flux",
+    "ZImagePipeline": "pipelines.families.z_image:ZImage",
 }
 
 
@@ -49,8 +50,8 @@ def load_generator(
     ``org/name[@revision]``, or what `Generator.save_lora` wrote, which names its own base model (found by way of
     `resolve`). `adapter` is a LoRA file or directory to load on top, or several: ``PATH``, ``PATH:WEIGHT`` or
     ``(path, weight)`` each; they are added up, to that of `name_or_path` too.
-    `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``. `flow` is for SD3 and
-    FLUX.1: size, text length, guidance and training levels. Raises `PipelineError` for a model of an unsupported kind
+    `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``. `flow` is for flow
+    models: size, text length, guidance and training levels. Raises `PipelineError` for a model of an unsupported kind
     and for `flow` with a model of another kind, `MissingModelError` for a missing one.
 
     >>> load_generator("assets/shapes-sd", device="cpu").family

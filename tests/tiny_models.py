@@ -247,6 +247,53 @@ def build_tiny_sd3(path: str | Path, *, t5: bool = False, seed: int = 0) -> str:
     return str(path)
 
 
+def build_tiny_z_image(path: str | Path, *, seed: int = 0) -> str:
+    """Write a ``ZImagePipeline`` (1024x1024 images by default; tests ask for 16x16) and return its path."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from tiny_vlms import byte_tokenizer
+    from transformers import Qwen3Config, Qwen3Model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = byte_tokenizer({})
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        text = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            initializer_range=0.3,
+        )
+        transformer = ZImageTransformer2DModel(
+            dim=32,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[8, 4, 4],
+            axes_lens=[512, 64, 64],
+        )
+        with torch.no_grad():  # diffusers before 0.37 leaves them uninitialised
+            transformer.x_pad_token.normal_()
+            transformer.cap_pad_token.normal_()
+        pipe = ZImagePipeline(
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_flow_vae(),
+            text_encoder=Qwen3Model(text).eval(),
+            tokenizer=tokenizer,
+        )
+        pipe.save_pretrained(path, safe_serialization=True)
+    return str(path)
+
+
 def build_tiny_flux(path: str | Path, *, schnell: bool = False, seed: int = 0) -> str:
     """Write a ``FluxPipeline`` (dev: embedded guidance, shift by size; schnell: neither) and return its path.
 

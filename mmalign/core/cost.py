@@ -72,8 +72,9 @@ class Cost:
         self._seconds = totals["seconds"]
 
     def _on_forward(self, network: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        first: Tensor = output if isinstance(output, Tensor) else output[0]
+        first: Any = output if isinstance(output, Tensor) else output[0]
         images = len(first)
         self.add(images_seen=images)
-        if first.requires_grad:
-            first.register_hook(lambda gradient: self.add(images_seen=images))
+        one: Tensor = first if isinstance(first, Tensor) else first[0]  # some networks give a list, one an image
+        if one.requires_grad:
+            one.register_hook(lambda gradient: self.add(images_seen=images))

@@ -29,7 +29,9 @@ def flow_family(config: RunConfig, path: str) -> type[Generator] | None:
     if family is not None and family.is_flow:
         return family
     if config.flow is not None:
-        raise UserError(f"flow: is for flow models (SD3, FLUX.1), and {config.model} is none; remove the section")
+        raise UserError(
+            f"flow: is for flow models (SD3, FLUX.1, Z-Image), and {config.model} is none; remove the section"
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""SD3 and FLUX.1 against diffusers' own pipelines, on tiny models of their real classes."""
+"""SD3, FLUX.1 and Z-Image against diffusers' own pipelines, on tiny models of their real classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from tiny_models import build_tiny_flux, build_tiny_sd, build_tiny_sd3
+from tiny_models import build_tiny_flux, build_tiny_sd, build_tiny_sd3, build_tiny_z_image
 
 from pipelines import PipelineError, load_generator, sample
 from pipelines.attention import set_attention
@@ -27,8 +27,9 @@ BUILDERS: dict[str, Callable[[Path], str]] = {
     "sd3 t5": lambda path: build_tiny_sd3(path, t5=True),
     "flux": build_tiny_flux,
     "schnell": lambda path: build_tiny_flux(path, schnell=True),
+    "z_image": build_tiny_z_image,
 }
-LENGTH = 32
+LENGTH = 64
 OPTIONS = FlowOptions(image_size=16, text_length=LENGTH)
 
 
@@ -54,8 +55,14 @@ def draw(pipe: Any, x: torch.Tensor, prompts: list[str] = PROMPTS, **options: An
     """Return the latents that the pipeline samples from noise `x`, not packed."""
     flux = type(pipe).__name__ == "FluxPipeline"
     height, width = x.shape[-2:]
+    if type(pipe).__name__ == "ZImagePipeline":  # diffusers before 0.37 has another grid by default
+        steps = options["num_inference_steps"]
+        options |= {
+            "sigmas": torch.linspace(1, 1 / steps, steps).tolist(),
+            "guidance_scale": options["guidance_scale"] - 1,
+        }
     made = pipe(
-        prompts,
+        list(prompts),
         latents=pack(x) if flux else x,
         height=2 * height,
         width=2 * width,
@@ -70,43 +77,54 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def encode(pipe: Any, prompts: list[str] = PROMPTS) -> tuple[Any, Any]:
+    """Return what the pipeline makes of prompts: embeddings (a list of them for Z-Image) and pooled ones."""
+    options = {"prompt_2": None, "prompt_3": None} if hasattr(pipe, "text_encoder_3") else {}
+    encoded = pipe.encode_prompt(prompt=list(prompts), max_sequence_length=LENGTH, device="cpu", **options)
+    return (encoded[0], encoded[2]) if options else encoded[:2]
+
+
+def network_call(pipe: Any, x: torch.Tensor, t: torch.Tensor, embeds: Any, pooled: Any) -> torch.Tensor:
+    """Return ``noise - x0`` as the pipeline asks its network for it, with its own conventions."""
+    if type(pipe).__name__ == "ZImagePipeline":
+        found = pipe.transformer(list(x.unsqueeze(2)), (1000 - t) / 1000, embeds, return_dict=False)[0]
+        return -torch.stack(found).squeeze(2)
+    given: dict[str, Any] = {"pooled_projections": pooled, "encoder_hidden_states": embeds, "return_dict": False}
+    if type(pipe).__name__ == "StableDiffusion3Pipeline":
+        return pipe.transformer(hidden_states=x, timestep=t, **given)[0]
+    given |= {"txt_ids": torch.zeros(LENGTH, 3), "img_ids": pipe._prepare_latent_image_ids(2, 4, 4, "cpu", None)}
+    given["guidance"] = torch.tensor([3.5, 3.5]) if pipe.transformer.config.guidance_embeds else None
+    packed = pipe._pack_latents(x, 2, 16, 8, 8)
+    return pipe._unpack_latents(pipe.transformer(hidden_states=packed, timestep=t / 1000, **given)[0], 16, 16, 2)
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_prompts_and_one_prediction_are_those_of_the_pipeline(models: dict[str, str], name: str) -> None:
     generator, pipe, x = load(models[name]), load_pipe(models[name]), noise(2, 16, 8, 8)
-    cond = generator.encode_prompts(PROMPTS)
-    options = {"prompt_2": None, "prompt_3": None} if name.startswith("sd3") else {}
-    encoded = pipe.encode_prompt(prompt=PROMPTS, max_sequence_length=LENGTH, device="cpu", **options)
-    embeds, pooled = (encoded[0], encoded[2]) if name.startswith("sd3") else encoded[:2]
-    torch.testing.assert_close(cond.prompt_embeds, embeds, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(cond.pooled, pooled, rtol=1e-5, atol=1e-5)
-    t = torch.tensor([700.0, 31.5])
+    cond, t = generator.encode_prompts(PROMPTS), torch.tensor([700.0, 31.5])
+    embeds, pooled = encode(pipe)
+    if name == "z_image":
+        for row, theirs in enumerate(embeds):
+            torch.testing.assert_close(cond.prompt_embeds[row][cond.mask[row]], theirs, rtol=1e-5, atol=1e-5)
+    else:
+        torch.testing.assert_close(cond.prompt_embeds, embeds, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(cond.pooled, pooled, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        given: dict[str, Any] = {"pooled_projections": pooled, "encoder_hidden_states": embeds, "return_dict": False}
-        if name.startswith("sd3"):
-            expected = pipe.transformer(hidden_states=x, timestep=t, **given)[0]
-        else:
-            given |= {
-                "txt_ids": torch.zeros(LENGTH, 3),
-                "img_ids": pipe._prepare_latent_image_ids(2, 4, 4, "cpu", None),
-            }
-            given["guidance"] = torch.tensor([3.5, 3.5]) if name == "flux" else None
-            packed = pipe._pack_latents(x, 2, 16, 8, 8)
-            expected = pipe._unpack_latents(
-                pipe.transformer(hidden_states=packed, timestep=t / 1000, **given)[0], 16, 16, 2
-            )
-        found = generator.predict(x, t, cond)
-        assert (generator.predict(x, t / 1000, cond) - expected).abs().max() > 1e-3  # the time is not taken lightly
-        assert (generator.predict(x, t, cond[[1, 0]]) - expected).abs().max() > 1e-4  # nor is the prompt
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        expected = network_call(pipe, x, t, embeds, pooled)
+        torch.testing.assert_close(generator.predict(x, t, cond), expected, rtol=1e-5, atol=1e-5)
+        # Neither sign, time nor prompt is taken lightly.
+        for wrong in (-expected, network_call(pipe, x, 1000 - t, embeds, pooled)):
+            assert (generator.predict(x, t, cond) - wrong).abs().max() > 1e-3
+        assert (generator.predict(x, t, cond[[1, 0]]) - expected).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(
     ("name", "guidance"),
-    [("sd3", 1.0), ("sd3", 4.5), ("sd3 t5", 4.5), ("flux", 1.0), ("schnell", 1.0)],
+    [("sd3", 1.0), ("sd3", 4.5), ("sd3 t5", 4.5), ("flux", 1.0), ("schnell", 1.0), ("z_image", 1.0), ("z_image", 4.5)],
 )
 def test_a_whole_sample_is_that_of_the_pipeline(models: dict[str, str], name: str, guidance: float) -> None:
     generator, pipe, x = load(models[name]), load_pipe(models[name]), noise(2, 16, 8, 8)
-    scale = {"guidance_scale": guidance} if name.startswith("sd3") else {}
+    scale = {} if name in ("flux", "schnell") else {"guidance_scale": guidance}
     expected = draw(pipe, x, num_inference_steps=5, **scale)
     drawn = sample(generator, generator.encode_prompts(PROMPTS), steps=5, guidance=guidance, latents=x)
     torch.testing.assert_close(drawn.latents, expected, rtol=1e-4, atol=1e-4)
@@ -147,7 +165,7 @@ def test_packing_is_diffusers_and_its_inverse(models: dict[str, str]) -> None:
     assert torch.equal(positions(4, 6), pipe._prepare_latent_image_ids(2, 2, 3, "cpu", torch.float32))
 
 
-@pytest.mark.parametrize("name", ["sd3 t5", "flux"])
+@pytest.mark.parametrize("name", ["sd3 t5", "flux", "z_image"])
 def test_unequal_prompts_of_a_batch_are_those_of_singles(models: dict[str, str], name: str) -> None:
     generator, x, t = load(models[name]), noise(2, 16, 8, 8), torch.tensor([400.0, 800.0])
     cond = generator.encode_prompts(PROMPTS)
@@ -223,9 +241,10 @@ def test_the_family_is_known_from_the_index_alone(models: dict[str, str], tmp_pa
 
 
 def test_attention_is_reported(models: dict[str, str]) -> None:
-    reports = {name: load(models[name]).attention for name in ("sd3", "flux")}
-    assert [report.kernel for report in reports.values()] == ["sdpa", "sdpa"]
+    reports = {name: load(models[name]).attention for name in ("sd3", "flux", "z_image")}
+    assert [report.kernel for report in reports.values()] == ["sdpa"] * 3
     assert reports["sd3"].processors == {"JointAttnProcessor2_0": 2}
+    assert reports["z_image"].processors == {"ZSingleStreamAttnProcessor": 3}
     flux = load(models["flux"])
     flux.network.set_attention_backend("_native_math")
     assert set_attention(flux.network).kernel == "sdpa"
@@ -238,12 +257,12 @@ def test_caches_know_the_text_length(models: dict[str, str]) -> None:
 
 
 def test_a_prompt_that_t5_holds_is_not_called_cut(models: dict[str, str], recwarn: pytest.WarningsRecorder) -> None:
-    """CLIP's tokenizer cuts at 16 here, T5's at 32."""
+    """CLIP's tokenizer cuts at 16 here, T5's at 64."""
     generator, prompt = load(models["sd3 t5"]), "a zebra a zebra a zebra"
     assert len(generator.encoder("tokenizer")(prompt)["input_ids"]) > 16
     generator.encode_prompts([prompt])
     assert not [one for one in recwarn if "were cut" in str(one.message)]
-    with pytest.warns(UserWarning, match="1 of 1 prompts exceed 32 tokens"):
+    with pytest.warns(UserWarning, match="1 of 1 prompts exceed 64 tokens"):
         generator.encode_prompts(["zebra " * 20])
     with pytest.warns(UserWarning, match="1 of 1 prompts exceed 16 tokens"):
         load(models["sd3"]).encode_prompts([prompt])
@@ -257,25 +276,27 @@ def moved(generator: Any, seed: int = 5) -> Any:
     return generator
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "z_image"])
 def test_a_lora_is_read_by_the_plain_pipeline(models: dict[str, str], name: str, tmp_path: Path) -> None:
     generator, x = load(models[name]), noise(2, 16, 8, 8)
+    scale = {} if name == "flux" else {"guidance_scale": 1.0}
     generator.add_adapter(4, alpha=8.0, seed=1)
     cond, t = generator.encode_prompts(PROMPTS), torch.tensor([700.0, 300.0])
     moved(generator)
     generator.save_lora(tmp_path / "lora")
     expected = sample(generator, cond, steps=3, guidance=1.0, latents=x).latents
     pipe = load_pipe(models[name])
-    before = draw(pipe, x, num_inference_steps=3, **({"guidance_scale": 1.0} if name == "sd3" else {}))
+    before = draw(pipe, x, num_inference_steps=3, **scale)
     pipe.load_lora_weights(str(tmp_path / "lora"), weight_name="pytorch_lora_weights.safetensors")
-    found = draw(pipe, x, num_inference_steps=3, **({"guidance_scale": 1.0} if name == "sd3" else {}))
+    found = draw(pipe, x, num_inference_steps=3, **scale)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - before).abs().max() > 0.01
     names = set(load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors"))
-    assert "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight" in names
+    layer = "layers.0.attention.to_q" if name == "z_image" else "transformer_blocks.0.attn.add_q_proj"
+    assert f"transformer.{layer}.lora_A.weight" in names
     # SD3: 8 projections in the first block, of which the last lacks to_add_out; FLUX.1: 8 and 4 of the feed-forward
-    # networks in its joint block, 3 projections in its single one.
-    assert len(names) == 2 * {"sd3": 8 + 7, "flux": 8 + 4 + 3}[name]
+    # networks in its joint block, 3 projections in its single one; Z-Image: 4 in each of 3 blocks.
+    assert len(names) == 2 * {"sd3": 8 + 7, "flux": 8 + 4 + 3, "z_image": 4 * 3}[name]
     assert not (tmp_path / "lora" / "lora_kohya.safetensors").exists()
     with torch.no_grad():
         again = load_generator(tmp_path / "lora", device="cpu", flow=OPTIONS)
@@ -285,7 +306,7 @@ def test_a_lora_is_read_by_the_plain_pipeline(models: dict[str, str], name: str,
         load_pipe(str(tmp_path / "whole")),
         x,
         num_inference_steps=3,
-        **({"guidance_scale": 1.0} if name == "sd3" else {}),
+        **scale,
     )
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
 
@@ -299,7 +320,7 @@ def test_loras_of_other_kinds_of_models_are_refused(models: dict[str, str], tmp_
         load(models["sd3"], adapter=file)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "z_image"])
 def test_gradient_checkpointing_keeps_the_gradient(models: dict[str, str], name: str) -> None:
     generator = load(models[name])
     generator.add_adapter(2, seed=0)
@@ -316,9 +337,20 @@ def test_gradient_checkpointing_keeps_the_gradient(models: dict[str, str], name:
     assert any(bool(gradient.any()) for gradient in gradients[0])
 
 
+@pytest.mark.parametrize("name", ["sd3 t5", "flux", "z_image"])
+def test_half_precision_stays_near(models: dict[str, str], name: str) -> None:
+    x, t, outputs = noise(2, 16, 8, 8), torch.tensor([700.0, 300.0]), []
+    for dtype in ("bf16", "fp32"):
+        generator = load(models[name], dtype=dtype)
+        with torch.no_grad():
+            outputs.append(generator.predict(x, t, generator.encode_prompts(PROMPTS)))
+    assert outputs[0].dtype == torch.float32
+    assert 0 < float((outputs[0] - outputs[1]).abs().max()) < 0.2 * float(outputs[1].std())
+
+
 def test_the_log_line_names_the_conventions(models: dict[str, str]) -> None:
     flow = FlowOptions(16, LENGTH, 2.0, Density("logit_normal"))
     assert load_generator(models["flux"], device="cpu", flow=flow).describe() == (
-        "flux: 16 x 16 pixels, 32 text tokens, embedded guidance 2; sampling levels shifted by size, mu 0.4594;"
+        "flux: 16 x 16 pixels, 64 text tokens, embedded guidance 2; sampling levels shifted by size, mu 0.4594;"
         " training levels logit_normal(0, 1) on the unshifted grid"
     )

@@ -1,4 +1,4 @@
-"""Methods train SD3 and FLUX.1, by LoRA and whole, and what they export is plain diffusers'."""
+"""Methods train SD3, FLUX.1 and Z-Image, by LoRA and whole, and what they export is plain diffusers'."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_tiny_flux, build_tiny_sd, build_tiny_sd3
+from tiny_models import build_tiny_flux, build_tiny_sd, build_tiny_sd3, build_tiny_z_image
 from tiny_runs import losses, online_config, run_config, write_pairs
 
 from mmalign.cli import main
@@ -19,7 +19,7 @@ from mmalign.training.train import train
 from pipelines import load_generator
 from pipelines.flow import FlowOptions
 
-OPTIONS = FlowOptions(image_size=16, text_length=32)
+OPTIONS = FlowOptions(image_size=16, text_length=64)
 DRAWN = {"sampling_steps": 2, "guidance": 1.0, "images_per_prompt": 2}
 OFFLINE: dict[str, dict[str, Any]] = {
     "sft": {},
@@ -45,11 +45,11 @@ ONLINE: dict[str, dict[str, Any]] = {
 }
 QUICK = {
     *(("sd3", "lora", name) for name in ("sft", "diffusion_kto", "align_prop", "ddpo", "dense_dpo", "diffusion_dro")),
-    *(("flux", kind, "diffusion_dpo") for kind in ("lora", "full")),
+    *((family, kind, "diffusion_dpo") for family in ("flux", "z_image") for kind in ("lora", "full")),
 }
 GRID = [
     pytest.param(family, kind, name, marks=[] if (family, kind, name) in QUICK else pytest.mark.slow)
-    for family in ("sd3", "flux")
+    for family in ("sd3", "flux", "z_image")
     for kind in ("lora", "full")
     for name in (*OFFLINE, *ONLINE)
 ]
@@ -58,7 +58,8 @@ GRID = [
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("flow")
-    return {"sd3": build_tiny_sd3(folder / "sd3"), "flux": build_tiny_flux(folder / "flux")}
+    builders = {"sd3": build_tiny_sd3, "flux": build_tiny_flux, "z_image": build_tiny_z_image}
+    return {name: build(folder / name) for name, build in builders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def recipe(model: str, data: dict[str, Path], output: Path, name: str, **sections: Any) -> RunConfig:
     """Two steps of a method on 16 x 16 images."""
     chosen = name.split()[0]
-    options = {"steps": 2, "flow": {"text_length": 32}, **sections}
+    options = {"steps": 2, "flow": {"text_length": 64}, **sections}
     if name in ONLINE:
         config = online_config(model, output, {"name": chosen, **ONLINE[name]}, **options)
         return config.model_copy(update={"data": config.data.model_copy(update={"resolution": 16})})
@@ -171,9 +172,9 @@ def test_choices_for_flow_models_are_refused_elsewhere(tmp_path: Path) -> None:
 def test_density_and_guidance_of_the_recipe_reach_the_training(
     models: dict[str, str], data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = {"text_length": 32, "density": "logit_normal", "density_mean": -1.0, "embedded_guidance": 2.0}
+    chosen = {"text_length": 64, "density": "logit_normal", "density_mean": -1.0, "embedded_guidance": 2.0}
     first = train(recipe(models["flux"], data, tmp_path / "chosen", "sft", flow=chosen))
-    line = "flux: 16 x 16 pixels, 32 text tokens, embedded guidance 2; sampling levels shifted by size, mu 0.4594;"
+    line = "flux: 16 x 16 pixels, 64 text tokens, embedded guidance 2; sampling levels shifted by size, mu 0.4594;"
     assert f"{line} training levels logit_normal(-1, 1) on the unshifted grid" in capsys.readouterr().err
     second = train(recipe(models["flux"], data, tmp_path / "plain", "sft"))
     assert losses(first)[1] != losses(second)[1]
@@ -182,7 +183,13 @@ def test_density_and_guidance_of_the_recipe_reach_the_training(
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), [("sd35/diffusion_dpo", "sd3"), ("sd35/align_prop", "sd3"), ("flux/diffusion_dpo", "flux")]
+    ("name", "family"),
+    [
+        ("sd35/diffusion_dpo", "sd3"),
+        ("sd35/align_prop", "sd3"),
+        ("flux/diffusion_dpo", "flux"),
+        ("z_image/diffusion_dpo", "z_image"),
+    ],
 )
 def test_shipped_configs_fit_their_models(
     models: dict[str, str], data: dict[str, Path], tmp_path: Path, name: str, family: str, capsys: Any
@@ -194,5 +201,5 @@ def test_shipped_configs_fit_their_models(
     small = ["data.resolution=16", "evaluate=null", "trainer.batch_size=2", "trainer.gradient_accumulation=1"]
     rewards = ["rewards=[tiny_runs:Brightness]"] if "align_prop" in name else []
     assert main(["train", name, *given, *small, *rewards, "trainer.precision=fp32", "--dry-run"]) == 0
-    density = "uniform" if family == "flux" or "align_prop" in name else "logit_normal(0, 1)"
+    density = "uniform" if family != "sd3" or "align_prop" in name else "logit_normal(0, 1)"
     assert f"training levels {density} on" in capsys.readouterr().err

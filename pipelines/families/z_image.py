@@ -1,0 +1,64 @@
+"""Z-Image: a single-stream flow transformer over image and text tokens, conditioned by a language model (Qwen3).
+
+Z-Image: arXiv 2511.22699. The conventions are those of diffusers' ``ZImagePipeline``: the network takes lists of
+samples, each prompt with its own length, and the time 1 - sigma, and gives ``x0 - noise``. A guidance of w here is its
+``guidance_scale`` of w - 1, since it adds that many times the difference to the conditional prediction.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from pipelines import adapters
+from pipelines.conditioning import Conditioning
+from pipelines.errors import PipelineError
+from pipelines.families.latent_image import single
+from pipelines.families.transformer_image import TransformerImage
+
+DEFAULT_SIDE = 1024
+"""Side in pixels of the images that diffusers' pipeline makes by default; the network has no size of its own."""
+
+
+class ZImage(TransformerImage):
+    """Z-Image, base and Turbo (which is distilled to few steps, and loses that in training)."""
+
+    family = "z_image"
+    text_names = ("text_encoder", "tokenizer")
+    lora_targets = adapters.DEFAULT_TARGETS
+    default_text_length = 512
+    even_sigmas = True
+    patch_size = 2
+
+    @property
+    def _default_side(self) -> int:
+        return DEFAULT_SIDE
+
+    def predict(
+        self, x_t: Float[Tensor, "batch channels height width"], t: Shaped[Tensor, " batch"], cond: Conditioning
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Run the transformer once, without guidance; the output, ``noise - x0``, is float32 (or float64)."""
+        if cond.mask is None:
+            raise PipelineError("'z_image' needs the mask of each prompt; encode the prompts with this generator.")
+        levels = self.process.num_train_timesteps
+        texts = zip(cond.prompt_embeds.to(self.dtype), cond.mask, strict=True)
+        output = self.network(
+            list(x_t.to(self.dtype).unsqueeze(2)),
+            (levels - t) / levels,
+            [text[kept] for text, kept in texts],
+            return_dict=False,
+        )[0]
+        return -single(torch.stack(output)).squeeze(2)
+
+    def _encode_batch(self, prompts: list[str]) -> Conditioning:
+        template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        tokenizer = self.encoder("tokenizer")
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        tokens = self._tokenize(
+            "tokenizer", [tokenizer.apply_chat_template(one, **template) for one in asked], self.text_length
+        )
+        mask = tokens["attention_mask"].bool()
+        encoder = self.encoder("text_encoder")
+        hidden = encoder(tokens["input_ids"], attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+        return Conditioning(hidden * mask.unsqueeze(-1), mask=mask)
