@@ -55,6 +55,6 @@ def test_mixed_or_unknown_tensors_are_errors() -> None:
     with pytest.raises(PipelineError, match="same tensors"):
         Conditioning.cat([make(2), make(2, sdxl=False)])
     with pytest.raises(PipelineError, match="allows"):
-        Conditioning.from_tensors({"prompt_embeds": torch.zeros(1, 2, 3), "mask": torch.zeros(1)})
+        Conditioning.from_tensors({"prompt_embeds": torch.zeros(1, 2, 3), "masks": torch.zeros(1)})
     with pytest.raises((PipelineError, TypeError), match="batch"):  # TypeError where the tests check shapes
         Conditioning(torch.zeros(2, 3, 4), torch.zeros(3, 5))

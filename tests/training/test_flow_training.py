@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 from tiny_models import build_tiny_flux, build_tiny_sd, build_tiny_sd3, build_tiny_z_image
-from tiny_runs import losses, online_config, run_config, write_pairs
+from tiny_runs import BRIGHTNESS, losses, online_config, run_config, write_pairs
 
 from mmalign.cli import main
 from mmalign.config.run import RunConfig, load_config
 from mmalign.core.errors import UserError
+from mmalign.core.io.parquet import read_metadata
 from mmalign.methods import methods
 from mmalign.training.train import train
 from pipelines import load_generator
@@ -180,6 +184,38 @@ def test_density_and_guidance_of_the_recipe_reach_the_training(
     assert losses(first)[1] != losses(second)[1]
     config = json.dumps(load_config(first / "config.yaml").model_dump(mode="json"))
     assert '"embedded_guidance": 2.0' in config
+
+
+def test_a_run_is_evaluated_and_resumed(models: dict[str, str], data: dict[str, Path], tmp_path: Path) -> None:
+    prompts = tmp_path / "held-out.txt"
+    prompts.write_text("a red circle\na blue star\n")
+    evaluate = {"prompts": str(prompts), "every": 2, "rewards": [BRIGHTNESS], "steps": 2, "guidance": 4.5}
+    config = recipe(models["sd3"], data, tmp_path / "whole", "diffusion_dpo", evaluate=evaluate, steps=4)
+    whole = losses(train(config))
+    assert set(losses(tmp_path / "whole", f"evaluation/{BRIGHTNESS}")) == {0, 2, 4}
+    halves = config.model_copy(update={"output": str(tmp_path / "halves")})
+    train(halves.model_copy(update={"trainer": config.trainer.model_copy(update={"steps": 2})}))
+    assert losses(train(halves)) == whole and len(whole) == 4
+
+
+@pytest.mark.slow
+def test_rounds_draw_at_the_size_and_with_the_options_of_the_recipe(models: dict[str, str], tmp_path: Path) -> None:
+    """FLUX.1's own size is 256 pixels here."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    rounds = {"count": 2, "prompts": str(prompts), "reward": BRIGHTNESS, "images_per_prompt": 2, "steps": 2}
+    sections: dict[str, Any] = {"data": {"pairs": None, "resolution": 16}, "flow": {"text_length": 64}, "steps": 2}
+    wrong = run_config(models["flux"], prompts, tmp_path / "out", rounds={**rounds, "guidance": 3.0}, **sections)
+    with pytest.raises(UserError, match="^rounds.guidance 3: .* set rounds.guidance: 1.0"):
+        train(wrong)
+    output = train(
+        run_config(models["flux"], prompts, tmp_path / "out", rounds={**rounds, "guidance": 1.0}, **sections)
+    )
+    for number in ("1", "2"):
+        sampling = read_metadata(output / "rounds" / number / "pairs.parquet")["sampling"]
+        assert sampling["flow"] == "image_size 16, text_length 64"
+    table = pyarrow.parquet.read_table(output / "rounds" / "1" / "samples" / "images.parquet")
+    assert Image.open(io.BytesIO(table["image"][0].as_py())).size == (16, 16)
 
 
 @pytest.mark.parametrize(
