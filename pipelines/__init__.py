@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
     from pipelines.errors import PipelineError
+    from pipelines.flow import Density, FlowOptions
     from pipelines.generator import Generator
     from pipelines.gradient_sampling import GradientSample, sample_with_gradient
     from pipelines.guidance import guided_predictor
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "KERNELS",
     "Conditioning",
+    "Density",
+    "FlowOptions",
     "Generator",
     "GradientSample",
     "Kernel",
@@ -62,6 +65,8 @@ __all__ = [
 
 _HOMES = {
     "Conditioning": "conditioning",
+    "Density": "flow",
+    "FlowOptions": "flow",
     "Generator": "generator",
     "GradientSample": "gradient_sampling",
     "NoiseProcess": "noise",

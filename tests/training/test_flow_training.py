@@ -239,3 +239,25 @@ def test_shipped_configs_fit_their_models(
     assert main(["train", name, *given, *small, *rewards, "trainer.precision=fp32", "--dry-run"]) == 0
     density = "uniform" if family != "sd3" or "align_prop" in name else "logit_normal(0, 1)"
     assert f"training levels {density} on" in capsys.readouterr().err
+
+
+def test_a_trained_adapter_draws_and_merges(
+    models: dict[str, str], data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(recipe(models["sd3"], data, tmp_path / "run", "sft", learning_rate=0.1))
+    assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 0
+    pixels = []
+    for number, model in enumerate((run, tmp_path / "merged", models["sd3"])):
+        draw = ["generate", str(model), "--steps", "2", "--guidance", "4", "--eta", "0.5", "--prompts", "a red circle"]
+        assert main([*draw, "--out", str(tmp_path / str(number))]) == 0
+        pixels.append(torch.tensor(list(Image.open(tmp_path / str(number) / "00000-0.png").getdata())).float())
+    assert (pixels[0] - pixels[1]).abs().max() <= 1 and (pixels[0] - pixels[2]).abs().max() > 1
+    capsys.readouterr()
+    for model, option, message in (
+        ("flux", "--steps=1", "without classifier-free guidance: give guidance 1, not 7.5"),
+        ("sd3", "--solver=dpm++", "is for diffusion models"),
+    ):
+        command = ["generate", models[model], "--prompts", "a red circle", "--out", str(tmp_path / "no"), option]
+        assert main(command) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert message in error[-1]
