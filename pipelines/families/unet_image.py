@@ -21,6 +21,8 @@ from pipelines.errors import PipelineError
 from pipelines.generator import Generator
 
 ENCODE_BATCH = 64
+CUT_SHOWN = 40
+"""Characters of a prompt that is too long, in the warning about it."""
 UNET_STRUCTURE = frozenset(
     """sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift down_block_types
     mid_block_type up_block_types only_cross_attention block_out_channels layers_per_block downsample_padding
@@ -56,6 +58,7 @@ class StableDiffusion(Generator):
     network_name = "unet"
     text_names: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     added_conditioning: str | None = None
+    _showed_cut = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """Load as `Generator` does, and refuse UNets with inputs other than text (inpainting, refiner, editing)."""
@@ -112,7 +115,11 @@ class StableDiffusion(Generator):
         """Channels, height and width of the latents of one image at the model's own size."""
         config = self.bare_network.config
         size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = (size, size) if isinstance(size, int) else (size or (0, 0))
+        if not 0 < min(height, width):
+            raise PipelineError(
+                f"{self.root / self.network_name / 'config.json'}: sample_size is {size}; give the side of the latents"
+            )
         return config.in_channels, height, width
 
     @property
@@ -171,7 +178,11 @@ class StableDiffusion(Generator):
     def _latent_scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Return shift and scale of the latents; some SDXL autoencoders (Playground 2.5) give them per channel."""
         config = self._vae_config
-        scale = float(config.get("scaling_factor") or 1.0)
+        scale = config.get("scaling_factor") or 1.0
+        if not isinstance(scale, int | float):
+            raise PipelineError(
+                f"{self.root / 'vae' / 'config.json'}: scaling_factor is {scale!r}; allowed: a number."
+            )
         if config.get("latents_mean") and config.get("latents_std"):
             mean, std = (like.new_tensor(config[key]).reshape(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
             return mean, scale / std
@@ -211,10 +222,11 @@ class StableDiffusion(Generator):
         untruncated = tokenizer(prompts, verbose=False)["input_ids"]
         cut = [prompt for prompt, ids in zip(prompts, untruncated, strict=True) if len(ids) > length]
         if cut:
-            warnings.warn(
-                f"{len(cut)} of {len(prompts)} prompts exceed {length} tokens and were cut, such as '{cut[0]}'.",
-                stacklevel=4,
-            )
+            shown = cut[0] if len(cut[0]) <= CUT_SHOWN else f"{cut[0][:CUT_SHOWN]}..."
+            example = "" if self._showed_cut else f", such as '{shown}'"
+            self._showed_cut = True
+            text = f"{len(cut)} of {len(prompts)} prompts exceed {length} tokens and were cut{example}"
+            warnings.warn(text, stacklevel=4)
         padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return {key: padded[key].to(self.device) for key in ("input_ids", "attention_mask")}
 
