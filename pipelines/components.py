@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pipelines.errors import MissingModelError, PipelineError, choose
+from pipelines.integrity import check_files, check_scheduler, check_tokenizer, read_json, reason
 
 INDEX = "model_index.json"
 
@@ -36,22 +37,19 @@ VARIANTS = ("fp16", "bf16", "non_ema")
 """Variants of weights, the preferred one first, which are read where the plain weights are not there."""
 
 
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "transformer": ("SD3Transformer2DModel", "FluxTransformer2DModel", "ZImageTransformer2DModel"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Qwen3Model"),
+    "tokenizer": tuple(f"{kind}Tokenizer{fast}" for kind in ("CLIP", "T5", "Qwen2") for fast in ("", "Fast")),
+}
+"""The classes of the components of our families, those of a second and third encoder included."""
+
+
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """Return the torch dtype for a name such as ``"bf16"``; a dtype passes through."""
     return dtype if isinstance(dtype, torch.dtype) else DTYPES[choose("dtype", dtype, DTYPES)]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, naming the file when it is missing or broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingModelError(f"{path} is missing; the model directory is incomplete, fetch it again.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PipelineError(f"{path} is not valid JSON ({error}); fetch the model again.") from None
-    if not isinstance(content, dict):
-        raise PipelineError(f"{path} should hold a JSON object but holds a {type(content).__name__}.")
-    return content
 
 
 def component_config(root: Path, name: str) -> dict[str, Any]:
@@ -73,29 +71,52 @@ def load_component(root: Path, index: dict[str, Any], name: str, dtype: torch.dt
     """
     if not has_component(index, name):
         raise PipelineError(f"{root / INDEX} lists no '{name}', which this kind of model needs.")
-    library, class_name = index[name]
-    try:
-        component_class = getattr(
-            importlib.import_module(choose("library", library, ("diffusers", "transformers"))), class_name
-        )
-    except AttributeError:
-        raise PipelineError(
-            f"{library} has no class '{class_name}' for the component '{name}' of {root}; upgrade {library}."
-        ) from None
+    component_class = _component_class(root, index, name)
     options: dict[str, Any] = {}
     if dtype is not None:
         variant = _variant(root / name)
-        key = "dtype" if library == "transformers" else "torch_dtype"
+        key = "dtype" if index[name][0] == "transformers" else "torch_dtype"
         options = {key: dtype, "use_safetensors": True, **({"variant": variant} if variant else {})}
     elif not (root / name).is_dir():
         raise MissingModelError(f"{root / name} is missing; the model directory is incomplete, fetch it again.")
+    try:
+        check_files(root / name)
+    except PipelineError as error:
+        raise PipelineError(f"cannot load '{name}': {error}") from None
+    if dtype is not None:
+        component_config(root, name)
+    if name == "scheduler":
+        check_scheduler(root / name / "scheduler_config.json")
     with quiet_loading():
         try:
             component = component_class.from_pretrained(str(root / name), **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise PipelineError(f"cannot load '{name}' of {root}: {reason}") from error
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the libraries raise anything where a configuration is wrong
+            files = ", ".join(path.name for path in sorted((root / name).glob("*.json")))
+            raise PipelineError(f"cannot load '{name}' from {root / name} ({files}): {reason(error)}") from error
+    if name.startswith("tokenizer"):
+        check_tokenizer(component, root / name)
     return component.eval() if isinstance(component, torch.nn.Module) else component
+
+
+def _component_class(root: Path, index: dict[str, Any], name: str) -> Any:
+    """Return the class that the index names for a component; one of the kind that components of that name are."""
+    library, class_name = index[name]
+    where = f"{root / INDEX} names {library}.{class_name} as '{name}'"
+    if library not in ("diffusers", "transformers"):
+        raise PipelineError(
+            f"{where}; components are classes of diffusers and transformers, and no other code is run."
+        )
+    found = getattr(importlib.import_module(library), str(class_name), None)
+    if found is None:
+        raise PipelineError(f"{where}, and {library} has no such class; upgrade {library}.")
+    role = name.removesuffix("_2").removesuffix("_3")
+    if role in CLASSES and str(class_name) not in CLASSES[role]:
+        raise PipelineError(f"{where}; supported: {', '.join(CLASSES[role])}.")
+    if not (isinstance(found, type) and hasattr(found, "from_pretrained")):
+        raise PipelineError(f"{where}, which is not a class that can be loaded; fetch the model again.")
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:

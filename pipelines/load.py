@@ -21,7 +21,8 @@ from pipelines.components import INDEX, file_digest, model_fingerprint, parse_dt
 from pipelines.errors import MissingModelError, PipelineError, choose, nearest
 from pipelines.flow import FlowOptions
 from pipelines.generator import Generator
-from pipelines.hub import explained, fetch_file, is_hub_id, repository
+from pipelines.hub import explained, fetch_file, is_hub_id, local_path, repository
+from pipelines.integrity import explain_loading
 from pipelines.lora_files import WEIGHTS_NAME, AdapterPath, adapter_file, is_lora_file, with_weight
 from pipelines.single_file import checkpoint_directory
 
@@ -34,6 +35,7 @@ FAMILIES = {
 }
 
 
+@explain_loading
 def load_generator(
     name_or_path: str | Path,
     *,
@@ -62,6 +64,7 @@ def load_generator(
     return model
 
 
+@explain_loading
 def load_drawer(
     name_or_path: str | Path,
     *,
@@ -77,13 +80,14 @@ def load_drawer(
     return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, None)
 
 
+@explain_loading
 def family_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> type[Generator]:
     """Return the family of the model that `load_generator` would load, by its index; no weight is read.
 
     Of a Hub id the index alone is fetched. Raises `PipelineError` as `load_generator` does.
     """
     name, _ = _base_and_adapters(str(name_or_path), None, resolve)
-    if is_hub_id(name) and not Path(name).expanduser().exists():
+    if is_hub_id(name) and not local_path(name).exists():
         with explained(name, "diffusers"):
             return _family(read_json(fetch_file(name, INDEX)), name)
     return _family(_locate(name, _family)[1], name)
@@ -199,12 +203,21 @@ def base_of(folder: Path, resolve: Callable[[str], str]) -> str:
         raise PipelineError(f"{record} names no base_model; add it, or load the base and pass adapter={folder}.")
     if not Path(base).exists() and (folder / base).is_dir():
         return str(folder / base)
-    return resolve(base)
+    moved = f"if it moved, write its place as base_model into {record}, or load it and pass adapter={folder}"
+    try:
+        found = resolve(base)
+    except Exception as error:  # of the kind that the caller's `resolve` raises
+        raise MissingModelError(
+            f"{folder} belongs to the base model '{base}', which is not found ({error}); {moved}."
+        ) from error
+    if not local_path(found).exists() and not is_hub_id(found):
+        raise MissingModelError(f"{folder} belongs to the base model '{base}', which is not there; {moved}.")
+    return found
 
 
 def _locate(name: str, kind: Callable[[dict[str, Any], str], Any]) -> tuple[Path, dict[str, Any]]:
     """Return the local directory and the index of a model, fetching it from the Hub if it is an id."""
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         if not (path / INDEX).is_file():
             raise _not_a_pipeline(path)

@@ -293,7 +293,7 @@ class _Alphas:
         self.file, self.prefix = file, prefix
         try:
             given = json.loads(metadata.get(METADATA_KEY, "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise PipelineError(f"{file}: its header '{METADATA_KEY}' is not JSON; fetch it again.") from None
         if file.name == PEFT_NAME and (file.parent / PEFT_CONFIG).is_file():
             given = read_json(file.parent / PEFT_CONFIG)

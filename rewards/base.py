@@ -71,7 +71,8 @@ class Reward(nn.Module, ABC):
     `range` holds the bounds of the score (infinite where there are none); `version` belongs to the metric's name
     if scores of different versions are not comparable; `derived_from` names rewards that this one is a function of: a
     model trained on those counts as trained on this; `batch_invariant=False` (a score depends on the rest of the
-    batch) switches micro-batches off. `batch_size` is the micro-batch. `device` defaults to CUDA where there is one.
+    batch) switches micro-batches off; `fixed_size` is the side in pixels where images of no other size are read.
+    `batch_size` is the micro-batch. `device` defaults to CUDA where there is one.
     """
 
     name: ClassVar[str] = ""
@@ -87,6 +88,7 @@ class Reward(nn.Module, ABC):
     source: str = "none: computed"
     citation: str = ""
     files: tuple[Weights, ...] = ()
+    fixed_size: ClassVar[int | None] = None
 
     def __init__(
         self,

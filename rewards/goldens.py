@@ -375,11 +375,10 @@ def goldens_of(name: str | None = None) -> list[Golden]:
     found = [golden for golden in GOLDENS if name in (golden.reward, golden.name)]
     if not found:
         from rewards.errors import choices
-        from rewards.registry import BUILTIN
+        from rewards.held_to import held_to
 
-        if name in BUILTIN:
-            have = ", ".join(dict.fromkeys(golden.reward for golden in GOLDENS))
-            raise RewardError(f"reward {name!r}: no published score to check; rewards with one: {have}")
+        if (line := held_to(name)) is not None:
+            raise RewardError(line)
         known = {golden.reward for golden in GOLDENS} | {golden.name for golden in GOLDENS}
         raise RewardError(f"{name!r} is not a reward or a published score; {choices(name, known)}")
     return found

@@ -98,9 +98,10 @@ class Lookup:
             sys.path.append(os.getcwd())
         try:
             loaded = import_module(module)
-        except ImportError as cause:
-            where = "; a module of yours must be on PYTHONPATH" if own else ""
-            raise self._error(f"{self.kind} '{name}': cannot import {module}: {cause}{where}") from cause
+        except Exception as cause:  # ImportError; or whatever the module itself raises, or its name
+            where = "; a module of yours must be on PYTHONPATH" if own and isinstance(cause, ImportError) else ""
+            reason = " ".join(str(cause).split()) or type(cause).__name__
+            raise self._error(f"{self.kind} '{name}': cannot import {module}: {reason}{where}") from cause
         try:
             return getattr(loaded, attribute)
         except AttributeError:

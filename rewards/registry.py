@@ -81,13 +81,20 @@ def load_reward(
     """
     given = {"device": device, "dtype": dtype, "weights": weights}
     options |= {option: value for option, value in given.items() if value is not None}
-    return check_options(name, options)(**options)
+    found = check_options(name, options)
+    try:
+        return found(**options)
+    except (TypeError, ValueError) as error:
+        if not options or type(error) not in (TypeError, ValueError):
+            raise
+        shown = ", ".join(f"{option}={str(value)[:60]}" for option, value in options.items())
+        raise RewardError(f"reward {name!r} cannot be made with {shown}: {error}") from error
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> type[rewards.base.Reward]:
-    """Return the class behind a name, checked to take these options; no reward is made.
+    """Return the class behind a name, checked to take these options, and no fewer; no reward is made.
 
-    Raises `RewardError` for an unknown name or option, with the nearest match.
+    Raises `RewardError` for an unknown name or option, with the nearest match, and for a missing option.
     """
     found = reward_class(name)
     allowed = options_of(found)
@@ -97,6 +104,11 @@ def check_options(name: str, options: Mapping[str, Any]) -> type[rewards.base.Re
         if option == "weights":
             raise RewardError(f"reward {name!r} has no weights to choose; leave out weights={str(options[option])!r}")
         raise RewardError(f"reward {name!r} has no option {option!r}; {choices(option, allowed)}")
+    lacking = [option for option, default in (allowed or {}).items() if default is inspect.Parameter.empty]
+    if missing := [option for option in lacking if option not in options]:
+        raise RewardError(
+            f"reward {name!r} needs the option {missing[0]!r}; give it, see `mmalign list rewards {name}`"
+        )
     return found
 
 

@@ -251,11 +251,12 @@ def build_tiny_z_image(path: str | Path, *, seed: int = 0) -> str:
     """Write a ``ZImagePipeline`` (1024x1024 images by default; tests ask for 16x16) and return its path."""
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from tiny_vlms import byte_tokenizer
-    from transformers import Qwen3Config, Qwen3Model
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = byte_tokenizer({})
+        vocabulary = byte_tokenizer({}).get_vocab()
+        tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
         tokenizer.chat_template = (
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

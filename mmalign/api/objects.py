@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.core.errors import UserError
-from mmalign.core.files import write_atomically
+from mmalign.core.files import expand, write_atomically
 from mmalign.core.hashing import content_key
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import encode_png, read_bytes
@@ -225,7 +225,7 @@ def image_bytes(value: Any, name: str) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str) or hasattr(value, "__fspath__"):
-        return read_bytes(Path(value).expanduser(), name)
+        return read_bytes(expand(value), name)
     if isinstance(value, Image.Image):
         return encode_png(value)
     if isinstance(value, np.ndarray) and value.dtype == np.uint8:
@@ -241,7 +241,7 @@ def image_bytes(value: Any, name: str) -> bytes:
 def _video(value: Any, name: str, folder: Path) -> str:
     """Return the path of a video; frames are written to a folder that is named by their content."""
     if isinstance(value, str) or hasattr(value, "__fspath__"):
-        path = Path(value).expanduser().resolve()
+        path = expand(value).resolve()
         if not path.exists():
             raise UserError(f"{name}: {path} does not exist")
         return str(path)

@@ -27,7 +27,7 @@ REQUIRED = (
 ).split()
 OPTIONAL = ("xformers", "tensorboard", "wandb", "trackio")
 VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF")
-ASSETS = ("assets/shapes-sd/model_index.json", "assets/shapes-clip", "assets/prompts", "configs")
+ASSETS = ("assets/shapes-sd", "assets/shapes-clip", "assets/shapes-vlm", "assets/prompts", "configs")
 OK = "works"
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 METADATA_FILE = "metadata.jsonl"
 SETTINGS_FILE = "generate.json"
+_DIGITS = re.compile("[0-9]{1,18}")  # of at most 64 bits
 TEXT_PREFIX = "text:"
 GRID_ROWS = 40
 
@@ -247,7 +248,7 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if not _is_note(row):
             raise UserError(f"{path}: line {number} was not written by `mmalign generate`; choose another --out")
@@ -271,7 +272,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         settings = json.loads(_read_text(path) or "{}")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: damaged; remove the folder or choose another --out")
@@ -290,20 +291,20 @@ def _integers(text: str) -> list[int]:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers; write 0,1,2") from None
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise argparse.ArgumentTypeError(f"'{text}': seeds must be different and not negative")
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63:
+        raise argparse.ArgumentTypeError(f"'{text}': seeds must be different, not negative, and below 2^63")
     return seeds
 
 
 def positive(text: str) -> int:
     """Read a whole number above 0, as an argument type."""
-    if not text.isdigit() or int(text) < 1:
+    if not _DIGITS.fullmatch(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
 
 
 def not_negative(text: str) -> int:
     """Read a whole number of at least 0, as an argument type."""
-    if not text.isdigit():
+    if not _DIGITS.fullmatch(text):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
     return int(text)

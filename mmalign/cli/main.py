@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import re
 import sys
 import traceback
-from typing import NoReturn
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
 
-from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.errors import UserError, did_you_mean, plain
 from mmalign.core.version import __version__
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -66,14 +69,19 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 """verb -> (what it does, an example to copy), in the order of the help."""
 
-_BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_BAD_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code; `argv` without the program's name, by default the process's own."""
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if not debug:
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
@@ -84,6 +92,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Exception as error:
         return _report(error, debug)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """Show a warning in one line, without the line of code that it came from."""
+    from mmalign.core.progress import note
+
+    note(f"warning: {plain(' '.join(str(message).split()))}")
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -129,6 +144,12 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unknown argument '{unknown[0]}'{hint}")
         return parsed
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Refuse an empty path, which `Path` takes for the working directory."""
+        if (action.type is Path or action.dest == "out") and not arg_string.strip():
+            raise argparse.ArgumentError(action, "the path is empty; name a file or folder")
+        return super()._get_value(action, arg_string)
+
     def error(self, message: str) -> NoReturn:
         """Raise a UserError instead of printing the usage and exiting."""
         choice = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
@@ -143,14 +164,15 @@ def _report(error: Exception, debug: bool) -> int:
         if debug:
             traceback.print_exception(error)
         for line in str(error).splitlines() or [type(error).__name__]:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {plain(line)}", file=sys.stderr)
         return 2
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not debug:
         where = f" while writing {error.filename}" if error.filename else ""
         print(f"error: the disk is full{where}; free some space and run the same command again", file=sys.stderr)
         return 1
-    if isinstance(error, _BAD_PATH) and error.filename and not debug:
-        print(f"error: {error.filename}: {error.strerror}; name another file or folder", file=sys.stderr)
+    if isinstance(error, OSError) and error.errno in _BAD_PATH and error.filename and not debug:
+        line = plain(f"{error.filename}: {error.strerror}; name another file or folder")
+        print(f"error: {line}", file=sys.stderr)
         return 2
     if type(error).__name__ == "OutOfMemoryError" and not debug:
         print(f"error: {str(error).splitlines()[0]} Use a smaller batch, a lower precision or LoRA.", file=sys.stderr)

@@ -130,7 +130,11 @@ def _verify(args: argparse.Namespace) -> int:
 
     from mmalign.core.progress import note
     from rewards.goldens import golden_folder, goldens_of, verify
+    from rewards.held_to import held_to
 
+    if (line := held_to(args.name or "")) is not None:
+        print(line)
+        return 0
     chosen, folder = goldens_of(args.name), golden_folder(args.golden)
     verdicts = []
     for golden in chosen:

@@ -1,13 +1,19 @@
 """Print the configuration of a training run as it will be used: merged, overridden, with every default filled in.
 
-Each value is followed by its origin: a file and line, the command line, or the default.
+Each value is followed by its origin: a file and line, the command line, or the default. No code that the config
+names as module:Class is imported; `mmalign train --dry-run` does that, and checks it.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mmalign.core.progress import note
+
+if TYPE_CHECKING:
+    from mmalign.config.run import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +29,9 @@ def run(args: argparse.Namespace) -> int:
     """Print YAML on standard output."""
     from mmalign.config.run import dump_config, load_with_tree
 
-    config, tree = load_with_tree(args.config, args.overrides)
+    config, tree = load_with_tree(args.config, args.overrides, foreign=False)
+    for key, name in _foreign(config):
+        note(f"{key}: '{name}' is not resolved here, since that would run its code; its options are not checked")
     text = dump_config(config)
     if args.plain:
         print(text, end="")
@@ -34,6 +42,17 @@ def run(args: argparse.Namespace) -> int:
     for line, origin in zip(lines, origins, strict=True):
         print(f"{line:<{width}}  # {origin}" if origin else line)
     return 0
+
+
+def _foreign(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield the keys whose names are dotted paths, and these."""
+    from mmalign.config.checks import is_foreign
+
+    evaluated = config.evaluate.rewards if config.evaluate else []
+    named = [("method", config.method_name), *(("rewards", reward.name) for reward in config.rewards)]
+    for key, name in (*named, *(("evaluate.rewards", name) for name in evaluated)):
+        if is_foreign(name):
+            yield key, name
 
 
 def _paths(text: str) -> Iterator[tuple[str | int, ...]]:

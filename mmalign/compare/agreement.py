@@ -8,7 +8,6 @@ bootstrap, 95 %); every pair weighs the same.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -23,6 +22,7 @@ from mmalign.compare.stats import RESAMPLES, TIE_TOLERANCE, Ci, category_rows, m
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.io.items import Item
+from mmalign.core.io.spreadsheet import write_csv
 from mmalign.core.progress import note
 from mmalign.data.pairs import PairRecord
 from mmalign.scoring.choice import WeightedReward
@@ -163,10 +163,8 @@ def write_agreement(agreements: Sequence[Agreement], out: Path, about: dict[str,
     """Write a JSON file with `about` and everything measured, or the table as CSV (without `about`)."""
     if out.suffix.lower() == ".csv":
         buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(FIELDS)
-        for one in agreements:
-            writer.writerows(_row(one.label, name, line) for name, line in one.lines())
+        rows = [_row(one.label, name, line) for one in agreements for name, line in one.lines()]
+        write_csv(buffer, [list(FIELDS), *rows])
         write_atomically(out, buffer.getvalue())
         return
     document = {**about, "rewards": {one.label: _as_dict(one) for one in agreements}}
@@ -175,9 +173,7 @@ def write_agreement(agreements: Sequence[Agreement], out: Path, about: dict[str,
 
 def _row(label: str, category: str, line: Accuracy) -> list[Any]:
     low, high = line.ci95 or ("", "")
-    # A spreadsheet runs what begins with one of these signs.
-    safe = f"'{category}" if category.startswith(("=", "+", "-", "@")) else category
-    return [label, safe, line.pairs, line.prompts, line.right, line.wrong, line.ties, line.accuracy, low, high]
+    return [label, category, line.pairs, line.prompts, line.right, line.wrong, line.ties, line.accuracy, low, high]
 
 
 def _as_dict(one: Agreement) -> dict[str, Any]:

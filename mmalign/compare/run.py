@@ -34,6 +34,7 @@ from mmalign.compare.results.training_seeds import gather_scores, merge_systems,
 from mmalign.compare.shared import Outcome, check_config, described, train_and_read, write_outcome
 from mmalign.compare.systems.config import Replica, SystemConfig
 from mmalign.compare.systems.facts import SystemFacts, read_system
+from mmalign.core.lock import locked_output
 from mmalign.core.progress import note
 from mmalign.data.prompts import Prompt, load_prompts
 from mmalign.scoring.checks import check_reward
@@ -58,10 +59,12 @@ def compare(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     `mmalign.compare.systems.training.train_systems`.
 
     Raises:
-        UserError, PipelineError, RewardError: a model, reward or prompt set is not what the config takes it for.
+        UserError, PipelineError, RewardError: a model, reward or prompt set is not what the config takes it for, or
+            another process writes into the output.
     """
-    comparison = measure(config, train=train, retrain=retrain)
-    return write_outcome(comparison, build_results(comparison), config)
+    with locked_output(Path(config.output), "output"):
+        comparison = measure(config, train=train, retrain=retrain)
+        return write_outcome(comparison, build_results(comparison), config)
 
 
 def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False) -> Comparison:

@@ -51,13 +51,22 @@ def describe_errors(error: ValidationError, schema: type[BaseModel], values: Any
     return [ConfigIssue(path, _describe(path, details, schema, values)) for path, details in alternatives.items()]
 
 
-def method_class(values: Any) -> tuple[Any, list[ConfigIssue]]:
-    """Return the class that a config's `method` names, or None and the issue."""
+def is_foreign(name: Any) -> bool:
+    """Tell whether a name is a dotted path "module:Class", whose module may be any file."""
+    return isinstance(name, str) and ":" in name
+
+
+def method_class(values: Any, foreign: bool = True) -> tuple[Any, list[ConfigIssue]]:
+    """Return the class that a config's `method` names, or None and the issue; None alone for a dotted path if not
+    `foreign`, since importing it would run its module.
+    """
     if values is None:
         return None, []  # the schema itself reports that it is missing
     if not isinstance(values, dict) or not isinstance(values.get("name"), str):
         known = ", ".join(methods.names())
         return None, [ConfigIssue(("method", "name"), f"missing; give the method's name (known: {known})")]
+    if is_foreign(values["name"]) and not foreign:
+        return None, []
     try:
         chosen = methods.get(values["name"])
     except UserError as error:
@@ -68,10 +77,10 @@ def method_class(values: Any) -> tuple[Any, list[ConfigIssue]]:
     return chosen, []
 
 
-def takes_text(schema: type[BaseModel], values: Mapping[str, Any], path: KeyPath) -> bool:
+def takes_text(schema: type[BaseModel], values: Mapping[str, Any], path: KeyPath, *, foreign: bool = True) -> bool:
     """Tell whether the key at `path` of a configuration takes text, or null, and nothing else."""
     if path[0] == "method" and "method" in schema.model_fields and len(path) > 1:
-        chosen, _ = method_class(values.get("method"))
+        chosen, _ = method_class(values.get("method"), foreign)
         if path == ("method", "name") or chosen is None:
             return path == ("method", "name")
         schema, path = chosen.Config, path[1:]
@@ -104,10 +113,14 @@ def check_numbers(values: Any, path: KeyPath = ()) -> Iterator[ConfigIssue]:
         yield ConfigIssue(path, f"given {values}; allowed: a whole number of at most 64 bits")
 
 
-def check_recipe(values: dict[str, Any]) -> list[ConfigIssue]:
-    """Find sections that contradict each other, before any weight is loaded; values of the wrong type are skipped."""
-    method, _ = method_class(values.get("method"))
-    issues = [*_check_source(values, method), *_check_modality(values, method), *_check_rewards(values, method)]
+def check_recipe(values: dict[str, Any], foreign: bool = True) -> list[ConfigIssue]:
+    """Find sections that contradict each other, before any weight is loaded; values of the wrong type are skipped.
+
+    Unless `foreign`, no module of a dotted path is imported, and what only it knows is not checked.
+    """
+    method, _ = method_class(values.get("method"), foreign)
+    issues = [*_check_source(values, method), *_check_modality(values, method)]
+    issues += _check_rewards(values, method, foreign)
     issues += [*_check_adapter(_mapping(values, "adapter")), *_check_warmup(_mapping(values, "trainer"))]
     return issues
 
@@ -146,7 +159,7 @@ def _check_source(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
 
 
 _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
-    False: {"data": ("frames", "fps", "on_bad"), "evaluate": ("questions", "max_new_tokens")},
+    False: {"data": ("frames", "fps"), "evaluate": ("questions", "max_new_tokens")},
     True: {
         "data": (
             *("ties", "resolution", "crop", "flip", "caption_dropout"),
@@ -186,7 +199,7 @@ def _check_modality(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue
                 yield ConfigIssue(("evaluate", key), f"missing; give {what}")
 
 
-def _check_rewards(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
+def _check_rewards(values: dict[str, Any], method: Any, foreign: bool) -> Iterator[ConfigIssue]:
     given = values.get("rewards") or []
     named: list[tuple[KeyPath, Any]] = []
     if isinstance(given, list):
@@ -209,7 +222,7 @@ def _check_rewards(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]
     if isinstance(evaluated, list):
         named += [(("evaluate", "rewards", i), name) for i, name in enumerate(evaluated)]
     for path, name in named:
-        if isinstance(name, str):
+        if isinstance(name, str) and (foreign or not is_foreign(name)):
             yield from _check_reward(path, name, method)
 
 

@@ -23,6 +23,7 @@ from mmalign.config.sections import (
     DataConfig,
     EvaluateConfig,
     MonitorConfig,
+    Output,
     RewardConfig,
     RoundsConfig,
     StrictModel,
@@ -44,7 +45,7 @@ class RunConfig(StrictModel):
     """`name`, a name of `mmalign list methods`, and what that method's own configuration declares"""
     data: DataConfig
     """the training data"""
-    output: str = Field(min_length=1)
+    output: Output
     """folder that the run writes to"""
     adapter: AdapterConfig = AdapterConfig()
     """which weights are trained"""
@@ -97,17 +98,26 @@ def load_config(
 
 
 def load_with_tree(
-    source: Source, overrides: Sequence[str] | None = None, sections: Mapping[str, Any] | None = None
+    source: Source,
+    overrides: Sequence[str] | None = None,
+    sections: Mapping[str, Any] | None = None,
+    *,
+    foreign: bool = True,
 ) -> tuple[RunConfig, Tree]:
-    """Like `load_config`, with the merged values and their origins as `mmalign show-config` prints them."""
-    tree = read_tree(source, overrides or (), expand_short_forms, sections, partial(takes_text, RunConfig))
+    """Like `load_config`, with the merged values and their origins as `mmalign show-config` prints them.
+
+    Unless `foreign`, no module that a dotted path names is imported: the options of such a method stay as given.
+    """
+    takes = partial(takes_text, RunConfig, foreign=foreign)
+    tree = read_tree(source, overrides or (), expand_short_forms, sections, takes)
     rename_keys(tree, RunConfig)
-    chosen, issues = method_class(tree.values.get("method"))
+    chosen, issues = method_class(tree.values.get("method"), foreign)
+    method = tree.values.get("method")
     if chosen:
         rename_keys(tree, chosen.Config, ("method",))
         method, issues = _validate_method(chosen.Config, tree.values["method"])
     config, run_issues = _validate(RunConfig, tree.values)
-    issues = [*run_issues, *issues, *check_recipe(tree.values)]
+    issues = [*run_issues, *issues, *check_recipe(tree.values, foreign)]
     if issues or config is None:
         raise _report(issues, tree, source)
     return config.model_copy(update={"method": method}), tree

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -15,7 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from mmalign.core.errors import did_you_mean
+from mmalign.core.errors import UserError, did_you_mean
+from mmalign.core.files import check_names
 
 
 class StrictModel(BaseModel):
@@ -30,6 +33,18 @@ class StrictModel(BaseModel):
     )
 
 
+def _check_output(path: str) -> str:
+    if not path.strip():
+        raise ValueError("the path is empty; name a folder")
+    try:
+        check_names(Path(path), "given")
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return path
+
+
+Output = Annotated[str, AfterValidator(_check_output)]
+"""A folder that is written to; empty text is not the working directory."""
 Guidance = Annotated[float, Field(ge=0)]
 """A scale of classifier-free guidance; 1: none, 0: without the prompt."""
 Positive = Annotated[float, Field(gt=0)]
@@ -134,7 +149,8 @@ class DataConfig(StrictModel):
     fps: float | None = Field(None, gt=0)
     """frames taken of each second of a video, instead of `frames`"""
     on_bad: Literal["error", "skip"] = "error"
-    """rows that cannot be read or encoded, of pairs of answers: error ends the run; skip counts and replaces them"""
+    """rows whose media cannot be read or encoded: error ends the run; skip names, counts and leaves them out (of pairs
+    of answers, the next one takes its place)"""
     cache: str | None = None
     """folder for encoded and precomputed data; null: ~/.cache/mmalign"""
 

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from mmalign.config.reader import MAX_DEPTH, Loader, explain, read_document
-from mmalign.core.errors import UserError, nearest
+from mmalign.core.errors import UserError, nearest, plain
+from mmalign.core.files import expand
 from mmalign.core.resources import resource_root, shipped
 
 KeyPath = tuple[str | int, ...]
@@ -29,8 +30,8 @@ class ConfigIssues(UserError):
     """Everything that is wrong with a configuration, one line for each issue."""
 
     def __init__(self, lines: list[str]) -> None:
-        """Keep each line once, in order; `str()` of the error is the lines joined."""
-        self.lines = list(dict.fromkeys(lines))
+        """Keep each line once, in order, foreign line breaks escaped; `str()` of the error is the lines joined."""
+        self.lines = list(dict.fromkeys(map(plain, lines)))
         super().__init__("\n".join(self.lines))
 
 
@@ -110,7 +111,7 @@ def parse_value(text: str) -> Any:
         value, node = read_document(text)
     except yaml.YAMLError as error:
         raise UserError(
-            f"'{shorten(text, 60)}' is not a YAML value: {explain(error)}; quote text that contains : or ["
+            f"'{plain(shorten(text, 60))}' is not a YAML value: {explain(error)}; quote text that contains : or ["
         ) from None
     rest = text[node.end_mark.index :].strip() if node is not None else ""
     if rest.startswith("#"):
@@ -131,7 +132,7 @@ def find_config(name: str | Path, relative_to: Path | None = None) -> Path:
     Raises:
         UserError: there is none; the message names the nearest shipped config.
     """
-    given = Path(name).expanduser()
+    given = expand(name)
     for path in ((relative_to or Path()) / given, shipped(given), resource_root() / "configs" / given):
         for candidate in (path, Path(f"{path}.yaml")) if path is not None else ():
             if candidate.is_file():

@@ -18,6 +18,12 @@ def shorten(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+def plain(line: str) -> str:
+    """Return a line for a terminal: control characters are escaped, and words that are hardly words are cut."""
+    shown = "".join(one if one.isprintable() else repr(one)[1:-1] for one in line)
+    return re.sub(rf"\S{{{LONGEST_PATH + 1},}}", lambda word: shorten(word[0]), shown)
+
+
 class UserError(Exception):
     """The user's input is wrong; the command line prints the message without a traceback and exits with code 2."""
 
@@ -27,7 +33,7 @@ class MissingPath(UserError):
 
     def __init__(self, path: object, hint: str) -> None:
         """Report that `path` does not exist; `hint` is appended to the message."""
-        super().__init__(f"{shorten(str(path), LONGEST_PATH)}: no such file or directory{hint}")
+        super().__init__(f"{plain(shorten(str(path), LONGEST_PATH))}: no such file or directory{hint}")
         self.path = str(path)
 
 

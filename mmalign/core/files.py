@@ -9,10 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from mmalign.core.errors import UserError
+from mmalign.core.errors import UserError, shorten
 
 BESIDE_MEDIA = frozenset({".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".md", ".log"})
 """Suffixes of text that usually lies beside images and videos."""
+
+
+MAX_NAME = 255
+"""Bytes of one name in a path, the limit of nearly all file systems."""
+
+
+def expand(path: str | Path) -> Path:
+    """Return a path with `~` and `~name` replaced by that user's home; the text itself where there is no such user."""
+    return Path(os.path.expanduser(path))
 
 
 def exists(path: str | Path) -> bool:
@@ -70,8 +79,10 @@ def check_output(path: Path, key: str = "--out", *, folder: bool = True) -> None
     `key` is the option or key that the user set; `folder` says whether `path` is to be a folder or a file.
 
     Raises:
-        UserError: a file where a folder is needed or the reverse, a path that leads through a file, no permission.
+        UserError: a file where a folder is needed or the reverse, a path that leads through a file or has a name that
+            no file system takes, no permission.
     """
+    check_names(path, key)
     if os.path.isdir(path) and not folder:
         raise UserError(f"{key} {path}: is a folder; name a file, such as {path / 'NAME'}")
     holder = path if folder else path.parent
@@ -82,6 +93,20 @@ def check_output(path: Path, key: str = "--out", *, folder: bool = True) -> None
         raise UserError(f"{key} {path}: {where}; name another folder")
     if not os.access(holder, os.W_OK | os.X_OK):
         raise UserError(f"{key} {path}: {holder} is not writable; choose another path")
+
+
+def check_names(path: Path, key: str = "--out") -> None:
+    """Refuse a path with NUL in it or with a name of more than `MAX_NAME` bytes; `key` is the option or key.
+
+    Raises:
+        UserError: see above.
+    """
+    if "\0" in str(path):
+        raise UserError(f"{key} {str(path)!r}: a path cannot hold the character NUL; choose another")
+    # What is being written bears a longer name for a moment, see `replacing`.
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > MAX_NAME - len(f"..{os.getpid()}.tmp"):
+        raise UserError(f"{key} {shorten(str(path))}: a name of {longest} bytes is too long; choose one below 200")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from mmalign.core.errors import MissingPath, UserError, nearest
-from mmalign.core.files import exists, is_dir
+from mmalign.core.files import exists, expand, is_dir
 
 _SHIPPED = ("configs", "assets")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -25,7 +25,7 @@ def find(path: str | Path) -> Path:
     Raises:
         MissingPath: neither exists; the message names the nearest existing path.
     """
-    given = Path(path).expanduser()
+    given = expand(path)
     if exists(given):
         return given
     ours = shipped(given)
@@ -62,7 +62,7 @@ def resolve_model(name: str) -> str:
 
 def is_hub_id(name: str) -> bool:
     """Tell whether a name is shaped like a hub id, `org/name[@revision]`, and is no path here; see `resolve_model`."""
-    given = Path(name).expanduser()
+    given = expand(name)
     lies_nowhere = not exists(given) and shipped(given) is None and not is_dir(given.parts[0])
     return lies_nowhere and _HUB_ID.fullmatch(name) is not None
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmalign.core.errors import UserError, nearest
-from mmalign.core.files import exists, is_dir, is_file
+from mmalign.core.files import exists, expand, is_dir, is_file
 from mmalign.core.io.columns import PROMPT_COLUMNS
+from mmalign.core.io.items import printable
 from mmalign.core.io.tables import column, csv_records, json_lines, prompt_column, read_text
 from mmalign.core.progress import note
 from mmalign.core.resources import resource_root, shipped
@@ -54,13 +55,16 @@ def load_prompts(name_or_path: str | Path, limit: int | None = None) -> list[Pro
     if not prompts:
         raise UserError(f"{path}: holds no prompt")
     prompts = prompts[:limit]
+    for number, prompt in enumerate(prompts, start=1):
+        if printable(prompt.text) != prompt.text:
+            raise UserError(f"{path}: prompt {number} is no text in UTF-8 (it holds half a character); mend it")
     _report_duplicates(path, prompts)
     return prompts
 
 
 def _locate(name_or_path: str | Path) -> Path:
     builtin = builtin_prompt_sets()
-    given = Path(name_or_path).expanduser()
+    given = expand(name_or_path)
     for path in (given, shipped(given)):
         if path is not None and exists(path) and not is_dir(path):
             return path
@@ -148,6 +152,8 @@ def _json_list(path: Path, content: str) -> list[object]:
         loaded = json.loads(content) if content.strip() else []
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error.msg} in line {error.lineno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested too deep
+        raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(loaded, list):
         raise UserError(f"{path}: holds a JSON {type(loaded).__name__}; expected a list of prompts or of objects")
     return loaded

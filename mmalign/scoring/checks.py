@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.core.errors import UserError
+from mmalign.core.io.items import Item
+from mmalign.scoring.choice import Choice
 
 if TYPE_CHECKING:
     from rewards import Facts
@@ -25,6 +28,40 @@ def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str], 
     reward.check_prompts(prompts)
 
 
+def check_sizes(chosen: Sequence[Choice], items: Sequence[Item], skip_bad: bool) -> None:
+    """Refuse images whose size a reward cannot read, by the headers of their files, before a reward is loaded.
+
+    Raises:
+        UserError: there is one, or with `skip_bad`: there is no other.
+    """
+    from rewards import reward_class
+
+    for choice in chosen:
+        side = reward_class(choice.name).fixed_size
+        if side is None:
+            continue
+        sizes = {item.name: _size(item.media) for item in items if isinstance(item.media, Path) and not item.fault}
+        wrong = {name: size for name, size in sizes.items() if size not in (None, (side, side))}
+        if wrong and (not skip_bad or len(wrong) == len(items)):
+            name, size = next(iter(wrong.items()))
+            raise UserError(
+                f"{len(wrong)} of {len(items)} images do not have {side} x {side} pixels, and reward '{choice.label}' "
+                f"reads no others (first: {name}, {' x '.join(map(str, size or ()))}); choose another reward"
+                + ("" if len(wrong) == len(items) else ", or add --skip-bad to leave them out")
+            )
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Return width and height of an image by its header; None where that cannot be read, which is told later."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # a damaged header raises anything
+        return None
+
+
 def check_device(given: str | None, key: str = "device") -> str | None:
     """Return a device that exists, None for the default; `key` is the option that the user set.
 
@@ -35,7 +72,7 @@ def check_device(given: str | None, key: str = "device") -> str | None:
         import torch
 
         try:
-            torch.empty(0, device=given)
+            torch.zeros(1, device=given).item()
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"{key} {given}: {str(error).splitlines()[0]}") from None
     return given

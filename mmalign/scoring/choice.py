@@ -15,6 +15,8 @@ Score = TypeVar("Score", float, "Tensor")
 
 TOTAL = "total"
 """The column of the weighted sum."""
+TEXT_COLUMNS = ("id", "path", "prompt", "error", "stamp")
+"""The columns beside the scores, which no label of a reward can be."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from mmalign.core.errors import UserError, did_you_mean
-from mmalign.scoring.choice import TOTAL, Choice, WeightedReward
+from mmalign.core.errors import UserError, did_you_mean, plain, shorten
+from mmalign.scoring.choice import TEXT_COLUMNS, TOTAL, Choice, WeightedReward
 
+MAX_LABEL = 200
+"""Characters of a label, which heads a column and names files."""
 SAMPLED_VALUES = 4096
 """Number of values of each tensor in a fingerprint; retraining a reward changes practically all of them."""
 
@@ -68,7 +70,7 @@ def read_choices(text: str, options: Sequence[str] = ()) -> list[Choice]:
 
 
 def check_labels(chosen: Sequence[Choice]) -> None:
-    """Refuse labels that are given twice, or taken by the weighted sum.
+    """Refuse labels that are given twice, that are names of other columns, or that no table shows.
 
     Raises:
         UserError: see above.
@@ -76,8 +78,15 @@ def check_labels(chosen: Sequence[Choice]) -> None:
     repeated = [label for label, count in Counter(choice.label for choice in chosen).items() if count > 1]
     if repeated:
         raise UserError(f"rewards: '{repeated[0]}' occurs more than once; give each its own label")
-    if TOTAL in {choice.label for choice in chosen}:
-        raise UserError(f"rewards: '{TOTAL}' is the name of the weighted sum; choose another label")
+    for label in (choice.label for choice in chosen):
+        if label == TOTAL:
+            raise UserError(f"rewards: '{TOTAL}' is the name of the weighted sum; choose another label")
+        if label in TEXT_COLUMNS:
+            raise UserError(f"rewards: '{label}' is a column beside the scores; choose another label")
+        if len(label) > MAX_LABEL or not label.isprintable():
+            raise UserError(
+                f"rewards: '{shorten(plain(label))}' is no label; give at most {MAX_LABEL} printable characters"
+            )
 
 
 def _with_options(chosen: Sequence[Choice], options: Sequence[str]) -> list[Choice]:

@@ -15,7 +15,7 @@ from mmalign.core.io.items import Item
 from mmalign.core.lock import locked_output
 from mmalign.core.progress import note, track
 from mmalign.core.version import __version__
-from mmalign.scoring.checks import check_reward
+from mmalign.scoring.checks import check_reward, check_sizes
 from mmalign.scoring.choice import TOTAL, Choice, WeightedReward, weighted_total
 from mmalign.scoring.chosen import fingerprint_reward, load_choices
 from mmalign.scoring.engine import Scored, score_items
@@ -84,6 +84,8 @@ def score_files(inputs: Sequence[str], chosen: Sequence[Choice], out: Path, sett
     needing = [choice.label for choice in chosen if "prompts" in reward_class(choice.name).needs]
     fix = "give a column 'prompt', metadata.jsonl, NAME.txt or NAME.caption beside the files, or --prompt TEXT"
     _check_prompts(items, needing, settings.skip_bad, fix)
+    if modality == "image":
+        check_sizes(chosen, items, settings.skip_bad)
     prompts = list(dict.fromkeys(item.prompt for item in items if item.prompt is not None))
     rewards = load_choices(chosen, prompts, modality=modality, device=settings.device, dtype=settings.dtype)
     with locked_output(out, folder=False):

@@ -25,6 +25,7 @@ class OracleReward(Reward):
     range = (0.0, 1.0)
     licence = "Apache-2.0"
     source = "none: computed by mmalign.shapes.oracle"
+    fixed_size = SIZE
 
     def readings(self, media: Float[Tensor, "batch 3 height width"]) -> list[oracle.Reading]:
         """Read each image once."""

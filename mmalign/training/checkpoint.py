@@ -118,7 +118,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if document.get("format") != FORMAT:
             raise UserError(f"{path} has checkpoint format {document.get('format')}, this version reads {FORMAT}")
         tensors = {group: load_file(path / f"{group}.safetensors") for group in document["groups"]}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and the one before it is used") from error
     return Checkpoint(document["step"], tensors, document["recipe"], document["values"], path)
 

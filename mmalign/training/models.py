@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.core.errors import UserError
+from mmalign.core.files import expand
 from mmalign.core.precision import round_frozen
 from mmalign.core.resources import find, resolve_model, shipped
 from mmalign.core.seeds import derive_seed
@@ -75,7 +76,7 @@ def check_export(model: Any, config: RunConfig) -> None:
 
 def base_model_name(config: RunConfig) -> str:
     """Return the name of an adapter's base: as given if it is the same anywhere, otherwise as an absolute path."""
-    given = Path(config.model).expanduser()
+    given = expand(config.model)
     ours = shipped(given)
     if not given.exists() or (ours is not None and ours.exists() and ours.samefile(given)):
         return config.model

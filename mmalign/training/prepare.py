@@ -12,7 +12,7 @@ from typing import Any
 
 from mmalign.config.run import RunConfig
 from mmalign.core.errors import UserError
-from mmalign.core.files import check_output
+from mmalign.core.files import check_output, expand
 from mmalign.core.precision import autocast, check_precision
 from mmalign.core.resources import find, resolve_model
 from mmalign.data.sampler import BatchSampler
@@ -58,7 +58,7 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
     output = Path(config.output)
     check_output(output, "output")
     if config.data.cache:
-        check_output(Path(config.data.cache).expanduser(), "data.cache")
+        check_output(expand(config.data.cache), "data.cache")
     check_precision(config.trainer.precision, device)
     resolve_model(config.model)
     if config.adapter.start is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.core.errors import MissingPath, UserError
+from mmalign.core.progress import note
 from mmalign.training.output import is_finished
 
 LEFT_OUT = ("checkpoints*", "rounds*", "stages*", "data", "cache", "wandb", "events.out.tfevents.*", "tracking.json")
@@ -54,6 +55,8 @@ def push(
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     files = files_to_push(folder)
+    if Path("metrics.jsonl") not in files:
+        note(f"{folder} has no metrics.jsonl; the run is uploaded without its metrics")
     check_repo(repo)
     api = api or HfApi()
     commit = message or f"Upload {folder.resolve().name}, trained with mmalign"

@@ -37,8 +37,8 @@ def complete(config: RunConfig) -> RunConfig:
 def data_id(table: PairTable | LabelTable, samples: CachedSides) -> str:
     """Return 32 hex digits that identify the data in their order: ids, texts, content of images, margin or label."""
     digest = hashlib.blake2b(digest_size=16)
-    for index, name in enumerate(samples.ids):
-        digest.update(repr((name, *table.texts(index), *samples.facts(index))).encode())
+    for index, (row, name) in enumerate(zip(samples.kept.tolist(), samples.ids, strict=True)):
+        digest.update(repr((name, *table.texts(row), *samples.facts(index))).encode())
     return digest.hexdigest()
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from mmalign.config.run import RunConfig, dump_config
 from mmalign.config.yaml import flatten
 from mmalign.core.errors import UserError
-from mmalign.core.files import write_atomically
+from mmalign.core.files import is_file, write_atomically
+from mmalign.core.progress import note
 
 FILE = "metrics.jsonl"
 IDENTITY_FILE = "tracking.json"
@@ -75,7 +76,7 @@ class Metrics:
         self.path = output / FILE
         self.accelerator = accelerator
         if accelerator.is_main_process:
-            _truncate(self.path, start_step)
+            _truncate(self.path, start_step, config.trainer.log_every)
             _open_trackers(output, config, accelerator, start_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -139,19 +140,31 @@ def _plain(value: Any) -> Any:
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics, oldest first; a last line cut off by a crash is left out."""
-    path = output / FILE
-    if not path.is_file():
-        return []
+    """Return the lines of a run's metrics, oldest first; damaged lines are left out."""
+    return _read(output / FILE)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the lines of metrics, and the number of those that are damaged."""
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if is_file(path) else []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in texts:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
-    return lines
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines, len(texts) - len(lines)
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= last_step] if last_step else []
+def _truncate(path: Path, last_step: int, log_every: int) -> None:
+    """Keep the lines up to a step; say it where lines that a run of so many steps has written are not there."""
+    lines, damaged = _read(path) if last_step else ([], 0)
+    kept = [line for line in lines if line["step"] <= last_step]
+    if damaged:
+        note(f"{path}: {damaged} damaged lines are left out")
+    if last_step - max((line["step"] for line in kept), default=0) >= log_every:
+        there = f"ends at step {kept[-1]['step']}" if kept else "holds no metrics" if is_file(path) else "is missing"
+        note(f"{path} {there}, and this run goes on from step {last_step}: the metrics between are lost")
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

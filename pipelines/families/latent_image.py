@@ -21,6 +21,8 @@ from pipelines.errors import PipelineError
 from pipelines.generator import Generator
 
 ENCODE_BATCH = 64
+CUT_SHOWN = 40
+"""Characters of a prompt that is too long, in the warning about it."""
 
 
 def single(tensor: Tensor) -> Tensor:
@@ -30,6 +32,8 @@ def single(tensor: Tensor) -> Tensor:
 
 class LatentImage(Generator):
     """An image generator over the latents of `AutoencoderKL` or `AutoencoderTiny`."""
+
+    _showed_cut = False
 
     def _check_encoders(self) -> None:
         """Raise `PipelineError` if the directory lacks the autoencoder, a text encoder or a tokenizer."""
@@ -104,7 +108,11 @@ class LatentImage(Generator):
     def _latent_scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Return shift and scale of the latents; some SDXL autoencoders (Playground 2.5) give them per channel."""
         config = self._vae_config
-        scale = float(config.get("scaling_factor") or 1.0)
+        scale = config.get("scaling_factor") or 1.0
+        if not isinstance(scale, int | float):
+            raise PipelineError(
+                f"{self.root / 'vae' / 'config.json'}: scaling_factor is {scale!r}; allowed: a number."
+            )
         if config.get("latents_mean") and config.get("latents_std"):
             mean, std = (like.new_tensor(config[key]).reshape(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
             return mean, scale / std
@@ -145,10 +153,11 @@ class LatentImage(Generator):
             untruncated = tokenizer(prompts, verbose=False)["input_ids"]
             cut = [prompt for prompt, ids in zip(prompts, untruncated, strict=True) if len(ids) > length]
             if cut:
-                warnings.warn(
-                    f"{len(cut)} of {len(prompts)} prompts exceed {length} tokens and were cut, such as '{cut[0]}'.",
-                    stacklevel=4,
-                )
+                shown = cut[0] if len(cut[0]) <= CUT_SHOWN else f"{cut[0][:CUT_SHOWN]}..."
+                example = "" if self._showed_cut else f", such as '{shown}'"
+                self._showed_cut = True
+                text = f"{len(cut)} of {len(prompts)} prompts exceed {length} tokens and were cut{example}"
+                warnings.warn(text, stacklevel=4)
         padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return {key: padded[key].to(self.device) for key in ("input_ids", "attention_mask")}
 

@@ -91,7 +91,11 @@ class StableDiffusion(LatentImage):
         """Channels, height and width of the latents of one image at the model's own size."""
         config = self.bare_network.config
         size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = (size, size) if isinstance(size, int) else (size or (0, 0))
+        if not 0 < min(height, width):
+            raise PipelineError(
+                f"{self.root / self.network_name / 'config.json'}: sample_size is {size}; give the side of the latents"
+            )
         return config.in_channels, height, width
 
     def predict(

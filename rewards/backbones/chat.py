@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import random
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +33,8 @@ from rewards.errors import RewardError
 Question = tuple[str, Sequence[Image.Image]]
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
+MAX_ANSWER = 64 << 20
+"""Bytes of an answer; a longer one is no answer of a language model."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,7 @@ class ChatClient:
         params: dict[str, Any] | None = None,
     ) -> None:
         """Check the options; no request is sent."""
-        if not endpoint.startswith(("http://", "https://")):
-            raise RewardError(f"endpoint {endpoint!r}: give an address like http://localhost:8000/v1")
+        _check_endpoint(endpoint)
         if concurrency < 1 or retries < 0:
             raise RewardError(
                 f"concurrency is {concurrency} and retries {retries}; at least 1 and at least 0 are allowed"
@@ -111,7 +114,7 @@ class ChatClient:
             try:
                 record = json.loads(kept.read_text(encoding="utf-8"))
                 return Reply(record["text"], tuple((token, dict(others)) for token, others in record["tokens"]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 kept.unlink(missing_ok=True)  # a damaged file is requested again
         reply = _read(self._post(_body(self.model, question, params)), self.url)
         if kept is not None:
@@ -125,23 +128,25 @@ class ChatClient:
 
     def _post(self, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
-        if self.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.api_key_env]}"
+        key = None if self.api_key_env is None else os.environ[self.api_key_env]
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers, method="POST")
         for attempt in range(self.retries + 1):
             wait = None
             try:
                 with self._opener.open(request, timeout=self.timeout) as response:
-                    return json.load(response)
+                    return json.loads(_read_text(response, key))
             except urllib.error.HTTPError as error:
                 with error:
-                    said = " ".join(error.read().decode("utf-8", "replace").split())[:200]
+                    said = " ".join(_read_text(error, key).split())[:200]
                 reason = f"status {error.code}: {said}"
                 if error.code not in _AGAIN:
                     raise RewardError(f"{self.url} refused the request ({reason})") from None
                 wait = _retry_after(error.headers.get("Retry-After"))
-            except (OSError, ValueError) as error:  # no connection, broken off, timed out, no JSON
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
+            except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
+                # no connection, broken off, timed out, no JSON; its text may quote what the server said
+                reason = _without_key(str(getattr(error, "reason", error)), key) or type(error).__name__
             if attempt < self.retries:
                 longest = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT)
                 time.sleep(random.uniform(longest / 2, longest) if wait is None else wait)
@@ -157,6 +162,34 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         """Follow no redirect, so that the answer is an error."""
         return None
+
+
+def _check_endpoint(endpoint: str) -> None:
+    """Refuse what is no address, and one with a password, which would stand in configs, tables and messages."""
+    try:
+        parts = urllib.parse.urlsplit(endpoint)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        secret = parts.username is not None or parts.password is not None
+    except ValueError:  # a port that is no number, half of an IPv6 address
+        known, secret = False, "@" in endpoint
+    if secret:
+        raise RewardError("endpoint: the address holds a user name or password; give the key by api_key_env instead")
+    if not known or any(one.isspace() or not one.isprintable() for one in endpoint):
+        raise RewardError(f"endpoint {endpoint!r}: give an address like http://localhost:8000/v1")
+
+
+def _read_text(response: Any, key: str | None) -> str:
+    """Return the text of an answer, with the key replaced where a server echoes it."""
+    content = response.read(MAX_ANSWER + 1)
+    if len(content) > MAX_ANSWER:
+        raise ValueError(f"an answer of more than {MAX_ANSWER >> 20} MB")
+    return _without_key(content.decode("utf-8", "replace"), key)
+
+
+def _without_key(text: str, key: str | None) -> str:
+    for form in {key, json.dumps(key)[1:-1], urllib.parse.quote(key, safe="")} if key else ():
+        text = text.replace(form, "[api key]")
+    return text
 
 
 def _body(model: str, question: Question, params: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def load_pretrained(
     from transformers.utils import logging
 
     found = getattr(transformers, cls)
+    if cls.startswith("Auto"):
+        options["trust_remote_code"] = False  # else transformers asks on standard input, where `yes` may answer
     if not Path(source).exists() and Path(source).is_absolute():
         raise RewardError(f"{source}: no such directory")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

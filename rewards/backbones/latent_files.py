@@ -136,7 +136,12 @@ def read_record(folder: str | PathLike[str]) -> dict[str, Any]:
         raise RewardError(
             f"latent: {folder} holds no latent reward (it has no {RECORD}); give the output of `mmalign train-reward`"
         )
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RewardError(f"latent: {path} is damaged ({error}); train it again, or fetch it again") from None
+    if not isinstance(record, dict):
+        raise RewardError(f"latent: {path} is damaged; train it again, or fetch it again")
     if record.get("format") != FORMAT:
         raise RewardError(
             f"latent: {folder} has format {record.get('format')}; this version reads format {FORMAT}; train it again"

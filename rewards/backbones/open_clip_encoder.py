@@ -156,9 +156,16 @@ def _load_tokenizer(name: str) -> Any:
 
 
 def _explained(what: str, load: Callable[[], Any]) -> Any:
-    """Convert errors of open_clip to a RewardError of one line."""
+    """Convert errors of open_clip to a RewardError of one line; no code beside a model is run."""
+    from transformers import dynamic_module_utils
+
+    # open_clip hands no trust_remote_code on, and transformers then asks on standard input, unless it may not wait.
+    held = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         return load()
     except Exception as error:
         reason = " ".join(str(error).split())
         raise RewardError(f"{what}: {reason or type(error).__name__}") from error
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = held

@@ -235,7 +235,7 @@ def read_references(given: Scores) -> Tensor | dict[str, Tensor]:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RewardError(f"references {str(path)!r}: not readable as JSON ({error})") from error
 
 

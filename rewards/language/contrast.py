@@ -68,7 +68,7 @@ def read_contrast(path: str | PathLike[str]) -> dict[str, list[str]]:
             table = json.loads(text)
     except OSError as error:
         raise RewardError(f"contrast file {str(path)!r}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RewardError(
             f'contrast file {str(path)!r}: {error}; give JSON {{prompt: [...]}}, or JSONL with "prompt" and "contrast"'
         ) from error

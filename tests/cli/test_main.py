@@ -208,3 +208,46 @@ def test_show_config_prints_origins_or_a_plain_file(tmp_path, capsys) -> None:
     plain = tmp_path / "plain.yaml"
     plain.write_text(capsys.readouterr().out)
     assert load_config(plain) == load_config(path, ["trainer.steps=5"])
+
+
+def test_doctor_counts_whole_models() -> None:
+    from mmalign.cli import doctor
+
+    found = {name: doctor._asset(doctor.resource_root() / name) for name in doctor.ASSETS}
+    files = [path for path in (doctor.resource_root() / "assets/shapes-sd").rglob("*") if path.is_file()]
+    assert found["assets/shapes-sd"].startswith(f"{len(files)} files, ") and "assets/shapes-vlm" in found
+    assert float(found["assets/shapes-sd"].split()[2]) > 5
+
+
+@pytest.mark.parametrize("out", ["", "  "])
+def test_an_empty_output_is_not_the_working_directory(out, capsys) -> None:
+    for verb in (
+        ["generate", "assets/shapes-sd", "--prompts", "text:a"],
+        ["pairs", "sample", "assets/shapes-sd", "--prompts", "text:a"],
+        ["score", ".", "--rewards", "jpeg-compressibility"],
+        ["compare", "assets/shapes-sd", "x", "--prompts", "shapes-validation", "--rewards", "shapes-quality"],
+    ):
+        assert cli.main([*verb, "--out", out]) == 2
+        error = capsys.readouterr().err
+        assert "the path is empty" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("seeds", ["1,x", "", "18446744073709551616", "9" * 5000, "-1", "1,1"])
+def test_seeds_that_are_none(seeds, capsys) -> None:
+    assert cli.main(["generate", "assets/shapes-sd", "--prompts", "text:a", "--out", "g", f"--seeds={seeds}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and len(error) < 1000
+
+
+def test_a_warning_is_one_line_without_its_source(verb, capsys) -> None:
+    import warnings
+
+    def warn(_: object) -> int:
+        warnings.warn("3 of 8 prompts\nwere cut", stacklevel=1)
+        return 0
+
+    verb(warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["list", "x"]) == 0
+    assert capsys.readouterr().err == "warning: 3 of 8 prompts were cut\n"

@@ -251,8 +251,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder, monkeypatch, capsys
     assert [len(pq.read_table(part)) for part in parts] == [2, 1]
     monkeypatch.setattr(Redness, "score", real)
     capsys.readouterr()
-    assert score("images", rewards="test-redness:2,test-wordiness") == 2
-    assert "test-redness.weight none -> 2.0" in capsys.readouterr().err
+    assert score("images", rewards="test-redness:2,test-wordiness") == 0  # other settings are not blocked
+    assert "2 parts of an unfinished run are left out" in (said := capsys.readouterr().err)
+    assert "test-redness.weight none -> 2.0" in said
+    assert sorted(Path("s.parquet.parts").glob("*")) == parts  # and nothing is lost
+    Path("s.parquet").unlink()
     assert score("images") == 0
     captured = capsys.readouterr()
     assert "5 images (2 new)" in captured.out and "3 of 5 images are scored already" in captured.err

@@ -297,3 +297,20 @@ def test_keys_keep_parts_apart():
     assert content_key("ab", "c") != content_key("a", "bc") != content_key(b"ab", "c")
     assert content_key("1") != content_key(1)
     assert len(content_key("x")) == 32
+
+
+def test_pairs_that_cannot_be_read_are_an_error_or_left_out(generator, tmp_path, capsys):
+    rows = [("red circle", noise_png(0), noise_png(1)), ("star", b"broken", noise_png(2)), ("ring", noise_png(3), b"")]
+    rows += [("star", noise_png(4), noise_png(5))]
+    path = write_pairs(tmp_path / "pairs.parquet", rows, score_0=[1.0, 2.0, 3.0, 4.0], score_1=[0.0] * 4)
+    with pytest.raises(UserError, match=r"pair 'p1', chosen.*data.on_bad=skip leaves such records out"):
+        cache(generator, path)
+    pairs = cache(generator, path, on_bad="skip")
+    said = capsys.readouterr().err
+    assert "pair 'p1', chosen" in said and "2 of 4 are left out of the training" in said
+    assert pairs.ids == ["p0", "p3"] and pairs.kept.tolist() == [0, 3] and len(pairs) == 2
+    assert pairs.prompt_slots.tolist() == [0, 1] and pairs.margins.tolist() == [1.0, 4.0]
+    alone = cache(generator, write_pairs(tmp_path / "alone.parquet", [rows[0], rows[3]], uid=["p0", "p3"]))
+    assert torch.equal(pairs.batch([1], 0, 0).chosen, alone.batch([1], 0, 0).chosen)
+    with pytest.raises(UserError, match="none of 1 can be encoded"):
+        cache(generator, write_pairs(tmp_path / "none.parquet", [rows[1]]), on_bad="skip")

@@ -126,7 +126,7 @@ def test_plain_diffusers_loads_the_adapter(generator: Generator, tmp_path: Path,
     generator.save_lora(tmp_path / "lora")
     pipe = DiffusionPipeline.from_pretrained(generator.root)
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(str(tmp_path / "lora"))
+    pipe.load_lora_weights(str(tmp_path / "lora"), weight_name="pytorch_lora_weights.safetensors")
     seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     expected = pipe(PROMPTS, num_inference_steps=4, guidance_scale=5.0, output_type="latent", generator=seeds).images
     cond = generator.encode_prompts(PROMPTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from golden_data import golden_file
 from mmalign.cli import main
 from rewards import RewardError, goldens
 from rewards.goldens import GOLDENS, HEADS, Golden, goldens_of, verify
+from rewards.held_to import HELD_TO
 from rewards.registry import BUILTIN
 
 
@@ -112,7 +114,6 @@ def test_command_line(monkeypatch, capsys, tmp_path):
     [
         (["--weights", "x"], "--weights applies to one reward"),
         (["aestetic"], "did you mean 'aesthetic'?"),
-        (["vqa-score"], "reward 'vqa-score': no published score to check; rewards with one: clip, clip-i"),
         (["hps", "--golden", "no/such"], "no/such is not a folder"),
     ],
 )
@@ -120,3 +121,12 @@ def test_wrong_arguments(arguments, message, capsys):
     assert main(["rewards", "verify", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_reward_without_a_published_score_says_what_its_tests_hold_it_to(capsys):
+    assert main(["rewards", "verify", "vqa-score"]) == 0
+    assert "tests/rewards/test_reward_vqa_score.py compares it with P(Yes)" in capsys.readouterr().out
+    with_score = {golden.reward for golden in goldens.GOLDENS}
+    assert set(HELD_TO) == set(BUILTIN) - with_score  # every reward has one or the other
+    for file, _ in HELD_TO.values():
+        assert (Path(__file__).parent / f"{file}.py").is_file()

@@ -81,7 +81,7 @@ def test_one_recipe_trains_any_model_and_plain_diffusers_loads_the_result(
 
     pipe = DiffusionPipeline.from_pretrained(world[family] if kind == "lora" else output, safety_checker=None)
     if kind == "lora":
-        pipe.load_lora_weights(str(output))
+        pipe.load_lora_weights(str(output), weight_name="pytorch_lora_weights.safetensors")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seeds[0])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mmalign.compare.systems.facts import SystemFacts
 from mmalign.core.errors import UserError, shorten
-from mmalign.core.files import is_dir
+from mmalign.core.files import expand, is_dir
 from mmalign.core.progress import note
 from mmalign.core.resources import find
 from mmalign.scoring.inputs import find_items
@@ -52,7 +52,7 @@ class MadeImages:
 
 def as_system(name: str, given: str) -> dict[str, str]:
     """Return the entry of a system for a model, or for a folder that holds images and no model."""
-    folder = Path(given).expanduser()
+    folder = expand(given)
     is_model = is_dir(folder) and any(next(folder.glob(pattern), None) for pattern in _MODEL_FILES)
     return {"name": name, "images" if is_dir(folder) and not is_model and holds_pictures(folder) else "model": given}
 

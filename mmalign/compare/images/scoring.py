@@ -157,6 +157,6 @@ def _content_key(path: Path, prompt: str) -> str:
 def _read_cache(path: Path) -> dict[str, float]:
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -163,7 +163,7 @@ def _read_manifest(path: Path) -> dict[str, str]:
     """Return image name -> key; a manifest of another format, or a damaged one, counts as empty."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     images = document.get("images") if isinstance(document, dict) and document.get("format") == FORMAT else None
     return images if isinstance(images, dict) else {}

@@ -9,7 +9,6 @@ and decides nothing.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from mmalign.compare.results.verdicts import add_verdicts
 from mmalign.compare.stats import Paired, category_rows, compare_paired, direction, spread_of_deltas, summarise
 from mmalign.compare.systems.facts import SystemFacts
 from mmalign.core.files import write_atomically
+from mmalign.core.io.spreadsheet import write_csv
 
 
 def build_results(comparison: Comparison) -> dict[str, Any]:
@@ -63,18 +63,18 @@ def write_scores(comparison: Comparison, path: Path) -> None:
     Where systems were trained from several seeds, `training_seed` follows: empty for those that were not.
     """
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     header = ["index", "prompt", "category", "seed", "system", "reward", "score"]
-    writer.writerow([*header, "training_seed"] if comparison.replicas else header)
+    rows: list[list[object]] = [[*header, *["training_seed"] * bool(comparison.replicas)]]
     for reward, by_system in comparison.scores.items():
         for system, scores in by_system.items():
             of_seeds: list[int | str] = [*comparison.replicas.get(system, {"": None})]
             columns = [(training, seed) for training in of_seeds for seed in comparison.seeds]
             for index, prompt in enumerate(comparison.prompts):
                 for column, (training, seed) in enumerate(columns):
-                    score = repr(float(scores[index, column]))
+                    score = float(scores[index, column])
                     row = [index, prompt.text, prompt.category, seed, system, reward, score]
-                    writer.writerow([*row, training] if comparison.replicas else row)
+                    rows.append([*row, training] if comparison.replicas else row)
+    write_csv(buffer, rows)
     write_atomically(path, buffer.getvalue())
 
 
@@ -84,10 +84,10 @@ def write_summary(document: dict[str, Any], path: Path) -> None:
     `p` is that of the difference, `p_holm` the same after the correction; empty where the difference is no claim.
     """
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     ends = ("", "_low", "_high")
     spans = [f"{name}{end}" for name in ("mean", "delta", "win_rate") for end in ends]
-    writer.writerow(["reward", "system", "trained_on", "against", *spans, "delta_sd", "p", "p_holm", "survives_holm"])
+    last = ("delta_sd", "p", "p_holm", "survives_holm")
+    rows: list[list[object]] = [["reward", "system", "trained_on", "against", *spans, *last]]
     opponents = {"versus_baseline": document["baseline"], "versus_control": document["control"]}
     for reward in document["rewards"]:
         for name, system in document["systems"].items():
@@ -98,10 +98,9 @@ def write_summary(document: dict[str, Any], path: Path) -> None:
                 one = system.get(key, {}).get(reward, {})
                 delta = [one.get("delta", ""), *(one.get("delta_ci95") or ["", ""])]
                 win = [one.get("win_rate", ""), *(one.get("ci95") or ["", ""])]
-                rest = [
-                    "" if one.get(name) is None else one[name] for name in ("delta_sd", "p", "p_holm", "survives_holm")
-                ]
-                writer.writerow([*start, opponents.get(key, ""), *mean, *delta, *win, *rest])
+                rest = [one.get(name) for name in last]
+                rows.append([*start, opponents.get(key, ""), *mean, *delta, *win, *rest])
+    write_csv(buffer, rows)
     write_atomically(path, buffer.getvalue())
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmalign.compare.stats import RESAMPLES
 from mmalign.config.run import expand_short_forms
-from mmalign.config.sections import BudgetConfig, Guidance, StrictModel
+from mmalign.config.sections import BudgetConfig, Guidance, Output, StrictModel
 from mmalign.core.errors import UserError, did_you_mean
 
 ConfigT = TypeVar("ConfigT", bound="SystemsConfig")
@@ -80,7 +80,7 @@ class SystemsConfig(StrictModel):
 
     systems: list[SystemConfig] = Field(min_length=1)
     """the models to compare"""
-    output: str
+    output: Output
     """folder for report.html, results.json and all outputs of the systems"""
     baseline: str | None = None
     """name of the system to compare the others with; null: the first"""

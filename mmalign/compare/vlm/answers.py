@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from mmalign.compare.vlm.config import QuestionConfig
 from mmalign.core.errors import UserError
 from mmalign.core.files import write_atomically
 from mmalign.core.io.decode import Frames
+from mmalign.core.io.spreadsheet import write_csv
 from mmalign.core.seeds import derive_seed
 from mmalign.data.video.answering import Answerer, Decoding, Request
 from mmalign.data.video.items import QuestionItem, load_video_questions
@@ -100,9 +100,8 @@ def _rate_all(items: Sequence[QuestionItem], answers: Sequence[str]) -> list[boo
 def write_answers(items: Sequence[QuestionItem], sheets: dict[str, Sheet], path: Path) -> None:
     """Write every answer as CSV: a row for each question and model, `system` being `NAME` or `NAME-seed<k>`."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     columns = ["id", "video", "aspect", "format", "group", "question", "answer"]
-    writer.writerow([*columns, "system", "given", "right", "given_shuffled", "right_shuffled"])
+    rows: list[list[object]] = [[*columns, "system", "given", "right", "given_shuffled", "right_shuffled"]]
     for name, sheet in sheets.items():
         for index, item in enumerate(items):
             q = item.question
@@ -110,5 +109,6 @@ def write_answers(items: Sequence[QuestionItem], sheets: dict[str, Sheet], path:
             if sheet.shuffled is not None and sheet.right_shuffled is not None:
                 after = [sheet.shuffled[index], str(int(sheet.right_shuffled[index]))]
             facts = [q.id, q.video, q.aspect, q.format, q.group, q.text, q.answer]
-            writer.writerow([*facts, name, sheet.answers[index], int(sheet.right[index]), *after])
+            rows.append([*facts, name, sheet.answers[index], int(sheet.right[index]), *after])
+    write_csv(buffer, rows)
     write_atomically(path, buffer.getvalue())

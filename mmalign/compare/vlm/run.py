@@ -21,6 +21,7 @@ from mmalign.compare.systems.facts import SystemFacts, read_system
 from mmalign.compare.vlm.answers import Sheet, answer_questions, choose_questions, write_answers
 from mmalign.compare.vlm.config import QuestionConfig
 from mmalign.compare.vlm.results import FACTS, families, question_numbers, question_scores
+from mmalign.core.lock import locked_output
 from mmalign.data.prompts import Prompt
 from mmalign.data.video.items import QuestionItem
 
@@ -33,6 +34,11 @@ def compare_questions(config: QuestionConfig, *, train: bool = True, retrain: bo
     Raises:
         UserError, PipelineError: a model or the questions do not fit the config.
     """
+    with locked_output(Path(config.output), "output"):
+        return _compare(config, train=train, retrain=retrain)
+
+
+def _compare(config: QuestionConfig, *, train: bool, retrain: bool) -> Outcome:
     from mmalign.compare.vlm.gallery import question_gallery
 
     check_config(config)

@@ -26,19 +26,35 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a file without reading any row.
 
     Raises:
-        UserError: the file is missing, empty or no parquet file.
+        UserError: the file is missing, empty or no parquet file, or has two columns of one name.
     """
     try:
         # Pre-buffering would hold whole column chunks, that is every image of a row group, in memory.
-        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+        file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    names = file.schema_arrow.names
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise UserError(f"{path}: two columns are called '{repeated}'; rename one")
+    return file
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Return mmalign's metadata of a file (rewards, model, settings); empty for other files."""
+    """Return mmalign's metadata of a file (rewards, model, settings); empty for other files.
+
+    Raises:
+        UserError: the file is damaged, or its metadata is.
+    """
     raw = (open_parquet(Path(path)).schema_arrow.metadata or {}).get(METADATA_KEY)
-    return json.loads(raw) if raw else {}
+    try:
+        found = json.loads(raw) if raw else {}
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
+        raise UserError(
+            f"{path}: its metadata '{METADATA_KEY.decode()}' is not JSON ({reason}); write it again"
+        ) from None
+    return found if isinstance(found, dict) else {}
 
 
 def iterate_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -49,7 +65,9 @@ def iterate_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBat
 def _undamaged(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Yield batches; a damaged page is an error that names the file."""
     try:
-        yield from batches
+        for batch in batches:
+            batch.validate(full=True)  # text that is not UTF-8 too
+            yield batch
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); fetch or write it again") from None
 

@@ -102,7 +102,7 @@ def read_tempcompass(path: Path) -> list[VideoQuestion]:
 def _read_file(file: Path) -> list[VideoQuestion]:
     try:
         videos = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a readable JSON file ({error})") from None
     questions = []
     try:

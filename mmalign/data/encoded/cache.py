@@ -18,8 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.config.sections import DataConfig
+from mmalign.core.errors import UserError
+from mmalign.core.files import expand
 from mmalign.core.hashing import content_key, uniform
 from mmalign.core.io.images import Media, image_size, open_image, read_bytes
+from mmalign.core.progress import note
 from mmalign.core.seeds import derive_seed
 from mmalign.data.batches import PairBatch
 from mmalign.data.encoded.store import MEMORY_LIMIT, Rows, TensorStore
@@ -27,6 +30,7 @@ from mmalign.data.encoded.transforms import Decision, PairTransform
 from mmalign.data.pairs import PairRecord, PairTable
 from pipelines.conditioning import Conditioning
 
+SHOWN_FAULTS = 20
 RecordT = TypeVar("RecordT", covariant=True)
 
 
@@ -49,11 +53,12 @@ def build_pair_cache(
     The arguments are those of `encode_table`.
 
     Raises:
-        UserError: an image cannot be read; the message names the pair and the side.
+        UserError: an image cannot be read; the message names the pair and the side. See `encode_table`.
     """
-    margins = torch.tensor(table.margins(), dtype=torch.float32)
+    encoded = encode_table(table, pair_sides, generator, data, progress, batch_size, memory_limit)
+    margins = torch.tensor(table.margins(), dtype=torch.float32)[encoded["kept"]]
     return CachedPairs(
-        **encode_table(table, pair_sides, generator, data, progress, batch_size, memory_limit),
+        **encoded,
         margins=None if bool(margins.isnan().all()) else margins,
     )
 
@@ -99,15 +104,19 @@ def encode_table(
     newly done. Up to `memory_limit` bytes of latents, and as many of embeddings, are kept in memory; more is
     memory-mapped. An interrupted call loses at most the last shard.
 
+    With `data.on_bad: skip` a record with an image that cannot be read is left out, named and counted.
+
     Raises:
-        UserError: an image cannot be read.
+        UserError: an image cannot be read; with `skip`: no record is left.
     """
+    prompts = PromptEncoder(cache_folder(data), generator, batch_size).encode(table.prompts, memory_limit)
+    encoded = encode_sides(table, sides, generator, data, progress, batch_size, memory_limit)
     return {
-        "prompts": PromptEncoder(cache_folder(data), generator, batch_size).encode(table.prompts, memory_limit),
-        "prompt_slots": torch.tensor([table.prompt_index(index) for index in range(len(table))]),
+        "prompts": prompts,
+        "prompt_slots": torch.tensor([table.prompt_index(index) for index in encoded["kept"].tolist()]),
         "empty_slot": len(table.prompts),
         "caption_dropout": data.caption_dropout,
-        **encode_sides(table, sides, generator, data, progress, batch_size, memory_limit),
+        **encoded,
     }
 
 
@@ -124,25 +133,45 @@ def encode_sides(
     transform = PairTransform(data.resolution or generator.image_size, data.crop)
     flips = (False, True) if data.flip else (False,)
     images = _ImageEncoder(cache_folder(data), generator, transform, batch_size, flips)
-    slots = array("q")
-    for name, record in zip(table.ids, table, strict=True):
+    slots, kept, faults = array("q"), list[int](), list[str]()
+    for index, (name, record) in enumerate(zip(table.ids, table, strict=True)):
         decision = transform.decide(name)
-        for where, media in sides(record).items():
-            slots.extend(images.add(media, decision, f"{table.name}: {where}"))
+        try:
+            named = [(f"{table.name}: {where}", media) for where, media in sides(record).items()]
+            added = [images.add(media, decision, where) for where, media in named]
+        except UserError as error:
+            if data.on_bad == "error":
+                raise UserError(f"{error}; data.on_bad=skip leaves such records out") from None
+            faults.append(str(error))
+        else:
+            kept.append(index)
+            slots.extend(slot for side in added for slot in side)
         if progress is not None:
             progress(1)
+    _report(faults, len(table))
     return {
-        "ids": table.ids,
+        "kept": torch.tensor(kept, dtype=torch.long),
+        "ids": [table.ids[index] for index in kept],
         "latents": images.finish(memory_limit),
         "latent_keys": images.keys,
-        "slots": torch.tensor(slots, dtype=torch.long).reshape(len(table), -1, len(images.flips)),
+        "slots": torch.tensor(slots, dtype=torch.long).reshape(len(kept), -1, len(images.flips)),
         "resolution": transform.resolution,
     }
 
 
+def _report(faults: Sequence[str], count: int) -> None:
+    """Say which records are left out, since an image of theirs cannot be read; raise where none is left."""
+    if faults and len(faults) == count:
+        raise UserError(f"{faults[0]}; none of {count} can be encoded")
+    for fault in faults[:SHOWN_FAULTS]:
+        note(f"left out: {fault}")
+    if faults:
+        note(f"{len(faults)} of {count} are left out of the training, since they cannot be encoded")
+
+
 def cache_folder(data: DataConfig) -> Path:
     """Return the folder of what is encoded or computed once."""
-    return Path(data.cache or default_cache_dir()).expanduser()
+    return expand(data.cache or default_cache_dir())
 
 
 @dataclass(kw_only=True)
@@ -153,6 +182,8 @@ class CachedSides:
     never on the rest of the batch; flip and dropout are drawn once per sample and hold for all its sides.
     """
 
+    kept: Int[Tensor, " samples"]
+    """The records of the table that could be encoded, in its order; ids, slots and prompts are theirs alone."""
     ids: list[str]
     latents: Rows
     latent_keys: list[str]

@@ -53,10 +53,11 @@ def build_label_cache(
     Raises:
         UserError: an image cannot be read; the message names it.
     """
-    rejected = torch.tensor(table.rejected_indices())
+    encoded = encode_table(table, _image, generator, data, progress)
+    rejected = torch.tensor(table.rejected_indices())[encoded["kept"]]
     return CachedLabels(
-        **encode_table(table, _image, generator, data, progress),
-        good=torch.tensor(table.labels()),
+        **encoded,
+        good=torch.tensor(table.labels())[encoded["kept"]],
         rejected_slots=None if bool((rejected < 0).all()) else rejected,
     )
 

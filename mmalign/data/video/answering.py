@@ -183,6 +183,6 @@ def _read(path: Path) -> dict[str, str]:
         try:
             entry = json.loads(line)
             kept[entry["key"]] = entry["answer"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kept

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from mmalign.config.run import load_schema
-from mmalign.config.sections import DataConfig, Guidance, Share, StrictModel, check_tracker_names
+from mmalign.config.sections import DataConfig, Guidance, Output, Share, StrictModel, check_tracker_names
 from mmalign.core.errors import UserError
 
 
@@ -63,7 +63,7 @@ class LatentRewardConfig(StrictModel):
     """the generator that the reward is built from: a model directory, or a hub id 'organisation/name'"""
     data: DataConfig
     """the training pairs"""
-    output: str
+    output: Output
     """folder of the reward"""
     guidance: Guidance = 7.5
     """visual feature enhancement: guidance of the middle block's features; 1: none, and half the cost"""

@@ -67,6 +67,8 @@ def train_reward(config: LatentRewardConfig, *, resume: str = "auto") -> Path:
     recipe_of = _recipe(config, generator.model_id)
     with accelerator.main_process_first(), track(len(table), "encode", unit="pairs") as job:
         sides = CachedSides(**encode_sides(table, pair_sides, generator, config.data, progress=job.advance))
+    if len(sides) < len(table):
+        raise UserError(f"{config.data.pairs}: {len(table) - len(sides)} pairs cannot be encoded; leave them out")
     learned, held_out = split(table, sides, config.held_out, config.trainer.seed)
     run = Run(generator, seed=config.trainer.seed)
     recipe = {"data.content": data_id(table, sides), **recipe_of}
