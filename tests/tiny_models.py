@@ -257,6 +257,7 @@ def build_tiny_z_image(path: str | Path, *, seed: int = 0) -> str:
         torch.manual_seed(seed)
         vocabulary = byte_tokenizer({}).get_vocab()
         tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+        tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
         tokenizer.chat_template = (
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

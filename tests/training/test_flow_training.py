@@ -186,6 +186,7 @@ def test_density_and_guidance_of_the_recipe_reach_the_training(
     assert '"embedded_guidance": 2.0' in config
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_resumed(models: dict[str, str], data: dict[str, Path], tmp_path: Path) -> None:
     prompts = tmp_path / "held-out.txt"
     prompts.write_text("a red circle\na blue star\n")

@@ -65,7 +65,8 @@ class ImageTask(Task[Generator]):
 
     def check(self, config: RunConfig) -> None:
         """Check the model's family, and the prompts and rewards of the evaluation."""
-        check_family(config)
+        if Path(resolve_model(config.model)).is_dir():  # that of a hub id is checked when it is fetched
+            check_family(config)
         if config.evaluate:
             check_evaluation(config.evaluate)
 
@@ -88,6 +89,7 @@ class ImageTask(Task[Generator]):
 
     def load_model(self, config: RunConfig, path: str, device: Any) -> Generator:
         """Return the generator; its encoders are loaded when they are first used."""
+        check_family(config)
         return load_generator(
             path,
             dtype="float32",
