@@ -123,8 +123,16 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
 
 def run(args: argparse.Namespace) -> int:
     """Make the images and say where they lie."""
+    from mmalign.core.lock import locked_output
+
     sampling = read_sampling(args)
     prompts = read_prompts(args.prompts, args.limit)
+    with locked_output(Path(args.out)):
+        _complete(args, sampling, prompts)
+    return 0
+
+
+def _complete(args: argparse.Namespace, sampling: Sampling, prompts: list[Prompt]) -> None:
     folder = _Folder(args.out, prompts, args.seeds)
     folder.check_settings(_settings(sampling))
     missing = folder.missing()
@@ -135,7 +143,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{total} images ({new} new) of {len(prompts)} prompts: {args.out}")
     if args.grid:
         print(f"grid: {folder.write_grid()}")
-    return 0
 
 
 def _settings(sampling: Sampling) -> dict[str, Any]:

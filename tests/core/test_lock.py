@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mmalign.cli import main
 from mmalign.core.errors import UserError
 from mmalign.core.lock import locked_output
 
@@ -119,3 +120,20 @@ def test_without_file_locks_of_the_system_the_content_decides(tmp_path: Path, mo
     (tmp_path / ".lock").write_text(json.dumps({**owner, "pid": os.getppid()}))  # a process that is alive
     with pytest.raises(UserError, match=f"process {os.getppid()} on"), locked_output(tmp_path, "output"):
         pass
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "assets/shapes-sd", "--prompts", "text:star", "--steps", "2"],
+        ["pairs", "sample", "assets/shapes-sd", "--prompts", "text:star", "--steps", "2"],
+    ],
+)
+def test_commands_that_draw_refuse_a_folder_that_another_process_holds(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = {"host": "elsewhere", "pid": 7, "started": "2026-01-01T00:00:00+00:00"}
+    (tmp_path / ".lock").write_text(json.dumps(held))
+    assert main([*command, "--out", str(tmp_path)]) == 2
+    assert "process 7 on elsewhere writes there" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

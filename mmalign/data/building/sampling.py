@@ -15,6 +15,7 @@ from mmalign.core.errors import UserError
 from mmalign.core.hashing import content_key
 from mmalign.core.io.images import encode_png
 from mmalign.core.io.parquet import ForwardReader, atomic_parquet, iterate_columns, read_metadata
+from mmalign.core.lock import locked_output
 from mmalign.core.progress import track
 from mmalign.core.seeds import derive_seed
 from mmalign.data.building.generation import GeneratedImage, generate_images
@@ -91,10 +92,23 @@ def sample_images(
     prompts or images adds to the finished ones. `open_generator` is called only if an image is missing.
 
     Raises:
-        UserError: `out` holds images made with other settings, or images_per_prompt is not positive.
+        UserError: `out` holds images made with other settings, another process writes there, or images_per_prompt is
+            not positive.
     """
     if images_per_prompt < 1:
         raise UserError(f"images_per_prompt {images_per_prompt}: must be at least 1")
+    with locked_output(out):
+        return _complete(open_generator, prompts, out, settings, images_per_prompt, batch_size)
+
+
+def _complete(
+    open_generator: Callable[[], Any],
+    prompts: Sequence[Prompt],
+    out: Path,
+    settings: SampleSettings,
+    images_per_prompt: int,
+    batch_size: int,
+) -> SampleCounts:
     unique: dict[str, Prompt] = {}
     for prompt in prompts:
         unique.setdefault(prompt_id(prompt.text), prompt)
