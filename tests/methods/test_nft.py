@@ -252,7 +252,7 @@ def test_the_loss_is_the_objective_times_the_clip(run: Run) -> None:
 def test_models_that_predict_noise_are_refused_before_anything_is_encoded(tmp_path: Path) -> None:
     noise = build_tiny_sd(tmp_path / "epsilon")
     shutil.rmtree(tmp_path / "epsilon" / "text_encoder")
-    with pytest.raises(UserError, match="predict a velocity .* this one predicts epsilon, .*choose ddpo or prdp"):
+    with pytest.raises(UserError, match="predict a velocity .* this one predicts epsilon: .*choose ddpo or prdp"):
         train(online_config(noise, tmp_path / "out", NFT_RUN))
 
 
