@@ -16,6 +16,7 @@ PEERS = (
     "inpo",
     "dense_dpo",
     "ddpo",
+    "nft",
     "trl_ddpo",
     "diffusion_dro",
     "align_prop",

@@ -49,6 +49,7 @@ methods = Registry(
         "inpo": "mmalign.methods.inpo:InPO",
         "lpo": "mmalign.methods.lpo:LPO",
         "mapo": "mmalign.methods.mapo:MaPO",
+        "nft": "mmalign.methods.nft:NFT",
         "prdp": "mmalign.methods.prdp:PRDP",
         "rdpo": "mmalign.methods.rdpo:RDPO",
         "rrpo": "mmalign.methods.rrpo:RRPO",

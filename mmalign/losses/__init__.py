@@ -9,6 +9,7 @@ from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
 from mmalign.losses.dpo import beta_of_gap, chosen_anchor, dpo, dpo_logit
 from mmalign.losses.latent_reward import latent_reward, pair_weights
 from mmalign.losses.mapo import mapo, mapo_likelihood, mapo_logit
+from mmalign.losses.nft import nft, old_policy_decay, optimality
 from mmalign.losses.pair_loss import pair_loss
 from mmalign.losses.policy_gradient import clamped_policy_gradient, clipped_policy_gradient, gaussian_kl
 from mmalign.losses.prdp import prdp
@@ -45,7 +46,10 @@ __all__ = [
     "mapo",
     "mapo_likelihood",
     "mapo_logit",
+    "nft",
     "noise_level_weight",
+    "old_policy_decay",
+    "optimality",
     "pair_loss",
     "pair_weights",
     "prdp",

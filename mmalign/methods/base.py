@@ -200,3 +200,10 @@ class Method(ABC, Generic[ConfigT]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return tensors of the method between rounds, such as an earlier policy; saved with every checkpoint."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` returned."""

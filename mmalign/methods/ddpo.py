@@ -6,19 +6,19 @@ rewards of the prompt, is the advantage of all its steps. `kl_weight` adds DPOK'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mmalign.core.distributed import gather, rank
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import clamped_policy_gradient, clipped_policy_gradient
 from mmalign.losses.advantages import PromptStatistics, Spread, group_advantages
 from mmalign.methods.base import LossOutput
+from mmalign.methods.mini_batches import round_advantages
 from mmalign.methods.run import Run
 from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
 
@@ -87,17 +87,8 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[Rollout]:
         """Sample, score, and turn the rewards of the whole round, on all ranks, into advantages."""
         rollouts = super().collect(run, batches)
-        prompts = [prompt for rollout in rollouts for prompt in rollout.samples.prompts]
-        rewards = torch.cat([rollout.rewards for rollout in rollouts])
-        everywhere = gather((prompts, rewards.tolist()))
-        all_prompts = [prompt for theirs, _ in everywhere for prompt in theirs]
-        all_rewards = rewards.new_tensor([reward for _, theirs in everywhere for reward in theirs])
-        if self.config.advantage == "group":
-            found = group_advantages(all_prompts, all_rewards, clip=self.config.advantage_clip, spread=self.spread)
-        else:
-            found = self.statistics.advantages(all_prompts, all_rewards)
-        mine = found[rank() * len(prompts) :][: len(prompts)]
-        for rollout, advantages in zip(rollouts, mine.split([len(r.rewards) for r in rollouts]), strict=True):
+        found = round_advantages([(one.samples.prompts, one.rewards) for one in rollouts], self._advantages)
+        for rollout, advantages in zip(rollouts, found, strict=True):
             rollout.advantages = advantages
         return rollouts
 
@@ -117,6 +108,11 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
         if batch.wanted is not None:
             losses, clipped = losses[batch.wanted[steps]], clipped[batch.wanted[steps]]
         return LossOutput(losses.mean(), {"clipped": clipped.float().mean()})
+
+    def _advantages(self, prompts: Sequence[str], rewards: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        if self.config.advantage == "group":
+            return group_advantages(prompts, rewards, clip=self.config.advantage_clip, spread=self.spread)
+        return self.statistics.advantages(prompts, rewards)
 
     def _drawn(self, run: Run, batch: Rollout) -> Bool[Tensor, "steps batch"]:
         """Return which steps each image is trained on: as many for all, at least one."""

@@ -2,13 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmalign.core.distributed import gather, rank
 from mmalign.core.errors import UserError
+
+
+class Samples(Protocol):
+    """Samples of one micro-batch with their rewards, of which some can be taken."""
+
+    rewards: Tensor
+
+    def select(self, rows: Int[Tensor, " rows"], share: float, first_pass: bool) -> Any:
+        """Return some of the samples, by their numbers; `share` is the weight of their loss."""
+
+
+SamplesT = TypeVar("SamplesT", bound=Samples)
+
+
+def round_advantages(
+    round_of: Sequence[tuple[Sequence[str], Tensor]], compute: Callable[[Sequence[str], Tensor], Tensor]
+) -> list[Float[Tensor, " batch"]]:
+    """Return the advantages of each micro-batch's samples, given prompts and rewards [B] of each.
+
+    `compute` is given the prompts and rewards of the whole round, of all processes.
+    """
+    prompts = [prompt for theirs, _ in round_of for prompt in theirs]
+    rewards = torch.cat([theirs for _, theirs in round_of])
+    everywhere = gather((prompts, rewards.tolist()))
+    all_prompts = [prompt for theirs, _ in everywhere for prompt in theirs]
+    found = compute(all_prompts, rewards.new_tensor([reward for _, theirs in everywhere for reward in theirs]))
+    mine = found[rank() * len(prompts) :][: len(prompts)]
+    return list(mine.split([len(theirs) for _, theirs in round_of]))
+
+
+def cut_round(
+    held: Sequence[SamplesT], passes: int, parts: int, *, unit: int, source: Callable[[int], torch.Generator]
+) -> list[list[SamplesT]]:
+    """Pass over a round several times, each time shuffled and cut into mini-batches, one optimiser step each.
+
+    `unit` samples in a row stay together; `source` gives the generator of the order of each pass.
+
+    Raises:
+        UserError: there are more mini-batches than units.
+    """
+    if parts == 1:
+        return [list(held)] * passes
+    owner, number = places([len(samples.rewards) // unit for samples in held])
+    check_parts(len(owner), parts, "prompts" if unit > 1 else "images")
+    steps = []
+    for turn in range(passes):
+        for part in shuffled_parts(len(owner), parts, source(turn)):
+            step = []
+            for index in owner[part].unique().tolist():
+                units = number[part[owner[part] == index]].sort().values
+                rows = (unit * units.unsqueeze(1) + torch.arange(unit)).flatten()
+                step.append(held[index].select(rows, len(held) * len(units) / len(part), turn == 0))
+            steps.append(step)
+    return steps
 
 
 def shuffled_parts(count: int, parts: int, source: torch.Generator) -> list[Int[Tensor, " part"]]:

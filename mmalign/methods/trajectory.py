@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, ClassVar, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import denoising_error, gaussian_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
-from mmalign.methods.mini_batches import check_parts, places, shuffled_parts
+from mmalign.methods.mini_batches import cut_round
 from mmalign.methods.run import WATCHED, Run
 from pipelines import Kernel, ddim, sample
 from pipelines.guidance import guided_predictor
@@ -204,22 +205,10 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
 
     def split(self, run: Run, collected: Iterable[Rollout]) -> Sequence[Sequence[Rollout]]:
         """Pass over the round `updates_per_round` times, each time shuffled and cut into `mini_batches`."""
-        c, held = self.config, list(collected)
-        if c.mini_batches == 1:
-            return [held] * c.updates_per_round
+        c = self.config
         unit = c.images_per_prompt if self.compares_images else 1
-        owner, number = places([len(rollout.rewards) // unit for rollout in held])
-        check_parts(len(owner), c.mini_batches, "prompts" if self.compares_images else "images")
-        steps = []
-        for turn in range(c.updates_per_round):
-            for part in shuffled_parts(len(owner), c.mini_batches, run.random("mini-batches", run.step, turn)):
-                step = []
-                for index in owner[part].unique().tolist():
-                    units = number[part[owner[part] == index]].sort().values
-                    rows = (unit * units.unsqueeze(1) + torch.arange(unit)).flatten()
-                    step.append(held[index].select(rows, len(held) * len(units) / len(part), turn == 0))
-                steps.append(step)
-        return steps
+        source = partial(run.random, "mini-batches", run.step)
+        return cut_round(list(collected), c.updates_per_round, c.mini_batches, unit=unit, source=source)
 
     def sampler(self, run: Run) -> AbstractContextManager[None]:
         """Return the context for sampling; by default the policy itself samples."""

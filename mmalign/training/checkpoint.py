@@ -2,7 +2,8 @@
 
     <output>/checkpoints/step_00000400/
         weights.safetensors     trainable parameters        optimizer.safetensors   its moments
-        ema.safetensors         their average, if kept      state.json              step, recipe, gradient scaler
+        ema.safetensors         their average, if kept      method.safetensors      tensors of the method, if any
+        state.json              step, recipe, gradient scaler
 
 It holds no state of a random generator: every draw of a run is a function of (seed, sample, epoch) or
 (seed, step). A directory is written aside and renamed when complete, so an interrupted save leaves the last one

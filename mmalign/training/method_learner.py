@@ -91,6 +91,8 @@ class MethodLearner(Learner):
             "rounds": self.rounds,
             "steps_left_of_round": len(self._pending),
         }
+        if held := self.method.tensors():
+            tensors["method"] = held
         if self.ema:
             tensors["ema"] = self.ema.shadow
             values["ema_updates"] = self.ema.updates
@@ -113,3 +115,4 @@ class MethodLearner(Learner):
             self.ema.load(saved.tensors["ema"], saved.values["ema_updates"])
         self.rounds = saved.values.get("rounds", saved.step // self.method.updates_per_round)
         self.method.load_state_dict(saved.values["method"])
+        self.method.load_tensors(saved.tensors.get("method", {}))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from invariant.trajectories import ANSWERS, IMAGES, answer_run, build_models, image_run
+from invariant.trajectories import ANSWERS, IMAGES, NEEDS_VELOCITY, answer_run, build_models, image_run
 from tiny_runs import losses
 
 TKTO = {"tkto": {"objective": "tkto"}}
@@ -49,7 +49,8 @@ def whole(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> C
 def train_it(name: str, models: dict[str, str], folder: Path, **changes: Any) -> Path:
     changes = {**COMMON, "learning_rate": LEARNING_RATE.get(name, 1e-4), **changes}
     if name in (*IMAGES, *TKTO):
-        return image_run("tpo" if name in TKTO else name, models["sd15"], folder, TKTO.get(name), **changes)
+        model = models["sd21-v" if name in NEEDS_VELOCITY else "sd15"]
+        return image_run("tpo" if name in TKTO else name, model, folder, TKTO.get(name), **changes)
     return answer_run(name, models["vlm"], folder, count=8 if name == "temple" else 6, **changes)
 
 

@@ -47,7 +47,16 @@ IMAGES: dict[str, dict[str, Any]] = {
     "smpo": {"inversion_steps": 2},
     "spo": {**SAMPLER, "candidates": 2, "threshold": [0.0, 0.0]},
     "tpo": {},
+    "nft": {
+        "sampling_steps": 3,
+        "images_per_prompt": 2,
+        "levels": 2,
+        "updates_per_round": 2,
+        "old_decay": [0, 0.1, 0.5],
+    },
 }
+NEEDS_VELOCITY = {"nft"}
+"""Methods for models that predict a velocity."""
 ANSWERS: dict[str, dict[str, Any]] = {
     "vlm_sft": {},
     "vlm_dpo": {"anchor_weight": 1.0},
@@ -201,7 +210,9 @@ def runs(models: dict[str, str]) -> dict[str, Callable[[Path], dict[str, Any]]]:
     for place, name in enumerate(IMAGES):
         kind = {"kind": "full"} if place % 4 == 3 else {"kind": "lora", "rank": 4}
 
-        def drawn(folder: Path, name: str = name, model: str = models[families[place % 3]], kind: Any = kind) -> Any:
+        family = "sd21-v" if name in NEEDS_VELOCITY else families[place % 3]
+
+        def drawn(folder: Path, name: str = name, model: str = models[family], kind: Any = kind) -> Any:
             output = image_run(name, model, folder, adapter=kind)
             return {"metrics": metrics(output), "weights": weights(output), "picture": picture(output)}
 
