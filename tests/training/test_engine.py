@@ -96,6 +96,7 @@ def test_what_lies_in_the_output(world: dict[str, Any], tmp_path: Path) -> None:
     names = {path.name for path in output.iterdir()}
     assert names == {
         "pytorch_lora_weights.safetensors",
+        "lora_kohya.safetensors",
         "mmalign.json",
         "config.yaml",
         "README.md",
