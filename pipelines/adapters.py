@@ -151,9 +151,9 @@ def _config(layers: dict[str, LoraLayer]) -> Any:
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
 
     def pattern(of: Callable[[LoraLayer], Any], usual: Any, values: Iterable[Any]) -> dict[str, Any]:
-        # One pattern a value: peft tries every pattern on every layer.
+        # One pattern a value: peft tries every pattern on every layer, at the end of its name.
         return {
-            "|".join(re.escape(name) for name, layer in layers.items() if of(layer) == value): value
+            "^(?:" + "|".join(re.escape(name) for name, layer in layers.items() if of(layer) == value) + ")": value
             for value in values
             if value != usual
         }
@@ -163,7 +163,7 @@ def _config(layers: dict[str, LoraLayer]) -> Any:
         lora_alpha=cast(int, alpha),
         rank_pattern=pattern(lambda layer: layer.rank, rank, ranks),
         alpha_pattern=pattern(lambda layer: layer.alpha, alpha, alphas),
-        target_modules=sorted(layers),
+        target_modules="|".join(map(re.escape, sorted(layers))),  # a text is matched with whole names
         use_dora=any(layer.magnitude is not None for layer in layers.values()),
     )
 

@@ -119,6 +119,9 @@ class DiffusersPipeline:
             )
         scale = next((name for name in GUIDANCE_NAMES if name in self._takes), None)
         options: dict[str, Any] = {scale: guidance} if scale else {}
+        if "true_cfg_scale" in self._takes and "negative_prompt" in self._takes and guidance != 1:
+            # Guidance by a second prediction; the other scale is then an input of distilled models alone.
+            options |= {"true_cfg_scale": guidance, "negative_prompt": [" "] * len(prompts)}
         random = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         try:
             made = self.pipe(

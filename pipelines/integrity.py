@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -34,8 +35,11 @@ def explain_loading(load: Callable[Given, Loaded]) -> Callable[Given, Loaded]:
         except (PipelineError, MemoryError, NameError, AssertionError):  # the last two are faults of ours
             raise
         except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError":
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):
                 raise
+            if "CUDA" in str(error) or "NVIDIA" in str(error):
+                raise PipelineError(f"cannot load {args[0] if args else 'the model'}: {reason(error)}.") from error
             name = args[0] if args else options.get("name_or_path")
             raise PipelineError(
                 f"cannot load {name}: {reason(error)}; its configuration or weights are damaged."

@@ -212,6 +212,7 @@ def write_lora(folder: Path, layers: Mapping[str, LoraLayer], network: Any) -> N
     save_file(_plain(state), folder / WEIGHTS_NAME, metadata={"format": "pt"})
     kohya = kohya_names(network)
     if not set(layers) <= set(kohya):
+        (folder / KOHYA_NAME).unlink(missing_ok=True)  # of an earlier export, and read before diffusers'
         return
     state = {}
     for name, layer in layers.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,16 @@ def _configuration(file: Path, kind: str, repo: str) -> Path:
     except (OSError, ValueError):
         found = beside
     if (found / INDEX).is_file():
+        if kind == "Stable Diffusion 2":
+            warnings.warn(
+                f"{file} is read as {repo} is configured, with v-prediction at 768 pixels; for a checkpoint of"
+                f" another base put its configuration into {beside}.",
+                stacklevel=3,
+            )
         return found
     raise PipelineError(
         f"{file} is a {kind} checkpoint, whose configuration and tokenizer are not on this machine; fetch them once:"
-        f" `hf download {repo} --include '*.json' '*.txt' --local-dir {beside}`."
+        f" `hf download {repo} --include '*.json' --include '*.txt' --local-dir {beside}`."
     )
 
 

@@ -122,6 +122,10 @@ def check_recipe(values: dict[str, Any], foreign: bool = True) -> list[ConfigIss
     issues = [*_check_source(values, method), *_check_modality(values, method)]
     issues += _check_rewards(values, method, foreign)
     issues += [*_check_adapter(_mapping(values, "adapter")), *_check_warmup(_mapping(values, "trainer"))]
+    again = "rounds" if _mapping(values, "rounds") else "stages" if "stages" in _mapping(values, "method") else ""
+    if again and _mapping(values, "adapter").get("start") is not None:
+        fix = f"would be added again to the model of each of the {again}; merge it first (`mmalign merge`)"
+        issues.append(ConfigIssue(("adapter", "start"), f"{fix} and start from that as `model`"))
     return issues
 
 
@@ -251,7 +255,7 @@ def _check_reward(path: KeyPath, name: str, method: Any) -> Iterator[ConfigIssue
 def _check_adapter(adapter: dict[str, Any]) -> Iterator[ConfigIssue]:
     if adapter.get("kind") != "full":
         return
-    for key in ("rank", "alpha", "targets"):
+    for key in ("rank", "alpha", "targets", "init", "start"):
         if adapter.get(key) is not None:
             yield ConfigIssue(("adapter", key), "applies to kind: lora only, and kind is full; remove it")
 

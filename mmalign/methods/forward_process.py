@@ -72,7 +72,7 @@ class ForwardProcessConfig(TimestepRange):
             raise ValueError(
                 f"levels {self.levels} of level_grid: sampler are more than sampling_steps {self.sampling_steps}"
             )
-        if self.level_grid == "sampler" and "timesteps" in self.model_fields_set:
+        if self.level_grid == "sampler" and self.timesteps != (0.0, 1.0):
             raise ValueError("timesteps is for level_grid: schedule; remove it")
         return self
 
@@ -168,7 +168,17 @@ class ForwardProcessMethod(Method[ConfigT]):
             raise UserError(f"method.levels {c.levels} are more than the {high - low} levels of method.timesteps")
 
     def begin(self, run: Run) -> None:
-        """Copy the trainable weights: the old policy starts as the policy."""
+        """Copy the trainable weights: the old policy starts as the policy.
+
+        Raises:
+            UserError: the recipe asks for a density of noise levels, which equal parts of the schedule do not follow.
+        """
+        density, c = getattr(run.process, "density", None), self.config
+        if density is not None and density.kind != "uniform" and (c.levels > 1 or c.level_grid == "sampler"):
+            raise UserError(
+                f"flow.density {density.kind}: method '{self.name}' spreads its noise levels over the whole schedule; "
+                "remove it, or set method.levels: 1"
+            )
         named = run.generator.network.named_parameters()
         self.old = Shadow({name: one for name, one in named if one.requires_grad})
 
@@ -260,7 +270,8 @@ class ForwardProcessMethod(Method[ConfigT]):
             order = torch.randperm(len(batch.grid), generator=run.random("levels", name, batch.samples.epoch, update))
             return batch.grid[order[level]]
         low, high = c.timestep_bounds(run.process.num_train_timesteps)
-        low, high = (low + (high - low) * end // c.levels for end in (level, level + 1))
+        if c.levels > 1:
+            low, high = (low + (high - low) * end // c.levels for end in (level, level + 1))
         source = run.random("levels", name, batch.samples.epoch, update, level)
         return run.process.sample_timesteps(1, generator=source, low=low, high=high)[0]
 

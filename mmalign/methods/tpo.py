@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmalign.core.errors import UserError
@@ -40,6 +40,15 @@ class TPOConfig(TimestepRange):
     rejected_rise: float | None = Field(None, gt=0)
     """tdpo: bound on the rise of the error under the rejected caption, without a gradient beyond; null: 6 / beta, by
     which that side adds 3 to the logit at most; .inf: no bound, and the images fall apart"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_bound(cls, values: Any) -> Any:
+        # Written out, so that the record of a run says which bound it had.
+        beta = values.get("beta", 2000.0) if isinstance(values, dict) else None
+        if isinstance(beta, int | float) and beta > 0 and values.get("rejected_rise") is None:
+            return {**values, "rejected_rise": LOGIT_BOUND * 2 / beta}
+        return values
 
     @property
     def bound(self) -> float:

@@ -30,6 +30,8 @@ from mmalign.core.progress import note
 from mmalign.training.optim import learning_rate_factor, warmup_steps
 
 FORMAT = 2
+BEFORE: dict[str, Any] = {"method.advantage_epsilon": 1e-8, "method.advantage_floor": 0.0}
+"""What runs did before a key existed, where it is not the key's default."""
 WARMUP_IN_STEPS = "trainer.warmup, in steps"
 """What earlier versions kept of a constant schedule, in place of its warm-up and number of steps."""
 _PARTIAL, _ABANDONED = ".partial", ".abandoned"
@@ -137,6 +139,7 @@ def check_same_recipe(saved: dict[str, Any], current: dict[str, Any], path: Path
     options = method.Config if method else None
     saved = current_recipe(saved, RunConfig, options)
     new = {key: default_of(key, RunConfig, options) for key in current.keys() - saved.keys()}
+    new |= {key: value for key, value in BEFORE.items() if key in new}
     saved |= json.loads(json.dumps({key: value for key, value in new.items() if value is not ...}, default=str))
     current = json.loads(json.dumps(current, default=str))
     if WARMUP_IN_STEPS in saved:

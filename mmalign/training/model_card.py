@@ -46,7 +46,7 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
         "method": f"`{method}`, {_options(config.method_options)}",
         "data": f"`{data}`",
         "trained": _adapter(config) if lora else task.card.all_weights,
-        **({"for ComfyUI, Forge and kohya": f"`{KOHYA_NAME}`"} if lora and config.modality == "image" else {}),
+        **({"for ComfyUI, Forge and kohya": f"`{KOHYA_NAME}`"} if lora and (output / KOHYA_NAME).is_file() else {}),
         "exported weights": f"moving average ({config.trainer.ema:g})" if config.trainer.ema else "last step",
         "seed": config.trainer.seed,
         **facts,

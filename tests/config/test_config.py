@@ -431,3 +431,30 @@ def test_values_and_sections_given_in_python_are_read_by_the_same_rules() -> Non
     assert "the arguments: trainer.stpes: unknown key; did you mean 'steps'?" in str(error.value)
     with pytest.raises(UserError, match="the config given: extends: give the name"):
         load_config({"extends": 3})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "more", "found"),
+    [
+        ({"kind": "full", "start": "lora"}, {}, "adapter.start: applies to kind: lora only"),
+        ({"kind": "full", "init": "kaiming"}, {}, "adapter.init: applies to kind: lora only"),
+        (
+            {"start": "lora"},
+            {"data": {}, "rounds": {"count": 2, "prompts": "p.txt", "rewards": [{"name": "clip"}]}},
+            "adapter.start: would be added again to the model of each of the rounds",
+        ),
+    ],
+)
+def test_an_adapter_that_the_run_would_misuse_is_refused(adapter, more, found, tmp_path):
+    values = {
+        "model": "m",
+        "method": {"name": "sft"},
+        "data": {"pairs": "p"},
+        "output": "o",
+        "adapter": adapter,
+        **more,
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=found):
+        load_config(path)

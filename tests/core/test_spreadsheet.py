@@ -31,6 +31,16 @@ def test_a_text_and_its_cell(text, cell):
     assert escape(text) == cell and unescape(cell) == text
 
 
+@pytest.mark.parametrize("text", ["\rx", "a cat\r=HYPERLINK(1)", "two\nlines", "\r\n", 'a "quoted", one'])
+def test_line_ends_stay_within_their_cell(tmp_path, text):
+    path = tmp_path / "table.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        write_csv(file, [["prompt", "score"], [text, 1.5]])
+    with path.open(newline="", encoding="utf-8") as file:
+        (header, (cell, score)) = csv.reader(file)
+    assert header == ["prompt", "score"] and (unescape(cell), score) == (text, "1.5")
+
+
 def test_numbers_are_not_text():
     file = io.StringIO()
     write_csv(file, [["a", "b", "c"], [-1.5, -2, None], ["-1.5", "=2", "x"]])

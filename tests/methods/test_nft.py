@@ -256,6 +256,11 @@ def test_models_that_predict_noise_are_refused_before_anything_is_encoded(tmp_pa
         train(online_config(noise, tmp_path / "out", NFT_RUN))
 
 
+def test_levels_of_the_sampler_survive_a_written_config() -> None:
+    config = NFTConfig(level_grid="sampler", levels=5)
+    assert NFTConfig(**config.model_dump(mode="json")) == config
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -14,7 +14,7 @@ from lora_tools import a1111_name, apply_by_hand, comfy_key_map, comfy_layers, k
 from safetensors.torch import load_file, save_file
 
 from pipelines import PipelineError, adapters, load_generator
-from pipelines.lora_files import KOHYA_NAME, WEIGHTS_NAME, read_lora
+from pipelines.lora_files import KOHYA_NAME, WEIGHTS_NAME, LoraLayer, read_lora
 
 EVERY = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 CONV = ["conv1", "conv2", "time_emb_proj", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
@@ -317,3 +317,19 @@ def test_dora_is_used_whole_or_not_at_all(tmp_path: Path) -> None:
     ):
         with pytest.raises(PipelineError, match="DoRA"):
             refused()
+
+
+def test_layers_whose_names_end_alike_are_told_apart() -> None:
+    # FLUX.1 has `proj_out` both in its blocks and at its end; here with ranks of their own.
+    network = torch.nn.ModuleDict({"proj_out": torch.nn.Linear(6, 6)})
+    network["blocks"] = torch.nn.ModuleDict({"proj_out": torch.nn.Linear(6, 6), "other": torch.nn.Linear(6, 6)})
+    random = torch.Generator().manual_seed(0)
+
+    def layer(rank: int) -> LoraLayer:
+        return LoraLayer(torch.randn(rank, 6, generator=random), torch.randn(6, rank, generator=random), float(rank))
+
+    for layers in ({"proj_out": layer(2)}, {"proj_out": layer(2), "blocks.proj_out": layer(1)}):
+        adapted = copy.deepcopy(network)
+        adapters.attach(adapted, adapters._config(layers))
+        found = adapters.adapter_layers(adapted)
+        assert {name: one.rank for name, one in found.items()} == {name: one.rank for name, one in layers.items()}

@@ -21,6 +21,7 @@ from tiny_runs import losses, run_config, write_pairs
 
 from mmalign.config.run import RunConfig, dump_config
 from mmalign.core.errors import UserError
+from mmalign.methods import methods
 from mmalign.training.checkpoint import (
     Checkpoint,
     DiskFull,
@@ -199,6 +200,17 @@ def test_a_finished_run_goes_on_with_more_steps_by_their_schedule(
     assert {step: rates[step] for step in first} == first
     expected = {5 + step: 1e-3 * (0.5 + 0.5 * math.cos(math.pi * step / 4)) for step in range(4)}
     assert {step: rates[step] for step in range(5, 9)} == pytest.approx(expected)
+
+
+def test_what_runs_did_before_a_key_existed_counts(tmp_path: Path) -> None:
+    saved = {"method.name": "ddpo", "data.content": "ab"}
+    with pytest.raises(UserError, match=r"method.advantage_epsilon was 1e-08, now 0.0001"):
+        check_same_recipe(saved, {**saved, "method.advantage_epsilon": 1e-4}, tmp_path)
+    check_same_recipe(saved, {**saved, "method.advantage_epsilon": 1e-8, "method.advantage_floor": 0.0}, tmp_path)
+    tpo = {"method.name": "tpo", "method.beta": 200.0, "method.rejected_rise": None}  # that was no bound
+    bound = methods.get("tpo").Config(beta=200.0).model_dump()["rejected_rise"]
+    with pytest.raises(UserError, match=r"method.rejected_rise was None, now 0.03"):
+        check_same_recipe(tpo, {**tpo, "method.rejected_rise": bound}, tmp_path)
 
 
 def test_a_checkpoint_that_kept_its_warm_up_in_steps_still_resumes(tmp_path: Path) -> None:

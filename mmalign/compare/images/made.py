@@ -119,7 +119,12 @@ def _by_name(folder: Path, paths: Sequence[Path], count: int) -> _Found:
                 "0007/0.png, or give prompts by metadata.jsonl or NAME.txt"
             )
         numbered.setdefault(index, []).append((_numbers(inside.stem)[0] if grouped else seed, path))
-    first = 1 if 0 not in numbered and count in numbered else 0
+    first = 1 if 0 not in numbered and max(numbered, default=0) == count else 0
+    if 0 not in numbered and max(numbered, default=0) > count:
+        raise UserError(
+            f"{folder}: no image is of the number 0, and there are more than the {count} prompts, so that it is not"
+            " clear whether they are counted from 0 or from 1; give prompts by metadata.jsonl or NAME.txt"
+        )
     return {index - first: _placed(held) for index, held in numbered.items() if first <= index < first + count}
 
 

@@ -14,7 +14,7 @@ _ARTICLES = {"a", "an", "the"}
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 _NEGATIONS = {"no", "not", "never", "none", "nothing", "neither", "nor", "without"}
-_JOINING = _NEGATIONS | {"and", "or", "then", "but", "instead", "either", "before", "after"}
+_JOINING = _NEGATIONS | {"and", "or", "then", "but", "instead", "either", "before", "after", "from"}
 """Words with which an answer says more than the expected one, or its contrary."""
 _WORD = re.compile(r"\d+(?:\.\d+)?|\w+")
 _LEAD = re.compile(
@@ -23,7 +23,9 @@ _LEAD = re.compile(
     re.I,
 )
 _LETTER = re.compile(r"\s*\(?([a-h])(?:[).:,]+\s*|\s*$)(.*)", re.I | re.S)
-_LETTER_AFTER_LEAD = re.compile(r"\(?([a-h]|\d)\b[).:,]*\s*(.*)", re.I | re.S)
+_LETTER_AFTER_LEAD = re.compile(r"\(?(?:([b-h])\b[).:,]*\s*|(a|\d)(?:[).:,]+\s*|\s*$))(.*)", re.I | re.S)
+_PERHAPS_LETTER = re.compile(r"A\s+\w")
+"""After "The answer is": an option, or an article in capitals."""
 
 
 def match_answer(given: str, expected: str) -> bool | None:
@@ -49,13 +51,13 @@ def match_answer(given: str, expected: str) -> bool | None:
         return _match_polarity(_words(_LEAD.sub("", given, count=1)) or said, wanted)
     if len(wanted) == 1 and wanted[0][0].isdigit():
         numbers = {word for word in said if word[0].isdigit()}
-        return numbers == {wanted[0]} if len(numbers) == 1 else None
+        return numbers == {wanted[0]} if len(numbers) == 1 and not set(said) & _JOINING else None
     return _match_text(said, wanted)
 
 
 def _words(text: str) -> list[str]:
     lowered = unicodedata.normalize("NFKC", text).lower().replace("’", "'").replace("</s>", " ")
-    words = _WORD.findall(re.sub(r"n't\b", " not", lowered))
+    words = _WORD.findall(re.sub(r"n't\b|(?<=\bcan)not\b", " not", lowered))
     return [_DIGITS.get(word, word) for word in words if word not in _ARTICLES] or words
 
 
@@ -63,7 +65,10 @@ def _option(text: str) -> tuple[str, str]:
     """Return the letter of an option and its text, "B. to the left"; the letter is empty if there is none."""
     lead = _LEAD.match(text)
     found = _LETTER_AFTER_LEAD.match(text, lead.end()) if lead else _LETTER.match(text)
-    return (found[1].lower(), found[2]) if found else ("", text)
+    if not found:
+        return "", text
+    *letters, rest = found.groups()
+    return next(letter.lower() for letter in letters if letter), rest
 
 
 def _match_option(given: str, letter: str, text: str) -> bool | None:
@@ -72,7 +77,11 @@ def _match_option(given: str, letter: str, text: str) -> bool | None:
         return True
     if said_letter:
         return None if _words(text) and _words(said_text) == _words(text) else False
-    return match_answer(given, text) if text.strip() else None
+    if not text.strip():
+        return None
+    lead = _LEAD.match(given)
+    open_ended = lead is not None and _PERHAPS_LETTER.match(given, lead.end()) is not None
+    return match_answer(given, text) or (None if open_ended else match_answer(given, text))
 
 
 def _match_polarity(said: Sequence[str], wanted: Sequence[str]) -> bool | None:
@@ -92,7 +101,9 @@ def _match_text(said: Sequence[str], wanted: Sequence[str]) -> bool | None:
         return None if more & _JOINING else True
     if _place(said, wanted) is not None or said[0] in ("yes", "no"):
         return None
-    return False
+    following = iter(said)
+    scattered = len(wanted) > 1 and all(word in following for word in wanted)
+    return None if scattered else False
 
 
 def _place(part: Sequence[str], whole: Sequence[str]) -> int | None:

@@ -95,15 +95,19 @@ def null_rows(path: Path, column: str) -> set[int]:
     return found
 
 
+def empty_cells(cells: pa.Array) -> list[bool]:
+    """Tell which cells hold nothing: null, or a struct whose fields all are."""
+    empty: list[bool] = cells.is_null().to_pylist()
+    if not pa.types.is_struct(cells.type):
+        return empty
+    inside = zip(*(part.is_null().to_pylist() for part in cells.flatten()), strict=True)
+    return [whole or all(parts) for whole, parts in zip(empty, inside, strict=True)]
+
+
 def _null_rows(batches: Iterator[pa.RecordBatch], start: int) -> set[int]:
     found = set()
     for batch in batches:
-        cells = batch.column(0)
-        empty = cells.is_null().to_pylist()
-        if pa.types.is_struct(cells.type):
-            inside = zip(*(part.is_null().to_pylist() for part in cells.flatten()), strict=True)
-            empty = [whole or all(parts) for whole, parts in zip(empty, inside, strict=True)]
-        found |= {start + row for row, null in enumerate(empty) if null}
+        found |= {start + row for row, null in enumerate(empty_cells(batch.column(0))) if null}
         start += batch.num_rows
     return found
 

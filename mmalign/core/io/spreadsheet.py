@@ -7,6 +7,7 @@ an apostrophe in front, which spreadsheets take as the sign of text. Numbers are
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Sequence
 from typing import TextIO
@@ -30,5 +31,10 @@ def unescape(cell: str) -> str:
 
 def write_csv(file: TextIO, rows: Iterable[Sequence[object]]) -> None:
     """Write rows to an open file, text escaped; None is an empty cell."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerows([escape(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+    for row in rows:
+        line = io.StringIO()
+        # A writer quotes the characters that end its own lines, so this one ends them with both.
+        csv.writer(line, lineterminator="\r\n").writerow(
+            [escape(cell) if isinstance(cell, str) else cell for cell in row]
+        )
+        file.write(line.getvalue().removesuffix("\r\n") + "\n")

@@ -8,7 +8,7 @@ is stored too, for caption dropout. Afterwards the encoders are not needed any m
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -79,8 +79,8 @@ class Table(Protocol[RecordT]):
         """Return the number of records."""
         ...
 
-    def __iter__(self) -> Iterator[RecordT]:
-        """Yield every record, its images encoded bytes or paths."""
+    def __getitem__(self, index: int) -> RecordT:
+        """Return a record, its images encoded bytes or paths; cheapest forwards."""
         ...
 
     def prompt_index(self, index: int) -> int:
@@ -134,9 +134,10 @@ def encode_sides(
     flips = (False, True) if data.flip else (False,)
     images = _ImageEncoder(cache_folder(data), generator, transform, batch_size, flips)
     slots, kept, faults = array("q"), list[int](), list[str]()
-    for index, (name, record) in enumerate(zip(table.ids, table, strict=True)):
+    for index, name in enumerate(table.ids):
         decision = transform.decide(name)
         try:
+            record = table[index]
             named = [(f"{table.name}: {where}", media) for where, media in sides(record).items()]
             added = [images.add(media, decision, where) for where, media in named]
         except UserError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmalign.core.errors import UserError, shorten
+from mmalign.core.io.parquet import empty_cells
 from mmalign.data.readers.layouts import Layout
 from mmalign.data.readers.rows import Choose, Row
 
@@ -61,7 +62,7 @@ class HubRows:
         images = [name for name in layout.images if name not in layout.small]
         number = 0
         for table in self._data.select_columns([*layout.small, *images]).with_format("arrow").iter(batch_size=BATCH):
-            holes = {name: table.column(name).is_null().to_pylist() for name in images}
+            holes = {name: empty_cells(table.column(name).combine_chunks()) for name in images}
             for offset, row in enumerate(table.select(layout.small).to_pylist()):
                 yield number, layout, row | {name: None for name, null in holes.items() if null[offset]}
                 number += 1
@@ -108,11 +109,13 @@ class _Forward:
 
 def _undecoded(dataset: Any) -> Any:
     """Return a data set whose images come as bytes or paths."""
-    from datasets import Image
+    from datasets import Image, List
 
     for column, feature in (dataset.features or {}).items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            dataset = dataset.cast_column(column, List(Image(decode=False)))
     return dataset
 
 

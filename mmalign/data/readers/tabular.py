@@ -90,7 +90,8 @@ class TablePairs:
             kind = type(prompt).__name__
             raise UserError(f"{self._rows.where(number)}: the prompt is a {kind}; expected text in '{layout.prompt}'")
         for name in (name for name in layout.images if name in row):
-            if row[name] is None or row[name] == "":
+            nothing = isinstance(row[name], Mapping) and not any(row[name].values())  # bytes and path of an image
+            if row[name] is None or row[name] == "" or nothing:
                 return NO_IMAGE
             if not isinstance(row[name], str | bytes | Mapping | list):
                 given = shorten(repr(row[name]))
@@ -155,8 +156,9 @@ def _rating(value: object, where: str) -> float:
         numbers = [number_of(one, where) for one in value]
         return math.fsum(numbers) / len(numbers) if numbers else math.nan
     if isinstance(value, Mapping):
-        named = {name: one for name, one in value.items() if name not in _CATEGORICAL and isinstance(one, Real)}
-        return math.fsum(float(one) for one in named.values()) if named else math.nan
+        rated = [one for name, one in value.items() if name not in _CATEGORICAL]
+        whole = rated and all(isinstance(one, Real) for one in rated)
+        return math.fsum(float(one) for one in rated) if whole else math.nan
     return number_of(value, where)
 
 
