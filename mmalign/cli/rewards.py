@@ -133,6 +133,8 @@ def _verify(args: argparse.Namespace) -> int:
     from rewards.held_to import held_to
 
     if (line := held_to(args.name or "")) is not None:
+        if args.weights is not None:
+            raise UserError(f"--weights {args.weights} has no published number to be compared with; {line}")
         print(line)
         return 0
     chosen, folder = goldens_of(args.name), golden_folder(args.golden)

@@ -61,14 +61,14 @@ def train_reward(config: LatentRewardConfig, *, resume: str = "auto") -> Path:
     check_output(output, "output")
     accelerator = make_accelerator(config)
     check_precision(config.trainer.precision, accelerator.device)
+    if config.data.on_bad == "skip":
+        raise UserError("data.on_bad: skip is for `mmalign train`; remove it, and take out the pairs that it names")
     table = read_pairs(str(config.data.pairs), config.data)
     note(f"{config.data.pairs}: {table.counts}")
     generator = _load_generator(config, accelerator.device)
     recipe_of = _recipe(config, generator.model_id)
     with accelerator.main_process_first(), track(len(table), "encode", unit="pairs") as job:
         sides = CachedSides(**encode_sides(table, pair_sides, generator, config.data, progress=job.advance))
-    if len(sides) < len(table):
-        raise UserError(f"{config.data.pairs}: {len(table) - len(sides)} pairs cannot be encoded; leave them out")
     learned, held_out = split(table, sides, config.held_out, config.trainer.seed)
     run = Run(generator, seed=config.trainer.seed)
     recipe = {"data.content": data_id(table, sides), **recipe_of}
