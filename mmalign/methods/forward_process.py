@@ -29,7 +29,7 @@ from mmalign.methods.mini_batches import cut_round, round_advantages
 from mmalign.methods.noising import Noised
 from mmalign.methods.run import WATCHED, Run
 from pipelines import sample
-from pipelines.noise import NoiseProcess
+from pipelines.noise import FlowProcess, NoiseProcess
 
 DECAYS = {"copy": (0, 0.0, 0.0), "slow": (0, 0.001, 0.5), "late": (75, 0.0075, 0.999)}
 """(flat, rate, limit) of `old_policy_decay`: types 0, 1 and 2 of DiffusionNFT's code."""
@@ -166,19 +166,15 @@ class ForwardProcessMethod(Method[ConfigT]):
         low, high = c.timestep_bounds(process.num_train_timesteps)
         if c.levels > high - low:
             raise UserError(f"method.levels {c.levels} are more than the {high - low} levels of method.timesteps")
+        spread = c.levels > 1 or c.level_grid == "sampler"
+        if spread and isinstance(process, FlowProcess) and process.density.kind != "uniform":
+            raise UserError(
+                f"flow.density {process.density.kind}: method '{self.name}' spreads its noise levels over the whole "
+                "schedule; remove it, or set method.levels: 1"
+            )
 
     def begin(self, run: Run) -> None:
-        """Copy the trainable weights: the old policy starts as the policy.
-
-        Raises:
-            UserError: the recipe asks for a density of noise levels, which equal parts of the schedule do not follow.
-        """
-        density, c = getattr(run.process, "density", None), self.config
-        if density is not None and density.kind != "uniform" and (c.levels > 1 or c.level_grid == "sampler"):
-            raise UserError(
-                f"flow.density {density.kind}: method '{self.name}' spreads its noise levels over the whole schedule; "
-                "remove it, or set method.levels: 1"
-            )
+        """Copy the trainable weights: the old policy starts as the policy."""
         named = run.generator.network.named_parameters()
         self.old = Shadow({name: one for name, one in named if one.requires_grad})
 

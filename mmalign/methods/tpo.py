@@ -52,8 +52,9 @@ class TPOConfig(TimestepRange):
 
     @property
     def bound(self) -> float:
-        """The bound on the rise, with the default resolved."""
-        return LOGIT_BOUND * 2 / self.beta if self.rejected_rise is None else self.rejected_rise
+        """The bound on the rise."""
+        assert self.rejected_rise is not None, "the validator has filled it in"
+        return self.rejected_rise
 
 
 class TPO(Method[TPOConfig]):

@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_runs import BRIGHTNESS
 
 from mmalign.cli import main
 from mmalign.core.io.images import decode_image, encode_png
 from mmalign.core.io.parquet import read_metadata
 
-REWARD = """
-from rewards import Reward
-
-class Brightness(Reward):
-    name = "label-brightness"
-
-    def score(self, media, prompts, references):
-        return media.mean(dim=(1, 2, 3))
-"""
-
 
 @pytest.fixture
-def reward(tmp_path: Path) -> Iterator[str]:
-    folder = tmp_path / "code"
-    folder.mkdir()
-    (folder / "label_source_rewards.py").write_text(REWARD)
-    sys.path.insert(0, str(folder))
-    yield "label_source_rewards:Brightness"
-    sys.path.remove(str(folder))
-    sys.modules.pop("label_source_rewards", None)
+def reward() -> str:
+    return BRIGHTNESS
 
 
 def png(level: int) -> bytes:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import build_tiny_sd
+from tiny_runs import BRIGHTNESS
 
 from mmalign.cli import main
 from mmalign.compare.config import make_compare_config
@@ -18,24 +17,11 @@ from mmalign.core.errors import UserError
 from mmalign.core.io.images import encode_png
 
 PROMPTS = ["a ring", "a star", "a ring"]
-REWARD = """
-from rewards import Reward
-
-class Brightness(Reward):
-    name = "made-brightness"
-
-    def score(self, media, prompts, references):
-        return media.mean(dim=(1, 2, 3))
-"""
 
 
 @pytest.fixture
-def reward(tmp_path: Path) -> Iterator[str]:
-    (tmp_path / "made_rewards.py").write_text(REWARD)
-    sys.path.insert(0, str(tmp_path))
-    yield "made_rewards:Brightness"
-    sys.path.remove(str(tmp_path))
-    sys.modules.pop("made_rewards", None)
+def reward() -> str:
+    return BRIGHTNESS
 
 
 def write(folder: Path, levels: dict[str, int]) -> Path:

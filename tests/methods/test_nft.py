@@ -23,6 +23,7 @@ from mmalign.methods.run import Run
 from mmalign.scoring.choice import WeightedReward
 from mmalign.training.checkpoint import list_checkpoints, load_checkpoint
 from mmalign.training.train import train
+from pipelines.flow import Density
 from pipelines.noise import NoiseProcess
 
 SMALL: dict[str, Any] = {"sampling_steps": 3, "images_per_prompt": 3, "levels": 2}
@@ -281,6 +282,10 @@ def test_what_the_process_does_not_have_is_refused() -> None:
         make(solver="dpm++").check(flow)
     with pytest.raises(UserError, match="levels 9 are more than the 5 levels"):
         make(levels=9, timesteps=[0, 5]).check(flow)
+    flow.set_density(Density("logit_normal"))
+    with pytest.raises(UserError, match="flow.density logit_normal: .* set method.levels: 1"):
+        make(levels=9).check(flow)
+    make(levels=1).check(flow)
 
 
 def test_the_published_constants_are_the_defaults() -> None:

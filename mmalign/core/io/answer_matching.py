@@ -81,7 +81,8 @@ def _match_option(given: str, letter: str, text: str) -> bool | None:
         return None
     lead = _LEAD.match(given)
     open_ended = lead is not None and _PERHAPS_LETTER.match(given, lead.end()) is not None
-    return match_answer(given, text) or (None if open_ended else match_answer(given, text))
+    right = match_answer(given, text)
+    return None if open_ended and right is False else right
 
 
 def _match_polarity(said: Sequence[str], wanted: Sequence[str]) -> bool | None:
