@@ -44,13 +44,6 @@ class StableDiffusion3(TransformerImage):
         """The largest side in pixels: the network has positions for no more tokens."""
         return int(self.config["pos_embed_max_size"]) * self.side_multiple
 
-    @property
-    def _sides(self) -> str:
-        return f"multiples of {self.side_multiple} up to {self.largest_side}"
-
-    def _nearest_side(self, side: int) -> int:
-        return min(super()._nearest_side(side), self.largest_side)
-
     def predict(
         self, x_t: Float[Tensor, "batch channels height width"], t: Shaped[Tensor, " batch"], cond: Conditioning
     ) -> Float[Tensor, "batch channels height width"]:

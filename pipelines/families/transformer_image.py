@@ -36,7 +36,6 @@ class TransformerImage(LatentImage):
     network_name = "transformer"
     is_flow = True
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
-    default_text_length: ClassVar[int]
     even_sigmas: ClassVar[bool] = False
     """Whether the family's own pipeline starts from ``linspace(1, 1 / steps, steps)``; see `FlowProcess`."""
     process: FlowProcess
@@ -70,8 +69,26 @@ class TransformerImage(LatentImage):
 
     @property
     @abstractmethod
+    def default_text_length(self) -> int:
+        """How many tokens prompts are padded and cut to for the longest encoder, unless `flow` says otherwise."""
+
+    @property
+    @abstractmethod
     def _default_side(self) -> int:
         """The side, in pixels, of the images that the family's own pipeline makes by default."""
+
+    @property
+    def largest_side(self) -> int | None:
+        """The largest side in pixels, where the network has positions for no more tokens."""
+        return None
+
+    @property
+    def _sides(self) -> str:
+        return super()._sides + ("" if self.largest_side is None else f" up to {self.largest_side}")
+
+    def _nearest_side(self, side: int) -> int:
+        nearest = super()._nearest_side(side)
+        return nearest if self.largest_side is None else min(nearest, self.largest_side)
 
     @property
     def patch_size(self) -> int:

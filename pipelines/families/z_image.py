@@ -12,13 +12,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pipelines import adapters
+from pipelines.components import read_json
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.families.latent_image import single
-from pipelines.families.transformer_image import TransformerImage
+from pipelines.families.transformer_image import LONGEST_TEXT, TransformerImage
 
 DEFAULT_SIDE = 1024
-"""Side in pixels of the images that diffusers' pipeline makes by default; the network has no size of its own."""
+"""Side in pixels of the images that diffusers' pipeline makes by default, if the network has positions for it."""
 
 
 class ZImage(TransformerImage):
@@ -27,13 +28,23 @@ class ZImage(TransformerImage):
     family = "z_image"
     text_names = ("text_encoder", "tokenizer")
     lora_targets = adapters.DEFAULT_TARGETS
-    default_text_length = 512
     even_sigmas = True
     patch_size = 2
 
     @property
+    def default_text_length(self) -> int:
+        """The length that diffusers' pipeline pads prompts to, or the tokenizer's own if that is shorter."""
+        known = read_json(self.root / "tokenizer" / "tokenizer_config.json").get("model_max_length") or LONGEST_TEXT
+        return int(min(known, LONGEST_TEXT))
+
+    @property
+    def largest_side(self) -> int:
+        """The largest side in pixels: the network has positions for no more tokens."""
+        return int(min(self.config["axes_lens"][1:])) * self.side_multiple
+
+    @property
     def _default_side(self) -> int:
-        return DEFAULT_SIDE
+        return min(DEFAULT_SIDE, self.largest_side)
 
     def predict(
         self, x_t: Float[Tensor, "batch channels height width"], t: Shaped[Tensor, " batch"], cond: Conditioning
