@@ -5,6 +5,7 @@ from __future__ import annotations
 HELD_TO = {
     "dino-i": ("test_reward_references", "the mean over pairs of tiny towers, worked out one by one"),
     "geneval": ("test_reward_geneval", "its rules on synthetic boxes, and GenEval's published metadata"),
+    "group-diversity": ("test_reward_group_diversity", "its formula, and the Gini-Simpson index of clusters"),
     "hps-v3": ("test_reward_hps3", "transformers' own model and processor, on a tiny Qwen2-VL in its layout"),
     "jpeg-compressibility": (
         "test_reward_jpeg",

@@ -29,6 +29,7 @@ BUILTIN = {
     "combine": "rewards.combine:Combine",
     "dino-i": "rewards.dino_i:DinoI",
     "geneval": "rewards.geneval:GenEval",
+    "group-diversity": "rewards.group_diversity:GroupDiversity",
     "hps": "rewards.hps:Hps",
     "hps-v3": "rewards.hps3:HpsV3",
     "image-reward": "rewards.image_reward:ImageReward",
