@@ -1,4 +1,4 @@
-"""How far an image is from the other images of its prompt: against the collapse of a policy trained on its own samples.
+"""How far an image is from the other images of its prompt: against the collapse of online training.
 
 Methods that compare the images of a prompt with each other move towards whatever scores a little better in what the
 prompt leaves open, until all images share it. This reward, beside the others with a small weight, pays for being
