@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 from mmalign.cli import main
-from mmalign.core.registry import false_captions, methods, question_sets
+from mmalign.core.registry import false_captions, methods, open_attributes, question_sets
 from rewards.registry import ENTRY_POINT_GROUP
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 KEYS = ["Run", "Needs", "Cost", "Result", "Differs from the paper"]
 READMES = [ROOT / "rewards" / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "assets").rglob("README.md")]
-GROUPS = {methods.group, question_sets.group, false_captions.group, ENTRY_POINT_GROUP}
+GROUPS = {methods.group, question_sets.group, false_captions.group, open_attributes.group, ENTRY_POINT_GROUP}
 """Groups of entry points, which look like modules."""
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *READMES])
 

@@ -101,6 +101,8 @@ class CompareConfig(SystemsConfig):
     """adds the baseline at its best guidance as a system; null: no control"""
     diversity: RewardEntry | None = None
     """a reward whose image embeddings measure how much the images of a prompt differ; null: not measured"""
+    open_attributes: bool = True
+    """report the entropy of what prompts leave open, such as the background, where a registered reader knows them"""
 
     @field_validator("seeds")
     @classmethod

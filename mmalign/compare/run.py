@@ -26,6 +26,7 @@ from mmalign.compare.images.diversity import check_diversity, measure_diversity
 from mmalign.compare.images.draw import ModelHolder, draw_system
 from mmalign.compare.images.guidance_control import control_prompts, run_control
 from mmalign.compare.images.made import MadeImages, match_images
+from mmalign.compare.images.open_attributes import count_open_attributes
 from mmalign.compare.images.scoring import score_all
 from mmalign.compare.images.store import Images, ImageStore
 from mmalign.compare.results.comparison import Comparison
@@ -109,6 +110,7 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
             for name in systems
         },
         sweep=sweep,
+        open_counts=count_open_attributes(ordered, names) if config.open_attributes else {},
         **described(config, "prompts", "limit", "steps", "guidance", "solver"),
     )
 

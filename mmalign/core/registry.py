@@ -1,4 +1,4 @@
-"""The tables of methods, question sets and languages of captions: names to classes, imported only when asked for."""
+"""The tables of what mmalign finds by name, such as methods: names to classes, imported only when asked for."""
 
 from __future__ import annotations
 
@@ -69,6 +69,13 @@ question_sets = Registry(
     "question set", {"shapes": "mmalign.shapes.question_set:ShapesQuestions"}, "mmalign.question_sets"
 )
 """Classes that satisfy `mmalign.core.io.question_sets.QuestionSet`."""
+
+open_attributes = Registry(
+    "reader of open attributes",
+    {"shapes": "mmalign.shapes.open_attributes:ShapesOpenAttributes"},
+    "mmalign.open_attributes",
+)
+"""Classes that satisfy `mmalign.core.io.open_attributes.OpenAttributes`."""
 
 false_captions = Registry(
     "language of captions", {"shapes": "mmalign.shapes.perturb:false_captions"}, "mmalign.false_captions"

@@ -84,6 +84,20 @@ def read(image: np.ndarray) -> Reading:
     )
 
 
+_CACHE: dict[bytes, Reading] = {}
+_CACHE_LIMIT = 20_000
+
+
+def read_cached(image: np.ndarray) -> Reading:
+    """Return `read(image)`, of uint8 `[64, 64, 3]`, remembered by its pixels: many measures read the same images."""
+    pixels = image.tobytes()
+    if pixels not in _CACHE:
+        if len(_CACHE) >= _CACHE_LIMIT:
+            _CACHE.clear()
+        _CACHE[pixels] = read(image)
+    return _CACHE[pixels]
+
+
 def _noise(pixels: np.ndarray) -> float:
     """Standard deviation of pixel noise, from the diagonal second differences of the flattest half of the image."""
     second = pixels[:-1, :-1] - pixels[1:, :-1] - pixels[:-1, 1:] + pixels[1:, 1:]
@@ -241,13 +255,8 @@ def judge(query: Query, reading: Reading) -> float:
     named). The objects part is the best one-to-one assignment of seen to wanted things, divided by the larger of the
     two numbers; so an extra object costs as much as a missing one. 1.0 means strictly correct.
     """
-    wanted = [(index, group) for index, group in enumerate(query.groups) for _ in range(group.count)]
-    seen = reading.objects
-    chosen: dict[int, int] = {}
-    match = 0.0
-    if seen:
-        scores = np.array([[_match(group, thing) for thing in seen] for _, group in wanted])
-        chosen, match = _assign(query, wanted, seen, scores)
+    wanted, seen = _wanted(query), reading.objects
+    chosen, match = _matching(query, wanted, seen)
     parts = [(5.0, match / max(len(wanted), len(seen), 1))]
     parts.append((2.0, 1.0 - abs(len(wanted) - len(seen)) / max(len(wanted), len(seen))))
     if query.relations:
@@ -255,6 +264,30 @@ def judge(query: Query, reading: Reading) -> float:
     if query.background is not None:
         parts.append((1.0, float(reading.background == query.background)))
     return float(sum(w * v for w, v in parts) / sum(w for w, _ in parts))
+
+
+def found_things(query: Query, reading: Reading) -> list[tuple[int, Seen]]:
+    """Return the seen thing that stands for each wanted thing, with the number of its group; none where none fits.
+
+    The assignment is that of `judge`; a thing fits if it has at least one of the attributes that are named.
+    """
+    wanted, seen = _wanted(query), reading.objects
+    chosen, _ = _matching(query, wanted, seen)
+    pairs = [(wanted[number], seen[thing]) for number, thing in sorted(chosen.items())]
+    return [(index, thing) for (index, group), thing in pairs if _match(group, thing) > 0]
+
+
+def _wanted(query: Query) -> list[tuple[int, Group]]:
+    """Return every wanted thing as its group, with the group's number."""
+    return [(index, group) for index, group in enumerate(query.groups) for _ in range(group.count)]
+
+
+def _matching(query: Query, wanted: list, seen: tuple[Seen, ...]) -> tuple[dict[int, int], float]:
+    """Return the best assignment wanted -> seen, and the sum of its matches."""
+    if not seen:
+        return {}, 0.0
+    scores = np.array([[_match(group, thing) for thing in seen] for _, group in wanted])
+    return _assign(query, wanted, seen, scores)
 
 
 def _match(group: Group, thing: Seen) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,20 +33,7 @@ class OracleReward(Reward):
                 f"{self.name} reads {SIZE}x{SIZE} images of the Shapes world, got {tuple(media.shape[-2:])}"
             )
         pixels = (media.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        return [_read_cached(picture.tobytes()) for picture in pixels]
-
-
-_CACHE: dict[bytes, oracle.Reading] = {}
-_CACHE_LIMIT = 20_000
-
-
-def _read_cached(pixels: bytes) -> oracle.Reading:
-    """Several oracle rewards over the same images share one reading of each."""
-    if pixels not in _CACHE:
-        if len(_CACHE) >= _CACHE_LIMIT:
-            _CACHE.clear()
-        _CACHE[pixels] = oracle.read(np.frombuffer(pixels, np.uint8).reshape(SIZE, SIZE, 3))
-    return _CACHE[pixels]
+        return [oracle.read_cached(picture) for picture in pixels]
 
 
 class ShapesCorrectness(OracleReward):

@@ -1,4 +1,4 @@
-"""The tables beside the summary: the differences of every training seed, and training costs; every cell is text.
+"""The tables beside the summary: every training seed, what prompts leave open, training costs; every cell is text.
 
 The report, its Markdown and LaTeX, and the console show the same tables.
 """
@@ -45,7 +45,7 @@ def name_once(rows: list[list[str]]) -> list[list[str]]:
 
 def more_tables(document: dict[str, Any]) -> dict[str, PlainTable]:
     """Return the tables for which results.json has data, by name."""
-    tables = (_training_seeds(document), _questions(document), _costs(document))
+    tables = (_training_seeds(document), _open_attributes(document), _questions(document), _costs(document))
     return {table.name: table for table in tables if table.rows}
 
 
@@ -73,6 +73,32 @@ def _training_seeds(document: dict[str, Any]) -> PlainTable:
         "sd",
     ]
     return PlainTable("each-seed", "Each training seed", note, head, rows)
+
+
+def _open_attributes(document: dict[str, Any]) -> PlainTable:
+    """Return a row for each attribute that prompts leave open and each system."""
+    rows = []
+    for attribute, numbers in document.get("open_attributes", {}).items():
+        for name, one in numbers["systems"].items():
+            versus = one.get("versus_baseline")
+            bits = _with_interval(one["bits"], one["ci95"])
+            delta = describe_delta(versus, 2) if versus else ABSENT
+            kept = versus and versus["share"] is not None
+            share = _with_interval(versus["share"], versus["share_ci95"]) if kept else ABSENT
+            first = f"{one['favourite']} {one['favourite_share']:.0%}"
+            rows.append([f"{attribute} (of {numbers['most']:.2f})", name, bits, delta, share, first])
+    base = document["baseline"]
+    note = (
+        "Entropy in bits, over the images, of what their prompts leave open, as it is read from the images; in "
+        "brackets the bits of equal shares. Corrected for the number of images; intervals as above. "
+        f"Far below {base}: a system draws one choice where it has several."
+    )
+    head = ["measure", "system", "bits [95 % CI]", f"Δ vs {base}", f"share of {base}'s", "most frequent"]
+    return PlainTable("open-attributes", "What prompts leave open", note, head, rows)
+
+
+def _with_interval(value: float, interval: Sequence[float] | None) -> str:
+    return f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
 def _questions(document: dict[str, Any]) -> PlainTable:

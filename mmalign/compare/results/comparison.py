@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mmalign.compare.images.open_attributes import OpenCounts
 from mmalign.compare.results.training_seeds import Replicas
 from mmalign.compare.scores import RewardFacts, Scores
 from mmalign.compare.stats import RESAMPLES
@@ -23,9 +24,9 @@ class Comparison:
 
     scores: reward label -> system name -> `[prompts, seeds]`; `[prompts, replicas * seeds]` in the order of the
     `replicas` of a system that has them. `image_paths`: system name -> path of each (prompt, seed) of its first
-    replica, row by row. `sweep` is the guidance control's record, `settings` and `command` go into the report as they
-    are. `units`: for each prompt the name of what is resampled with it as one, called `over`; None:
-    prompts are. `item` is what a prompt is called.
+    replica, row by row. `open_counts`: attribute that prompts leave open -> what the systems showed. `sweep` is the
+    guidance control's record, `settings` and `command` go into the report as they are. `units`: for each prompt the
+    name of what is resampled with it as one, called `over`; None: prompts are. `item` is what a prompt is called.
     """
 
     prompts: list[Prompt]
@@ -41,6 +42,7 @@ class Comparison:
     created: str = ""
     resamples: int = RESAMPLES
     replicas: Replicas = field(default_factory=dict)
+    open_counts: dict[str, OpenCounts] = field(default_factory=dict)
     units: list[str] | None = None
     item: str = "prompt"
     over: str = "prompts"

@@ -19,6 +19,7 @@ import numpy as np
 
 from mmalign.compare.results.comparison import Comparison
 from mmalign.compare.results.numbers import reward_digits
+from mmalign.compare.results.open_attributes import entropy_results
 from mmalign.compare.results.training_seeds import tile_pair
 from mmalign.compare.results.verdicts import add_verdicts
 from mmalign.compare.stats import Paired, category_rows, compare_paired, direction, spread_of_deltas, summarise
@@ -46,6 +47,8 @@ def build_results(comparison: Comparison) -> dict[str, Any]:
         "settings": comparison.settings,
         "command": comparison.command,
     }
+    if comparison.open_counts:
+        document["open_attributes"] = entropy_results(comparison)
     for label, facts in document["rewards"].items():
         facts["digits"] = reward_digits(document["systems"], label)
     add_verdicts(comparison, document)
