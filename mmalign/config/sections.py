@@ -386,10 +386,16 @@ class MonitorConfig(StrictModel):
     """smallest allowed ratio of the reward's gain on held-out prompts to its gain on training prompts"""
     diversity_drop: Share | None = 0.5
     """drop of the distance between images of one prompt, as a share of its baseline"""
+    collapse_drop: Share | None = 0.4
+    """drop of the entropy of the kinds of images, over all prompts or for one, as a share of its baseline"""
     saturation_rise: Share | None = 0.2
     """increase of the share of channel values that are black or white"""
     high_frequency_growth: Growth | None = 2.0
     """factor by which the share of energy at high spatial frequencies grows"""
+    dark_rise: Share | None = 0.3
+    """increase of the share of pixels that are dark"""
+    grid_rise: Positive | None = 0.5
+    """increase of how much stronger edges are on the lines of a grid than between them"""
     ratio_growth: Growth | None = 5.0
     """growth factor of the largest |log importance ratio| over its last ten lines; that of the KL is its square"""
     ratio_limit: Positive | None = 1.0

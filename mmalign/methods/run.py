@@ -31,8 +31,8 @@ class BaseRun(Generic[ModelT]):
     """The part of a method's view of a run that is common to all kinds of models.
 
     Attributes: `model`, the policy; `reference`; `score`, the rewards; `cost`; `seed`; `step`, the number of optimiser
-    steps done so far; `shown`, the images that the method made last; `kept`, the encoders that stay in memory because
-    the method decodes; `samples`, what is learned from, encoded.
+    steps done so far; `shown`, the images that the method made last; `viewers`, called with all that it makes; `kept`,
+    the encoders that stay in memory because the method decodes; `samples`, what is learned from, encoded.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class BaseRun(Generic[ModelT]):
         self.kept = kept
         self.step = 0
         self.shown: tuple[Tensor, list[str]] | None = None
+        self.viewers: list[Callable[[Tensor, list[str]], None]] = []
         self._reference = reference
 
     @property
@@ -129,6 +130,8 @@ class Run(BaseRun[Generator]):
     def show(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
         """Hand images in [0, 1] that the method sampled to the monitors, and count them."""
         self.shown = (images.detach(), list(prompts))
+        for viewer in self.viewers:
+            viewer(*self.shown)
         self.cost.add(images_sampled=len(images))
 
     def timesteps(

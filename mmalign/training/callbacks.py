@@ -64,11 +64,12 @@ class Watch(Callback):
     name = "monitors"
 
     def __init__(self, monitors: Monitors, run: BaseRun[Any]) -> None:
-        """`run.shown` holds the images that the method sampled last."""
+        """`run.shown` holds the images that the method sampled last; `run.viewers` get all of them."""
         self.monitors, self.run, self._stopped = monitors, run, False
+        run.viewers.append(monitors.sampled)
 
     def logged(self, step: int, values: dict[str, float]) -> None:
-        """Measure the images that were sampled since the last line, once, and read the metrics."""
+        """Measure images that were sampled since the last line, once, and read the metrics."""
         if self.run.shown is not None:
             values |= self.monitors.images(step, *self.run.shown)
             self.run.shown = None  # its memory back

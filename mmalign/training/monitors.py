@@ -1,11 +1,11 @@
 """Monitor an online run for faults that its own reward does not show: over-optimisation, collapse, divergence.
 
 A policy trained on a reward exploits its errors, and the curve of that reward keeps rising while the images get worse
-(Gao et al. 2022, arXiv:2210.10760). So other numbers are watched, all cheap and without a model
-of their own: held-out rewards against the training reward, three statistics of the sampled images, the importance
-ratios and the distance to the reference. Each is compared with where the run itself started, in units in which 1 is
-its threshold; beyond it for `patience` observations in a row, it raises one alarm, and no second one before it has
-been less than half way to the threshold for as long. docs/guides/monitors.md says what each alarm means.
+(Gao et al. 2022, arXiv:2210.10760). So other numbers are watched, all cheap and without a model of their own: held-out
+rewards against the training reward, statistics of the sampled images, how many kinds of images there are, the
+importance ratios and the distance to the reference. Each is compared with where the run itself started, in units in
+which 1 is its threshold; beyond it for `patience` observations in a row, it raises one alarm, and no second one before
+it has been less than half way to the threshold for as long. docs/guides/monitors.md says what each alarm means.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.core.progress import note
-from mmalign.training.image_statistics import diversity, high_frequency, saturation
+from mmalign.training.image_kinds import colour_shares, entropy_within, k_means, kinds_entropy, nearest
+from mmalign.training.image_statistics import dark, diversity, grid, high_frequency, saturation
 
 if TYPE_CHECKING:
     from mmalign.config.sections import MonitorConfig
@@ -34,6 +35,12 @@ LEAST_RATIO = 1e-3
 """A log-ratio below this never counts as diverging: ten times the rounding that a ratio of exactly 1 may have."""
 LEAST_HIGH_FREQUENCY = 0.01
 """A rise of the high-frequency share never counts below this, since flat images start near 0."""
+KINDS = 8
+"""Clusters of the first images, by which later ones are counted."""
+LEAST_IMAGES = 64
+"""Images that the kinds are counted over; a line of metrics with fewer leaves them to the next."""
+LEAST_BITS = 1.0
+"""A fall of the kinds' entropy is taken as a share of at least this: near 0 it is chance."""
 NOISE_MARGIN = 3.25
 """A held-out reward must fall by more than this factor of its noise between evaluations."""
 PREFIX = "evaluation/"
@@ -46,10 +53,17 @@ _ADVICE = {
     "smaller adapter.rank",
     "diversity": "the policy collapses to one image a prompt; lower trainer.learning_rate, penalise the distance to "
     "the reference, or stop earlier",
+    "collapse": "the policy draws ever fewer kinds of images, as of one background for all prompts; penalise the "
+    "distance to the reference, make fewer updates on a round, lower trainer.learning_rate, or stop earlier, and look "
+    "at the images: rewards do not show it",
     "saturation": "colours run into black and white, as they do when a reward likes contrast or the guidance is "
     "high; lower trainer.learning_rate, add a reward for quality, or stop earlier",
     "high_frequency": "a fine pattern or noise that the reward likes is covering the images; stop earlier, lower "
     "trainer.learning_rate, or add a reward that sees image quality",
+    "dark": "images go dark, as they do when a reward likes what stands out on black; add a reward for quality, "
+    "penalise the distance to the reference, or stop earlier",
+    "grid": "a grid, such as the borders of the model's patches, is covering the images; lower trainer.learning_rate, "
+    "penalise the distance to the reference, evaluate at the size that is trained on, or stop earlier",
     "ratio": "the policy has left the samples that it learns from; lower trainer.learning_rate or the number of "
     "updates on each round of samples",
     "kl": "the policy runs away from the reference; lower trainer.learning_rate, or penalise the distance more",
@@ -85,6 +99,10 @@ class _State:
     spreads: dict[str, float] = field(default_factory=dict)
     streaks: dict[str, list[int]] = field(default_factory=dict)  # beyond in a row, back in a row, warned
     pending: list[Alarm] = field(default_factory=list)
+    colours: list[list[float]] = field(default_factory=list)  # of the first images, until there are centres
+    centres: list[list[float]] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)  # of the images since the last line, by their centres
+    prompts: list[str] = field(default_factory=list)
     ungrouped: bool = False  # whether the note on unmeasured diversity was printed
 
 
@@ -102,28 +120,41 @@ class Monitors:
     def images(
         self, step: int, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
     ) -> dict[str, float]:
-        """Measure sampled images in [0, 1] and return the metrics to log; images of equal prompts form a group.
+        """Measure a batch of sampled images in [0, 1] and the kinds that `sampled` saw; return the metrics to log.
 
-        Images with a value that is not finite are left out. The cost is a few passes over the pixels: 0.1 % of the
-        time that the Shapes model needs to sample the same images in ten steps.
+        Images of equal prompts form a group. Those with a value that is not finite are left out. The cost is a few
+        passes over the pixels: 0.2 % of the time that the Shapes model needs to sample the same images in ten steps.
         """
         if self.config.action == "off":
             return {}
-        images = images.detach()
-        finite = images.float().sum((1, 2, 3)).isfinite()
-        images, kept = images[finite], [p for p, good in zip(prompts, finite.tolist(), strict=True) if good]
+        kinds = self._watch_kinds(step)
+        images, kept = _finite(images, prompts)
         if not kept:
-            return {}
-        numbers = torch.stack([diversity(images, kept), saturation(images).mean(), high_frequency(images).mean()])
-        spread, clipped, fine = numbers.tolist()  # one transfer from the device
-        self._watch_images(step, spread, clipped, fine)
-        values = {"monitor/diversity": spread, "monitor/saturation": clipped, "monitor/high_frequency": fine}
-        if math.isnan(spread):
-            del values["monitor/diversity"]
+            return kinds
+        spread = diversity(images, kept)
+        measured = {"diversity": spread, **{name: measure(images).mean() for name, measure in _STATISTICS.items()}}
+        numbers = dict(zip(measured, torch.stack([*measured.values()]).tolist(), strict=True))  # one transfer
+        self._watch_images(step, numbers)
+        if math.isnan(numbers["diversity"]):
+            del numbers["diversity"]
             if not self._state.ungrouped:
                 self._state.ungrouped = True
                 note("monitors: diversity is not measured, because no prompt of a batch has two images")
-        return values
+        return {f"monitor/{name}": value for name, value in numbers.items()} | kinds
+
+    def sampled(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
+        """Take images in [0, 1] as soon as they are sampled: all of them are counted by their kind."""
+        if self.config.action == "off":
+            return
+        images, kept = _finite(images, prompts)
+        if not kept:
+            return
+        shares = colour_shares(images).cpu()
+        self._state.prompts += kept
+        if self._state.centres:
+            self._state.kinds += nearest(shares, torch.tensor(self._state.centres)).tolist()
+        else:
+            self._state.colours += shares.tolist()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Take a line of metrics.
@@ -173,21 +204,53 @@ class Monitors:
             state = {"evaluations": state["looks"], **{key: state[key] for key in state if key != "looks"}}
         self._state = _State(**{**state, "pending": [Alarm(**alarm) for alarm in state["pending"]]})
 
-    def _watch_images(self, step: int, spread: float, clipped: float, fine: float) -> None:
+    def _watch_images(self, step: int, numbers: Mapping[str, float]) -> None:
         c = self.config
-        start, now, _ = self._follow("diversity", spread)
+        courses = {name: self._follow(name, value) for name, value in numbers.items()}
+        start, now, _ = courses["diversity"]
         if c.diversity_drop is not None:
             seen = f"the images of one prompt differ by {now:.3g}, at the start by {start:.3g}"
             self._judge(step, "diversity", (start - now) / max(c.diversity_drop * start, 1e-12), seen)
-        start, now, _ = self._follow("saturation", clipped)
+        start, now, _ = courses["saturation"]
         if c.saturation_rise is not None:
             seen = f"{now:.1%} of the channel values are black or white, at the start {start:.1%}"
             self._judge(step, "saturation", (now - start) / c.saturation_rise, seen)
-        start, now, _ = self._follow("high_frequency", fine)
+        start, now, _ = courses["high_frequency"]
         if c.high_frequency_growth is not None:
             seen = f"{now:.1%} of the energy is above half the Nyquist frequency, at the start {start:.1%}"
             rise = max(start * (c.high_frequency_growth - 1), LEAST_HIGH_FREQUENCY)
             self._judge(step, "high_frequency", (now - start) / rise, seen)
+        start, now, _ = courses["dark"]
+        if c.dark_rise is not None:
+            seen = f"{now:.1%} of the pixels are dark, at the start {start:.1%}"
+            self._judge(step, "dark", (now - start) / c.dark_rise, seen)
+        start, now, _ = courses["grid"]
+        if c.grid_rise is not None:
+            seen = f"edges are {now:.0%} stronger on the lines of a grid than between them, at the start {start:.0%}"
+            self._judge(step, "grid", (now - start) / c.grid_rise, seen)
+
+    def _watch_kinds(self, step: int) -> dict[str, float]:
+        """Count the images since the last line by their kind, once they are enough, and return the entropies."""
+        state = self._state
+        if len(state.prompts) < LEAST_IMAGES:
+            return {}
+        if state.colours:  # the first line: its clusters are the kinds
+            first = torch.tensor(state.colours)
+            centres = k_means(first, KINDS)
+            state.centres, state.colours, state.kinds = centres.tolist(), [], nearest(first, centres).tolist()
+        bits = {"kinds": kinds_entropy(state.kinds), "kinds_within": entropy_within(state.kinds, state.prompts)}
+        state.kinds, state.prompts = [], []
+        courses = {name: self._follow(name, value) for name, value in bits.items()}
+        drop = self.config.collapse_drop
+        falls = {name: (start - now) / max(start, LEAST_BITS) for name, (start, now, _) in courses.items()}
+        falls = {name: fall for name, fall in falls.items() if not math.isnan(fall)}
+        if drop is not None and falls:
+            name = max(falls, key=lambda name: falls[name])
+            where = "all prompts" if name == "kinds" else "one prompt"
+            start, now, _ = courses[name]
+            seen = f"the kinds of images over {where} have {now:.2f} bits, at the start {start:.2f}"
+            self._judge(step, "collapse", falls[name] / drop, seen)
+        return {f"monitor/{name}": value for name, value in bits.items() if not math.isnan(value)}
 
     def _watch_update(
         self, step: int, name: str, value: float | None, limit: float | None, growth: float | None, least: float
@@ -287,6 +350,16 @@ class Monitors:
         elif back >= self.config.patience:
             warned = 0
         self._state.streaks[key] = [beyond, back, warned]
+
+
+_STATISTICS = {"saturation": saturation, "high_frequency": high_frequency, "dark": dark, "grid": grid}
+
+
+def _finite(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Return the images whose values are all finite, detached, and their prompts."""
+    images = images.detach()
+    finite = images.float().sum((1, 2, 3)).isfinite()
+    return images[finite], [prompt for prompt, good in zip(prompts, finite.tolist(), strict=True) if good]
 
 
 def _noise(values: Sequence[float]) -> float:

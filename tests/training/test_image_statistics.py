@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.training.image_statistics import diversity, high_frequency, saturation
+from mmalign.training.image_statistics import dark, diversity, grid, high_frequency, saturation
 
 
 def flat(value: float, size: int = 32) -> Tensor:
@@ -102,3 +102,41 @@ def test_half_precision_is_measured_in_single() -> None:
     assert torch.equal(diversity(images, groups), diversity(images.float(), groups))
     assert torch.equal(high_frequency(images), high_frequency(images.float()))
     assert torch.equal(saturation(images), saturation(images.float()))
+
+
+def test_dark_pixels_by_their_luma() -> None:
+    image = torch.zeros(3, 4, 4)
+    image[1, :2] = 0.2  # luma 0.117
+    image[2, 2] = 0.8  # luma 0.091
+    assert dark(torch.stack([image, flat(0.1, 4) + 1e-4, flat(0.05, 4)])).tolist() == pytest.approx([0.5, 0.0, 1.0])
+
+
+def stairs(period: int, height: float, size: int = 64) -> Tensor:
+    """A step up by `height` at every `period`-th column, on a slope of 0.004 a pixel."""
+    columns = torch.arange(size)
+    return (0.3 + 0.004 * columns + height * (columns // period)).expand(3, size, size)
+
+
+@pytest.mark.parametrize("period", [4, 8, 16])
+def test_a_grid_is_measured_against_the_steps_between_its_lines(period: int) -> None:
+    image = stairs(period, 0.01)  # steps of 0.014 on the lines, of 0.004 between them
+    assert grid(image[None]).item() == pytest.approx(0.01 / 0.004, rel=1e-3)
+    assert grid(image.transpose(1, 2)[None]).item() == pytest.approx(0.01 / 0.004, rel=1e-3)
+    assert grid(torch.stack([image, stairs(64, 0.0)])).item() == pytest.approx(0.005 / 0.004, rel=1e-3)
+    # Strong steps count as 0.02, weak ones as 0.002.
+    assert grid(stairs(period, 0.5)[None]).item() == pytest.approx((0.02 - 0.004) / 0.004, rel=1e-3)
+    alone = (0.01 * (torch.arange(64) // period)).expand(1, 3, 64, 64)
+    assert grid(alone).item() == pytest.approx(0.01 / 0.002, rel=1e-3)
+
+
+def test_content_flat_images_and_noise_are_no_grid() -> None:
+    draw = torch.Generator().manual_seed(0)
+    assert grid(torch.rand(64, 3, 64, 64, generator=draw)).item() < 0.05
+    assert grid(torch.stack([flat(0.0, 64), flat(0.5, 64)])).item() == 0
+    slope = (torch.arange(64) / 64).expand(3, 64, 64)
+    assert grid(slope[None]).item() == pytest.approx(0, abs=1e-3)
+    # Too small for any period.
+    assert grid(torch.rand(2, 3, 8, 8, generator=draw)).item() == 0
+    # The same lines in other places of each image are content.
+    images = torch.stack([stairs(8, 0.01).roll(k, 2) for k in range(8)])
+    assert grid(images).item() < 0.6

@@ -189,6 +189,22 @@ def test_saturation_and_high_frequency() -> None:
     assert values["monitor/high_frequency"] == pytest.approx(0.01 / 0.055, rel=1e-4)
 
 
+def test_dark_images_and_grids() -> None:
+    draw = torch.Generator().manual_seed(0)
+    noise = 0.5 + 0.02 * torch.rand(4, 3, 64, 64, generator=draw)
+    lines = torch.zeros(64)
+    lines[::8] = 0.05
+    gone = torch.cat([noise[:2] * 0.1, noise[2:]])  # half of the pixels: 0.5 (1 - 0.7^n) passes 0.3 at n = 3
+    for name, bad, due in (("dark", gone, 7), ("grid", noise + lines, 5)):
+        monitors = make()
+
+        def observe(step: int, level: float, bad: Tensor = bad, monitors: Monitors = monitors) -> None:
+            monitors.images(step, bad if level else noise, PROMPTS)
+
+        raised = [alarm for alarm in fire(monitors, observe, [0.0] * 3 + [1.0] * 8) if alarm[1] == name]
+        assert raised == [(due, name)]
+
+
 def test_runaway_updates() -> None:
     monitors = make()
     usual = [0.02, 0.03] * 5  # median 0.025 and, one line later, 0.03; a ratio may grow to 5 times that, a KL to 25
@@ -272,7 +288,7 @@ def test_without_two_images_of_a_prompt_diversity_is_not_measured_and_that_is_sa
     monitors = make()
     for step in range(2):
         values = monitors.images(step, grey(0.4), ["a", "b", "c", "d"])
-        assert sorted(values) == ["monitor/high_frequency", "monitor/saturation"]
+        assert sorted(values) == [f"monitor/{name}" for name in ("dark", "grid", "high_frequency", "saturation")]
     assert capsys.readouterr().err.count("diversity is not measured") == 1
 
 
