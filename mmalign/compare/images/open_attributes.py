@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mmalign.compare.images.store import Images
+from mmalign.core.errors import UserError
 from mmalign.core.io.open_attributes import OpenAttributes
 from mmalign.core.progress import track
 from mmalign.core.registry import open_attributes
@@ -71,5 +72,9 @@ def _count(reader: OpenAttributes, store: Images) -> dict[str, np.ndarray]:
                 pixels = np.asarray(image.convert("RGB"))
             for name, values in reader.read(prompt, pixels).items():
                 for value in values:
+                    if value not in places[name]:
+                        raise UserError(
+                            f"{type(reader).__name__} read the {name} '{value}', which is not in its kinds"
+                        )
                     counts[name][index, places[name][value]] += 1
     return counts
