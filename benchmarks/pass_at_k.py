@@ -26,7 +26,8 @@ from mmalign.core.progress import track
 from mmalign.core.seeds import derive_seed
 from mmalign.data.building.generation import generate_images
 from mmalign.data.prompts import Prompt, load_prompts
-from rewards import load_reward
+from pipelines.errors import PipelineError
+from rewards import RewardError, load_reward
 
 
 def pass_at_k(correct: np.ndarray, tries: int, k: int) -> np.ndarray:
@@ -65,7 +66,7 @@ def count_correct(
 
 
 def table(correct: np.ndarray, tries: int, ks: Sequence[int]) -> list[dict[str, float]]:
-    """Return a row for each k: the estimate, its interval, and the share of prompts it is 0 for."""
+    """Return a row for each k: the estimate and its 95 % interval."""
     rows = []
     for k in ks:
         values = pass_at_k(correct, tries, k)
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prompts = load_prompts(given.prompts, given.limit)
         options = {"reward": given.reward, "guidance": given.guidance, "steps": given.steps, "batch": given.batch}
         correct = count_correct(given.model, prompts, ks[-1], **options)
-    except UserError as error:
+    except (UserError, PipelineError, RewardError) as error:
         parser.error(str(error))
     rows, never = table(correct, ks[-1], ks), float((correct == 0).mean())
     always = float((correct == ks[-1]).mean())
