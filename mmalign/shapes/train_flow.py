@@ -28,7 +28,6 @@ from mmalign.shapes.train_base import SNAPSHOT_SECONDS, encode_corpus
 SEED = 21
 WIDTH, DEPTH, HEADS = 192, 6, 6
 TEXT_WIDTH, TEXT_DEPTH = 128, 3
-SHIFT = 2.0
 EMPTY_SHARE = 0.1
 INNER = ("attention.to_", "feed_forward", "self_attn", "mlp")
 """Names of the layers whose matrices Muon trains."""
@@ -45,6 +44,8 @@ class FlowModel:
     text_encoder: Any
     transformer: Any
     scheduler: Any
+    seed: int = SEED
+    """Of noise and order; another one for a model that was trained before."""
 
     def velocity(self, x: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
         """Return the prediction of ``noise - x0`` `[B, C, H, W]` at levels sigma `[B]`, for token ids `[B, L]`."""
@@ -110,7 +111,8 @@ def build_flow(start: Path) -> FlowModel:
         text_encoder = Qwen3Model.from_pretrained(start / "text_encoder", dtype=torch.float32)
     vae: Any = AutoencoderTiny.from_pretrained(start / "vae", torch_dtype=torch.float32)
     vae.eval().requires_grad_(False)
-    return FlowModel(vae, tokenizer, text_encoder, transformer, FlowMatchEulerDiscreteScheduler(shift=SHIFT))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return FlowModel(vae, tokenizer, text_encoder, transformer, scheduler, SEED + (kind == "ZImagePipeline"))
 
 
 def train_flow(
@@ -150,8 +152,8 @@ def train_flow(
     ]
     steps = images // batch_size
     rate = [torch.optim.lr_scheduler.LambdaLR(one, lambda n: min((n + 1) / 100, 1 - n / steps)) for one in optimizers]
-    ema, rng = EMA(named, 0.999), np.random.default_rng(SEED)
-    generator = torch.Generator().manual_seed(SEED)
+    ema, rng = EMA(named, 0.999), np.random.default_rng(model.seed)
+    generator = torch.Generator().manual_seed(model.seed)
     began = saved = time.time()
     recent = []
     for step in range(steps):
@@ -160,8 +162,7 @@ def train_flow(
         text = np.where(rng.random(batch_size) < EMPTY_SHARE, len(texts), text)
         x0 = latents[index].float()
         noise = torch.randn(x0.shape, generator=generator)
-        sigma = torch.randn(batch_size, generator=generator).sigmoid()
-        sigma = (SHIFT * sigma / (1 + (SHIFT - 1) * sigma)).reshape(-1, 1, 1, 1)
+        sigma = torch.randn(batch_size, generator=generator).sigmoid().reshape(-1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
             output = model.velocity((1 - sigma) * x0 + sigma * noise, sigma.flatten(), tokens[text].long())
         loss = F.mse_loss(output.float(), noise - x0)
