@@ -32,6 +32,8 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "pipelines.families.sd3:StableDiffusion3",
     "FluxPipeline": "pipelines.families.flux:Flux",
     "ZImagePipeline": "pipelines.families.z_image:ZImage",
+    "QwenImagePipeline": "pipelines.families.qwen_image:QwenImage",
+    "Flux2KleinPipeline": "pipelines.families.flux2:Flux2Klein",
 }
 
 
@@ -259,7 +261,7 @@ def _family(index: dict[str, Any], name: str) -> type[Generator]:
         )
     module, _, attribute = FAMILIES[pipeline].partition(":")
     generator_class: type[Generator] = getattr(importlib.import_module(module), attribute)
-    return generator_class
+    return generator_class.variant(index)
 
 
 def _kind(index: dict[str, Any], name: str) -> type[Generator] | type[DiffusersPipeline]:
