@@ -1,4 +1,4 @@
-"""Text-to-image pipelines of diffusers outside our families (PixArt, Sana, Qwen-Image, ...): drawing, nothing else.
+"""Text-to-image pipelines of diffusers outside our families (PixArt, Sana, Lumina, ...): drawing, nothing else.
 
 The pipeline itself samples, with its own scheduler. It can be compared and its images labelled; training needs a
 family, which gives the noise process and single steps.

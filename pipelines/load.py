@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ FAMILIES = {
     "QwenImagePipeline": "pipelines.families.qwen_image:QwenImage",
     "Flux2KleinPipeline": "pipelines.families.flux2:Flux2Klein",
 }
+
+FEW_STEPS = ("turbo", "lightning", "schnell", "lcm", "dmd", "distilled")
+"""Words in the names of models that were distilled to few sampling steps."""
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 
 
 @explain_loading
@@ -89,10 +94,40 @@ def family_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> 
     Of a Hub id the index alone is fetched. Raises `PipelineError` as `load_generator` does.
     """
     name, _ = _base_and_adapters(str(name_or_path), None, resolve)
+    return _family(_read(name, INDEX), name)
+
+
+@explain_loading
+def distillation(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> str | None:
+    """Return what says that the model was distilled to few sampling steps, None where nothing does; no weight is read.
+
+    Such are an index with ``is_distilled`` (FLUX.2 klein), FLUX.1 without an embedded guidance (schnell), a scheduler
+    made for distilled models, and a name with a word of `FEW_STEPS`, the model's own or the one that its index keeps.
+    A model that says none of it is not found out. Raises `PipelineError` as `load_generator` does.
+    """
+    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
+    index = _read(name, INDEX)
+    if index.get("is_distilled"):
+        return f"is_distilled in {INDEX}"
+    network = _read(name, "transformer/config.json") if index.get("_class_name") == "FluxPipeline" else {}
+    if not network.get("guidance_embeds", True):
+        return "guidance_embeds false in transformer/config.json, as in FLUX.1-schnell"
+    scheduler = (index.get("scheduler") or [None, None])[1]
+    if scheduler in FEW_STEP_SCHEDULERS:
+        return f"its scheduler {scheduler}"
+    for given in (Path(name).name, str(index.get("_name_or_path", ""))):
+        if words := set(re.split(r"[^a-z]+", given.lower())) & set(FEW_STEPS):
+            return f"'{min(words)}' in its name {given}"
+    return None
+
+
+def _read(name: str, file: str) -> dict[str, Any]:
+    """Return one JSON file of a model, empty where it is not there; of a Hub id that file alone is fetched."""
     if is_hub_id(name) and not local_path(name).exists():
         with explained(name, "diffusers"):
-            return _family(read_json(fetch_file(name, INDEX)), name)
-    return _family(_locate(name, _family)[1], name)
+            return read_json(fetch_file(name, file))
+    path = _locate(name, _family)[0] / file
+    return read_json(path) if path.exists() or file == INDEX else {}
 
 
 def _load(

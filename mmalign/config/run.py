@@ -41,6 +41,8 @@ class RunConfig(StrictModel):
 
     model: str = Field(min_length=1)
     """a model directory, or a hub id 'organisation/name'"""
+    allow_distilled: bool = False
+    """train a model that was distilled to few sampling steps on its own samples, which undoes the distillation"""
     method: dict[str, Any]
     """`name`, a name of `mmalign list methods`, and what that method's own configuration declares"""
     data: DataConfig

@@ -10,7 +10,7 @@ from mmalign.config.flow import FlowConfig
 from mmalign.core.errors import UserError
 from mmalign.core.resources import resolve_model
 from mmalign.methods import methods
-from pipelines.load import family_of
+from pipelines.load import distillation, family_of
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
@@ -43,14 +43,19 @@ def flow_options(config: RunConfig, path: str) -> FlowOptions | None:
 
 
 def check_family(config: RunConfig) -> None:
-    """Refuse a recipe that the model's family cannot train.
+    """Refuse a recipe that the model, or its family, cannot train.
 
     Raises:
         UserError: names the key and the fix. PipelineError: a model of an unsupported kind.
     """
-    family = flow_family(config, resolve_model(config.model))
-    if family is None:
-        return
+    path = resolve_model(config.model)
+    family = flow_family(config, path)
+    if family is not None:
+        _check_flow(config, family)
+    _check_distillation(config, path)
+
+
+def _check_flow(config: RunConfig, family: type[Generator]) -> None:
     if not methods.get(config.method_name).needs.flow:
         raise UserError(
             f"method.name '{config.method_name}' does not train flow models, and {config.model} is one"
@@ -64,6 +69,18 @@ def check_family(config: RunConfig) -> None:
                 f"{key} {scale:g}: '{family.family}' models have guidance distilled into them and are sampled without"
                 f" classifier-free guidance; set {key}: 1.0 (their own scale is flow.embedded_guidance)"
             )
+
+
+def _check_distillation(config: RunConfig, path: str) -> None:
+    """Refuse to train a model that samples in few steps on its own samples, unless the recipe allows it."""
+    online = methods.get(config.method_name).needs.source == "prompts" or config.rounds is not None
+    if not online or config.allow_distilled or Path(path).is_file():
+        return
+    if evidence := distillation(path, resolve_model):
+        raise UserError(
+            f"model {config.model} was distilled to few sampling steps ({evidence}), which training on its own samples"
+            " undoes; train its base model, or set allow_distilled: true"
+        )
 
 
 def _guidance_scales(config: RunConfig) -> Iterator[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""Methods train SD3, FLUX.1 and Z-Image, by LoRA and whole, and what they export is plain diffusers'."""
+"""Methods train the flow families, by LoRA and whole, and what they export is plain diffusers'."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
+from flow_tools import Models
 from PIL import Image
-from tiny_models import build_tiny_flux, build_tiny_sd, build_tiny_sd3, build_tiny_z_image
+from tiny_models import build_tiny_sd
 from tiny_runs import BRIGHTNESS, losses, online_config, run_config, write_pairs
 
 from mmalign.cli import main
@@ -41,6 +42,7 @@ OFFLINE: dict[str, dict[str, Any]] = {
 }
 ONLINE: dict[str, dict[str, Any]] = {
     "align_prop": {"sampling_steps": 2, "guidance": 1.0},
+    "align_prop guided": {"sampling_steps": 2, "guidance": 4.0},
     "align_prop refl": {"sampling_steps": 2, "guidance": 1.0, "truncation": "refl"},
     "prdp": {**DRAWN, "updates_per_round": 2},
     "ddpo": DRAWN,
@@ -54,20 +56,21 @@ QUICK = {
         for name in ("sft", "diffusion_kto", "align_prop", "ddpo", "dense_dpo", "diffusion_dro", "nft")
     ),
     *((family, kind, "diffusion_dpo") for family in ("flux", "z_image") for kind in ("lora", "full")),
+    *(("qwen_image", "lora", name) for name in ("diffusion_dpo", "align_prop guided")),
+    ("flux2", "full", "diffusion_dpo"),
 }
 GRID = [
     pytest.param(family, kind, name, marks=[] if (family, kind, name) in QUICK else pytest.mark.slow)
-    for family in ("sd3", "flux", "z_image")
+    for family in ("sd3", "flux", "z_image", "qwen_image", "flux2")
     for kind in ("lora", "full")
     for name in (*OFFLINE, *ONLINE)
+    if (family, name) != ("flux", "align_prop guided")  # its guidance is an input of the network
 ]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("flow")
-    builders = {"sd3": build_tiny_sd3, "flux": build_tiny_flux, "z_image": build_tiny_z_image}
-    return {name: build(folder / name) for name, build in builders.items()}
+    return Models(tmp_path_factory.mktemp("flow"))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,7 @@ def check_export(base: str, output: Path, kind: str) -> None:
         pipe = diffusers.DiffusionPipeline.from_pretrained(base, **absent)
         pipe.load_lora_weights(str(output), weight_name="pytorch_lora_weights.safetensors")
         theirs = pipe.transformer
-    x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, *ours.latent_shape, generator=torch.Generator().manual_seed(0))
     t, cond = torch.tensor([600.0]), ours.encode_prompts(["a red circle"])
     with torch.no_grad():
         expected, before = ours.predict(x, t, cond), untrained.predict(x, t, cond)
