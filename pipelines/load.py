@@ -25,7 +25,7 @@ from pipelines.generator import Generator
 from pipelines.hub import explained, fetch_file, is_hub_id, local_path, repository
 from pipelines.integrity import explain_loading
 from pipelines.lora_files import WEIGHTS_NAME, AdapterPath, adapter_file, is_lora_file, with_weight
-from pipelines.single_file import checkpoint_directory
+from pipelines.single_file import checkpoint_directory, kind_of
 
 FAMILIES = {
     "StableDiffusionPipeline": "pipelines.families.unet_image:StableDiffusion",
@@ -55,7 +55,7 @@ def load_generator(
 ) -> Generator:
     """Load a generator; its family is detected from ``model_index.json``.
 
-    `name_or_path` is a diffusers directory, a single-file checkpoint of Stable Diffusion 1, 2 or XL, a Hub id
+    `name_or_path` is a diffusers directory, a single-file checkpoint of Stable Diffusion or FLUX.1, a Hub id
     ``org/name[@revision]``, or what `Generator.save_lora` wrote, which names its own base model (found by way of
     `resolve`). `adapter` is a LoRA file or directory to load on top, or several: ``PATH``, ``PATH:WEIGHT`` or
     ``(path, weight)`` each; they are added up, to that of `name_or_path` too.
@@ -126,6 +126,9 @@ def _read(name: str, file: str) -> dict[str, Any]:
     if is_hub_id(name) and not local_path(name).exists():
         with explained(name, "diffusers"):
             return read_json(fetch_file(name, file))
+    if local_path(name).is_file():  # not converted for this
+        kind = kind_of(local_path(name))
+        return {"_class_name": kind.pipeline, "_name_or_path": kind.repo} if file == INDEX else {}
     path = _locate(name, _family)[0] / file
     return read_json(path) if path.exists() or file == INDEX else {}
 

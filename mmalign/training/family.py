@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmalign.config.flow import FlowConfig
@@ -24,13 +23,12 @@ def flow_family(config: RunConfig, path: str) -> type[Generator] | None:
     Raises:
         UserError: it is none, and the recipe has a section `flow`. PipelineError: a model of an unsupported kind.
     """
-    # Single-file checkpoints are Stable Diffusion 1, 2 or XL, or adapters.
-    family = None if Path(path).is_file() else family_of(path, resolve_model)
-    if family is not None and family.is_flow:
+    family = family_of(path, resolve_model)
+    if family.is_flow:
         return family
     if config.flow is not None:
         raise UserError(
-            f"flow: is for flow models (SD3, FLUX.1, Z-Image), and {config.model} is none; remove the section"
+            f"flow: is for flow models (SD3, FLUX, Z-Image, Qwen-Image), and {config.model} is none; remove it"
         )
     return None
 
@@ -74,7 +72,7 @@ def _check_flow(config: RunConfig, family: type[Generator]) -> None:
 def _check_distillation(config: RunConfig, path: str) -> None:
     """Refuse to train a model that samples in few steps on its own samples, unless the recipe allows it."""
     online = methods.get(config.method_name).needs.source == "prompts" or config.rounds is not None
-    if not online or config.allow_distilled or Path(path).is_file():
+    if not online or config.allow_distilled:
         return
     if evidence := distillation(path, resolve_model):
         raise UserError(
