@@ -79,12 +79,14 @@ def load_drawer(
     device: str | torch.device | None = None,
     adapter: AdapterPath | Sequence[AdapterPath] | None = None,
     resolve: Callable[[str], str] = str,
+    image_size: int | None = None,
 ) -> Generator | DiffusersPipeline:
     """Load what can draw images: a generator as `load_generator` does, or any text-to-image pipeline of diffusers.
 
-    Raises `PipelineError` as `load_generator` does, and for an adapter on a model outside our families.
+    `image_size` is the side of the images in pixels, by default the model's own. Raises `PipelineError` as
+    `load_generator` does, for an adapter on a model outside our families, and for a size that the model cannot draw.
     """
-    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, None)
+    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, None, image_size)
 
 
 @explain_loading
@@ -142,6 +144,7 @@ def _load(
     resolve: Callable[[str], str],
     kind: Callable[[dict[str, Any], str], Any],
     flow: FlowOptions | None,
+    image_size: int | None = None,
 ) -> Generator | DiffusersPipeline:
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, PROCESSORS)
@@ -159,7 +162,9 @@ def _load(
                 f"{name} is a {index['_class_name']}, on which adapters are not loaded; merge {adapters[0][0]} into it"
                 " with diffusers: pipe.load_lora_weights(A); pipe.fuse_lora(); pipe.save_pretrained(DIR)."
             )
-        return DiffusersPipeline(root, index, **options)
+        return DiffusersPipeline(root, index, **options, image_size=image_size)
+    if image_size is not None:
+        options |= {"flow": FlowOptions(image_size)} if found.is_flow else {"image_size": image_size}
     if flow is not None:
         if not found.is_flow:
             raise PipelineError(

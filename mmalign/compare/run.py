@@ -82,7 +82,7 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     }
     facts = train_and_read(config, partial(_read, config, made), train=train, retrain=retrain)
     systems, replicas = merge_systems(config, facts)
-    models = ModelHolder(config.precision)
+    models = ModelHolder(config.precision, config.image_size)
     sweep = None
     if config.guidance_control is not None:
         baseline = facts[config.baseline_name]
@@ -109,7 +109,7 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
             for name in systems
         },
         sweep=sweep,
-        **described(config, "prompts", "limit", "steps", "guidance", "solver"),
+        **described(config, "prompts", "limit", "steps", "guidance", "solver", "image_size"),
     )
 
 
