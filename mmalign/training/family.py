@@ -59,8 +59,6 @@ def _check_flow(config: RunConfig, family: type[Generator]) -> None:
             f"method.name '{config.method_name}' does not train flow models, and {config.model} is one"
             f" ('{family.family}'); choose another method or model"
         )
-    if config.rounds is not None and config.rounds.solver != "ddim":
-        raise UserError(f"rounds.solver {config.rounds.solver}: is for diffusion models; set rounds.solver: ddim")
     for key, scale in _guidance_scales(config):
         if family.guidance_inside and scale != 1:
             raise UserError(
