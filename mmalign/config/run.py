@@ -64,8 +64,8 @@ class RunConfig(StrictModel):
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """attention kernel"""
     flow: FlowConfig | None = None
-    """choices for flow models (SD3, FLUX.1, Z-Image): density of training levels, text length, embedded guidance;
-    null: their defaults"""
+    """choices for flow models (SD3, FLUX, Z-Image, Qwen-Image): density of training levels, text length, embedded
+    guidance; null: their defaults"""
 
     @property
     def modality(self) -> str:

@@ -226,29 +226,6 @@ def test_rounds_draw_at_the_size_and_with_the_options_of_the_recipe(models: dict
     assert Image.open(io.BytesIO(table["image"][0].as_py())).size == (16, 16)
 
 
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        ("sd35/diffusion_dpo", "sd3"),
-        ("sd35/align_prop", "sd3"),
-        ("flux/diffusion_dpo", "flux"),
-        ("z_image/diffusion_dpo", "z_image"),
-    ],
-)
-def test_shipped_configs_fit_their_models(
-    models: dict[str, str], data: dict[str, Path], tmp_path: Path, name: str, family: str, capsys: Any
-) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red circle\n" * 4)
-    source = f"data.prompts={prompts}" if "align_prop" in name else f"data.pairs={data['plain']}"
-    given = [f"model={models[family]}", source, f"data.cache={tmp_path / 'cache'}", f"output={tmp_path / 'out'}"]
-    small = ["data.resolution=16", "evaluate=null", "trainer.batch_size=2", "trainer.gradient_accumulation=1"]
-    rewards = ["rewards=[tiny_runs:Brightness]"] if "align_prop" in name else []
-    assert main(["train", name, *given, *small, *rewards, "trainer.precision=fp32", "--dry-run"]) == 0
-    density = "uniform" if family != "sd3" or "align_prop" in name else "logit_normal(0, 1)"
-    assert f"training levels {density} on" in capsys.readouterr().err
-
-
 def test_a_trained_adapter_draws_and_merges(
     models: dict[str, str], data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
