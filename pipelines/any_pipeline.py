@@ -24,7 +24,6 @@ OTHER_INPUTS = {"image", "mask_image", "control_image", "video", "num_frames"}
 """Parameters of pipelines that edit images or make videos."""
 IMAGE_IS_OPTIONAL = (
     "Flux2Pipeline",
-    "Flux2KleinPipeline",
     "GlmImagePipeline",
     "QwenImage21Pipeline",
     "ZImageOmniPipeline",

@@ -150,13 +150,23 @@ class LatentImage(Generator):
         """Encode a few prompts, without a gradient."""
 
     def _tokenize(
-        self, name: str, prompts: list[str], length: int | None = None, *, warn: bool = True
+        self,
+        name: str,
+        prompts: list[str],
+        length: int | None = None,
+        *,
+        warn: bool = True,
+        template: str = "{}",
     ) -> dict[str, Tensor]:
-        """Return token ids and mask, padded and cut to `length` (default: the tokenizer's); counts cut prompts."""
+        """Return token ids and mask, padded and cut to `length` (default: the tokenizer's); counts cut prompts.
+
+        `template` is what prompts stand in; its tokens count too.
+        """
         tokenizer = self.encoder(name)
         length = length or tokenizer.model_max_length
+        texts = [template.format(prompt) for prompt in prompts]
         if warn:
-            untruncated = tokenizer(prompts, verbose=False)["input_ids"]
+            untruncated = tokenizer(texts, verbose=False)["input_ids"]
             cut = [prompt for prompt, ids in zip(prompts, untruncated, strict=True) if len(ids) > length]
             if cut:
                 shown = cut[0] if len(cut[0]) <= CUT_SHOWN else f"{cut[0][:CUT_SHOWN]}..."
@@ -164,7 +174,7 @@ class LatentImage(Generator):
                 self._showed_cut = True
                 text = f"{len(cut)} of {len(prompts)} prompts exceed {length} tokens and were cut{example}"
                 warnings.warn(text, stacklevel=4)
-        padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        padded = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return {key: padded[key].to(self.device) for key in ("input_ids", "attention_mask")}
 
     def _make_unconditional(self) -> Conditioning:

@@ -58,6 +58,14 @@ class QwenImage(TransformerImage):
     def _default_side(self) -> int:
         return DEFAULT_SIDE * self.vae_factor
 
+    def _choose_guidance(self, given: float | None) -> float | None:
+        for key in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"):
+            if self.config.get(key):
+                raise PipelineError(
+                    f"the transformer of {self.name_or_path} has {key}, which is not supported; use Qwen-Image itself."
+                )
+        return super()._choose_guidance(given)
+
     def guide(
         self,
         with_prompt: Float[Tensor, "batch channels height width"],
@@ -104,9 +112,8 @@ class QwenImage(TransformerImage):
         return unpack(single(output), height, width)
 
     def _encode_batch(self, prompts: list[str]) -> Conditioning:
-        texts = [TEMPLATE.format(prompt) for prompt in prompts]
         self.encoder("tokenizer").padding_side = "right"
-        tokens = self._tokenize("tokenizer", texts, self.text_length + PREFIX)
+        tokens = self._tokenize("tokenizer", prompts, self.text_length + PREFIX, template=TEMPLATE)
         mask = tokens["attention_mask"]
         longest = int(mask.sum(1).max())
         # The language model alone: its head would give logits over the vocabulary for every token.

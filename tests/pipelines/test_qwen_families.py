@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,14 @@ def test_sizes_lengths_and_guidance_are_checked(models: dict[str, str], name: st
             generator.predict(noise(1, 16, 9, 8), torch.tensor([500.0]), generator.encode_prompts(["a star"]))
 
 
+def test_qwen_images_of_other_kinds_are_refused(models: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(models["qwen_image"], tmp_path / "copy")
+    file = tmp_path / "copy" / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_embeds": True}))
+    with pytest.raises(PipelineError, match="has guidance_embeds, which is not supported; use Qwen-Image itself"):
+        load(str(tmp_path / "copy"))
+
+
 def test_an_older_diffusers_is_named(models: dict[str, str]) -> None:
     root = Path(models["flux2"])
     index = json.loads((root / "model_index.json").read_text()) | {"_class_name": "Flux2PipelineOfTheFuture"}
@@ -187,5 +196,5 @@ def test_an_older_diffusers_is_named(models: dict[str, str]) -> None:
 
 
 def test_prompts_that_are_cut_are_counted(models: dict[str, str]) -> None:
-    with pytest.warns(UserWarning, match="1 of 1 prompts exceed 98 tokens"):
+    with pytest.warns(UserWarning, match="1 of 1 prompts exceed 98 tokens and were cut, such as 'zebra zebra"):
         load(models["qwen_image"]).encode_prompts(["zebra " * 20])
