@@ -69,6 +69,13 @@ NAMES = {
 }
 IN_BLOCK = {
     "attn.to_out.0": "x_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
     "attn.to_add_out": "context_block.attn.proj",
     "norm1.linear": "x_block.adaLN_modulation.1",
     "norm1_context.linear": "context_block.adaLN_modulation.1",
@@ -77,7 +84,11 @@ IN_BLOCK = {
     "ff_context.net.0.proj": "context_block.mlp.fc1",
     "ff_context.net.2": "context_block.mlp.fc2",
 }
-SIDES = {"x_block": ("to_q", "to_k", "to_v"), "context_block": ("add_q_proj", "add_k_proj", "add_v_proj")}
+FUSED = {
+    "x_block.attn": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn2": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "context_block.attn": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
 
 
 def swapped(value: Tensor) -> Tensor:
@@ -97,9 +108,10 @@ def original_sd3(network: torch.nn.Module) -> dict[str, Tensor]:
             name = f"joint_blocks.{block[1]}.{name}" if block else name
             state[f"{name}.{end}"] = swapped(value) if layer.startswith(("norm_out", last)) else value
     for index in range(len(network.transformer_blocks)):
-        for side, parts in SIDES.items():
+        for place, parts in FUSED.items():
             for end in ("weight", "bias"):
-                found = [own[f"transformer_blocks.{index}.attn.{part}.{end}"] for part in parts]
-                state[f"joint_blocks.{index}.{side}.attn.qkv.{end}"] = torch.cat(found)
+                found = [own.get(f"transformer_blocks.{index}.{part}.{end}") for part in parts]
+                if found[0] is not None:
+                    state[f"joint_blocks.{index}.{place}.qkv.{end}"] = torch.cat(found)
     state["pos_embed"] = own["pos_embed.pos_embed"]
     return {f"model.diffusion_model.{name}": value for name, value in state.items()}

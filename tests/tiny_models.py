@@ -213,10 +213,12 @@ def tiny_flow_vae() -> Any:
     ).eval()
 
 
-def build_tiny_sd3(path: str | Path, *, t5: bool = False, second: int = 16, seed: int = 0) -> str:
+def build_tiny_sd3(
+    path: str | Path, *, t5: bool = False, second: int = 16, medium: bool = False, seed: int = 0
+) -> str:
     """Write a ``StableDiffusion3Pipeline`` for 16x16 images (latents ``[16, 8, 8]``), shift 3, and return its path.
 
-    `second` is the width of the second CLIP.
+    `second` is the width of the second CLIP; `medium` gives it SD3.5 medium's second attention and norms.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -236,6 +238,7 @@ def build_tiny_sd3(path: str | Path, *, t5: bool = False, second: int = 16, seed
                 caption_projection_dim=16,
                 pooled_projection_dim=16 + second,
                 pos_embed_max_size=8,
+                **({"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if medium else {}),
             ).eval(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=tiny_flow_vae(),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipelines import PipelineError, load_generator, sample
 from pipelines.load import distillation, family_of
+from pipelines.single_file import kind_of
 
 
 def write(path: Path, state: dict[str, Tensor]) -> Path:
@@ -34,11 +35,11 @@ def copy(source: Path, target: Path, patterns: Iterable[str]) -> None:
         shutil.copyfile(file, target / file.relative_to(source))
 
 
-@pytest.fixture
-def sd3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(params=[False, True], ids=["3", "3.5 medium"])
+def sd3(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny SD3 and, beside it, ``tiny.safetensors`` with its CLIPs and ``bare.safetensors`` without them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = Path(build_tiny_sd3(tmp_path / "model", second=24))
+    model = Path(build_tiny_sd3(tmp_path / "model", second=24, medium=request.param))
     pipe = StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None)
     with torch.no_grad():  # the original code has no projection after CLIP-L
         pipe.text_encoder.text_projection.weight.copy_(torch.eye(16))
@@ -74,7 +75,8 @@ def test_text_encoders_come_from_the_folder_beside_the_file(sd3: Path) -> None:
 
 
 def test_t5_comes_from_there_too(sd3: Path) -> None:
-    model = Path(build_tiny_sd3(sd3 / "with-t5", second=24, t5=True))
+    medium = kind_of(sd3 / "bare.safetensors").repo.endswith("3.5-medium")
+    model = Path(build_tiny_sd3(sd3 / "with-t5", second=24, t5=True, medium=medium))
     copy(model, sd3 / "bare", ("*.json", "text_encoder*/*", "tokenizer*/*"))
     generator = load_generator(sd3 / "bare.safetensors", device="cpu", flow=OPTIONS)
     theirs = load_generator(model, device="cpu", flow=OPTIONS)
