@@ -1,4 +1,4 @@
-"""Text-to-image pipelines of diffusers outside our families (PixArt, Sana, Qwen-Image, ...): drawing, nothing else.
+"""Text-to-image pipelines of diffusers outside our families (PixArt, Sana, Lumina, ...): drawing, nothing else.
 
 The pipeline itself samples, with its own scheduler. It can be compared and its images labelled; training needs a
 family, which gives the noise process and single steps.
@@ -24,7 +24,6 @@ OTHER_INPUTS = {"image", "mask_image", "control_image", "video", "num_frames"}
 """Parameters of pipelines that edit images or make videos."""
 IMAGE_IS_OPTIONAL = (
     "Flux2Pipeline",
-    "Flux2KleinPipeline",
     "GlmImagePipeline",
     "QwenImage21Pipeline",
     "ZImageOmniPipeline",
@@ -64,16 +63,25 @@ class DiffusersPipeline:
     has_adapter = False
 
     def __init__(
-        self, root: Path, index: dict[str, Any], *, name_or_path: str, dtype: torch.dtype, device: torch.device
+        self,
+        root: Path,
+        index: dict[str, Any],
+        *,
+        name_or_path: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        image_size: int | None = None,
     ) -> None:
         """Load every component from `root`, whose parsed ``model_index.json`` is `index`; safetensors only, no code.
+
+        `image_size` is the side of the images in pixels, by default the pipeline's own.
 
         Raises:
             PipelineError: a component is missing, damaged or would run code of its own.
         """
         from diffusers import DiffusionPipeline
 
-        self.name_or_path = name_or_path
+        self.name_or_path, self._side = name_or_path, image_size
         _refuse_code(root, index)
         names = [name for name in index if has_component(index, name)]
         # diffusers wants to be told of each component that is absent.
@@ -107,7 +115,7 @@ class DiffusersPipeline:
         eta: float = 0.0,
         solver: str = "ddim",
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Return one image in [0, 1], float32, for each prompt and its seed, of the pipeline's own size.
+        """Return one image in [0, 1], float32, for each prompt and its seed.
 
         Raises:
             PipelineError: `eta` or `solver` ask for another sampler than the pipeline's own, or it cannot draw so.
@@ -122,6 +130,8 @@ class DiffusersPipeline:
         if "true_cfg_scale" in self._takes and "negative_prompt" in self._takes and guidance != 1:
             # Guidance by a second prediction; the other scale is then an input of distilled models alone.
             options |= {"true_cfg_scale": guidance, "negative_prompt": [" "] * len(prompts)}
+        if self._side is not None:
+            options |= {"height": self._side, "width": self._side}
         random = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         try:
             made = self.pipe(
@@ -133,6 +143,11 @@ class DiffusersPipeline:
         images = getattr(made, "images", None)
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise PipelineError(f"{self.name_or_path} is a {type(self.pipe).__name__}, which gives back no images.")
+        if self._side is not None and images.shape[-2:] != (self._side, self._side):
+            made_side = " x ".join(map(str, images.shape[-2:]))
+            raise PipelineError(
+                f"{self.name_or_path} draws no images of {self._side} x {self._side}; it made {made_side} of it."
+            )
         return images.float().cpu().clamp(0.0, 1.0)
 
 

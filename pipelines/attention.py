@@ -21,7 +21,10 @@ PROCESSORS = {
     "xformers": ("XFormersAttnProcessor", "XFormersJointAttnProcessor"),
 }
 """Kernel -> the processors that run it, of UNets and of SD3."""
-DISPATCHED = ("FluxAttnProcessor", "ZSingleStreamAttnProcessor")
+DISPATCHED = (
+    *("FluxAttnProcessor", "ZSingleStreamAttnProcessor", "QwenDoubleStreamAttnProcessor2_0"),
+    *("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
+)
 """Processors that run any kernel, by the name that they carry."""
 BACKENDS = {None: "sdpa", "native": "sdpa", "xformers": "xformers"}
 """That name, in diffusers' terms -> the kernel."""

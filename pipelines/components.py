@@ -39,9 +39,12 @@ VARIANTS = ("fp16", "bf16", "non_ema")
 
 CLASSES = {
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "transformer": ("SD3Transformer2DModel", "FluxTransformer2DModel", "ZImageTransformer2DModel"),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Qwen3Model"),
+    "vae": ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLQwenImage", "AutoencoderKLFlux2"),
+    "transformer": tuple(f"{kind}Transformer2DModel" for kind in ("SD3", "Flux", "ZImage", "QwenImage", "Flux2")),
+    "text_encoder": (
+        *("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"),
+        *("Qwen3Model", "Qwen3ForCausalLM", "Qwen2_5_VLForConditionalGeneration"),
+    ),
     "tokenizer": tuple(f"{kind}Tokenizer{fast}" for kind in ("CLIP", "T5", "Qwen2") for fast in ("", "Fast")),
 }
 """The classes of the components of our families, those of a second and third encoder included."""

@@ -24,7 +24,7 @@ class Conditioning:
         Size conditioning in pixels, ``[batch, 6]``: original height and width, crop top and left, target height and
         width; SDXL only. Always kept in float32, because bf16 cannot hold most pixel counts.
     mask
-        Which positions hold text, ``[batch, length]``; Z-Image only, whose other positions hold zeros.
+        Which positions hold text, ``[batch, length]``; Z-Image and Qwen-Image only, whose other positions hold zeros.
     """
 
     prompt_embeds: Float[Tensor, "batch length width"]

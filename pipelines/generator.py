@@ -106,8 +106,20 @@ class Generator(ABC):
         if cls.guidance_inside and guidance != 1:
             raise PipelineError(
                 f"'{cls.family}' models have guidance distilled into the network and are sampled without"
-                f" classifier-free guidance: give guidance 1, not {guidance:g} (their own scale is embedded_guidance)."
+                f" classifier-free guidance: give guidance 1, not {guidance:g}"
+                " (FLUX.1-dev's own scale is embedded_guidance)."
             )
+
+    @classmethod
+    def variant(cls, index: dict[str, Any]) -> type[Generator]:
+        """Return the class for a model's ``model_index.json``, where a family has several."""
+        return cls
+
+    def guide(
+        self, with_prompt: Float[Tensor, "batch *latent"], without: Float[Tensor, "batch *latent"], guidance: float
+    ) -> Float[Tensor, "batch *latent"]:
+        """Return classifier-free guidance's combination of two predictions, the family's own; differentiable."""
+        return without + guidance * (with_prompt - without)
 
     def describe(self) -> str:
         """Return, for the log, the conventions that the family was given; empty where there is no choice."""

@@ -34,7 +34,8 @@ def guided_predictor(
     """Return ``predict(x_t, t)`` with classifier-free guidance in ONE network call on a doubled batch.
 
     ``uncond + guidance * (cond - uncond)`` for every finite ``guidance >= 0``: 1 is the conditional prediction alone
-    and 0 the unconditional one, each at the cost of a single batch. (diffusers takes anything up to 1 for 1.)
+    and 0 the unconditional one, each at the cost of a single batch. (diffusers takes anything up to 1 for 1.) A family
+    may combine the two predictions otherwise (`Generator.guide`; Qwen-Image does), in sampling and training alike.
     `negative` (a batch of one, or as long as `cond`) defaults to the family's unconditional conditioning; families
     without one (those distilled from guidance, as FLUX.1) need it given. Everything that does not change between steps
     is prepared here, once.
@@ -86,6 +87,6 @@ def _guided(generator: Generator, cond: Conditioning, guidance: float, negative:
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         without, with_prompt = generator.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return without + guidance * (with_prompt - without)
+        return generator.guide(with_prompt, without, guidance)
 
     return predict

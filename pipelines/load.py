@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pipelines.generator import Generator
 from pipelines.hub import explained, fetch_file, is_hub_id, local_path, repository
 from pipelines.integrity import explain_loading
 from pipelines.lora_files import WEIGHTS_NAME, AdapterPath, adapter_file, is_lora_file, with_weight
-from pipelines.single_file import checkpoint_directory
+from pipelines.single_file import checkpoint_directory, kind_of
 
 FAMILIES = {
     "StableDiffusionPipeline": "pipelines.families.unet_image:StableDiffusion",
@@ -32,7 +33,13 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "pipelines.families.sd3:StableDiffusion3",
     "FluxPipeline": "pipelines.families.flux:Flux",
     "ZImagePipeline": "pipelines.families.z_image:ZImage",
+    "QwenImagePipeline": "pipelines.families.qwen_image:QwenImage",
+    "Flux2KleinPipeline": "pipelines.families.flux2:Flux2Klein",
 }
+
+FEW_STEPS = ("turbo", "lightning", "schnell", "lcm", "dmd", "distilled")
+"""Words in the names of models that were distilled to few sampling steps."""
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 
 
 @explain_loading
@@ -48,7 +55,7 @@ def load_generator(
 ) -> Generator:
     """Load a generator; its family is detected from ``model_index.json``.
 
-    `name_or_path` is a diffusers directory, a single-file checkpoint of Stable Diffusion 1, 2 or XL, a Hub id
+    `name_or_path` is a diffusers directory, a single-file checkpoint of Stable Diffusion or FLUX.1, a Hub id
     ``org/name[@revision]``, or what `Generator.save_lora` wrote, which names its own base model (found by way of
     `resolve`). `adapter` is a LoRA file or directory to load on top, or several: ``PATH``, ``PATH:WEIGHT`` or
     ``(path, weight)`` each; they are added up, to that of `name_or_path` too.
@@ -72,12 +79,14 @@ def load_drawer(
     device: str | torch.device | None = None,
     adapter: AdapterPath | Sequence[AdapterPath] | None = None,
     resolve: Callable[[str], str] = str,
+    image_size: int | None = None,
 ) -> Generator | DiffusersPipeline:
     """Load what can draw images: a generator as `load_generator` does, or any text-to-image pipeline of diffusers.
 
-    Raises `PipelineError` as `load_generator` does, and for an adapter on a model outside our families.
+    `image_size` is the side of the images in pixels, by default the model's own. Raises `PipelineError` as
+    `load_generator` does, for an adapter on a model outside our families, and for a size that the model cannot draw.
     """
-    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, None)
+    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, None, image_size)
 
 
 @explain_loading
@@ -87,10 +96,43 @@ def family_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> 
     Of a Hub id the index alone is fetched. Raises `PipelineError` as `load_generator` does.
     """
     name, _ = _base_and_adapters(str(name_or_path), None, resolve)
+    return _family(_read(name, INDEX), name)
+
+
+@explain_loading
+def distillation(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> str | None:
+    """Return what says that the model was distilled to few sampling steps, None where nothing does; no weight is read.
+
+    Such are an index with ``is_distilled`` (FLUX.2 klein), FLUX.1 without an embedded guidance (schnell), a scheduler
+    made for distilled models, and a name with a word of `FEW_STEPS`, the model's own or the one that its index keeps.
+    A model that says none of it is not found out. Raises `PipelineError` as `load_generator` does.
+    """
+    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
+    index = _read(name, INDEX)
+    if index.get("is_distilled"):
+        return f"is_distilled in {INDEX}"
+    network = _read(name, "transformer/config.json") if index.get("_class_name") == "FluxPipeline" else {}
+    if not network.get("guidance_embeds", True):
+        return "guidance_embeds false in transformer/config.json, as in FLUX.1-schnell"
+    scheduler = (index.get("scheduler") or [None, None])[1]
+    if scheduler in FEW_STEP_SCHEDULERS:
+        return f"its scheduler {scheduler}"
+    for given in (Path(name).name, str(index.get("_name_or_path", ""))):
+        if words := set(re.split(r"[^a-z]+", given.lower())) & set(FEW_STEPS):
+            return f"'{min(words)}' in its name {given}"
+    return None
+
+
+def _read(name: str, file: str) -> dict[str, Any]:
+    """Return one JSON file of a model, empty where it is not there; of a Hub id that file alone is fetched."""
     if is_hub_id(name) and not local_path(name).exists():
         with explained(name, "diffusers"):
-            return _family(read_json(fetch_file(name, INDEX)), name)
-    return _family(_locate(name, _family)[1], name)
+            return read_json(fetch_file(name, file))
+    if local_path(name).is_file():  # not converted for this
+        kind = kind_of(local_path(name))
+        return {"_class_name": kind.pipeline, "_name_or_path": kind.repo} if file == INDEX else {}
+    path = _locate(name, _family)[0] / file
+    return read_json(path) if path.exists() or file == INDEX else {}
 
 
 def _load(
@@ -102,6 +144,7 @@ def _load(
     resolve: Callable[[str], str],
     kind: Callable[[dict[str, Any], str], Any],
     flow: FlowOptions | None,
+    image_size: int | None = None,
 ) -> Generator | DiffusersPipeline:
     torch_dtype = parse_dtype(dtype)
     choose("attention kernel", attention, PROCESSORS)
@@ -119,7 +162,9 @@ def _load(
                 f"{name} is a {index['_class_name']}, on which adapters are not loaded; merge {adapters[0][0]} into it"
                 " with diffusers: pipe.load_lora_weights(A); pipe.fuse_lora(); pipe.save_pretrained(DIR)."
             )
-        return DiffusersPipeline(root, index, **options)
+        return DiffusersPipeline(root, index, **options, image_size=image_size)
+    if image_size is not None:
+        options |= {"flow": FlowOptions(image_size)} if found.is_flow else {"image_size": image_size}
     if flow is not None:
         if not found.is_flow:
             raise PipelineError(
@@ -259,7 +304,7 @@ def _family(index: dict[str, Any], name: str) -> type[Generator]:
         )
     module, _, attribute = FAMILIES[pipeline].partition(":")
     generator_class: type[Generator] = getattr(importlib.import_module(module), attribute)
-    return generator_class
+    return generator_class.variant(index)
 
 
 def _kind(index: dict[str, Any], name: str) -> type[Generator] | type[DiffusersPipeline]:

@@ -7,7 +7,7 @@ network's prediction. Methods and samplers use `NoiseProcess` alone and do not d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -309,7 +309,7 @@ class FlowProcess(NoiseProcess):
     def __init__(self, scheduler: Any) -> None:
         """Take the (shifted) noise levels from a ``FlowMatchEulerDiscreteScheduler``."""
         super().__init__("flow", scheduler)
-        self.mu: float | None = None
+        self.mu: float | Callable[[int], float] | None = None
         self.even_sigmas = False
         self.density = Density()
         self._levels = scheduler.timesteps.flip(0).clone()
@@ -327,7 +327,7 @@ class FlowProcess(NoiseProcess):
     def describe(self) -> str:
         """Return, for the log, how levels are placed in sampling and drawn in training."""
         if self.shifts_by_size:
-            shift = "by size" if self.mu is None else f"by size, mu {self.mu:.4g}"
+            shift = f"by size, mu {self.mu:.4g}" if isinstance(self.mu, float) else "by size"
             return f"sampling levels shifted {shift}; training levels {self.density} on the unshifted grid"
         return f"sampling levels shifted by {self._scheduler.shift:g}; training levels {self.density} on that grid"
 
@@ -346,7 +346,7 @@ class FlowProcess(NoiseProcess):
         mu
             For a scheduler that shifts by the size of the latents (``use_dynamic_shifting``): ``e^mu / (e^mu + 1/sigma
             - 1)``, or with ``time_shift_type: linear`` mu in the place of e^mu. Default: `mu`, which must then be set;
-            `mu_for` gives it for a number of tokens.
+            `mu_for` gives it for a number of tokens. Where it depends on the steps, `mu` is a function.
         sigmas
             The noise levels before the shift, one a step, descending in (0, 1]: by default evenly spaced from the top
             of the training levels to their end, or with `even_sigmas` ``linspace(1, 1 / steps, steps)``, as FLUX.1's
@@ -356,7 +356,9 @@ class FlowProcess(NoiseProcess):
         stretching to a terminal level included. Raises `PipelineError` for arguments that the scheduler cannot take.
         """
         self.check_steps(steps)
-        scheduler, mu = self._scheduler, self.mu if mu is None else mu
+        scheduler = self._scheduler
+        if mu is None:
+            mu = self.mu(steps) if callable(self.mu) else self.mu
         if sigmas is None and self.even_sigmas:
             sigmas = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64).tolist()
         if sigmas is not None and len(sigmas) != steps:

@@ -1,6 +1,6 @@
 """Sample latents step by step with any kernel, recorded, replayed or with a gradient; or by DPM-Solver++.
 
-Steps are defined in `pipelines.kernels`. DPM-Solver++: arXiv 2211.01095 (diffusers' scheduler, inference only).
+Steps are defined in `pipelines.kernels`, DPM-Solver++ in `pipelines.multistep` (inference only).
 Truncated gradients through the sampler: `pipelines.gradient_sampling`.
 """
 
@@ -22,6 +22,7 @@ from pipelines.errors import PipelineError, choose
 from pipelines.generator import Generator
 from pipelines.guidance import Autocast, Predictor, guided_predictor
 from pipelines.kernels import CLEAN, Kernel, pick_kernel
+from pipelines.multistep import dpm_solver
 from pipelines.noise import NoiseProcess, Schedule
 
 SOLVERS = ("ddim", "dpm++")
@@ -232,7 +233,8 @@ def sample(
         options: dict[str, Any] = {"autocast": autocast, "checkpoint": segment.checkpoint}
         predict = _PartlyTrained(generator, cond[part], guidance, against, options)
         if solver == "dpm++":
-            parts.append(_dpm_solver(generator, predict.all, x, schedule))
+            clean, used = dpm_solver(generator.process, generator.scheduler, predict.all, x, schedule)
+            parts.append(Trajectory(clean, *used))
         else:
             samples = range(len(cond))[part]
             parts.append(_run(generator.process, predict, x, noise if chosen.random else None, plan, samples))
@@ -337,26 +339,6 @@ def replay_step(
     mean, std = trajectory.kernels[index](process, x, output, t.item(), t_next.item())
     std = std.reshape(-1).expand(len(x))
     return mean, std, gaussian_log_prob(x_next, mean, std)
-
-
-def _dpm_solver(generator: Generator, predict: Predictor, x: Tensor, schedule: Schedule) -> Trajectory:
-    from diffusers import DPMSolverMultistepScheduler
-
-    process, steps = generator.process, len(schedule.levels)
-    if process.prediction == "flow":
-        raise PipelineError("solver 'dpm++' is for diffusion models; use solver 'ddim' for a flow model.")
-    scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config, algorithm_type="dpmsolver++")
-    scheduler.set_timesteps(steps)
-    grid = scheduler.timesteps
-    if len(grid.unique()) < len(grid):
-        levels = process.num_train_timesteps
-        raise PipelineError(f"solver 'dpm++' has no {steps} different steps on {levels} levels; take fewer.")
-    on_device = grid.to(x.device)
-    with torch.no_grad():
-        for index, t in enumerate(grid.tolist()):
-            output = predict(x, on_device[index].expand(len(x)))
-            x = scheduler.step(output, t, x, return_dict=False)[0]
-    return Trajectory(x, grid, torch.cat([grid[1:], grid.new_tensor([-1])]))
 
 
 def latent_dtype(generator: Generator) -> torch.dtype:

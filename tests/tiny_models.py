@@ -213,8 +213,13 @@ def tiny_flow_vae() -> Any:
     ).eval()
 
 
-def build_tiny_sd3(path: str | Path, *, t5: bool = False, seed: int = 0) -> str:
-    """Write a ``StableDiffusion3Pipeline`` for 16x16 images (latents ``[16, 8, 8]``), shift 3, and return its path."""
+def build_tiny_sd3(
+    path: str | Path, *, t5: bool = False, second: int = 16, medium: bool = False, seed: int = 0
+) -> str:
+    """Write a ``StableDiffusion3Pipeline`` for 16x16 images (latents ``[16, 8, 8]``), shift 3, and return its path.
+
+    `second` is the width of the second CLIP; `medium` gives it SD3.5 medium's second attention and norms.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     path = Path(path)
@@ -231,13 +236,14 @@ def build_tiny_sd3(path: str | Path, *, t5: bool = False, seed: int = 0) -> str:
                 num_attention_heads=2,
                 joint_attention_dim=40,
                 caption_projection_dim=16,
-                pooled_projection_dim=32,
+                pooled_projection_dim=16 + second,
                 pos_embed_max_size=8,
+                **({"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if medium else {}),
             ).eval(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=tiny_flow_vae(),
             text_encoder=tiny_text_encoder(tokenizers[0], projection=True),
-            text_encoder_2=tiny_text_encoder(tokenizers[1], projection=True),
+            text_encoder_2=tiny_text_encoder(tokenizers[1], second, projection=True),
             text_encoder_3=encoder,
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],

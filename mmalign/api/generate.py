@@ -43,6 +43,8 @@ class Sampling:
     adapter: Any = None
     """LoRA files or directories on top of the model: one or several of PATH, PATH:WEIGHT or (path, weight)"""
     adapter_scale: float = 1.0
+    image_size: int | None = None
+    """side of the images in pixels; None: the model's own"""
 
     @property
     def adapters(self) -> list[tuple[Path, float]]:
@@ -70,6 +72,8 @@ class Sampling:
                 raise UserError(
                     f"{key(name)} '{given}'; allowed: {', '.join(allowed)}{did_you_mean(str(given), allowed)}"
                 )
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"{key('image_size')} {self.image_size}: must be a number of pixels above 0")
         if self.steps < 1:
             raise UserError(f"{key('steps')} {self.steps}: must be at least 1")
         if not 0 <= self.guidance < math.inf:
@@ -101,7 +105,14 @@ class Sampling:
 
         adapters = self.adapters
         model = resolve_model(self.model)
-        generator = load_drawer(model, dtype=self.precision, device=device, adapter=adapters, resolve=resolve_model)
+        generator = load_drawer(
+            model,
+            dtype=self.precision,
+            device=device,
+            adapter=adapters,
+            resolve=resolve_model,
+            image_size=self.image_size,
+        )
         if self.adapter_scale != 1:
             generator.set_adapter_scale(self.adapter_scale)
         return generator
@@ -213,6 +224,7 @@ def generate(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     adapter: Any = None,
     adapter_scale: float = 1.0,
+    image_size: int | None = None,
     batch_size: int = 8,
     device: Any = None,
 ) -> Images:
@@ -232,6 +244,7 @@ def generate(
         eta: noise of DDIM, 0 to 1. solver: ddim or dpm++. precision: type of the weights: fp32, bf16 or fp16.
         adapter: LoRA file or directory on top of the model, "PATH:WEIGHT", (path, weight), or a list of them.
         adapter_scale: how much of the whole adapter; 1: as trained.
+        image_size: side of the images in pixels; None: the model's own.
         batch_size: images at once. device: where; by default CUDA where there is one.
 
     Raises:
@@ -257,9 +270,13 @@ def generate(
         precision,
         os.fspath(adapter) if isinstance(adapter, os.PathLike) else adapter,
         adapter_scale,
+        image_size,
     )
-    if name is None and (adapter is not None or adapter_scale != 1 or precision != "fp32" or device is not None):
-        raise UserError("adapter, adapter_scale, precision and device belong to load_generator, which made this model")
+    given = (adapter, device, image_size)
+    if name is None and (any(one is not None for one in given) or adapter_scale != 1 or precision != "fp32"):
+        raise UserError(
+            "adapter, adapter_scale, image_size, precision and device belong to load_generator, which made this model"
+        )
     options.check()
     check_device(device)
     with track(len(texts) * len(numbers), "generate") as job:

@@ -34,6 +34,7 @@ _CONFIG_KEYS = {
     "steps": "steps",
     "guidance": "guidance",
     "solver": "solver",
+    "image_size": "image_size",
     "precision": "precision",
     "limit": "limit",
     "batch_size": "batch_size",
@@ -75,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="sampling steps (default: 50)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 7.5)")
     parser.add_argument("--solver", choices=("ddim", "dpm++"), help="sampler (default: ddim)")
+    parser.add_argument(
+        "--image-size", type=int, metavar="N", help="side of the images in pixels (default: each model's own)"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: fp32)")
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first N prompts, or questions")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per batch (default: 8)")

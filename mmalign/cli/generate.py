@@ -68,6 +68,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="images per batch (default %(default)s)"
     )
+    parser.add_argument(
+        "--image-size", type=positive, metavar="N", help="side of the images in pixels (default: the model's own)"
+    )
     add_adapter_argument(parser)
     how_much = "strength of the adapter: 0: the base model, 1: as trained (default), between: interpolated"
     parser.add_argument("--adapter-scale", type=float, default=1.0, metavar="S", help=how_much)
@@ -146,7 +149,7 @@ def _complete(args: argparse.Namespace, sampling: Sampling, prompts: list[Prompt
 
 
 def _settings(sampling: Sampling) -> dict[str, Any]:
-    names = ("steps", "guidance", "eta", "solver", "precision", "adapter_scale")
+    names = ("steps", "guidance", "eta", "solver", "precision", "adapter_scale", "image_size")
     model, identity = sampling.identity()
     return {"model": model, "fingerprint": identity, **{name: getattr(sampling, name) for name in names}}
 

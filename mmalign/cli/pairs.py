@@ -154,6 +154,7 @@ def _sample(args: argparse.Namespace) -> int:
         solver=sampling.solver,
         precision=sampling.precision,
         adapter_scale=sampling.adapter_scale,
+        image_size=sampling.image_size,
         seed=args.seed,
     )
     counts = sample_images(

@@ -97,6 +97,8 @@ class CompareConfig(SystemsConfig):
     """classifier-free guidance scale; 1: none"""
     solver: Literal["ddim", "dpm++"] = "ddim"
     """sampler"""
+    image_size: int | None = Field(None, ge=1)
+    """side of the images in pixels, for every system; null: each model's own"""
     guidance_control: GuidanceControl | None = None
     """adds the baseline at its best guidance as a system; null: no control"""
     diversity: RewardEntry | None = None

@@ -83,7 +83,7 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     }
     facts = train_and_read(config, partial(_read, config, made), train=train, retrain=retrain)
     systems, replicas = merge_systems(config, facts)
-    models = ModelHolder(config.precision)
+    models = ModelHolder(config.precision, config.image_size)
     sweep = None
     if config.guidance_control is not None:
         baseline = facts[config.baseline_name]
@@ -111,7 +111,7 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
         },
         sweep=sweep,
         open_counts=count_open_attributes(ordered, names) if config.open_attributes else {},
-        **described(config, "prompts", "limit", "steps", "guidance", "solver"),
+        **described(config, "prompts", "limit", "steps", "guidance", "solver", "image_size"),
     )
 
 

@@ -1,4 +1,4 @@
-"""The section of a run's configuration for flow models (SD3, FLUX.1, Z-Image); models of other kinds refuse it."""
+"""The section of a run's configuration for flow models (SD3, FLUX, Z-Image, Qwen-Image); others refuse it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class FlowConfig(StrictModel):
     mode_scale: float = Field(1.29, ge=-1, le=1.75)
     """scale of mode; above 0 prefers the middle levels, below 0 the ends"""
     text_length: Count | None = None
-    """tokens that prompts are padded and cut to for the longest encoder, at most 512; null: 256 for SD3, else 512"""
+    """tokens that prompts are padded and cut to for the longest encoder, at most 512 (Qwen-Image: 1024); null: 256 for
+    SD3, else 512"""
     embedded_guidance: Guidance | None = None
     """guidance scale that FLUX.1-dev takes as an input, the same in sampling and training; null: 3.5"""
 

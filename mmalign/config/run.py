@@ -41,6 +41,8 @@ class RunConfig(StrictModel):
 
     model: str = Field(min_length=1)
     """a model directory, or a hub id 'organisation/name'"""
+    allow_distilled: bool = False
+    """train a model that was distilled to few sampling steps on its own samples, which undoes the distillation"""
     method: dict[str, Any]
     """`name`, a name of `mmalign list methods`, and what that method's own configuration declares"""
     data: DataConfig
@@ -62,8 +64,8 @@ class RunConfig(StrictModel):
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """attention kernel"""
     flow: FlowConfig | None = None
-    """choices for flow models (SD3, FLUX.1, Z-Image): density of training levels, text length, embedded guidance;
-    null: their defaults"""
+    """choices for flow models (SD3, FLUX, Z-Image, Qwen-Image): density of training levels, text length, embedded
+    guidance; null: their defaults"""
 
     @property
     def modality(self) -> str:

@@ -160,8 +160,6 @@ class ForwardProcessMethod(Method[ConfigT]):
                 f"{process.prediction}: the objective is linear in the velocity, and with epsilon it blows errors up "
                 "at high noise and is reported to fail; choose ddpo or prdp, or a v-prediction model"
             )
-        if c.solver == "dpm++" and process.prediction == "flow":
-            raise UserError("method.solver dpm++ is for diffusion models, and this is a flow model; set it to ddim")
         process.check_steps(c.sampling_steps)
         low, high = c.timestep_bounds(process.num_train_timesteps)
         if c.levels > high - low:

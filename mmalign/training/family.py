@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmalign.config.flow import FlowConfig
 from mmalign.core.errors import UserError
 from mmalign.core.resources import resolve_model
 from mmalign.methods import methods
-from pipelines.load import family_of
+from pipelines.load import distillation, family_of
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
@@ -24,13 +23,12 @@ def flow_family(config: RunConfig, path: str) -> type[Generator] | None:
     Raises:
         UserError: it is none, and the recipe has a section `flow`. PipelineError: a model of an unsupported kind.
     """
-    # Single-file checkpoints are Stable Diffusion 1, 2 or XL, or adapters.
-    family = None if Path(path).is_file() else family_of(path, resolve_model)
-    if family is not None and family.is_flow:
+    family = family_of(path, resolve_model)
+    if family.is_flow:
         return family
     if config.flow is not None:
         raise UserError(
-            f"flow: is for flow models (SD3, FLUX.1, Z-Image), and {config.model} is none; remove the section"
+            f"flow: is for flow models (SD3, FLUX, Z-Image, Qwen-Image), and {config.model} is none; remove it"
         )
     return None
 
@@ -43,27 +41,42 @@ def flow_options(config: RunConfig, path: str) -> FlowOptions | None:
 
 
 def check_family(config: RunConfig) -> None:
-    """Refuse a recipe that the model's family cannot train.
+    """Refuse a recipe that the model, or its family, cannot train.
 
     Raises:
         UserError: names the key and the fix. PipelineError: a model of an unsupported kind.
     """
-    family = flow_family(config, resolve_model(config.model))
-    if family is None:
-        return
+    path = resolve_model(config.model)
+    family = flow_family(config, path)
+    if family is not None:
+        _check_flow(config, family)
+    _check_distillation(config, path)
+
+
+def _check_flow(config: RunConfig, family: type[Generator]) -> None:
     if not methods.get(config.method_name).needs.flow:
         raise UserError(
             f"method.name '{config.method_name}' does not train flow models, and {config.model} is one"
             f" ('{family.family}'); choose another method or model"
         )
-    if config.rounds is not None and config.rounds.solver != "ddim":
-        raise UserError(f"rounds.solver {config.rounds.solver}: is for diffusion models; set rounds.solver: ddim")
     for key, scale in _guidance_scales(config):
         if family.guidance_inside and scale != 1:
             raise UserError(
                 f"{key} {scale:g}: '{family.family}' models have guidance distilled into them and are sampled without"
                 f" classifier-free guidance; set {key}: 1.0 (their own scale is flow.embedded_guidance)"
             )
+
+
+def _check_distillation(config: RunConfig, path: str) -> None:
+    """Refuse to train a model that samples in few steps on its own samples, unless the recipe allows it."""
+    online = methods.get(config.method_name).needs.source == "prompts" or config.rounds is not None
+    if not online or config.allow_distilled:
+        return
+    if evidence := distillation(path, resolve_model):
+        raise UserError(
+            f"model {config.model} was distilled to few sampling steps ({evidence}), which training on its own samples"
+            " undoes; train its base model, or set allow_distilled: true"
+        )
 
 
 def _guidance_scales(config: RunConfig) -> Iterator[tuple[str, float]]:

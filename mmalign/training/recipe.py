@@ -49,7 +49,9 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
     only change how a run is logged, stored or computed are left out. How a step's samples are split into micro-batches
     may change, their number may not.
     """
-    values = config.model_dump(mode="json", exclude={"output", "evaluate", "monitors", "attention", "rounds"})
+    values = config.model_dump(
+        mode="json", exclude={"output", "evaluate", "monitors", "attention", "rounds", "allow_distilled"}
+    )
     values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_OF_DATA}
     trainer = values["trainer"]
     for key in ("budget", "log_every", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"):

@@ -88,22 +88,28 @@ class LatentImage(Generator):
         if media.ndim != 4 or media.shape[1] != 3:
             raise PipelineError(f"media must be [batch, 3, height, width], got {list(media.shape)}.")
         self.check_size(media.shape[2], media.shape[3])
-        vae = self.encoder("vae")
-        encoded = vae.encode(media.to(self.device, vae.dtype) * 2.0 - 1.0)
-        if hasattr(encoded, "latent_dist"):
-            mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-        else:
-            mean = encoded.latents.float()
-            std = torch.zeros_like(mean)
+        mean, std = self._moments(media.to(self.device, self.encoder("vae").dtype) * 2.0 - 1.0)
         shift, scale = self._latent_scaling(mean)
         return (mean - shift) * scale, std * scale
 
     def decode(self, latents: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 height width"]:
         """Return images in [0, 1], float32 (or float64); differentiable where the clamp is not active."""
-        vae = self.encoder("vae")
         shift, scale = self._latent_scaling(latents)
-        images = vae.decode((latents / scale + shift).to(self.device, vae.dtype), return_dict=False)[0]
+        images = self._images((latents / scale + shift).to(self.device, self.encoder("vae").dtype))
         return (single(images) / 2.0 + 0.5).clamp(0.0, 1.0)
+
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation that the autoencoder gives for images in [-1, 1], float32."""
+        encoded = self.encoder("vae").encode(images)
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        mean = encoded.latents.float()
+        return mean, torch.zeros_like(mean)
+
+    def _images(self, latents: Tensor) -> Tensor:
+        """Return the images in [-1, 1] that the autoencoder makes of latents in its own scale."""
+        images: Tensor = self.encoder("vae").decode(latents, return_dict=False)[0]
+        return images
 
     def _latent_scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Return shift and scale of the latents; some SDXL autoencoders (Playground 2.5) give them per channel."""
@@ -144,13 +150,23 @@ class LatentImage(Generator):
         """Encode a few prompts, without a gradient."""
 
     def _tokenize(
-        self, name: str, prompts: list[str], length: int | None = None, *, warn: bool = True
+        self,
+        name: str,
+        prompts: list[str],
+        length: int | None = None,
+        *,
+        warn: bool = True,
+        template: str = "{}",
     ) -> dict[str, Tensor]:
-        """Return token ids and mask, padded and cut to `length` (default: the tokenizer's); counts cut prompts."""
+        """Return token ids and mask, padded and cut to `length` (default: the tokenizer's); counts cut prompts.
+
+        `template` is what prompts stand in; its tokens count too.
+        """
         tokenizer = self.encoder(name)
         length = length or tokenizer.model_max_length
+        texts = [template.format(prompt) for prompt in prompts]
         if warn:
-            untruncated = tokenizer(prompts, verbose=False)["input_ids"]
+            untruncated = tokenizer(texts, verbose=False)["input_ids"]
             cut = [prompt for prompt, ids in zip(prompts, untruncated, strict=True) if len(ids) > length]
             if cut:
                 shown = cut[0] if len(cut[0]) <= CUT_SHOWN else f"{cut[0][:CUT_SHOWN]}..."
@@ -158,7 +174,7 @@ class LatentImage(Generator):
                 self._showed_cut = True
                 text = f"{len(cut)} of {len(prompts)} prompts exceed {length} tokens and were cut{example}"
                 warnings.warn(text, stacklevel=4)
-        padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        padded = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return {key: padded[key].to(self.device) for key in ("input_ids", "attention_mask")}
 
     def _make_unconditional(self) -> Conditioning:

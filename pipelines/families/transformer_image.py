@@ -7,7 +7,7 @@ packed outside of `predict`, which returns ``noise - x0`` for levels in (0, 1000
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ class TransformerImage(LatentImage):
     network_name = "transformer"
     is_flow = True
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
+    longest_text: ClassVar[int] = LONGEST_TEXT
     even_sigmas: ClassVar[bool] = False
     """Whether the family's own pipeline starts from ``linspace(1, 1 / steps, steps)``; see `FlowProcess`."""
     process: FlowProcess
@@ -50,8 +51,8 @@ class TransformerImage(LatentImage):
         self._check_encoders()
         self._check_channels()
         self.text_length = self.flow.text_length or self.default_text_length
-        if not 1 <= self.text_length <= LONGEST_TEXT:
-            raise PipelineError(f"text_length must lie in 1..{LONGEST_TEXT} tokens, got {self.text_length}.")
+        if not 1 <= self.text_length <= self.longest_text:
+            raise PipelineError(f"text_length must lie in 1..{self.longest_text} tokens, got {self.text_length}.")
         self.embedded_guidance = self._choose_guidance(self.flow.embedded_guidance)
         side = self.flow.image_size or self._default_side
         self.check_size(side, side)
@@ -65,7 +66,7 @@ class TransformerImage(LatentImage):
         self.process.even_sigmas = self.even_sigmas
         self.process.set_density(self.flow.density)
         if self.process.shifts_by_size:
-            self.process.mu = self.process.mu_for(self.tokens(self.latent_shape))
+            self.process.mu = self.mu(self.latent_shape)
 
     @property
     @abstractmethod
@@ -103,7 +104,12 @@ class TransformerImage(LatentImage):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents of one image."""
-        return int(self._vae_config["latent_channels"]), self._latent_side, self._latent_side
+        return self.latent_channels, self._latent_side, self._latent_side
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents, as the autoencoder's configuration gives them."""
+        return int(self._vae_config["latent_channels"])
 
     @property
     def side_multiple(self) -> int:
@@ -123,7 +129,12 @@ class TransformerImage(LatentImage):
         """Return the levels of a sampling run; where the shift depends on the size, that of the latents given."""
         if latent_shape is None or not self.process.shifts_by_size:
             return self.process.schedule(steps)
-        return self.process.schedule(steps, mu=self.process.mu_for(self.tokens(latent_shape)))
+        mu = self.mu(latent_shape)
+        return self.process.schedule(steps, mu=mu(steps) if callable(mu) else mu)
+
+    def mu(self, latent_shape: Sequence[int]) -> float | Callable[[int], float]:
+        """Return the shift of the sampling levels for latents of a shape, or what gives it for a number of steps."""
+        return self.process.mu_for(self.tokens(latent_shape))
 
     def describe(self) -> str:
         """Return size, text length, guidance and levels in one line."""
@@ -132,11 +143,11 @@ class TransformerImage(LatentImage):
         return f"{self.family}: {size}; {self.process.describe()}"
 
     def _check_channels(self) -> None:
-        channels = int(self._vae_config["latent_channels"])
-        if self.network_channels != channels:
+        if self.network_channels != self.latent_channels:
             raise PipelineError(
                 f"the transformer of {self.name_or_path} takes {self.network_channels} channels, its autoencoder gives"
-                f" {channels}; inpainting, editing and control models are not supported, use the base model."
+                f" {self.latent_channels}; inpainting, editing and control models are not supported, use the base"
+                " model."
             )
 
     def _choose_guidance(self, given: float | None) -> float | None:

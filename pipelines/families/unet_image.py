@@ -48,9 +48,13 @@ class StableDiffusion(LatentImage):
     text_names: tuple[str, ...] = ("text_encoder", "tokenizer")
     added_conditioning: str | None = None
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        """Load as `Generator` does, and refuse UNets with inputs other than text (inpainting, refiner, editing)."""
+    def __init__(self, *args: Any, image_size: int | None = None, **options: Any) -> None:
+        """Load as `Generator` does, and refuse UNets with inputs other than text (inpainting, refiner, editing).
+
+        `image_size` is the side of the images in pixels, by default the model's own.
+        """
         super().__init__(*args, **options)
+        self._chosen_side = image_size
         config = self.network.config
         self._check_encoders()
         self._check_unet(component_config(self.root, self.network_name))
@@ -59,6 +63,8 @@ class StableDiffusion(LatentImage):
                 f"the UNet of {self.name_or_path} takes extra conditioning '{config.addition_embed_type}', not"
                 f" '{self.added_conditioning}' as '{self.family}' models do; use a base text-to-image model."
             )
+        if image_size is not None:
+            self.check_size(image_size, image_size)
         channels = self._vae_config["latent_channels"]
         if config.in_channels != channels:
             raise PipelineError(
@@ -88,8 +94,11 @@ class StableDiffusion(LatentImage):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the latents of one image at the model's own size."""
+        """Channels, height and width of the latents of one image, by default at the model's own size."""
         config = self.bare_network.config
+        if self._chosen_side is not None:
+            side = self._chosen_side // self.vae_factor
+            return config.in_channels, side, side
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else (size or (0, 0))
         if not 0 < min(height, width):

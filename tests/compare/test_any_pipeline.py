@@ -45,6 +45,10 @@ def test_generate_is_what_diffusers_draws(sd3: str, tmp_path: Path) -> None:
     found = np.stack([np.asarray(Image.open(tmp_path / f"00000-{seed}.png")) for seed in (0, 5)]).astype(int)
     wanted = by_diffusers(sd3, ["a red circle"] * 2, [0, 5], num_inference_steps=3, guidance_scale=4.0)
     assert np.abs(found - wanted).max() <= 1 and np.abs(found[0] - found[1]).max() > 3
+    large = mmalign.generate(sd3, "a red circle", steps=1, image_size=24, device="cpu")
+    assert large[0].size == (24, 24)
+    with pytest.raises(PipelineError, match="cannot draw with these settings"):
+        mmalign.generate(sd3, "a red circle", steps=1, image_size=27, device="cpu")
     images = mmalign.generate(sd3, "a red circle", seeds=5, steps=3, guidance=4, device="cpu")
     assert np.abs(np.asarray(images[0]).astype(int) - wanted[1]).max() <= 1
 

@@ -1,18 +1,30 @@
-"""SD3, FLUX.1 and Z-Image against diffusers' own pipelines, on tiny models of their real classes."""
+"""Flow families against diffusers' own pipelines, on tiny models of their real classes."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from flow_tools import (
+    BUILDERS,
+    LENGTH,
+    OPTIONS,
+    PROMPTS,
+    Models,
+    draw,
+    encode,
+    load,
+    load_pipe,
+    moved,
+    network_call,
+    noise,
+    noise_for,
+)
 from safetensors.torch import load_file
-from tiny_models import build_tiny_flux, build_tiny_sd, build_tiny_sd3, build_tiny_z_image
+from tiny_models import build_tiny_sd
 
 from pipelines import PipelineError, load_generator, sample
 from pipelines.attention import set_attention
@@ -21,109 +33,42 @@ from pipelines.families.flux import pack, positions, unpack
 from pipelines.flow import Density, FlowOptions
 from pipelines.load import family_of
 
-PROMPTS = ["a red circle", "two blue stars above the green square"]
-BUILDERS: dict[str, Callable[[Path], str]] = {
-    "sd3": build_tiny_sd3,
-    "sd3 t5": lambda path: build_tiny_sd3(path, t5=True),
-    "flux": build_tiny_flux,
-    "schnell": lambda path: build_tiny_flux(path, schnell=True),
-    "z_image": build_tiny_z_image,
-}
-LENGTH = 64
-OPTIONS = FlowOptions(image_size=16, text_length=LENGTH)
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("flow")
-    return {name: build(folder / name.replace(" ", "-")) for name, build in BUILDERS.items()}
-
-
-def load(model: str, **options: Any) -> Any:
-    return load_generator(model, device="cpu", flow=OPTIONS, **options)
-
-
-def load_pipe(model: str) -> Any:
-    index = json.loads((Path(model) / "model_index.json").read_text())
-    absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name) == [None, None]}
-    pipe = DiffusionPipeline.from_pretrained(model, **absent)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def draw(pipe: Any, x: torch.Tensor, prompts: list[str] = PROMPTS, **options: Any) -> torch.Tensor:
-    """Return the latents that the pipeline samples from noise `x`, not packed."""
-    flux = type(pipe).__name__ == "FluxPipeline"
-    height, width = x.shape[-2:]
-    if type(pipe).__name__ == "ZImagePipeline":  # diffusers before 0.37 has another grid by default
-        steps = options["num_inference_steps"]
-        options |= {
-            "sigmas": torch.linspace(1, 1 / steps, steps).tolist(),
-            "guidance_scale": options["guidance_scale"] - 1,
-        }
-    made = pipe(
-        list(prompts),
-        latents=pack(x) if flux else x,
-        height=2 * height,
-        width=2 * width,
-        max_sequence_length=LENGTH,
-        output_type="latent",
-        **options,
-    ).images
-    return unpack(made, height, width) if flux else made
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def encode(pipe: Any, prompts: list[str] = PROMPTS) -> tuple[Any, Any]:
-    """Return what the pipeline makes of prompts: embeddings (a list of them for Z-Image) and pooled ones."""
-    options = {"prompt_2": None, "prompt_3": None} if hasattr(pipe, "text_encoder_3") else {}
-    encoded = pipe.encode_prompt(prompt=list(prompts), max_sequence_length=LENGTH, device="cpu", **options)
-    return (encoded[0], encoded[2]) if options else encoded[:2]
-
-
-def network_call(pipe: Any, x: torch.Tensor, t: torch.Tensor, embeds: Any, pooled: Any) -> torch.Tensor:
-    """Return ``noise - x0`` as the pipeline asks its network for it, with its own conventions."""
-    if type(pipe).__name__ == "ZImagePipeline":
-        found = pipe.transformer(list(x.unsqueeze(2)), (1000 - t) / 1000, embeds, return_dict=False)[0]
-        return -torch.stack(found).squeeze(2)
-    given: dict[str, Any] = {"pooled_projections": pooled, "encoder_hidden_states": embeds, "return_dict": False}
-    if type(pipe).__name__ == "StableDiffusion3Pipeline":
-        return pipe.transformer(hidden_states=x, timestep=t, **given)[0]
-    given |= {"txt_ids": torch.zeros(LENGTH, 3), "img_ids": pipe._prepare_latent_image_ids(2, 4, 4, "cpu", None)}
-    given["guidance"] = torch.tensor([3.5, 3.5]) if pipe.transformer.config.guidance_embeds else None
-    packed = pipe._pack_latents(x, 2, 16, 8, 8)
-    return pipe._unpack_latents(pipe.transformer(hidden_states=packed, timestep=t / 1000, **given)[0], 16, 16, 2)
+    return Models(tmp_path_factory.mktemp("flow"))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_prompts_and_one_prediction_are_those_of_the_pipeline(models: dict[str, str], name: str) -> None:
-    generator, pipe, x = load(models[name]), load_pipe(models[name]), noise(2, 16, 8, 8)
+    generator, pipe, x = load(models[name]), load_pipe(models[name]), noise_for(name)
     cond, t = generator.encode_prompts(PROMPTS), torch.tensor([700.0, 31.5])
-    embeds, pooled = encode(pipe)
-    if name == "z_image":
-        for row, theirs in enumerate(embeds):
-            torch.testing.assert_close(cond.prompt_embeds[row][cond.mask[row]], theirs, rtol=1e-5, atol=1e-5)
-    else:
+    embeds, second = encode(pipe)
+    if cond.mask is None:
         torch.testing.assert_close(cond.prompt_embeds, embeds, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(cond.pooled, pooled, rtol=1e-5, atol=1e-5)
+        if cond.pooled is not None:
+            torch.testing.assert_close(cond.pooled, second, rtol=1e-5, atol=1e-5)
+    for row, kept in enumerate([] if cond.mask is None else cond.mask):
+        theirs = embeds[row] if name == "z_image" else embeds[row][second[row].bool()]
+        torch.testing.assert_close(cond.prompt_embeds[row][kept], theirs, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        expected = network_call(pipe, x, t, embeds, pooled)
+        expected = network_call(pipe, x, t, embeds, second)
         torch.testing.assert_close(generator.predict(x, t, cond), expected, rtol=1e-5, atol=1e-5)
         # Neither sign, time nor prompt is taken lightly.
-        for wrong in (-expected, network_call(pipe, x, 1000 - t, embeds, pooled)):
+        for wrong in (-expected, network_call(pipe, x, 1000 - t, embeds, second)):
             assert (generator.predict(x, t, cond) - wrong).abs().max() > 1e-3
         assert (generator.predict(x, t, cond[[1, 0]]) - expected).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(
     ("name", "guidance"),
-    [("sd3", 1.0), ("sd3", 4.5), ("sd3 t5", 4.5), ("flux", 1.0), ("schnell", 1.0), ("z_image", 1.0), ("z_image", 4.5)],
+    [
+        *((name, 1.0) for name in ("sd3", "flux", "schnell", "z_image", "qwen_image", "flux2", "flux2 distilled")),
+        *((name, 4.5) for name in ("sd3", "sd3 t5", "z_image", "qwen_image", "flux2")),
+    ],
 )
 def test_a_whole_sample_is_that_of_the_pipeline(models: dict[str, str], name: str, guidance: float) -> None:
-    generator, pipe, x = load(models[name]), load_pipe(models[name]), noise(2, 16, 8, 8)
+    generator, pipe, x = load(models[name]), load_pipe(models[name]), noise_for(name)
     scale = {} if name in ("flux", "schnell") else {"guidance_scale": guidance}
     expected = draw(pipe, x, num_inference_steps=5, **scale)
     drawn = sample(generator, generator.encode_prompts(PROMPTS), steps=5, guidance=guidance, latents=x)
@@ -165,9 +110,9 @@ def test_packing_is_diffusers_and_its_inverse(models: dict[str, str]) -> None:
     assert torch.equal(positions(4, 6), pipe._prepare_latent_image_ids(2, 2, 3, "cpu", torch.float32))
 
 
-@pytest.mark.parametrize("name", ["sd3 t5", "flux", "z_image"])
+@pytest.mark.parametrize("name", ["sd3 t5", "flux", "z_image", "qwen_image", "flux2"])
 def test_unequal_prompts_of_a_batch_are_those_of_singles(models: dict[str, str], name: str) -> None:
-    generator, x, t = load(models[name]), noise(2, 16, 8, 8), torch.tensor([400.0, 800.0])
+    generator, x, t = load(models[name]), noise_for(name), torch.tensor([400.0, 800.0])
     cond = generator.encode_prompts(PROMPTS)
     with torch.no_grad():
         together = generator.predict(x, t, cond)
@@ -232,7 +177,7 @@ def test_options_that_a_model_does_not_have_are_refused(models: dict[str, str], 
 
 
 def test_the_family_is_known_from_the_index_alone(models: dict[str, str], tmp_path: Path) -> None:
-    for name, family in (("sd3", "sd3"), ("schnell", "flux")):
+    for name, family in (("sd3", "sd3"), ("schnell", "flux"), ("qwen_image", "qwen_image"), ("flux2", "flux2")):
         copy = tmp_path / name
         copy.mkdir()
         shutil.copy(Path(models[name]) / "model_index.json", copy)
@@ -268,17 +213,9 @@ def test_a_prompt_that_t5_holds_is_not_called_cut(models: dict[str, str], recwar
         load(models["sd3"]).encode_prompts([prompt])
 
 
-def moved(generator: Any, seed: int = 5) -> Any:
-    source = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in generator.trainable_parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=source))
-    return generator
-
-
-@pytest.mark.parametrize("name", ["sd3", "flux", "z_image"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "z_image", "qwen_image", "flux2"])
 def test_a_lora_is_read_by_the_plain_pipeline(models: dict[str, str], name: str, tmp_path: Path) -> None:
-    generator, x = load(models[name]), noise(2, 16, 8, 8)
+    generator, x = load(models[name]), noise_for(name)
     scale = {} if name == "flux" else {"guidance_scale": 1.0}
     generator.add_adapter(4, alpha=8.0, seed=1)
     cond, t = generator.encode_prompts(PROMPTS), torch.tensor([700.0, 300.0])
@@ -292,11 +229,17 @@ def test_a_lora_is_read_by_the_plain_pipeline(models: dict[str, str], name: str,
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - before).abs().max() > 0.01
     names = set(load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors"))
-    layer = "layers.0.attention.to_q" if name == "z_image" else "transformer_blocks.0.attn.add_q_proj"
-    assert f"transformer.{layer}.lora_A.weight" in names
+    layers = {
+        "z_image": "layers.0.attention.to_q",
+        "qwen_image": "transformer_blocks.1.attn.to_out.0",
+        "flux2": "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+    }
+    assert f"transformer.{layers.get(name, 'transformer_blocks.0.attn.add_q_proj')}.lora_A.weight" in names
     # SD3: 8 projections in the first block, of which the last lacks to_add_out; FLUX.1: 8 and 4 of the feed-forward
-    # networks in its joint block, 3 projections in its single one; Z-Image: 4 in each of 3 blocks.
-    assert len(names) == 2 * {"sd3": 8 + 7, "flux": 8 + 4 + 3, "z_image": 4 * 3}[name]
+    # networks in its joint block, 3 projections in its single one; Z-Image: 4 in each of 3 blocks; Qwen-Image: 4 in
+    # each of 2; FLUX.2: 4 in its joint block, 1 in its single one.
+    counts = {"sd3": 8 + 7, "flux": 8 + 4 + 3, "z_image": 4 * 3, "qwen_image": 4 * 2, "flux2": 4 + 1}
+    assert len(names) == 2 * counts[name]
     assert not (tmp_path / "lora" / "lora_kohya.safetensors").exists()
     with torch.no_grad():
         again = load_generator(tmp_path / "lora", device="cpu", flow=OPTIONS)
@@ -320,12 +263,12 @@ def test_loras_of_other_kinds_of_models_are_refused(models: dict[str, str], tmp_
         load(models["sd3"], adapter=file)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "z_image"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "z_image", "qwen_image", "flux2"])
 def test_gradient_checkpointing_keeps_the_gradient(models: dict[str, str], name: str) -> None:
     generator = load(models[name])
     generator.add_adapter(2, seed=0)
     moved(generator).network.train()
-    cond, x, t = generator.encode_prompts(PROMPTS), noise(2, 16, 8, 8), torch.tensor([700.0, 300.0])
+    cond, x, t = generator.encode_prompts(PROMPTS), noise_for(name), torch.tensor([700.0, 300.0])
     gradients = []
     for checkpointed in (False, True):
         if checkpointed:
@@ -337,9 +280,9 @@ def test_gradient_checkpointing_keeps_the_gradient(models: dict[str, str], name:
     assert any(bool(gradient.any()) for gradient in gradients[0])
 
 
-@pytest.mark.parametrize("name", ["sd3 t5", "flux", "z_image"])
+@pytest.mark.parametrize("name", ["sd3 t5", "flux", "z_image", "qwen_image", "flux2"])
 def test_half_precision_stays_near(models: dict[str, str], name: str) -> None:
-    x, t, outputs = noise(2, 16, 8, 8), torch.tensor([700.0, 300.0]), []
+    x, t, outputs = noise_for(name), torch.tensor([700.0, 300.0]), []
     for dtype in ("bf16", "fp32"):
         generator = load(models[name], dtype=dtype)
         with torch.no_grad():

@@ -3,64 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from lora_tools import OUTSIDE, comfy_layers
+from diffusers import StableDiffusionPipeline
+from original_names import original_unet, original_vae
 from safetensors.torch import save_file
-from torch import Tensor
 
 from pipelines import PipelineError, fingerprint_model, load_generator, sample
-
-NORMS = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
-
-
-def original_unet(network: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a UNet under the names of the original code."""
-    names = {own: name for name, own in comfy_layers(network.config).items()} | {"conv_norm_out": "out.0", **OUTSIDE}
-    stems = {
-        own.rsplit(".conv1", 1)[0]: name.rsplit(".in_layers", 1)[0] for own, name in names.items() if ".conv1" in own
-    }
-    stems |= {
-        own.removesuffix(".proj_in"): name.removesuffix(".proj_in") for own, name in names.items() if "proj_in" in own
-    }
-    state = {}
-    for key, value in network.state_dict().items():
-        layer, end = key.rsplit(".", 1)
-        if layer not in names:  # a norm, inside a resnet or a transformer
-            stem = next(stem for stem in stems if layer.startswith(f"{stem}."))
-            rest = layer.removeprefix(f"{stem}.")
-            names[layer] = f"{stems[stem]}.{NORMS.get(rest, rest) if 'resnets' in stem else rest}"
-        state[f"model.diffusion_model.{names[layer]}.{end}"] = value
-    return state
-
-
-def original_vae(vae: AutoencoderKL) -> dict[str, Tensor]:
-    levels = len(vae.config.block_out_channels)
-    rules = [
-        (r"(encoder)\.down_blocks\.(\d+)\.resnets\.(\d+)", r"\1.down.\2.block.\3"),
-        (r"(encoder)\.down_blocks\.(\d+)\.downsamplers\.0", r"\1.down.\2.downsample"),
-        (r"mid_block\.resnets\.0", "mid.block_1"),
-        (r"mid_block\.resnets\.1", "mid.block_2"),
-        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-        (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
-        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
-        (r"conv_norm_out", "norm_out"),
-        (r"conv_shortcut", "nin_shortcut"),
-    ]
-    state = {}
-    for key, value in vae.state_dict().items():
-        name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", key)
-        name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", name)
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        wide = ".attn_1." in name and name.endswith("weight") and "norm" not in name
-        state[f"first_stage_model.{name}"] = value[:, :, None, None] if wide else value
-    return state
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from mmalign.data.prompts import Prompt
 class ModelHolder:
     """Holds the model used last, and drops it before another is loaded."""
 
-    def __init__(self, precision: str) -> None:
-        """Remember the precision; nothing is loaded."""
-        self._dtype = precision
+    def __init__(self, precision: str, image_size: int | None = None) -> None:
+        """Remember the precision, and the side of the images where it is not the model's own; nothing is loaded."""
+        self._dtype, self._image_size = precision, image_size
         self._model: str | None = None
         self._generator: Any = None
 
@@ -32,7 +32,9 @@ class ModelHolder:
 
         if model != self._model:
             self.close()
-            self._generator = load_drawer(resolve_model(model), dtype=self._dtype, resolve=resolve_model)
+            self._generator = load_drawer(
+                resolve_model(model), dtype=self._dtype, resolve=resolve_model, image_size=self._image_size
+            )
             self._model = model
         if self._generator.has_adapter or adapter_scale != 1:
             self._generator.set_adapter_scale(adapter_scale)
@@ -54,7 +56,9 @@ def draw_system(
     source: ImageStore | None = None,
 ) -> ImageStore:
     """Complete the images of one system under `folder/<name>`; images are copied from `source` where it holds them."""
-    sampling = Sampling(config.steps, system.guidance, config.solver, config.precision, system.adapter_scale)
+    sampling = Sampling(
+        config.steps, system.guidance, config.solver, config.precision, system.adapter_scale, config.image_size
+    )
     texts = [prompt.text for prompt in prompts]
     store = ImageStore(folder / system.name, system.fingerprint, sampling, texts, config.seeds)
     if source is not None:

@@ -35,12 +35,15 @@ class Sampling:
     solver: str = "ddim"
     precision: str = "fp32"
     adapter_scale: float = 1.0
+    image_size: int | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings for manifests and keys; an adapter scale without effect is left out."""
+        """Return the settings for manifests and keys; an adapter scale and a size without effect are left out."""
         values = asdict(self)
         if self.adapter_scale == 1:
             del values["adapter_scale"]
+        if self.image_size is None:
+            del values["image_size"]
         return values
 
 

@@ -46,7 +46,8 @@ class SampleSettings:
     """Everything that determines the images besides prompt and seed; their seeds derive from `seed`.
 
     `fingerprint` identifies the model's content (and an extra adapter's), so that a retrained model of the same name
-    is told from the old one; `model` is its name, for readers. `flow` names what was chosen for a flow model.
+    is told from the old one; `model` is its name, for readers. `flow` names what was chosen for a flow model;
+    `image_size` is the side of the images in pixels where it is not the model's own.
     """
 
     model: str
@@ -59,6 +60,7 @@ class SampleSettings:
     adapter_scale: float = 1.0
     seed: int = 0
     flow: str | None = None
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
