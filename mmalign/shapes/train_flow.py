@@ -73,8 +73,9 @@ class FlowModel:
         pipeline: Any = ZImagePipeline(**halves, tokenizer=self.tokenizer, scheduler=self.scheduler)
         pipeline.save_pretrained(out, safe_serialization=True)
         config = out / "vae" / "config.json"
-        values = json.loads(config.read_text())
-        values.pop("_name_or_path", None)
+        # diffusers writes a key there that it warns about when it reads it, and the folder that the weights came from.
+        unwanted = ("block_out_channels", "_name_or_path")
+        values = {key: value for key, value in json.loads(config.read_text()).items() if key not in unwanted}
         config.write_text(json.dumps(values, indent=2) + "\n")
 
 
