@@ -17,6 +17,8 @@ PEERS = (
     "dense_dpo",
     "ddpo",
     "nft",
+    "awm",
+    "dgpo",
     "trl_ddpo",
     "diffusion_dro",
     "align_prop",

@@ -34,6 +34,10 @@ class Noised:
     target: Float[Tensor, "batch *latent"]
     cond: Conditioning
 
+    def select(self, rows: slice) -> Noised:
+        """Return some of the images."""
+        return Noised(self.x_t[rows], self.t[rows], self.target[rows], self.cond[rows])
+
     def errors(self, predict: Predict) -> Float[Tensor, " batch"]:
         """Return the mean squared error of each image under `run.predict` or `run.reference.predict`."""
         return denoising_error(predict(self.x_t, self.t, self.cond), self.target)

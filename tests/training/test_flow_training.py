@@ -47,11 +47,13 @@ ONLINE: dict[str, dict[str, Any]] = {
     "spo": {"sampling_steps": 2, "guidance": 1.0, "candidates": 2, "threshold": [0.0, 0.0]},
     "dense_dpo": {**DRAWN, "clip": 1.0, "updates_per_round": 2},
     "nft": {"sampling_steps": 2, "images_per_prompt": 2, "levels": 2},
+    "awm": {"sampling_steps": 2, "images_per_prompt": 2, "levels": 2, "sampler_steps": [0, 2]},
+    "dgpo": {"sampling_steps": 2, "images_per_prompt": 2, "levels": 2, "sampler_steps": [0, 2]},
 }
 QUICK = {
     *(
         ("sd3", "lora", name)
-        for name in ("sft", "diffusion_kto", "align_prop", "ddpo", "dense_dpo", "diffusion_dro", "nft")
+        for name in ("sft", "diffusion_kto", "align_prop", "ddpo", "dense_dpo", "diffusion_dro", "nft", "awm", "dgpo")
     ),
     *((family, kind, "diffusion_dpo") for family in ("flux", "z_image") for kind in ("lora", "full")),
 }
