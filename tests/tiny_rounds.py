@@ -9,6 +9,7 @@ import torch
 from mmalign.data.batches import PromptBatch
 from mmalign.methods.forward_process import ForwardProcessMethod, ScoredSamples
 from mmalign.methods.run import Run
+from rewards import Reward
 
 
 def prompts(run: Run, *texts: str) -> PromptBatch:
@@ -37,3 +38,13 @@ def gradient(run: Run, method: ForwardProcessMethod[Any], batches: list[ScoredSa
     for batch in batches:
         method.learn(run, batch, lambda loss: (loss / 2).backward())
     return [torch.zeros_like(one) if one.grad is None else one.grad.clone() for one in parameters]
+
+
+class Redness(Reward):
+    """Minus 100 times the mean of red; less is better."""
+
+    name = "redness"
+    higher_is_better = False
+
+    def score(self, media: Any, prompts: Any, references: Any) -> Any:
+        return 100 * media[:, 0].mean((1, 2))

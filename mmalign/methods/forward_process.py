@@ -25,9 +25,10 @@ from mmalign.core.ema import Shadow
 from mmalign.core.errors import UserError
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import denoising_error, old_policy_decay
-from mmalign.losses.advantages import Spread, group_advantages
+from mmalign.losses.advantages import Spread
 from mmalign.methods.base import LossOutput, Method, Needs, TimestepRange
-from mmalign.methods.mini_batches import cut_round, round_advantages
+from mmalign.methods.group_rewards import GroupRewardConfig, advantages_of_round, score_groups
+from mmalign.methods.mini_batches import cut_round
 from mmalign.methods.noising import Noised
 from mmalign.methods.run import WATCHED, Run
 from pipelines import sample
@@ -40,7 +41,7 @@ OldDecay = Literal["copy", "slow", "late"] | tuple[int, float, float]
 SamplerSteps = tuple[StrictInt, StrictInt] | None
 
 
-class ForwardProcessConfig(TimestepRange):
+class ForwardProcessConfig(TimestepRange, GroupRewardConfig):
     """Base of the configurations of methods that learn by the forward process from their own samples."""
 
     sampling_steps: int = Field(10, ge=1)
@@ -233,8 +234,7 @@ class ForwardProcessMethod(Method[ConfigT]):
             self.old.follow(self._decay(run.step))
         with self.sampler(run):
             drawn = [self._draw(run, batch.repeat(self.config.images_per_prompt)) for batch in batches]
-        compute = partial(group_advantages, spread=self.spread)
-        found = round_advantages([(one.samples.prompts, one.rewards) for one in drawn], compute)
+        found = advantages_of_round(run, self.config, drawn, self.spread)
         return [replace(one, advantages=advantages) for one, advantages in zip(drawn, found, strict=True)]
 
     def split(self, run: Run, collected: Iterable[ScoredSamples]) -> Sequence[Sequence[ScoredSamples]]:
@@ -292,7 +292,7 @@ class ForwardProcessMethod(Method[ConfigT]):
         )
         images = run.decode(trajectory.latents)
         run.show(images, samples.prompts)
-        scores = run.score(images, samples.prompts)
+        scores = score_groups(run, c, images, samples.prompts, c.images_per_prompt)
         none = torch.zeros_like(scores.total)
         return ScoredSamples(
             samples, trajectory.latents, scores.total, scores.parts, trajectory.timesteps, run.step, none

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmalign.core.cost import Cost
 from mmalign.core.errors import UserError
+from mmalign.losses.advantages import win_rates
 from mmalign.scoring.choice import WeightedReward, weighted_total
 
 REMEMBERED = 65_536
@@ -53,6 +54,37 @@ class LiveRewards:
                 )
             parts[entry.name] = score
         return Scores(weighted_total(parts, self.rewards), {name: score.detach() for name, score in parts.items()})
+
+    def win_rates(
+        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str], size: int, tie_margin: float
+    ) -> Scores:
+        """Compare images in [0, 1] with the others of their group, each `size` in a row of one prompt.
+
+        The sum is that of win rates. A reward whose class says `compares_pairs = True` is asked about each pair
+        of a group, and its part is the win rate; the scores of the others are compared, and are the parts.
+        """
+        total, parts = torch.zeros(len(images), device=images.device), {}
+        for entry in self.rewards:
+            if getattr(entry.reward, "compares_pairs", False):
+                margins = self._judge(entry, images, prompts, size)
+            else:
+                parts[entry.name] = self._look_up(entry, images, prompts)
+                score = parts[entry.name].reshape(-1, size) * (1 if entry.reward.higher_is_better else -1)
+                margins = score.unsqueeze(2) - score.unsqueeze(1)
+            rates = win_rates(margins, tie_margin=tie_margin).flatten()
+            parts.setdefault(entry.name, rates)
+            total = total + entry.weight * rates
+        return Scores(total, parts)
+
+    def _judge(self, entry: WeightedReward, images: Tensor, prompts: Sequence[str], size: int) -> Tensor:
+        first, second = torch.triu_indices(size, size, offset=1)
+        margins = images.new_zeros(len(images) // size, size, size, dtype=torch.float32)
+        for group, start in enumerate(range(0, len(images), size)):
+            self._cost.add(reward_calls=len(first))
+            told = [prompts[start]] * len(first) if "prompts" in entry.reward.needs else None
+            found = entry.reward.pairwise(images[start + first], images[start + second], prompts=told)
+            margins[group, first, second], margins[group, second, first] = found, -found
+        return margins
 
     def _call(self, entry: WeightedReward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         self._cost.add(reward_calls=len(images))
