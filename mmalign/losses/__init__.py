@@ -5,7 +5,7 @@ from mmalign.losses.capo import capo, capo_logit, noise_level_weight
 from mmalign.losses.denoising import denoising_error
 from mmalign.losses.dense_dpo import dense_logit, discounted_probabilities, list_mle
 from mmalign.losses.dgpo import dgpo, moved_enough
-from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
+from mmalign.losses.diffusion_dpo import beta_of_margin, diffusion_dpo, diffusion_dpo_logit
 from mmalign.losses.diffusion_dro import diffusion_dro
 from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
 from mmalign.losses.dpo import beta_of_gap, chosen_anchor, dpo, dpo_logit
@@ -25,6 +25,7 @@ from mmalign.losses.visual_dpo import rdpo, runner_up_log_probs, select_by_diver
 __all__ = [
     "awm_log_prob",
     "beta_of_gap",
+    "beta_of_margin",
     "capo",
     "capo_logit",
     "chosen_anchor",

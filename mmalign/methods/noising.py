@@ -44,7 +44,13 @@ class Noised:
 
     def pair_errors(self, predict: Predict) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
         """Return the errors of the chosen and of the rejected images, for the result of a function on pairs."""
-        chosen, rejected = self.errors(predict).chunk(2)
+        return self.pair_errors_of(predict(self.x_t, self.t, self.cond))
+
+    def pair_errors_of(
+        self, output: Float[Tensor, "batch *latent"]
+    ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+        """Return the errors of the chosen and of the rejected images, given what a network predicts."""
+        chosen, rejected = denoising_error(output, self.target).chunk(2)
         return chosen, rejected
 
 
