@@ -2,8 +2,8 @@
 
 Each claim is one function and prints a number with a 95 % interval, and whether the claim holds: yes where the whole
 interval is above the threshold, no where it is below, open otherwise. The toy is a small network that was trained by
-flow matching on points of the plane: a prompt is one of eight directions, and its points lie around +2 and -2 along it,
-half each. The reward likes the + side. `--curves DIR` draws how nft, awm and dgpo learn it.
+flow matching on points of the plane: a prompt is one of eight directions, and its points lie around +2 and -2 along
+it, half each. The reward likes the + side. `--curves DIR` draws how nft, awm and dgpo learn it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -285,7 +286,7 @@ def anchor(start: Velocity, seeds: int) -> list[Finding]:
     lost = []
     for seed in range(seeds):
         for weight in (1.0, 0.0):
-            net = learn(start, lambda batch, w=weight: awm_loss(batch, w), seed, Rule(), updates=200)  # type: ignore[misc]
+            net = learn(start, partial(awm_loss, anchor=weight), seed, Rule(), updates=200)
             lost.append(float(distance_to_data(*quality(net)).median()))
     free = [without - with_it for with_it, without in zip(lost[::2], lost[1::2], strict=True)]
     begun = float(distance_to_data(*quality(start)).median())

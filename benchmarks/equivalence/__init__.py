@@ -19,6 +19,7 @@ PEERS = (
     "nft",
     "awm",
     "dgpo",
+    "gdpo",
     "trl_ddpo",
     "diffusion_dro",
     "align_prop",

@@ -42,8 +42,6 @@ class AWMConfig(ForwardProcessConfig):
     """which levels: one of the sampler's in each of so many equal parts of its steps, or as in `nft`"""
     sampler_steps: SamplerSteps = (1, 12)
     """steps of the sampler, [first, end), whose levels are trained on; 0 is the noisiest; null: all"""
-    shared_levels: bool = True
-    """the images of an update have one level at a time, instead of one each"""
     old_decay: OldDecay = (0, 0.001, 0.3)
     """how the old policy, the anchor, follows; as in `nft`"""
     reference_weight: float = Field(1e-3, ge=0, allow_inf_nan=False)

@@ -12,6 +12,7 @@ from tiny_rounds import Redness, collect, prompts
 from tiny_runs import Brightness, exact_run, losses, online_config
 
 from mmalign.core.cost import Cost
+from mmalign.core.errors import UserError
 from mmalign.losses.advantages import Spread, each_group_advantages, group_advantages
 from mmalign.methods import methods
 from mmalign.methods.run import Run
@@ -103,6 +104,14 @@ def test_a_judge_of_pairs_is_asked_once_about_each_pair_of_a_group() -> None:
     torch.testing.assert_close(found.parts["judge"], rates)
     torch.testing.assert_close(found.total, 2 * rates)
     assert cost.reward_calls == 12
+
+
+def test_a_score_that_is_no_number_is_refused_and_not_a_tie() -> None:
+    live = LiveRewards([WeightedReward("brightness", 1.0, Brightness())], Cost())
+    images = torch.rand(2, 3, 4, 4)
+    images[1] = torch.nan
+    with pytest.raises(UserError, match="reward 'brightness' gave nan for an image of 'a'"):
+        live.win_rates(images, ["a", "a"], 2, 0.1)
 
 
 @pytest.mark.parametrize(

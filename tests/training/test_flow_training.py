@@ -147,6 +147,10 @@ def test_every_method_of_images_is_in_the_grid_or_refused() -> None:
     [
         ({"method": {"name": "diffusion_dro", "guidance": 3.0}}, r"^method.guidance 3: 'flux' models have guidance"),
         (
+            {"method": {"name": "dgpo", "reference_guidance": 4.5}},
+            r"^method.reference_guidance 4.5: 'flux' models have",
+        ),
+        (
             {"evaluate": {"prompts": "shapes-validation", "rewards": ["clip"], "every": 5}},
             r"^evaluate.guidance 7.5: .* set evaluate.guidance: 1.0",
         ),
