@@ -25,6 +25,15 @@ NFT: dict[str, Any] = {"sampling_steps": 3, "images_per_prompt": 4, "levels": 1}
 DDPO: dict[str, Any] = {"sampling_steps": 3, "images_per_prompt": 4, "advantage": "group", "guidance": 1.0}
 
 
+class Nothing(Reward):
+    """Scores that are no numbers."""
+
+    name = "nothing"
+
+    def score(self, media: Any, prompts: Any, references: Any) -> Any:
+        return media.mean((1, 2, 3)) * torch.nan
+
+
 class Judge(Reward):
     """Says of two images which is brighter; of two that are nearly equal, nothing; it has no scores."""
 
@@ -107,11 +116,9 @@ def test_a_judge_of_pairs_is_asked_once_about_each_pair_of_a_group() -> None:
 
 
 def test_a_score_that_is_no_number_is_refused_and_not_a_tie() -> None:
-    live = LiveRewards([WeightedReward("brightness", 1.0, Brightness())], Cost())
-    images = torch.rand(2, 3, 4, 4)
-    images[1] = torch.nan
-    with pytest.raises(UserError, match="reward 'brightness' gave nan for an image of 'a'"):
-        live.win_rates(images, ["a", "a"], 2, 0.1)
+    live = LiveRewards([WeightedReward("nothing", 1.0, Nothing())], Cost())
+    with pytest.raises(UserError, match="reward 'nothing' gave nan for an image of 'a'"):
+        live.win_rates(torch.rand(2, 3, 4, 4), ["a", "a"], 2, 0.1)
 
 
 @pytest.mark.parametrize(
