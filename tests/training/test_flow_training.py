@@ -147,7 +147,11 @@ def test_every_method_of_images_is_in_the_grid_or_refused() -> None:
     [
         ({"method": {"name": "diffusion_dro", "guidance": 3.0}}, r"^method.guidance 3: 'flux' models have guidance"),
         (
-            {"method": {"name": "dgpo", "reference_guidance": 4.5}},
+            {
+                "method": {"name": "dgpo", "reference_guidance": 4.5},
+                "data": {"pairs": None, "prompts": "shapes-train"},
+                "rewards": [BRIGHTNESS],
+            },
             r"^method.reference_guidance 4.5: 'flux' models have",
         ),
         (
