@@ -79,6 +79,7 @@ class VlmJudge(Reward):
     """
 
     name: ClassVar[str] = "vlm-judge"
+    compares_pairs: ClassVar[bool] = True  # `pairwise` looks at two images together
     version = "overall"
     needs = frozenset({"prompts"})
     range = (LOW / HIGH, 1.0)

@@ -40,9 +40,11 @@ methods = Registry(
     "method",
     {
         "align_prop": "mmalign.methods.align_prop:AlignProp",
+        "awm": "mmalign.methods.awm:AWM",
         "capo": "mmalign.methods.capo:CaPO",
         "ddpo": "mmalign.methods.ddpo:DDPO",
         "dense_dpo": "mmalign.methods.dense_dpo:DenseDPO",
+        "dgpo": "mmalign.methods.dgpo:DGPO",
         "diffusion_dpo": "mmalign.methods.diffusion_dpo:DiffusionDPO",
         "diffusion_dro": "mmalign.methods.diffusion_dro:DiffusionDRO",
         "diffusion_kto": "mmalign.methods.diffusion_kto:DiffusionKTO",

@@ -1,9 +1,11 @@
 """All objectives as pure functions on tensors, without models, configuration or state; they import only torch."""
 
+from mmalign.losses.awm import awm_log_prob
 from mmalign.losses.capo import capo, capo_logit, noise_level_weight
 from mmalign.losses.denoising import denoising_error
 from mmalign.losses.dense_dpo import dense_logit, discounted_probabilities, list_mle
-from mmalign.losses.diffusion_dpo import diffusion_dpo, diffusion_dpo_logit
+from mmalign.losses.dgpo import dgpo, moved_enough
+from mmalign.losses.diffusion_dpo import beta_of_margin, diffusion_dpo, diffusion_dpo_logit
 from mmalign.losses.diffusion_dro import diffusion_dro
 from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
 from mmalign.losses.dpo import beta_of_gap, chosen_anchor, dpo, dpo_logit
@@ -21,7 +23,9 @@ from mmalign.losses.tpo import tdpo, tdpo_logit
 from mmalign.losses.visual_dpo import rdpo, runner_up_log_probs, select_by_divergence, vdpo
 
 __all__ = [
+    "awm_log_prob",
     "beta_of_gap",
+    "beta_of_margin",
     "capo",
     "capo_logit",
     "chosen_anchor",
@@ -31,6 +35,7 @@ __all__ = [
     "completion_sum",
     "denoising_error",
     "dense_logit",
+    "dgpo",
     "diffusion_dpo",
     "diffusion_dpo_logit",
     "diffusion_dro",
@@ -46,6 +51,7 @@ __all__ = [
     "mapo",
     "mapo_likelihood",
     "mapo_logit",
+    "moved_enough",
     "nft",
     "noise_level_weight",
     "old_policy_decay",

@@ -5,7 +5,10 @@ NumPy's. The functions differ in the set of rewards that the mean is taken over:
 
 * `PromptStatistics`: the last rewards of the same prompt across batches (DDPO, Black et al., arXiv 2305.13301,
   appendix; buffer and minimum of the authors' code), the whole batch until there are enough;
-* `group_advantages`: the images of the same prompt in this batch (GRPO, Shao et al., arXiv 2402.03300, section 4.1).
+* `group_advantages`: the images of the same prompt in this batch (GRPO, Shao et al., arXiv 2402.03300, section 4.1);
+* `each_group_advantages`: the same, but each of several rewards by itself (GDPO, arXiv 2601.05242).
+
+`win_rates` makes rewards of comparisons (Pref-GRPO, arXiv 2508.20751), which do not tell how large a difference is.
 
 `Spread` says what the difference is divided by: the spread of that set, that of the whole batch (arXiv 2503.20783
 shows how the former favours prompts whose rewards hardly differ), or nothing. Where all rewards of the set are equal,
@@ -18,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -149,6 +152,63 @@ def group_advantages(
     for rows in _rows_by_prompt(prompts).values():
         advantages[rows] = spread.standardise(values[rows], values[rows], values)
     return _finish(advantages, rewards, clip)
+
+
+def each_group_advantages(
+    prompts: Sequence[str],
+    rewards: Float[Tensor, "batch rewards"],
+    weights: Sequence[float],
+    *,
+    clip: float | None = None,
+    spread: Spread = USUAL,
+) -> Float[Tensor, " batch"]:
+    """Return GDPO's advantages: those of each reward in its group, summed with weights, over the sum's spread.
+
+    rewards: [B, K], one column for each of the K weights. Normalising the sum instead lets the reward with the largest
+    spread decide, and makes a group in which one reward differs equal to one in which all do. `spread.std` is not
+    used: each reward is divided by its deviation in the group, and the sum by that of the batch. The sum has mean 0
+    already. With one reward this is `group_advantages`, as in the authors' code (NVlabs/GDPO).
+
+    >>> values = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])  # one differs, then both
+    >>> each_group_advantages(["a", "a", "b", "b"], values, [1.0, 1.0], spread=Spread(epsilon=0.0))
+    tensor([-0.6325,  0.6325, -1.2649,  1.2649])
+
+    Raises:
+        ValueError: as for `group_advantages`, or there is not one column for each weight.
+    """
+    _check_clip(clip)
+    if rewards.shape != (len(prompts), len(weights)):
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)}; needed: {len(prompts)} prompts x {len(weights)}")
+    if len(weights) == 1:
+        return group_advantages(prompts, weights[0] * rewards[:, 0], clip=clip, spread=spread)
+    own = replace(spread, std="group")
+    each = [group_advantages(prompts, column.double(), spread=own) for column in rewards.T]
+    total = torch.stack([weight * one for weight, one in zip(weights, each, strict=True)]).sum(0)
+    deviation = total.std(correction=0)
+    whitened = total / (deviation + spread.epsilon) if bool(deviation > 0) else torch.zeros_like(total)
+    return _finish(whitened, rewards, clip)
+
+
+def win_rates(margins: Float[Tensor, "groups size size"], *, tie_margin: float = 0.0) -> Float[Tensor, "groups size"]:
+    """Return the share of the comparisons in its group that each image wins, in [0, 1]; a tie counts one half.
+
+    `margins[g, i, j]` tells by how much i is better than j. A margin of at most `tie_margin` is a tie, and so is a
+    comparison without an answer (NaN). The diagonal is not read. In the precision of the margins.
+
+    >>> win_rates(torch.tensor([[[0.0, 0.5, 1e-6], [-0.5, 0.0, -0.5], [-1e-6, 0.5, 0.0]]]), tie_margin=0.01)
+    tensor([[0.7500, 0.0000, 0.7500]])
+
+    Raises:
+        ValueError: there are not two images in a group, or `tie_margin` is negative.
+    """
+    size = margins.shape[1]
+    if size < 2:
+        raise ValueError("a group of one image has no comparisons")
+    if not tie_margin >= 0:
+        raise ValueError(f"tie_margin={tie_margin} must not be negative")
+    won = 0.5 + 0.5 * (margins > tie_margin).to(margins.dtype) - 0.5 * (margins < -tie_margin).to(margins.dtype)
+    own = torch.diagonal(won, dim1=1, dim2=2)
+    return (won.sum(2) - own) / (size - 1)
 
 
 def _rows_by_prompt(prompts: Sequence[str]) -> dict[str, list[int]]:

@@ -12,6 +12,8 @@ Conventions, because the public codes disagree:
 
 from __future__ import annotations
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -54,3 +56,22 @@ def diffusion_dpo(
     """
     z = diffusion_dpo_logit(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta)
     return pair_loss(z, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing)
+
+
+def beta_of_margin(margin: float, *, target: float) -> float:
+    """Return the beta at which a pair of that margin has sigmoid(-z) = `target`, the weight of its gradient.
+
+    `margin` > 0 is the mean |margin| of recent pairs in units of the errors: z = beta/2 * margin. So beta =
+    2 log(1 / target - 1) / margin, whose numerator is 2.7726 at 0.2 (Flow-DPO of SimpleTuner, there on sums).
+
+    >>> round(beta_of_margin(0.001, target=0.2), 1)
+    2772.6
+
+    Raises:
+        ValueError: the margin is not positive, or the target is not in (0, 0.5).
+    """
+    if not margin > 0:
+        raise ValueError(f"margin={margin} must be positive")
+    if not 0 < target < 0.5:
+        raise ValueError(f"target={target} must lie in (0, 0.5)")
+    return 2 * math.log(1 / target - 1) / margin

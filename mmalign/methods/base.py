@@ -194,6 +194,9 @@ class Method(ABC, Generic[ConfigT]):
         backward(output.loss)
         return {"loss": output.loss, **output.metrics}
 
+    def after_update(self, run: Any) -> None:
+        """Act after an optimiser step, such as on an average of the weights; `run.step` is still the step's number."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return the method's state between rounds, as JSON values; saved with every checkpoint."""
         return {}

@@ -6,24 +6,26 @@ rewards of the prompt, is the advantage of all its steps. `kl_weight` adds DPOK'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import clamped_policy_gradient, clipped_policy_gradient
-from mmalign.losses.advantages import PromptStatistics, Spread, group_advantages
+from mmalign.losses.advantages import PromptStatistics, Spread
 from mmalign.methods.base import LossOutput
+from mmalign.methods.group_rewards import GroupRewardConfig, advantages_of_round, score_groups
 from mmalign.methods.mini_batches import round_advantages
 from mmalign.methods.run import Run
 from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
+from mmalign.scoring.live import Scores
 
 
-class DDPOConfig(TrajectoryConfig):
+class DDPOConfig(TrajectoryConfig, GroupRewardConfig):
     """Configuration of `ddpo`; the ratio is of densities per latent dimension, as in the authors' code."""
 
     clip: float = Field(1e-4, gt=0)
@@ -53,6 +55,8 @@ class DDPOConfig(TrajectoryConfig):
             raise ValueError(f"min_count {self.min_count} must not be larger than buffer_size {self.buffer_size}")
         if self.advantage == "group" and self.images_per_prompt < 2:
             raise ValueError("advantage: group compares the images of a prompt; set images_per_prompt to at least 2")
+        if self.advantage_of != "total" and self.advantage != "group":
+            raise ValueError(f"advantage_of: {self.advantage_of} is for advantage: group; set it")
         return self
 
 
@@ -87,7 +91,11 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[Rollout]:
         """Sample, score, and turn the rewards of the whole round, on all ranks, into advantages."""
         rollouts = super().collect(run, batches)
-        found = round_advantages([(one.samples.prompts, one.rewards) for one in rollouts], self._advantages)
+        if self.config.advantage == "group":
+            found = advantages_of_round(run, self.config, rollouts, self.spread, self.config.advantage_clip)
+        else:
+            round_of = [(one.samples.prompts, one.rewards) for one in rollouts]
+            found = round_advantages(round_of, self.statistics.advantages)
         for rollout, advantages in zip(rollouts, found, strict=True):
             rollout.advantages = advantages
         return rollouts
@@ -109,10 +117,9 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
             losses, clipped = losses[batch.wanted[steps]], clipped[batch.wanted[steps]]
         return LossOutput(losses.mean(), {"clipped": clipped.float().mean()})
 
-    def _advantages(self, prompts: Sequence[str], rewards: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        if self.config.advantage == "group":
-            return group_advantages(prompts, rewards, clip=self.config.advantage_clip, spread=self.spread)
-        return self.statistics.advantages(prompts, rewards)
+    def scores(self, run: Run, images: Tensor, samples: PromptBatch) -> Scores:
+        """Return the rewards of the samples, or how many comparisons they win."""
+        return score_groups(run, self.config, images, samples.prompts, self.config.images_per_prompt)
 
     def _drawn(self, run: Run, batch: Rollout) -> Bool[Tensor, "steps batch"]:
         """Return which steps each image is trained on: as many for all, at least one."""

@@ -5,11 +5,13 @@ Chosen and rejected share the noise, the timestep and the prompt (`mmalign.metho
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import Tensor
 
-from mmalign.losses import diffusion_dpo, diffusion_dpo_logit
+from mmalign.losses import denoising_error, diffusion_dpo, diffusion_dpo_logit
+from mmalign.methods.auto_beta import AutoBeta
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, PairLossConfig, TimestepRange
 from mmalign.methods.noising import noise_pairs, pair_metrics
 from mmalign.methods.run import Run
@@ -26,6 +28,22 @@ class DiffusionDPOConfig(PairLossConfig, TimestepRange):
     """number of sampling steps of the schedule, for `discount`"""
     sft_weight: float = Field(0.0, ge=0)
     """adds this many times the policy's error on the chosen image, against likelihood displacement"""
+    anchor_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """adds this many times the mean squared difference of policy's and reference's predictions, on chosen images"""
+    auto_beta: float | None = Field(None, gt=0, lt=0.5)
+    """beta follows the margins, so that the mean pair keeps this share of its gradient, such as 0.2; null: fixed"""
+    auto_beta_decay: float = Field(0.99, ge=0, lt=1)
+    """decay of the mean margin, an optimiser step"""
+    auto_beta_bounds: tuple[float, float] = (65.0, 65536.0)
+    """least and largest beta that follows"""
+
+    @model_validator(mode="after")
+    def _auto_beta_has_a_share_and_bounds(self) -> DiffusionDPOConfig:
+        if self.auto_beta and self.loss_type != "sigmoid":
+            raise ValueError(f"auto_beta is for loss_type: sigmoid, not {self.loss_type}; remove it")
+        if not 0 < self.auto_beta_bounds[0] <= self.auto_beta_bounds[1]:
+            raise ValueError(f"auto_beta_bounds {list(self.auto_beta_bounds)} must be positive, the least first")
+        return self
 
 
 class DiffusionDPO(Method[DiffusionDPOConfig]):
@@ -36,6 +54,14 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
     needs: ClassVar[Needs] = Needs(source="pairs", reference=True)
     images_per_sample = 2
 
+    def __init__(self, config: DiffusionDPOConfig) -> None:
+        """Start without margins."""
+        super().__init__(config)
+        c, (least, most) = config, config.auto_beta_bounds
+        self.auto: AutoBeta | None = None
+        if c.auto_beta is not None:
+            self.auto = AutoBeta(target=c.auto_beta, decay=c.auto_beta_decay, least=least, most=most)
+
     def describe(self) -> str:
         """Return the conventions: the scale of beta, on which the public codes disagree."""
         c = self.config
@@ -44,6 +70,10 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
             extras.append(f"label_smoothing={c.label_smoothing:g}")
         if c.sft_weight:
             extras.append(f"sft_weight={c.sft_weight:g}")
+        if c.anchor_weight:
+            extras.append(f"anchor_weight={c.anchor_weight:g}")
+        if c.auto_beta:
+            extras.append(f"beta then set for sigmoid(-z)={c.auto_beta:g}")
         if c.discount < 1:
             extras.append(f"timesteps discounted by {c.discount:g} per step of {c.discount_steps}")
         return f"diffusion_dpo: beta={c.beta:g}, mean-reduced, half factor on, {', '.join(extras)}"
@@ -53,12 +83,37 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
         c = self.config
         discount = c.discount ** (c.discount_steps / run.process.num_train_timesteps)
         noised = noise_pairs(run, batch, c, discount=discount)
-        policy = noised.pair_errors(run.predict)
-        reference = noised.pair_errors(run.reference.predict)
+        output = run.predict(noised.x_t, noised.t, noised.cond)
+        other = run.reference.predict(noised.x_t, noised.t, noised.cond)
+        policy, reference = noised.pair_errors_of(output), noised.pair_errors_of(other)
+        beta = self.auto.beta(c.beta) if self.auto else c.beta
         loss = diffusion_dpo(
-            *policy, *reference, beta=c.beta, loss_type=c.loss_type, label_smoothing=c.label_smoothing
+            *policy, *reference, beta=beta, loss_type=c.loss_type, label_smoothing=c.label_smoothing
         ).mean()
         if c.sft_weight:
             loss = loss + c.sft_weight * policy[0].mean()
-        logit = diffusion_dpo_logit(*policy, *reference, beta=c.beta)
-        return LossOutput(loss, pair_metrics(policy, reference, logit))
+        if c.anchor_weight:
+            half = len(output) // 2
+            loss = loss + c.anchor_weight * denoising_error(output[:half], other[:half]).mean()
+        logit = diffusion_dpo_logit(*policy, *reference, beta=beta)
+        metrics: dict[str, Tensor | float] = {**pair_metrics(policy, reference, logit)}
+        if self.auto:
+            self.auto.see(2 / beta * logit)
+            metrics["beta"] = beta
+        if self.auto or c.anchor_weight:
+            metrics["displacement"] = (policy[0].detach() - reference[0]).mean()
+        return LossOutput(loss, metrics)
+
+    def after_update(self, run: Run) -> None:
+        """Let beta follow the margins of the step."""
+        if self.auto:
+            self.auto.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the recent margins, if beta follows them."""
+        return self.auto.state_dict() if self.auto else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the recent margins."""
+        if self.auto:
+            self.auto.load_state_dict(state)

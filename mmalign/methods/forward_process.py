@@ -1,31 +1,34 @@
 """Methods that sample, score, and then learn from the samples by the forward process: noise added afresh.
 
-Nothing of the sampling is kept but the clean latents, so any sampler will do, and there are no log-probabilities. The
-samples are drawn by the old policy, a copy of the trainable weights that follows the policy round by round. An update
-noises every sample to a few levels, and computes policy and old policy there; one level at a time, so that memory
-does not grow with the levels. The copy takes the place of the weights in the one network there is.
+Nothing of the sampling is kept but the clean latents, so any sampler will do, and there are no log-probabilities. An
+old policy, a copy of the trainable weights, follows the policy; a method says whether it draws the samples, and
+whether it follows once a round or at every update. An update noises every sample to a few levels, and computes
+policy, old policy and reference there; one level at a time, so that memory does not grow with the levels. The copy
+takes the place of the weights in the one network there is.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from pydantic import Field, model_validator
+from pydantic import Field, StrictInt, model_validator
 from torch import Tensor
 
 from mmalign.core.ema import Shadow
 from mmalign.core.errors import UserError
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import denoising_error, old_policy_decay
-from mmalign.losses.advantages import Spread, group_advantages
+from mmalign.losses.advantages import Spread
 from mmalign.methods.base import LossOutput, Method, Needs, TimestepRange
-from mmalign.methods.mini_batches import cut_round, round_advantages
+from mmalign.methods.group_rewards import GroupRewardConfig, advantages_of_round, score_groups
+from mmalign.methods.mini_batches import cut_round
 from mmalign.methods.noising import Noised
 from mmalign.methods.run import WATCHED, Run
 from pipelines import sample
@@ -33,9 +36,12 @@ from pipelines.noise import FlowProcess, NoiseProcess
 
 DECAYS = {"copy": (0, 0.0, 0.0), "slow": (0, 0.001, 0.5), "late": (75, 0.0075, 0.999)}
 """(flat, rate, limit) of `old_policy_decay`: types 0, 1 and 2 of DiffusionNFT's code."""
+LevelGrid = Literal["schedule", "sampler", "sampler_parts"]
+OldDecay = Literal["copy", "slow", "late"] | tuple[int, float, float]
+SamplerSteps = tuple[StrictInt, StrictInt] | None
 
 
-class ForwardProcessConfig(TimestepRange):
+class ForwardProcessConfig(TimestepRange, GroupRewardConfig):
     """Base of the configurations of methods that learn by the forward process from their own samples."""
 
     sampling_steps: int = Field(10, ge=1)
@@ -52,9 +58,14 @@ class ForwardProcessConfig(TimestepRange):
     """parts that each pass over a round is shuffled and cut into, one optimiser step each; 1: all of it at once"""
     levels: int = Field(9, ge=1)
     """noise levels at which an update trains on an image"""
-    level_grid: Literal["schedule", "sampler"] = "schedule"
-    """schedule: one level in each of as many equal parts of the training levels; sampler: so many of the sampler's"""
-    old_decay: Literal["copy", "slow", "late"] | tuple[int, float, float] = "slow"
+    level_grid: LevelGrid = "schedule"
+    """schedule: one level in each of as many equal parts of the training levels; sampler: so many of the sampler's;
+    sampler_parts: one of the sampler's in each of as many equal parts of its steps"""
+    sampler_steps: SamplerSteps = None
+    """steps of the sampler, [first, end), whose levels are trained on; 0 is the noisiest; null: all"""
+    shared_levels: bool = False
+    """the images of an update have one level at a time, instead of one each"""
+    old_decay: OldDecay = "slow"
     """how the old policy follows: copy, slow and late are types 0, 1 and 2 of the code; or [flat, rate, limit]"""
     advantage_std: Literal["group", "batch", "none"] = "batch"
     """an advantage is in units of the spread of: group, the prompt's rewards; batch, those of the round; none: of 1"""
@@ -68,13 +79,28 @@ class ForwardProcessConfig(TimestepRange):
     @model_validator(mode="after")
     def _possible(self) -> ForwardProcessConfig:
         old_policy_decay(0, **self.decay())
-        if self.level_grid == "sampler" and self.levels > self.sampling_steps:
+        if self.level_grid == "schedule" and self.sampler_steps is not None:
+            raise ValueError("sampler_steps is for level_grid: sampler and sampler_parts; remove it")
+        if self.level_grid == "schedule":
+            return self
+        steps = self.trained_steps()
+        if not (0 <= steps.start < steps.stop <= self.sampling_steps):
             raise ValueError(
-                f"levels {self.levels} of level_grid: sampler are more than sampling_steps {self.sampling_steps}"
+                f"sampler_steps [{steps.start}, {steps.stop}] must satisfy 0 <= first < end <= sampling_steps "
+                f"{self.sampling_steps}"
             )
-        if self.level_grid == "sampler" and self.timesteps != (0.0, 1.0):
+        if self.levels > len(steps):
+            limit = "sampling_steps" if self.sampler_steps is None else "the number of sampler_steps,"
+            raise ValueError(
+                f"levels {self.levels} of level_grid: {self.level_grid} are more than {limit} {len(steps)}"
+            )
+        if self.timesteps != (0.0, 1.0):
             raise ValueError("timesteps is for level_grid: schedule; remove it")
         return self
+
+    def trained_steps(self) -> range:
+        """Return the steps of the sampler whose levels are trained on."""
+        return range(*(self.sampler_steps or (0, self.sampling_steps)))
 
     def decay(self) -> dict[str, Any]:
         """Return the old policy's schedule, the arguments of `old_policy_decay`."""
@@ -123,6 +149,10 @@ class NoisedSamples:
     policy: Float[Tensor, "batch *latent"]
     """With its graph."""
     old: Float[Tensor, "batch *latent"]
+    reference: Float[Tensor, "watched *latent"]
+    """Of all samples if the loss needs it; else of the first few, for the log."""
+    drawn_at: int
+    """The step at which the samples were drawn."""
 
 
 ConfigT = TypeVar("ConfigT", bound=ForwardProcessConfig)
@@ -134,6 +164,10 @@ class ForwardProcessMethod(Method[ConfigT]):
     needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="blackbox")
     old: Shadow
     """The old policy's weights."""
+    follows: ClassVar[Literal["round", "update"]] = "round"
+    """When the old policy follows: before it samples, once a round, or after every update."""
+    compares_images: ClassVar[bool] = False
+    """Whether the loss compares the images of a prompt, so that a mini-batch takes all of them or none."""
 
     def __init__(self, config: ConfigT) -> None:
         """Keep the configuration."""
@@ -141,11 +175,27 @@ class ForwardProcessMethod(Method[ConfigT]):
         self.images_per_sample = config.images_per_prompt
         self.updates_per_round = config.updates_per_round * config.mini_batches
         self.spread = Spread(config.advantage_std, config.advantage_epsilon, config.advantage_floor)
-        self._old_is_policy_at = 0
 
     @abstractmethod
     def loss(self, run: Run, batch: NoisedSamples) -> LossOutput:
         """Return the objective at one noise level; the term of the reference is added to it."""
+
+    @property
+    def whole_reference(self) -> bool:
+        """Whether the loss needs the reference's prediction of every sample."""
+        return self.config.reference_weight > 0
+
+    def sampler(self, run: Run) -> AbstractContextManager[None]:
+        """Return the context for sampling; by default the old policy samples."""
+        return self.old.applied()
+
+    def reference(self, run: Run, noised: Noised) -> Float[Tensor, "batch *latent"]:
+        """Return the reference's prediction, without a graph."""
+        return run.reference.predict(noised.x_t, noised.t, noised.cond)
+
+    def noise_names(self, samples: PromptBatch) -> list[str]:
+        """Return whose noise each sample gets; by default its own."""
+        return samples.ids
 
     def check(self, process: NoiseProcess) -> None:
         """Refuse a model that does not predict a velocity, a sampler without such steps, or more levels than it has.
@@ -164,7 +214,7 @@ class ForwardProcessMethod(Method[ConfigT]):
         low, high = c.timestep_bounds(process.num_train_timesteps)
         if c.levels > high - low:
             raise UserError(f"method.levels {c.levels} are more than the {high - low} levels of method.timesteps")
-        spread = c.levels > 1 or c.level_grid == "sampler"
+        spread = c.levels > 1 or c.level_grid != "schedule"
         if spread and isinstance(process, FlowProcess) and process.density.kind != "uniform":
             raise UserError(
                 f"flow.density {process.density.kind}: method '{self.name}' spreads its noise levels over the whole "
@@ -177,20 +227,19 @@ class ForwardProcessMethod(Method[ConfigT]):
         self.old = Shadow({name: one for name, one in named if one.requires_grad})
 
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[ScoredSamples]:
-        """Let the old policy follow, sample and score with it, and turn the rewards of the round into advantages."""
-        decay = old_policy_decay(run.step, **self.config.decay())
-        self.old.follow(decay)
-        self._old_is_policy_at = -1 if decay else run.step
-        with self.old.applied():
+        """Sample and score, and turn the rewards of the round into advantages."""
+        if self.follows == "round":
+            self.old.follow(self._decay(run.step))
+        with self.sampler(run):
             drawn = [self._draw(run, batch.repeat(self.config.images_per_prompt)) for batch in batches]
-        compute = partial(group_advantages, spread=self.spread)
-        found = round_advantages([(one.samples.prompts, one.rewards) for one in drawn], compute)
+        found = advantages_of_round(run, self.config, drawn, self.spread)
         return [replace(one, advantages=advantages) for one, advantages in zip(drawn, found, strict=True)]
 
     def split(self, run: Run, collected: Iterable[ScoredSamples]) -> Sequence[Sequence[ScoredSamples]]:
         """Pass over the round `updates_per_round` times, each time shuffled and cut into `mini_batches`."""
         c, source = self.config, partial(run.random, "mini-batches", run.step)
-        return cut_round(list(collected), c.updates_per_round, c.mini_batches, unit=1, source=source)
+        unit = c.images_per_prompt if self.compares_images else 1
+        return cut_round(list(collected), c.updates_per_round, c.mini_batches, unit=unit, source=source)
 
     def learn(
         self, run: Run, batch: ScoredSamples, backward: Callable[[Tensor], None]
@@ -199,7 +248,7 @@ class ForwardProcessMethod(Method[ConfigT]):
         c, rows = self.config, []
         for level in range(c.levels):
             noised = self._noised(run, batch, level)
-            output, distance = self.loss(run, noised), self._distance(run, noised)
+            output, distance = self.loss(run, noised), self._distance(noised)
             total = output.loss + c.reference_weight * distance if c.reference_weight else output.loss
             backward(batch.share / c.levels * total)
             moved = denoising_error(noised.policy.detach(), noised.old).mean()
@@ -213,6 +262,11 @@ class ForwardProcessMethod(Method[ConfigT]):
             metrics |= {f"reward/{name}": score.mean() for name, score in batch.parts.items()}
             metrics["flat"] = (batch.advantages == 0).float().mean()
         return metrics
+
+    def after_update(self, run: Run) -> None:
+        """Let the old policy follow, if it does so at every update."""
+        if self.follows == "update":
+            self.old.follow(self._decay(run.step))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the old policy's weights."""
@@ -236,7 +290,7 @@ class ForwardProcessMethod(Method[ConfigT]):
         )
         images = run.decode(trajectory.latents)
         run.show(images, samples.prompts)
-        scores = run.score(images, samples.prompts)
+        scores = score_groups(run, c, images, samples.prompts, c.images_per_prompt)
         none = torch.zeros_like(scores.total)
         return ScoredSamples(
             samples, trajectory.latents, scores.total, scores.parts, trajectory.timesteps, run.step, none
@@ -246,33 +300,58 @@ class ForwardProcessMethod(Method[ConfigT]):
         """Return the samples at their `level`-th noise level, with policy and old policy there."""
         samples, x0, update = batch.samples, batch.latents, run.step - batch.drawn_at
         t = torch.stack([self._level(run, batch, name, level) for name in samples.ids]).to(x0.device)
-        noise = run.noise_like(x0, samples.ids, samples.epoch, f"noise {update} {level}").to(x0.dtype)
+        names = self.noise_names(samples)
+        noise = run.noise_like(x0, names, samples.epoch, f"noise {update} {level}").to(x0.dtype)
         x_t, target = run.process.add_noise(x0, noise, t), run.process.target(x0, noise, t)
         noised = Noised(x_t, t, target, samples.cond)
         policy = run.predict(x_t, t, samples.cond)
-        if self._old_is_policy_at == run.step:
+        if self._old_is_policy(run.step, batch.drawn_at):
             old = policy.detach()
         else:
-            with torch.no_grad(), self.old.applied():
-                old = run.predict(x_t, t, samples.cond)
-        return NoisedSamples(noised, run.process.sigma(t), batch.advantages, policy, old)
+            old = predict_by(run, self.old, noised)
+        rows = slice(len(t) if self.whole_reference else WATCHED)
+        reference = self.reference(run, noised.select(rows))
+        return NoisedSamples(noised, run.process.sigma(t), batch.advantages, policy, old, reference, batch.drawn_at)
+
+    def _decay(self, step: int) -> float:
+        return old_policy_decay(step, **self.config.decay())
+
+    def _old_is_policy(self, step: int, drawn_at: int) -> bool:
+        """Tell whether the old policy followed with decay 0 and there has been no update since."""
+        if self.follows == "update":
+            return step == 0 or self._decay(step - 1) == 0
+        return step == drawn_at and self._decay(drawn_at) == 0
 
     def _level(self, run: Run, batch: ScoredSamples, name: str, level: int) -> Tensor:
         """Return the `level`-th noise level of a sample in this update."""
         c, update = self.config, run.step - batch.drawn_at
+        whose = ("all", batch.drawn_at) if c.shared_levels else (name, batch.samples.epoch)
         if c.level_grid == "sampler":
-            order = torch.randperm(len(batch.grid), generator=run.random("levels", name, batch.samples.epoch, update))
-            return batch.grid[order[level]]
+            steps = c.trained_steps()
+            order = torch.randperm(len(steps), generator=run.random("levels", *whose, update))
+            return batch.grid[steps.start + order[level]]
+        source = run.random("levels", *whose, update, level)
+        if c.level_grid == "sampler_parts":
+            low, high = _part(c.trained_steps(), level, c.levels)
+            return batch.grid[torch.randint(low, high, (), generator=source)]
         low, high = c.timestep_bounds(run.process.num_train_timesteps)
-        if c.levels > 1:
-            low, high = (low + (high - low) * end // c.levels for end in (level, level + 1))
-        source = run.random("levels", name, batch.samples.epoch, update, level)
+        low, high = _part(range(low, high), level, c.levels)
         return run.process.sample_timesteps(1, generator=source, low=low, high=high)[0]
 
-    def _distance(self, run: Run, batch: NoisedSamples) -> Tensor:
+    def _distance(self, batch: NoisedSamples) -> Tensor:
         """Return the mean squared difference of policy and reference; of a few samples if it is only logged."""
-        count = len(batch.policy) if self.config.reference_weight else WATCHED
-        noised = batch.noised
-        reference = run.reference.predict(noised.x_t[:count], noised.t[:count], noised.cond[:count])
-        policy = batch.policy[:count] if self.config.reference_weight else batch.policy[:count].detach()
-        return denoising_error(policy, reference).mean()
+        policy = batch.policy if self.config.reference_weight else batch.policy.detach()
+        return denoising_error(policy[: len(batch.reference)], batch.reference).mean()
+
+
+@torch.no_grad()
+def predict_by(run: Run, weights: Shadow, noised: Noised) -> Float[Tensor, "batch *latent"]:
+    """Return the prediction of an earlier policy, without a graph."""
+    with weights.applied():
+        return run.predict(noised.x_t, noised.t, noised.cond)
+
+
+def _part(whole: range, number: int, parts: int) -> tuple[int, int]:
+    """Return the bounds of one of so many equal parts of a range."""
+    low, high = (whole.start + len(whole) * end // parts for end in (number, number + 1))
+    return low, high

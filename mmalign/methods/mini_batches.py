@@ -28,7 +28,7 @@ SamplesT = TypeVar("SamplesT", bound=Samples)
 def round_advantages(
     round_of: Sequence[tuple[Sequence[str], Tensor]], compute: Callable[[Sequence[str], Tensor], Tensor]
 ) -> list[Float[Tensor, " batch"]]:
-    """Return the advantages of each micro-batch's samples, given prompts and rewards [B] of each.
+    """Return the advantages of each micro-batch's samples, given prompts and rewards [B] or [B, K] of each.
 
     `compute` is given the prompts and rewards of the whole round, of all processes.
     """

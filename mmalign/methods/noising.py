@@ -34,13 +34,23 @@ class Noised:
     target: Float[Tensor, "batch *latent"]
     cond: Conditioning
 
+    def select(self, rows: slice) -> Noised:
+        """Return some of the images."""
+        return Noised(self.x_t[rows], self.t[rows], self.target[rows], self.cond[rows])
+
     def errors(self, predict: Predict) -> Float[Tensor, " batch"]:
         """Return the mean squared error of each image under `run.predict` or `run.reference.predict`."""
         return denoising_error(predict(self.x_t, self.t, self.cond), self.target)
 
     def pair_errors(self, predict: Predict) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
         """Return the errors of the chosen and of the rejected images, for the result of a function on pairs."""
-        chosen, rejected = self.errors(predict).chunk(2)
+        return self.pair_errors_of(predict(self.x_t, self.t, self.cond))
+
+    def pair_errors_of(
+        self, output: Float[Tensor, "batch *latent"]
+    ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+        """Return the errors of the chosen and of the rejected images, given what a network predicts."""
+        chosen, rejected = denoising_error(output, self.target).chunk(2)
         return chosen, rejected
 
 

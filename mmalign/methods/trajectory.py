@@ -26,6 +26,7 @@ from mmalign.losses import denoising_error, gaussian_kl
 from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
 from mmalign.methods.mini_batches import cut_round
 from mmalign.methods.run import WATCHED, Run
+from mmalign.scoring.live import Scores
 from pipelines import Kernel, ddim, sample
 from pipelines.guidance import guided_predictor
 from pipelines.noise import NoiseProcess
@@ -214,6 +215,10 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
         """Return the context for sampling; by default the policy itself samples."""
         return nullcontext()
 
+    def scores(self, run: Run, images: Tensor, samples: PromptBatch) -> Scores:
+        """Return what the samples score; by default the rewards of each."""
+        return run.score(images, samples.prompts)
+
     @torch.no_grad()
     def _draw(self, run: Run, samples: PromptBatch) -> Rollout:
         c = self.config
@@ -230,7 +235,7 @@ class TrajectoryMethod(SamplingMethod[ConfigT]):
             )
         images = run.decode(trajectory.latents)
         run.show(images, samples.prompts)
-        scores = run.score(images, samples.prompts)
+        scores = self.scores(run, images, samples)
         assert trajectory.log_probs is not None and trajectory.means is not None
         rollout = Rollout(
             samples=samples,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmalign.core.cost import Cost
 from mmalign.core.errors import UserError
+from mmalign.losses.advantages import win_rates
 from mmalign.scoring.choice import WeightedReward, weighted_total
 
 REMEMBERED = 65_536
@@ -45,14 +46,42 @@ class LiveRewards:
         parts = {}
         for entry in self.rewards:
             score = self._call(entry, images, prompts) if differentiable else self._look_up(entry, images, prompts)
-            if not bool(score.detach().isfinite().all()):
-                row = int((~score.detach().isfinite()).nonzero()[0])
-                raise UserError(
-                    f"reward '{entry.name}' gave {float(score[row].detach())} for an image of {prompts[row]!r}; "
-                    "nothing can be learned from that: leave out this reward or this prompt"
-                )
-            parts[entry.name] = score
+            parts[entry.name] = _finite(entry, score, prompts)
         return Scores(weighted_total(parts, self.rewards), {name: score.detach() for name, score in parts.items()})
+
+    def win_rates(
+        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str], size: int, tie_margin: float
+    ) -> Scores:
+        """Compare images in [0, 1] with the others of their group, each `size` in a row of one prompt.
+
+        The sum is that of win rates, in [0, 1]. A reward whose class says `compares_pairs = True` is asked about each
+        pair of a group, and its part is the win rate; the scores of the others are compared, and are the parts.
+
+        Raises:
+            UserError: a score is not a finite number. A comparison may be NaN, which is a tie.
+        """
+        total, parts = torch.zeros(len(images), device=images.device), {}
+        for entry in self.rewards:
+            if getattr(entry.reward, "compares_pairs", False):
+                margins = self._judge(entry, images, prompts, size)
+            else:
+                parts[entry.name] = _finite(entry, self._look_up(entry, images, prompts), prompts)
+                score = parts[entry.name].reshape(-1, size) * (1 if entry.reward.higher_is_better else -1)
+                margins = score.unsqueeze(2) - score.unsqueeze(1)
+            rates = win_rates(margins, tie_margin=tie_margin).flatten()
+            parts.setdefault(entry.name, rates)
+            total = total + entry.weight * rates
+        return Scores(total, parts)
+
+    def _judge(self, entry: WeightedReward, images: Tensor, prompts: Sequence[str], size: int) -> Tensor:
+        first, second = torch.triu_indices(size, size, offset=1)
+        margins = images.new_zeros(len(images) // size, size, size, dtype=torch.float32)
+        for group, start in enumerate(range(0, len(images), size)):
+            self._cost.add(reward_calls=len(first))
+            told = [prompts[start]] * len(first) if "prompts" in entry.reward.needs else None
+            found = entry.reward.pairwise(images[start + first], images[start + second], prompts=told)
+            margins[group, first, second], margins[group, second, first] = found, -found
+        return margins
 
     def _call(self, entry: WeightedReward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         self._cost.add(reward_calls=len(images))
@@ -70,6 +99,17 @@ class LiveRewards:
         for key in list(known)[: max(len(known) - REMEMBERED, 0)]:
             del known[key]
         return found
+
+
+def _finite(entry: WeightedReward, score: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return the scores, all of which must be numbers."""
+    if not bool(score.detach().isfinite().all()):
+        row = int((~score.detach().isfinite()).nonzero()[0])
+        raise UserError(
+            f"reward '{entry.name}' gave {float(score[row].detach())} for an image of {prompts[row]!r}; "
+            "nothing can be learned from that: leave out this reward or this prompt"
+        )
+    return score
 
 
 def _content_key(image: Tensor, prompt: str) -> bytes:

@@ -80,8 +80,9 @@ def _check_distillation(config: RunConfig, path: str) -> None:
 
 
 def _guidance_scales(config: RunConfig) -> Iterator[tuple[str, float]]:
-    if "guidance" in config.method_options:
-        yield "method.guidance", config.method_options["guidance"]
+    for key in ("guidance", "reference_guidance"):
+        if key in config.method_options:
+            yield f"method.{key}", config.method_options[key]
     if config.evaluate is not None:
         yield "evaluate.guidance", config.evaluate.guidance
     if config.rounds is not None:

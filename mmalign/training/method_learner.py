@@ -67,9 +67,10 @@ class MethodLearner(Learner):
         return self.method.learn(self.run, batch, self.backward)
 
     def after_update(self) -> None:
-        """Update the moving average."""
+        """Update the moving average, and what the method keeps."""
         if self.ema:
             self.ema.update()
+        self.method.after_update(self.run)
 
     def between_rounds(self, step: int) -> bool:
         """Tell whether all of the last round is used up."""

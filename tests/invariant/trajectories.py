@@ -54,8 +54,24 @@ IMAGES: dict[str, dict[str, Any]] = {
         "updates_per_round": 2,
         "old_decay": [0, 0.1, 0.5],
     },
+    "awm": {
+        "sampling_steps": 3,
+        "images_per_prompt": 2,
+        "levels": 2,
+        "sampler_steps": [0, 2],
+        "updates_per_round": 2,
+        "old_decay": [0, 0.1, 0.3],
+    },
+    "dgpo": {
+        "sampling_steps": 3,
+        "images_per_prompt": 2,
+        "levels": 2,
+        "sampler_steps": [0, 2],
+        "old_decay": [0, 0.1, 0.3],
+        "old_samples_after": 1,
+    },
 }
-NEEDS_VELOCITY = {"nft"}
+NEEDS_VELOCITY = {"nft", "awm", "dgpo"}
 """Methods for models that predict a velocity."""
 ANSWERS: dict[str, dict[str, Any]] = {
     "vlm_sft": {},

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.losses.advantages import PromptStatistics, Spread, group_advantages
+from mmalign.losses.advantages import (
+    PromptStatistics,
+    Spread,
+    each_group_advantages,
+    group_advantages,
+    win_rates,
+)
 
 
 def rewards_of(*values: float) -> Tensor:
@@ -193,3 +199,84 @@ def test_epsilon_and_floor_by_hand() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Spread(**options)  # type: ignore[arg-type]
+
+
+def test_gdpo_tells_apart_groups_in_which_one_reward_or_two_differ() -> None:
+    """Two rollouts, two binary rewards: 0.707 and 1.414 before the batch step; of their sum, 0.707 in both."""
+    prompts, values = ["a", "a", "b", "b"], torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    found = each_group_advantages(prompts, values, [1.0, 1.0], spread=Spread(epsilon=0.0))
+    each = [group_advantages(prompts, values[:, k], spread=Spread(epsilon=0.0)) for k in (0, 1)]
+    before = (each[0] + each[1]) * 0.5**0.5  # two values: the unbiased deviation is sqrt(2) times the population's
+    assert before.tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5, -(2**0.5), 2**0.5])
+    assert found.tolist() == pytest.approx([x / 1.25**0.5 for x in before.tolist()])
+    summed = group_advantages(prompts, values.sum(1), spread=Spread(epsilon=0.0)) * 0.5**0.5
+    assert summed.tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5] * 2)
+
+
+def test_gdpo_against_loops_in_numpy() -> None:
+    source = np.random.default_rng(0)
+    prompts = [f"p{index % 3}" for index in range(15)]
+    values = source.normal(size=(15, 3)) * [1.0, 100.0, 1e-3]
+    weights, total = [1.0, 0.5, -2.0], np.zeros(15)
+    for k in range(3):
+        for name in set(prompts):
+            rows = [row for row, prompt in enumerate(prompts) if prompt == name]
+            group = values[rows, k]
+            floor = max(group.std(), 1e-5 * np.abs(group).max())
+            total[rows] += weights[k] * (group - group.mean()) / (floor + 1e-4)
+    expected = (total - total.mean()) / (total.std() + 1e-4)
+    found = each_group_advantages(prompts, torch.from_numpy(values), weights)
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-9, abs=1e-12)
+    clipped = each_group_advantages(prompts, torch.from_numpy(values), weights, clip=0.5)
+    assert clipped.tolist() == pytest.approx(expected.clip(-0.5, 0.5).tolist(), rel=1e-9, abs=1e-12)
+
+
+def test_gdpo_is_blind_to_the_scale_of_a_reward_and_flat_groups_stay_exactly_zero() -> None:
+    values = torch.tensor(
+        [[0.0, 1.0], [1.0, 3.0], [0.5, 2.0], [0.2, 0.2], [0.2, 0.2], [0.2, 0.2]], dtype=torch.float64
+    )
+    prompts, exact = ["a"] * 3 + ["b"] * 3, Spread(epsilon=0.0)
+    found = each_group_advantages(prompts, values, [1.0, 1.0], spread=exact)
+    scaled = each_group_advantages(prompts, values * torch.tensor([1e-4, 1e4]), [1.0, 1.0], spread=exact)
+    torch.testing.assert_close(found, scaled)
+    assert found[3:].tolist() == [0.0] * 3 and found[:3].abs().min() >= 0
+    flat = each_group_advantages(prompts, torch.ones(6, 2), [1.0, 1.0], spread=exact)
+    assert flat.tolist() == [0.0] * 6
+
+
+def test_gdpo_of_one_reward_is_the_usual_advantage() -> None:
+    prompts, values = ["a", "a", "b", "b"], torch.tensor([0.0, 1.0, 5.0, 2.0])
+    for spread in (Spread("group"), Spread("batch"), Spread("none")):
+        found = each_group_advantages(prompts, values[:, None], [-2.0], spread=spread)
+        assert torch.equal(found, group_advantages(prompts, -2 * values, spread=spread))
+
+
+def test_win_rates_by_hand() -> None:
+    nan = float("nan")
+    margins = torch.tensor([[[9, 0.2, -0.2], [-0.2, 9, nan], [0.2, nan, 9]]], dtype=torch.float64)
+    assert win_rates(margins).tolist() == [[0.5, 0.25, 0.75]]
+    assert win_rates(margins, tie_margin=0.2).tolist() == [[0.5, 0.5, 0.5]]
+    scores = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    rates = win_rates(scores.unsqueeze(2) - scores.unsqueeze(1))
+    assert torch.equal(rates, scores.argsort(1).argsort(1) / 5)  # the rank
+    with pytest.raises(ValueError, match="tie_margin=-1"):
+        win_rates(margins, tie_margin=-1.0)
+    with pytest.raises(ValueError, match="no comparisons"):
+        win_rates(torch.zeros(2, 1, 1))
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_gdpo_needs_a_column_for_each_weight() -> None:
+    with pytest.raises(ValueError, match=r"rewards of shape \(4, 1\); needed: 4 prompts x 2"):
+        each_group_advantages(["a"] * 4, torch.ones(4, 1), [1.0, 1.0])
+
+
+def test_gaps_of_a_millionth_are_a_preference_for_scores_and_a_tie_for_win_rates() -> None:
+    scores, prompts = torch.tensor([0.5, 0.5 + 1e-6], dtype=torch.float64), ["a", "a"]
+    exact = Spread(epsilon=0.0, floor=0.0)
+    assert group_advantages(prompts, scores, spread=exact).tolist() == pytest.approx([-1.0, 1.0])
+    margins = (scores.unsqueeze(1) - scores.unsqueeze(0)).unsqueeze(0)
+    told = group_advantages(prompts, win_rates(margins).flatten(), spread=exact)
+    assert told.tolist() == pytest.approx([-1.0, 1.0])  # without a margin they still decide
+    ties = group_advantages(prompts, win_rates(margins, tie_margin=1e-3).flatten(), spread=exact)
+    assert ties.tolist() == [0.0, 0.0]

@@ -12,12 +12,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_models import build_tiny_sd
+from tiny_rounds import collect, gradient, move, weights
 from tiny_runs import Brightness, exact_run, losses, online_config
 
 from mmalign.core.errors import UserError
-from mmalign.data.batches import PromptBatch
 from mmalign.losses.advantages import Spread, group_advantages
-from mmalign.methods.forward_process import NoisedSamples, ScoredSamples
 from mmalign.methods.nft import NFT, NFTConfig
 from mmalign.methods.run import Run
 from mmalign.scoring.choice import WeightedReward
@@ -45,34 +44,6 @@ def make(run: Run | None = None, **options: Any) -> NFT:
     if run is not None:
         method.begin(run)
     return method
-
-
-def prompts(run: Run, *texts: str) -> PromptBatch:
-    return PromptBatch(list(texts), run.generator.encode_prompts(texts), [f"{text}#0" for text in texts])
-
-
-def collect(run: Run, method: NFT) -> list[ScoredSamples]:
-    return method.collect(run, [prompts(run, "a red circle", "a star"), prompts(run, "red", "two blue squares")])
-
-
-def move(run: Run, factor: float = 1.3) -> None:
-    with torch.no_grad():
-        for parameter in run.generator.trainable_parameters():
-            parameter.mul_(factor)
-    run.step += 1
-
-
-def weights(run: Run) -> list[torch.Tensor]:
-    return [one.detach().clone() for one in run.generator.trainable_parameters()]
-
-
-def gradient(run: Run, method: NFT, batches: list[ScoredSamples]) -> list[torch.Tensor]:
-    parameters = run.generator.trainable_parameters()
-    for one in parameters:
-        one.grad = None
-    for batch in batches:
-        method.learn(run, batch, lambda loss: (loss / 2).backward())
-    return [torch.zeros_like(one) if one.grad is None else one.grad.clone() for one in parameters]
 
 
 def test_advantages_are_those_of_the_groups_over_the_spread_of_the_round(run: Run) -> None:
@@ -241,7 +212,7 @@ def test_the_loss_is_the_objective_times_the_clip(run: Run) -> None:
     (batch, _) = collect(run, method := make(run, advantage_clip=2.0, advantage_mode="binary", beta=0.5))
     move(run)
     one = method._noised(run, batch, 0)
-    half = NoisedSamples(one.noised, one.sigma, torch.zeros_like(one.advantages), one.policy, one.old)
+    half = replace(one, advantages=torch.zeros_like(one.advantages))
     sigma = one.sigma.reshape(-1, 1, 1, 1)
     moved = 0.5 * (one.policy - one.old)
     sides = [sigma * (one.old + sign * moved - one.noised.target) for sign in (1, -1)]

@@ -207,3 +207,18 @@ def test_nothing_is_asked_twice_with_a_cache(tmp_path):
 def test_wrong_options(options, message):
     with pytest.raises(RewardError, match=message):
         load_reward("vlm-judge", **{"endpoint": "http://127.0.0.1:9/v1", "model": "m", **options})
+
+
+def test_win_rates_of_a_group_over_a_real_connection():
+    from mmalign.core.cost import Cost
+    from mmalign.scoring.choice import WeightedReward
+    from mmalign.scoring.live import LiveRewards
+
+    with serve(by_redness) as server:
+        live = LiveRewards([WeightedReward("judge", 1.0, judge(server))], Cost())
+        found = live.win_rates(reds(0.8, 0.1, 0.5), ["a", "a", "a"], 3, 0.0)
+        assert found.total.tolist() == pytest.approx([1.0, 0.0, 0.5]) and len(server.bodies) == 6
+    with saying("no idea", "no idea") as server:
+        live = LiveRewards([WeightedReward("judge", 1.0, judge(server))], Cost())
+        with pytest.warns(UserWarning, match="could not be read"):
+            assert live.win_rates(reds(0.8, 0.1), ["a", "a"], 2, 0.0).total.tolist() == [0.5, 0.5]

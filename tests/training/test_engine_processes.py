@@ -36,6 +36,14 @@ def prompts_config(folder: Path, output: str, **changes: Any) -> RunConfig:
     )
 
 
+def groups_config(folder: Path, output: str, **changes: Any) -> RunConfig:
+    """DGPO, whose noise levels all ranks share, with each reward normalised in its group over all ranks."""
+    method = {"name": "dgpo", "sampling_steps": 3, "images_per_prompt": 2, "levels": 1, "sampler_steps": [0, 3]}
+    method |= {"advantage_of": "each", "updates_per_round": 2, "old_decay": [0, 0.1, 0.3], "old_samples_after": 1}
+    rewards = [{"name": BRIGHTNESS}, {"name": "tiny_rounds:Redness", "weight": 0.5}]
+    return online_config(str(folder / "sd"), folder / output, method, rewards=rewards, **changes)
+
+
 def answers_config(folder: Path, output: str, **changes: Any) -> RunConfig:
     """A vision-language model whose reference the first rank lets answer before."""
     data = folder / "data"
@@ -46,13 +54,15 @@ def answers_config(folder: Path, output: str, **changes: Any) -> RunConfig:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "make", [pairs_config, prompts_config, answers_config], ids=["diffusion_dpo", "ddpo", "vlm_dpo"]
+    "make",
+    [pairs_config, prompts_config, groups_config, answers_config],
+    ids=["diffusion_dpo", "ddpo", "dgpo", "vlm_dpo"],
 )
 def test_two_processes_train_as_one_with_accumulation(tmp_path: Path, make: Callable[..., RunConfig]) -> None:
     if make is answers_config:
         build_llava_onevision(tmp_path / "vlm")
     else:
-        build_tiny_sd(tmp_path / "sd", vae="tiny")
+        build_tiny_sd(tmp_path / "sd", "v_prediction" if make is groups_config else "epsilon", vae="tiny")
     config = make(tmp_path, "two")
     (tmp_path / "config.yaml").write_text(dump_config(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]

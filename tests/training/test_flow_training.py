@@ -49,11 +49,13 @@ ONLINE: dict[str, dict[str, Any]] = {
     "spo": {"sampling_steps": 2, "guidance": 1.0, "candidates": 2, "threshold": [0.0, 0.0]},
     "dense_dpo": {**DRAWN, "clip": 1.0, "updates_per_round": 2},
     "nft": {"sampling_steps": 2, "images_per_prompt": 2, "levels": 2, "solver": "dpm++"},
+    "awm": {"sampling_steps": 2, "images_per_prompt": 2, "levels": 2, "sampler_steps": [0, 2]},
+    "dgpo": {"sampling_steps": 2, "images_per_prompt": 2, "levels": 2, "sampler_steps": [0, 2]},
 }
 QUICK = {
     *(
         ("sd3", "lora", name)
-        for name in ("sft", "diffusion_kto", "align_prop", "ddpo", "dense_dpo", "diffusion_dro", "nft")
+        for name in ("sft", "diffusion_kto", "align_prop", "ddpo", "dense_dpo", "diffusion_dro", "nft", "awm", "dgpo")
     ),
     *((family, kind, "diffusion_dpo") for family in ("flux", "z_image") for kind in ("lora", "full")),
     *(("qwen_image", "lora", name) for name in ("diffusion_dpo", "align_prop guided")),
@@ -147,6 +149,14 @@ def test_every_method_of_images_is_in_the_grid_or_refused() -> None:
     ("changes", "message"),
     [
         ({"method": {"name": "diffusion_dro", "guidance": 3.0}}, r"^method.guidance 3: 'flux' models have guidance"),
+        (
+            {
+                "method": {"name": "dgpo", "reference_guidance": 4.5},
+                "data": {"pairs": None, "prompts": "shapes-train"},
+                "rewards": [BRIGHTNESS],
+            },
+            r"^method.reference_guidance 4.5: 'flux' models have",
+        ),
         (
             {"evaluate": {"prompts": "shapes-validation", "rewards": ["clip"], "every": 5}},
             r"^evaluate.guidance 7.5: .* set evaluate.guidance: 1.0",

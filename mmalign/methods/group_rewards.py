@@ -1,0 +1,75 @@
+"""What the advantages in a group of images are taken of: one sum of rewards, each reward by itself, or comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mmalign.data.batches import PromptBatch
+from mmalign.losses.advantages import Spread, each_group_advantages, group_advantages
+from mmalign.methods.base import MethodConfig
+from mmalign.methods.mini_batches import round_advantages
+from mmalign.methods.run import Run
+from mmalign.scoring.live import Scores
+
+
+class GroupRewardConfig(MethodConfig):
+    """Base of the configurations of methods that compare the images of a prompt by several rewards."""
+
+    advantage_of: Literal["total", "each", "win_rate"] = "total"
+    """total: the weighted sum of the rewards; each: every reward by itself, summed after it is in units of its group's
+    spread (GDPO); win_rate: the share of the comparisons in its group that an image wins (Pref-GRPO)"""
+    tie_margin: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """for win_rate: a difference of scores up to this is a tie; 0 for a judge of pairs"""
+
+    @model_validator(mode="after")
+    def _ties_are_told(self) -> GroupRewardConfig:
+        if (self.advantage_of == "win_rate") != (self.tie_margin is not None):
+            raise ValueError(
+                "advantage_of: win_rate and tie_margin go together: a difference of scores up to tie_margin is a tie, "
+                "without which tiny ones decide (0 for a judge of pairs)"
+            )
+        return self
+
+
+class Scored(Protocol):
+    """Samples of one micro-batch and what they scored."""
+
+    @property
+    def samples(self) -> PromptBatch:
+        """The prompts."""
+
+    @property
+    def rewards(self) -> Float[Tensor, " batch"]:
+        """What advantages of one sum are taken of."""
+
+    @property
+    def parts(self) -> Mapping[str, Float[Tensor, " batch"]]:
+        """The scores of each reward, by its label."""
+
+
+def score_groups(run: Run, config: GroupRewardConfig, images: Tensor, prompts: Sequence[str], size: int) -> Scores:
+    """Score images, each `size` in a row of one prompt: their rewards, or how many comparisons they win."""
+    if config.tie_margin is None:
+        return run.score(images, prompts)
+    return run.score.win_rates(images, prompts, size, config.tie_margin)
+
+
+def advantages_of_round(
+    run: Run, config: GroupRewardConfig, scored: Sequence[Scored], spread: Spread, clip: float | None = None
+) -> list[Float[Tensor, " batch"]]:
+    """Return the advantages of each micro-batch's samples among those of their prompts, over all processes."""
+    if config.advantage_of != "each":
+        compute = partial(group_advantages, spread=spread, clip=clip)
+        return round_advantages([(one.samples.prompts, one.rewards) for one in scored], compute)
+    rewards = run.score.rewards
+    weights = [one.weight if one.reward.higher_is_better else -one.weight for one in rewards]
+    columns = [torch.stack([one.parts[entry.name] for entry in rewards], dim=1) for one in scored]
+    each = partial(each_group_advantages, weights=weights, spread=spread, clip=clip)
+    return round_advantages([(one.samples.prompts, found) for one, found in zip(scored, columns, strict=True)], each)
