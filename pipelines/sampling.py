@@ -196,7 +196,8 @@ def sample(
 
     Each sample depends on its seed and prompt alone. `latents` replaces the initial noise; seeds are then needed by a
     random kernel only. `segment` runs a part of the grid, or keeps a graph; nothing has one otherwise. `record` keeps
-    states and per-step log-probabilities, of all steps or of a range of them. `guidance`, `negative` and `autocast` are those of `guided_predictor`.
+    states and per-step log-probabilities, of all steps or of a range of them. `guidance`, `negative` and `autocast`
+    are those of `guided_predictor`.
     `batch_size` splits the work. Raises `PipelineError` for arguments that do not fit the model, the prompts or each
     other.
 

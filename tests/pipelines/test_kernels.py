@@ -112,7 +112,7 @@ SIXTEEN = [
     ids=["scheduler 10", "scheduler 14", "even 10", "even 16"],
 )
 def test_both_grids_in_use_are_those_of_the_published_codes(expected: list[float], even: bool) -> None:
-    """The scheduler's ends at its lowest level, which the shift moves twice; DanceGRPO's is the shift of an even one."""
+    """The scheduler's ends at its lowest level, shifted twice; DanceGRPO's is the shift of an even one."""
     steps = len(expected) - 1
     sigmas = [1 - step / steps for step in range(steps)] if even else None
     levels, next_levels = FLOW.schedule(steps, sigmas=sigmas)

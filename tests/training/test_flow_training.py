@@ -44,6 +44,8 @@ ONLINE: dict[str, dict[str, Any]] = {
     "align_prop refl": {"sampling_steps": 2, "guidance": 1.0, "truncation": "refl"},
     "prdp": {**DRAWN, "updates_per_round": 2},
     "ddpo": DRAWN,
+    "flow_grpo": {**DRAWN, "sampling_steps": 4, "mini_batches": 1, "kl": {"weight": 0.1}},
+    "flow_grpo guard": {**DRAWN, "sampling_steps": 3, "kernel": "flow_sde", "ratio": "guard", "same_noise": True},
     "spo": {"sampling_steps": 2, "guidance": 1.0, "candidates": 2, "threshold": [0.0, 0.0]},
     "dense_dpo": {**DRAWN, "clip": 1.0, "updates_per_round": 2},
     "nft": {"sampling_steps": 2, "images_per_prompt": 2, "levels": 2},
@@ -51,7 +53,7 @@ ONLINE: dict[str, dict[str, Any]] = {
 QUICK = {
     *(
         ("sd3", "lora", name)
-        for name in ("sft", "diffusion_kto", "align_prop", "ddpo", "dense_dpo", "diffusion_dro", "nft")
+        for name in ("sft", "diffusion_kto", "align_prop", "ddpo", "flow_grpo", "dense_dpo", "diffusion_dro", "nft")
     ),
     *((family, kind, "diffusion_dpo") for family in ("flux", "z_image") for kind in ("lora", "full")),
 }

@@ -1,0 +1,128 @@
+"""What policy gradients on own samples share: advantages of a round, and the sampling steps that an update takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from mmalign.core.distributed import gather, world_size
+from mmalign.core.progress import note
+from mmalign.losses.advantages import Spread
+from mmalign.methods.base import LossOutput, MethodConfig
+from mmalign.methods.mini_batches import round_advantages
+from mmalign.methods.rollout import Rollout
+from mmalign.methods.run import Run
+
+ENOUGH_GROUPS = 16
+
+
+class AdvantageConfig(MethodConfig):
+    """Base of the configurations of methods that weigh the sampling steps of an image by its advantage."""
+
+    advantage_clip: float = Field(5.0, gt=0)
+    """advantages are clipped to +- this value"""
+    advantage_std: Literal["group", "batch", "none"] = "group"
+    """an advantage is in units of the spread of: group, the rewards its mean is of; batch, the round's; none: of 1"""
+    advantage_epsilon: float = Field(1e-4, ge=0, allow_inf_nan=False)
+    """added to the spread"""
+    advantage_floor: float = Field(1e-5, ge=0, allow_inf_nan=False)
+    """least spread, in units of the largest absolute reward: smaller differences are rounding"""
+    timestep_fraction: float = Field(1.0, gt=0, le=1)
+    """share of the learned sampling steps that an update trains on, redrawn at every update for each image"""
+
+    def spread(self) -> Spread:
+        """Return what differences from the mean are divided by."""
+        return Spread(self.advantage_std, self.advantage_epsilon, self.advantage_floor)
+
+
+def with_advantages(
+    rollouts: list[Rollout], compute: Callable[[Sequence[str], Tensor], Float[Tensor, " batch"]]
+) -> list[Rollout]:
+    """Give each sample its advantage; `compute` is given prompts and rewards of the whole round, of all processes."""
+    found = round_advantages([(one.samples.prompts, one.rewards) for one in rollouts], compute)
+    for rollout, advantages in zip(rollouts, found, strict=True):
+        rollout.advantages = advantages
+    return rollouts
+
+
+def drawn_steps(run: Run, batch: Rollout, fraction: float) -> Bool[Tensor, "steps batch"] | None:
+    """Return which steps each image is trained on: as many for all, at least one, drawn by its id; None: all."""
+    if fraction == 1:
+        return None
+    steps = torch.tensor(batch.learned_steps())
+    count = max(1, round(fraction * len(steps)))
+    drawn = torch.zeros(batch.old_log_probs.shape, dtype=torch.bool)
+    for column, name in enumerate(batch.samples.ids):
+        source = run.random("steps", run.step, name, batch.samples.epoch)
+        drawn[steps[torch.randperm(len(steps), generator=source)[:count]], column] = True
+    return drawn.to(batch.old_log_probs.device)
+
+
+def mean_of_drawn(
+    batch: Rollout, losses: Float[Tensor, "steps batch"], clipped: Bool[Tensor, "steps batch"]
+) -> LossOutput:
+    """Return the mean over images and the steps they are trained on, and the share of these that is clipped."""
+    if batch.wanted is not None:
+        drawn = batch.wanted[batch.learned_steps()]
+        losses, clipped = losses[drawn], clipped[drawn]
+    return LossOutput(losses.mean(), {"clipped": clipped.float().mean()})
+
+
+def round_metrics(rollouts: Sequence[Rollout], size: int) -> dict[str, Tensor | float]:
+    """Return the rewards of a round of this process, and the share of groups of `size` whose rewards are equal."""
+    rewards = torch.cat([one.rewards for one in rollouts])
+    flat = torch.cat([_flat(one, size) for one in rollouts])
+    metrics = {"reward": rewards.mean(), "reward_std": rewards.std(correction=0), "flat": flat.float().mean()}
+    parts = {name: torch.cat([one.parts[name] for one in rollouts]) for name in rollouts[0].parts}
+    return {**metrics, **{f"reward/{name}": scores.mean() for name, scores in parts.items()}}
+
+
+def warn_of_few_groups(rollouts: Sequence[Rollout], size: int) -> None:
+    """Warn if a round has few groups of `size`, over all processes."""
+    groups = sum(len(one.rewards) for one in rollouts) // size * world_size()
+    if groups < ENOUGH_GROUPS:
+        note(
+            f"warning: a round of {groups} prompts; with fewer than {ENOUGH_GROUPS} rewards tend to oscillate: "
+            "raise trainer.batch_size or trainer.gradient_accumulation"
+        )
+
+
+def _flat(rollout: Rollout, size: int) -> Bool[Tensor, " groups"]:
+    assert rollout.advantages is not None
+    return (rollout.advantages.view(-1, size) == 0).all(1)
+
+
+def without_flat_groups(rollouts: Sequence[Rollout], size: int, least: int) -> list[Rollout]:
+    """Return the samples without those whose group of `size` has equal rewards: advantages of 0 teach nothing.
+
+    At least so many samples are kept, flat ones if need be.
+    """
+    chosen = [~_flat(one, size).repeat_interleave(size).cpu() for one in rollouts]
+    missing = least - sum(int(rows.sum()) for rows in chosen)
+    for rows in chosen:
+        spare = (~rows).nonzero().flatten()[: max(missing, 0)]
+        rows[spare] = True
+        missing -= len(spare)
+    return [
+        one if rows.all() else one.select(rows.nonzero().flatten().to(one.rewards.device), one.share, one.first_pass)
+        for one, rows in zip(rollouts, chosen, strict=True)
+    ]
+
+
+def weigh_samples_alike(steps: Sequence[Sequence[Rollout]], count: int) -> list[list[Rollout]]:
+    """Set the shares of micro-batches of different sizes so that an optimiser step is the mean over its samples.
+
+    `count` is the number of micro-batches whose mean the loop takes. Processes weigh by their samples of the step.
+    """
+    sizes = [[len(one.rewards) for one in step] for step in steps]
+    everyone = gather([sum(step) for step in sizes])
+    for number, (step, rows) in enumerate(zip(steps, sizes, strict=True)):
+        mean = sum(one[number] for one in everyone) / len(everyone)
+        for one, size in zip(step, rows, strict=True):
+            one.share = count * size / mean
+    return [[one for one in step if len(one.rewards)] for step in steps]
