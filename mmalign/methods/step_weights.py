@@ -34,9 +34,9 @@ def steps_of(process: NoiseProcess, kernel: Kernel, schedule: int | Schedule, ch
 
 def durations(process: NoiseProcess, steps: Sequence[Step]) -> Float[Tensor, " steps"]:
     """Return how much the noise level sigma falls in each step, |dt|."""
-    ends = torch.tensor([step[1:] for step in steps], dtype=torch.float64)
-    start, end = (process.coefficients(column, torch.zeros(1, dtype=torch.float64))[1] for column in ends.unbind(1))
-    return (start - end).flatten()
+    like = torch.zeros(1, dtype=torch.float64)
+    falls = [process.coefficients(t, like)[1] - process.coefficients(after, like)[1] for _, t, after in steps]
+    return torch.cat([fall.flatten() for fall in falls])
 
 
 def slopes_and_stds(

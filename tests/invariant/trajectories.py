@@ -54,6 +54,7 @@ IMAGES: dict[str, dict[str, Any]] = {
         "updates_per_round": 2,
         "old_decay": [0, 0.1, 0.5],
     },
+    "flow_grpo": {**SAMPLER, "images_per_prompt": 2, "window": {"size": 2}, "kl": {"weight": 0.1, "form": "code"}},
 }
 NEEDS_VELOCITY = {"nft"}
 """Methods for models that predict a velocity."""
