@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mmalign.core.files import write_atomically
 from mmalign.losses import flash_weights, gaussian_kl, guard_log_ratio, temp_weights
 from mmalign.methods.step_weights import Step, slopes_and_stds, steps_of
 from mmalign.methods.window import WindowConfig
-from pipelines import Kernel, NoiseProcess, cps, flow_sde, gaussian_log_prob
+from pipelines import Kernel, NoiseProcess, cps, dance, flow_sde, gaussian_log_prob
 
 DIMENSIONS, PATTERNS, SPREAD, STEPS = 64, 8, 0.05, 10
 
@@ -159,6 +161,44 @@ def flat_gradients(toy: Toy) -> list[Finding]:
     return found
 
 
+def excess_noise(toy: Toy, kernel: Kernel) -> list[float]:
+    """Return the noise after each step but the last, in units of the schedule's, where the prediction is exact."""
+    found = []
+    for step, level, after in toy.steps(kernel)[: STEPS - 1]:
+        noise = torch.ones(1, 1, dtype=torch.float64)  # of clean latents 0, so that x = sigma and v = 1
+        kept, std = step(toy.process, noise * level / 1000, noise, level, after)
+        found.append(float(torch.hypot(kept, std)) * 1000 / after)
+    return found
+
+
+def figure(toy: Toy) -> str:
+    """Return an SVG of the excess noise of three kernels, cut at 2."""
+    kernels = {
+        "Flow-SDE 0.7": (flow_sde(0.7), "#c53030"),
+        "Dance 0.3": (dance(0.3), "#b7791f"),
+        "CPS 0.8": (cps(0.8), "#2b6cb0"),
+    }
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 210" width="420" height="210" font-size="11" '
+        'font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/><text x="45" y="16" '
+        'font-weight="bold">noise after a step, in units of the schedule\'s</text>'
+    ]
+    for tick in (1.0, 1.25, 1.5, 1.75, 2.0):
+        down = 180 - 150 * (tick - 0.9) / 1.1
+        parts.append(
+            f'<path d="M45 {down:.1f}H310" stroke="#ddd"/><text x="10" y="{down + 4:.1f}" fill="#555">{tick:g}</text>'
+        )
+    for place, (name, (kernel, colour)) in enumerate(kernels.items()):
+        points = [
+            f"{50 + 32 * index},{180 - 150 * (min(value, 2.0) - 0.9) / 1.1:.1f}"
+            for index, value in enumerate(excess_noise(toy, kernel))
+        ]
+        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="320" y="{50 + 20 * place}" fill="{colour}">{name}</text>')
+    labels = "".join(f'<text x="{47 + 32 * index}" y="198" fill="#555">{index}</text>' for index in range(STEPS - 1))
+    return "".join([*parts, labels, '<text x="318" y="198" fill="#555">step of 10</text></svg>\n'])
+
+
 CLAIMS: dict[str, Callable[[Toy], list[Finding]]] = {
     "cleaner": cleaner,
     "shared_window": shared_window,
@@ -172,7 +212,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flow_claims", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(CLAIMS)}")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--figure", type=Path, metavar="SVG", help="draw the excess noise of kernels, and no more")
     options = parser.parse_args(arguments)
+    if options.figure:
+        write_atomically(options.figure, figure(Toy(options.seed)))
+        return 0
     for name in options.names or CLAIMS:
         if name not in CLAIMS:
             parser.error(f"unknown claim {name!r}; there are {', '.join(CLAIMS)}")
