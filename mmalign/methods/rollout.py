@@ -223,6 +223,7 @@ class RolloutMethod(RoundMethod[RolloutT]):
         found = (batch.old_means, batch.old_log_probs) if fresh else self.replay_all(run, batch)
         batch.means, batch.log_probs = found[0], found[1].clone().requires_grad_()
         output = self.loss(run, batch)
+        batch.means = None  # as large as the samples
         (weights,) = torch.autograd.grad(output.loss, batch.log_probs)
         learned = batch.learned_steps()
         everything = torch.arange(weights.shape[1], device=weights.device)
