@@ -119,9 +119,11 @@ class FlowGRPOConfig(RoundConfig, AdvantageConfig):
     def describe(self) -> str:
         """Return kernel, window, sampling, ratio with its units, and KL."""
         pool = self.window.candidates(self.sampling_steps)
+        shift = "" if self.shift is None else f" shifted by {self.shift:g}"
+        grid = f" on {self.grid} levels{shift}" if self.grid != "scheduler" or shift else ""
         return (
             f"{self.kernel}({self.amount():g}) at {self.window.size or len(pool)} of steps {pool[0]} to {pool[-1]} of "
-            f"{self.sampling_steps}, guidance {self.guidance:g}, {self.images_per_prompt} images per prompt, "
+            f"{self.sampling_steps}{grid}, guidance {self.guidance:g}, {self.images_per_prompt} images per prompt, "
             f"{self.ratio} with clip={self.clip:g} on {self.log_prob_kind()} log-probs per dimension, "
             f"KL {self.kl.form} x {self.kl.weight:g}"
         )
