@@ -76,7 +76,7 @@ def mean_of_drawn(
 def round_metrics(rollouts: Sequence[Rollout], size: int) -> dict[str, Tensor | float]:
     """Return the rewards of a round of this process, and the share of groups of `size` whose rewards are equal."""
     rewards = torch.cat([one.rewards for one in rollouts])
-    flat = torch.cat([_flat(one, size) for one in rollouts])
+    flat = ~torch.cat([_taught(one) for one in rollouts]).view(-1, size).any(1)
     metrics = {"reward": rewards.mean(), "reward_std": rewards.std(correction=0), "flat": flat.float().mean()}
     parts = {name: torch.cat([one.parts[name] for one in rollouts]) for name in rollouts[0].parts}
     return {**metrics, **{f"reward/{name}": scores.mean() for name, scores in parts.items()}}
@@ -92,17 +92,12 @@ def warn_of_few_groups(rollouts: Sequence[Rollout], size: int) -> None:
         )
 
 
-def _flat(rollout: Rollout, size: int) -> Bool[Tensor, " groups"]:
-    assert rollout.advantages is not None
-    return (rollout.advantages.view(-1, size) == 0).all(1)
+def without_zeros(rollouts: Sequence[Rollout], least: int) -> list[Rollout]:
+    """Return the samples without those of advantage 0, as in groups of equal rewards: they teach nothing.
 
-
-def without_flat_groups(rollouts: Sequence[Rollout], size: int, least: int) -> list[Rollout]:
-    """Return the samples without those whose group of `size` has equal rewards: advantages of 0 teach nothing.
-
-    At least so many samples are kept, flat ones if need be.
+    At least so many samples are kept, such ones if need be.
     """
-    chosen = [~_flat(one, size).repeat_interleave(size).cpu() for one in rollouts]
+    chosen = [_taught(one).cpu() for one in rollouts]
     missing = least - sum(int(rows.sum()) for rows in chosen)
     for rows in chosen:
         spare = (~rows).nonzero().flatten()[: max(missing, 0)]
@@ -114,15 +109,20 @@ def without_flat_groups(rollouts: Sequence[Rollout], size: int, least: int) -> l
     ]
 
 
+def _taught(rollout: Rollout) -> Bool[Tensor, " batch"]:
+    assert rollout.advantages is not None
+    return rollout.advantages != 0
+
+
 def weigh_samples_alike(steps: Sequence[Sequence[Rollout]], count: int) -> list[list[Rollout]]:
     """Set the shares of micro-batches of different sizes so that an optimiser step is the mean over its samples.
 
-    `count` is the number of micro-batches whose mean the loop takes. Processes weigh by their samples of the step.
+    That is the mean over samples whose advantage is not 0, of all processes. `count` is the number of micro-batches
+    whose mean the loop takes.
     """
-    sizes = [[len(one.rewards) for one in step] for step in steps]
-    everyone = gather([sum(step) for step in sizes])
-    for number, (step, rows) in enumerate(zip(steps, sizes, strict=True)):
-        mean = sum(one[number] for one in everyone) / len(everyone)
-        for one, size in zip(step, rows, strict=True):
-            one.share = count * size / mean
+    everyone = gather([sum(int(_taught(one).sum()) for one in step) for step in steps])
+    for number, step in enumerate(steps):
+        mean = max(sum(one[number] for one in everyone), 1) / len(everyone)
+        for one in step:
+            one.share = count * len(one.rewards) / mean
     return [[one for one in step if len(one.rewards)] for step in steps]

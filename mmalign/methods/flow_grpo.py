@@ -30,7 +30,7 @@ from mmalign.methods.advantages import (
     warn_of_few_groups,
     weigh_samples_alike,
     with_advantages,
-    without_flat_groups,
+    without_zeros,
 )
 from mmalign.methods.base import LossOutput, Needs
 from mmalign.methods.flow_grpo_config import FlowGRPOConfig
@@ -105,9 +105,9 @@ class FlowGRPO(RolloutMethod[FlowGRPOConfig]):
         return rollouts
 
     def split(self, run: Run, collected: Iterable[Rollout]) -> Sequence[Sequence[Rollout]]:
-        """Drop groups of equal rewards, then pass over the others in shuffled mini-batches."""
+        """Drop samples of advantage 0, then pass over the others in shuffled mini-batches."""
         held = list(collected)
-        kept = without_flat_groups(held, self.config.images_per_prompt, self.config.mini_batches)
+        kept = without_zeros(held, self.config.mini_batches)
         return weigh_samples_alike(super().split(run, kept), len(held))
 
     def log_prob(self, batch: Rollout, index: int, step: Replay, rows: Int[Tensor, " rows"]) -> Tensor:

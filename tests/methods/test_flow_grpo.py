@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmalign.core.errors import UserError
 from mmalign.data.batches import PromptBatch
-from mmalign.methods.advantages import without_flat_groups
+from mmalign.methods.advantages import without_zeros
 from mmalign.methods.flow_grpo import FlowGRPO
 from mmalign.methods.flow_grpo_config import FlowGRPOConfig
 from mmalign.methods.rollout import RatioError, Rollout
@@ -372,7 +372,7 @@ def test_a_round_without_any_spread_still_makes_its_steps() -> None:
     chosen.learn(run, steps[0][0], lambda loss: loss.backward())
     assert run.generator.network.weight.grad.item() == 0.0
     collected = method().collect(run, [prompts(run, "1", "0")])
-    assert [len(one.rewards) for one in without_flat_groups(collected, 4, 6)] == [6]
+    assert [len(one.rewards) for one in without_zeros(collected, 6)] == [6]
 
 
 def test_mini_batches_hold_every_kept_sample_once() -> None:

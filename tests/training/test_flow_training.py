@@ -45,7 +45,7 @@ ONLINE: dict[str, dict[str, Any]] = {
     "prdp": {**DRAWN, "updates_per_round": 2},
     "ddpo": DRAWN,
     "flow_grpo": {**DRAWN, "sampling_steps": 4, "mini_batches": 1, "kl": {"weight": 0.1}},
-    "flow_grpo guard": {**DRAWN, "sampling_steps": 3, "kernel": "flow_sde", "ratio": "guard", "same_noise": True},
+    "flow_grpo guard": {**DRAWN, "window": {"size": 1}, "kernel": "flow_sde", "ratio": "guard", "same_noise": True},
     "spo": {"sampling_steps": 2, "guidance": 1.0, "candidates": 2, "threshold": [0.0, 0.0]},
     "dense_dpo": {**DRAWN, "clip": 1.0, "updates_per_round": 2},
     "nft": {"sampling_steps": 2, "images_per_prompt": 2, "levels": 2},
