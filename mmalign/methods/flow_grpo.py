@@ -137,9 +137,9 @@ class FlowGRPO(RolloutMethod[FlowGRPOConfig]):
         else:
             losses = clipped_policy_gradient(now, old, advantages, clip=c.clip)
             clipped = ((now.detach() - old).exp() - 1).abs() > c.clip
-        weights = step_weights(c.step_weight, run.process, recorded_steps(batch.trajectory), c.pool(run.process))
-        weights = weights[steps].to(losses).unsqueeze(1)
-        return mean_of_drawn(batch, losses * weights, clipped)
+        pool = c.pool(run.process) if c.step_weight == "flash" else []
+        weights = step_weights(c.step_weight, run.process, recorded_steps(batch.trajectory), pool)
+        return mean_of_drawn(batch, losses * weights[steps].to(losses).unsqueeze(1), clipped)
 
     def kl_units(self, run: Run, batch: Rollout) -> list[float]:
         """Return what the KL of each step is multiplied by in the configured form."""

@@ -56,15 +56,15 @@ def step_weights(
     kind: str, process: NoiseProcess, steps: Sequence[Step], pool: Sequence[Step]
 ) -> Float[Tensor, " steps"]:
     """Return the weight of the loss of each step; `pool` are the steps that might have been drawn, for "flash"."""
-    slopes, stds = slopes_and_stds(process, steps)
+    if kind == "none":
+        return torch.ones(len(steps), dtype=torch.float64)
     if kind == "guard":
         return 1.0 / durations(process, steps)
+    slopes, stds = slopes_and_stds(process, steps)
     if kind == "temp":
         return temp_weights(stds)
-    if kind == "flash":
-        pool_slopes, pool_stds = slopes_and_stds(process, pool)
-        return flash_weights(stds, slopes, pool_stds / pool_slopes)
-    return torch.ones_like(stds)
+    pool_slopes, pool_stds = slopes_and_stds(process, pool)
+    return flash_weights(stds, slopes, pool_stds / pool_slopes)
 
 
 def kl_units(form: str, process: NoiseProcess, steps: Sequence[Step]) -> list[float]:
