@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipelines.gradient_sampling import GradientSample, sample_with_gradient
     from pipelines.guidance import guided_predictor
     from pipelines.inversion import invert
-    from pipelines.kernels import KERNELS, Kernel, cps, ddim, flow_sde, named_kernel, ode
+    from pipelines.kernels import KERNELS, Kernel, cps, dance, ddim, flow_sde, named_kernel, ode, wan_sde
     from pipelines.load import fingerprint_model, load_drawer, load_generator
     from pipelines.noise import NoiseProcess, Schedule
     from pipelines.sampling import Segment, Trajectory, gaussian_log_prob, sample, seeded_noise
@@ -45,6 +45,7 @@ __all__ = [
     "VlmBatch",
     "VlmSample",
     "cps",
+    "dance",
     "ddim",
     "fingerprint_model",
     "fingerprint_vlm",
@@ -61,6 +62,7 @@ __all__ = [
     "sample",
     "sample_with_gradient",
     "seeded_noise",
+    "wan_sde",
 ]
 
 _HOMES = {
@@ -85,7 +87,9 @@ _HOMES = {
     "load_vlm": "vlm.load",
     "media_features": "vlm.features",
     "sample_with_gradient": "gradient_sampling",
-} | dict.fromkeys(("KERNELS", "Kernel", "cps", "ddim", "flow_sde", "named_kernel", "ode"), "kernels")
+} | dict.fromkeys(
+    ("KERNELS", "Kernel", "cps", "dance", "ddim", "flow_sde", "named_kernel", "ode", "wan_sde"), "kernels"
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -30,6 +30,7 @@ def guided_predictor(
     *,
     autocast: Autocast = nullcontext,
     checkpoint: bool = False,
+    constant_negative: bool = False,
 ) -> Predictor:
     """Return ``predict(x_t, t)`` with classifier-free guidance in ONE network call on a doubled batch.
 
@@ -41,9 +42,10 @@ def guided_predictor(
     is prepared here, once.
 
     `autocast` makes the context of each call. With `checkpoint` a call that has a graph keeps its inputs alone and the
-    backward pass computes the rest again: one more forward pass, and the same gradients to the bit.
+    backward pass computes the rest again: one more forward pass, and the same gradients to the bit. With
+    `constant_negative` no gradient flows through the prediction without the prompt.
     """
-    predict = _guided(generator, cond, guidance, negative)
+    predict = _guided(generator, cond, guidance, negative, constant_negative)
 
     def call(x_t: Tensor, t: Tensor) -> Tensor:
         # Older versions of torch give the cast weight of a call without a graph to a later call with one, whose
@@ -63,7 +65,9 @@ def guided_predictor(
     return checkpointed if checkpoint else call
 
 
-def _guided(generator: Generator, cond: Conditioning, guidance: float, negative: Conditioning | None) -> Predictor:
+def _guided(
+    generator: Generator, cond: Conditioning, guidance: float, negative: Conditioning | None, constant: bool
+) -> Predictor:
     if not 0.0 <= guidance < math.inf:
         raise PipelineError(f"guidance must be a number of at least 0 (1 is none), got {guidance}.")
     cond = cond.to(generator.device, generator.dtype)
@@ -87,6 +91,7 @@ def _guided(generator: Generator, cond: Conditioning, guidance: float, negative:
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         without, with_prompt = generator.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        without = without.detach() if constant else without
         return generator.guide(with_prompt, without, guidance)
 
     return predict

@@ -29,7 +29,7 @@ Step = Callable[[NoiseProcess, Tensor, Tensor, Timestep, Timestep, float], Gauss
 
 @dataclass(frozen=True)
 class Kernel:
-    """A transition and how much noise it adds; made by `ddim`, `ode`, `flow_sde` or `cps`.
+    """A transition and how much noise it adds; made by one of the functions of `KERNELS`.
 
     name
         As in `KERNELS`.
@@ -131,6 +131,24 @@ def flow_sde(a: float | Sequence[float] = 0.7) -> Kernel:
     return Kernel("flow_sde", _flow_sde_step, _amount("a", a, "0.. (0 is Euler's step)", math.inf), flow_only=True)
 
 
+def dance(eta: float | Sequence[float] = 0.3) -> Kernel:
+    """DanceGRPO's stochastic step (arXiv 2505.07818; `train_grpo_flux.py`), for flow matching.
+
+    The step of `flow_sde` with ``s = eta`` at every level: the authors write its drift as ``v + eta^2 / 2 * (x - (1 -
+    sigma) x0) / sigma^2``, which is the same. `eta` is at least 0; 0.3 in their runs, 0 is Euler's step.
+    """
+    return Kernel("dance", _dance_step, _amount("eta", eta, "0.. (0 is Euler's step)", math.inf), flow_only=True)
+
+
+def wan_sde(a: float | Sequence[float] = 1.0) -> Kernel:
+    """The step of `flow_sde` with ``s = a sigma``, for flow matching.
+
+    Flow-GRPO's code for Wan has the second level of the sampling grid for `a`; Flash-GRPO's (arXiv 2605.15980) has
+    that times a factor of its own.
+    """
+    return Kernel("wan_sde", _wan_sde_step, _amount("a", a, "0.. (0 is Euler's step)", math.inf), flow_only=True)
+
+
 def cps(eta: float | Sequence[float] = 0.8) -> Kernel:
     """Coefficients-preserving sampling (FlowCPS, arXiv 2509.05952), for flow matching and for diffusion.
 
@@ -148,7 +166,14 @@ def cps(eta: float | Sequence[float] = 0.8) -> Kernel:
     return Kernel("cps", _cps_step, _amount("eta", eta, "0..1 (0 deterministic)"))
 
 
-KERNELS: dict[str, Callable[..., Kernel]] = {"ddim": ddim, "ode": ode, "flow_sde": flow_sde, "cps": cps}
+KERNELS: dict[str, Callable[..., Kernel]] = {
+    "ddim": ddim,
+    "ode": ode,
+    "flow_sde": flow_sde,
+    "dance": dance,
+    "wan_sde": wan_sde,
+    "cps": cps,
+}
 
 
 def named_kernel(name: str, *amount: float | Sequence[float]) -> Kernel:
@@ -193,9 +218,34 @@ def _flow_sde_step(
     process: NoiseProcess, x: Tensor, output: Tensor, level: Timestep, next_level: Timestep, a: float
 ) -> Gaussian:
     alpha, sigma = process.coefficients(level, x)
-    alpha_next, sigma_next = process.coefficients(next_level, x)
-    dt = sigma_next - sigma
-    squared = a**2 * sigma / torch.where(alpha > 0, alpha, alpha_next)
+    alpha_next, _ = process.coefficients(next_level, x)
+    return _diffuse(process, x, output, level, next_level, a**2 * sigma / torch.where(alpha > 0, alpha, alpha_next))
+
+
+def _dance_step(
+    process: NoiseProcess, x: Tensor, output: Tensor, level: Timestep, next_level: Timestep, eta: float
+) -> Gaussian:
+    return _diffuse(process, x, output, level, next_level, eta**2)
+
+
+def _wan_sde_step(
+    process: NoiseProcess, x: Tensor, output: Tensor, level: Timestep, next_level: Timestep, a: float
+) -> Gaussian:
+    sigma = process.coefficients(level, x)[1]
+    return _diffuse(process, x, output, level, next_level, (a * sigma).square())
+
+
+def _diffuse(
+    process: NoiseProcess,
+    x: Tensor,
+    output: Tensor,
+    level: Timestep,
+    next_level: Timestep,
+    squared: Tensor | float,
+) -> Gaussian:
+    """Return the Euler-Maruyama step of the flow's SDE with diffusion coefficient s, given its square."""
+    alpha, sigma = process.coefficients(level, x)
+    dt = process.coefficients(next_level, x)[1] - sigma
     mean = x * (1.0 + squared * dt / (2.0 * sigma)) + output * (1.0 + squared * alpha / (2.0 * sigma)) * dt
     return mean, (squared * -dt).sqrt()
 

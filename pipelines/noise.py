@@ -6,6 +6,7 @@ network's prediction. Methods and samplers use `NoiseProcess` alone and do not d
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
@@ -342,7 +343,7 @@ class FlowProcess(NoiseProcess):
         """Return the scheduler's grid; each step leads to its next point, the last to the end.
 
         shift
-            In place of the scheduler's own, for one with a fixed shift: ``s sigma / (1 + (s - 1) sigma)``, above 0.
+            In place of the scheduler's own: ``s sigma / (1 + (s - 1) sigma)``, above 0.
         mu
             For a scheduler that shifts by the size of the latents (``use_dynamic_shifting``): ``e^mu / (e^mu + 1/sigma
             - 1)``, or with ``time_shift_type: linear`` mu in the place of e^mu. Default: `mu`, which must then be set;
@@ -356,7 +357,11 @@ class FlowProcess(NoiseProcess):
         stretching to a terminal level included. Raises `PipelineError` for arguments that the scheduler cannot take.
         """
         self.check_steps(steps)
+        if shift is not None and not shift > 0:
+            raise PipelineError(f"shift must be above 0 (1: none), got {shift}.")
         scheduler = self._scheduler
+        if shift is not None and mu is None and self.shifts_by_size:
+            mu, shift = (shift if scheduler.config.time_shift_type == "linear" else math.log(shift)), None
         if mu is None:
             mu = self.mu(steps) if callable(self.mu) else self.mu
         if sigmas is None and self.even_sigmas:
@@ -374,8 +379,6 @@ class FlowProcess(NoiseProcess):
                 f"mu is for schedulers with use_dynamic_shifting; this one shifts by {scheduler.shift}: give shift."
             )
         elif shift is not None:
-            if not shift > 0:
-                raise PipelineError(f"shift must be above 0 (1: none), got {shift}.")
             scheduler = type(scheduler).from_config(scheduler.config, shift=shift)
         scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
         grid = scheduler.timesteps.clone()

@@ -35,12 +35,14 @@ class Trajectory:
     latents
         The clean latents, ``[batch, *latent]``.
     timesteps, next_timesteps
-        The level each step started from and led to (-1 at the end), ``[steps]``, on the CPU.
+        The level each step started from and led to (-1 at the end), ``[steps]``, on the CPU; with a range of steps to
+        ``record`` those alone, here and below.
     states, means, stds, log_probs
-        With ``record``: ``states[i]`` is x before step i and ``states[steps]`` the latents; ``means[i]`` and
-        ``stds[i]`` are the Gaussian that ``states[i + 1]`` was drawn from; ``log_probs[i]`` is its log-density there,
-        the MEAN over latent dimensions (nats). Shapes ``[steps + 1, batch, ...]``, ``[steps, batch, ...]`` and
-        ``[steps, batch]`` twice. Means and log-probs of the steps in ``grad_steps`` carry gradients, states never do.
+        With ``record``: ``states[i]`` is x before step i and ``states[i + 1]`` x after it, at the end the latents;
+        ``means[i]`` and ``stds[i]`` are the Gaussian that ``states[i + 1]`` was drawn from; ``log_probs[i]`` is its
+        log-density there, the MEAN over latent dimensions (nats). Shapes ``[steps + 1, batch, ...]``, ``[steps,
+        batch, ...]`` and ``[steps, batch]`` twice. Means and log-probs of the steps in ``grad_steps`` carry
+        gradients, states never do.
     kernels
         With ``record``: the kernel of each step, for `replay_step`.
     """
@@ -182,7 +184,7 @@ def sample(
     negative: Conditioning | None = None,
     latents: Float[Tensor, "batch *latent"] | None = None,
     segment: Segment = WHOLE,
-    record: bool = False,
+    record: bool | range = False,
     autocast: Autocast = nullcontext,
     batch_size: int | None = None,
 ) -> Trajectory:
@@ -195,7 +197,8 @@ def sample(
 
     Each sample depends on its seed and prompt alone. `latents` replaces the initial noise; seeds are then needed by a
     random kernel only. `segment` runs a part of the grid, or keeps a graph; nothing has one otherwise. `record` keeps
-    states and per-step log-probabilities. `guidance`, `negative` and `autocast` are those of `guided_predictor`.
+    states and per-step log-probabilities, of all steps or of a range of them. `guidance`, `negative` and `autocast`
+    are those of `guided_predictor`.
     `batch_size` splits the work. Raises `PipelineError` for arguments that do not fit the model, the prompts or each
     other.
 
@@ -276,10 +279,14 @@ class _PartlyTrained:
 class _Plan:
     """The kernels of a grid, the steps that run, and whether they are recorded."""
 
-    def __init__(self, schedule: Schedule, kernels: Sequence[Kernel], segment: Segment, record: bool) -> None:
+    def __init__(self, schedule: Schedule, kernels: Sequence[Kernel], segment: Segment, record: bool | range) -> None:
         self.levels, self.next_levels = schedule.levels, schedule.next_levels.clone()
-        self.kernels, self.segment, self.record = list(kernels), segment, record
+        self.kernels, self.segment = list(kernels), segment
         self.span = segment.span(len(self.levels))
+        every = self.span if record else range(0)
+        self.recorded = record if isinstance(record, range) else every
+        if self.recorded.step != 1 or not set(self.recorded) <= set(self.span):
+            raise PipelineError(f"record must be steps in a row of {self.span[0]}..{self.span[-1]}, got {record}.")
         if segment.exit is not None:
             self.next_levels[segment.exit], self.kernels[segment.exit] = -1, CLEAN
 
@@ -296,20 +303,24 @@ def _run(
     first = min(plan.segment.grad_steps, default=len(plan.levels))
     if noise is not None:
         noise = itertools.islice(noise, plan.segment.start, None)
-    states, means, stds, log_probs = [x.detach()], [], [], []
+    states: list[Tensor] = []
+    means, stds, log_probs = [], [], []
     for index in plan.span:
+        if plan.recorded and index == plan.recorded[0]:
+            states.append(x.detach())
         output = predict(x, on_device[index].expand(len(x)), plan.segment.trained(index, samples))
         with torch.set_grad_enabled(index >= first):
             level, next_level = plan.levels[index].item(), plan.next_levels[index].item()
             mean, std = plan.kernels[index](process, x, output, level, next_level)
             x = mean if noise is None else mean + std * next(noise)
-            if plan.record:
+            if index in plan.recorded:
                 states.append(x.detach())
                 means.append(mean)
                 stds.append(std.reshape(-1).expand(len(x)))
                 log_probs.append(gaussian_log_prob(x.detach(), mean, std))
-    ran = slice(plan.span[0], plan.span[-1] + 1)
-    if not plan.record:
+    kept_steps = plan.recorded or plan.span
+    ran = slice(kept_steps[0], kept_steps[-1] + 1)
+    if not plan.recorded:
         return Trajectory(x, plan.levels[ran], plan.next_levels[ran])
     kept = {"states": states, "means": means, "stds": stds, "log_probs": log_probs}
     stacked = {name: torch.stack(each) for name, each in kept.items()}

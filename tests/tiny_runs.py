@@ -104,6 +104,16 @@ class Brightness(Reward):
         return media.mean((1, 2, 3))
 
 
+class BrightnessOfRed(Brightness):
+    """The mean of all pixels where the prompt says red, 0 elsewhere."""
+
+    name = "brightness-of-red"
+    needs = ("prompts",)
+
+    def score(self, media: Any, prompts: Any, references: Any) -> Any:
+        return media.mean((1, 2, 3)) * torch.tensor(["red" in prompt for prompt in prompts])
+
+
 class BreaksAtStepThree(SFT):
     """SFT whose loss is not a number in the third step."""
 

@@ -48,6 +48,7 @@ methods = Registry(
         "diffusion_dpo": "mmalign.methods.diffusion_dpo:DiffusionDPO",
         "diffusion_dro": "mmalign.methods.diffusion_dro:DiffusionDRO",
         "diffusion_kto": "mmalign.methods.diffusion_kto:DiffusionKTO",
+        "flow_grpo": "mmalign.methods.flow_grpo:FlowGRPO",
         "inpo": "mmalign.methods.inpo:InPO",
         "lpo": "mmalign.methods.lpo:LPO",
         "mapo": "mmalign.methods.mapo:MaPO",

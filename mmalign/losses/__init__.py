@@ -9,11 +9,17 @@ from mmalign.losses.diffusion_dpo import beta_of_margin, diffusion_dpo, diffusio
 from mmalign.losses.diffusion_dro import diffusion_dro
 from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
 from mmalign.losses.dpo import beta_of_gap, chosen_anchor, dpo, dpo_logit
+from mmalign.losses.flow_grpo import flash_weights, guard_log_ratio, squared_error_log_prob, temp_weights
 from mmalign.losses.latent_reward import latent_reward, pair_weights
 from mmalign.losses.mapo import mapo, mapo_likelihood, mapo_logit
 from mmalign.losses.nft import nft, old_policy_decay, optimality
 from mmalign.losses.pair_loss import pair_loss
-from mmalign.losses.policy_gradient import clamped_policy_gradient, clipped_policy_gradient, gaussian_kl
+from mmalign.losses.policy_gradient import (
+    clamped_policy_gradient,
+    clipped_policy_gradient,
+    gaussian_kl,
+    masked_policy_gradient,
+)
 from mmalign.losses.prdp import prdp
 from mmalign.losses.rrpo import rrpo, rrpo_logit
 from mmalign.losses.smpo import smpo, smpo_weight
@@ -44,13 +50,16 @@ __all__ = [
     "dpo",
     "dpo_logit",
     "dynamic_threshold",
+    "flash_weights",
     "gaussian_kl",
+    "guard_log_ratio",
     "kto_reference_point",
     "latent_reward",
     "list_mle",
     "mapo",
     "mapo_likelihood",
     "mapo_logit",
+    "masked_policy_gradient",
     "moved_enough",
     "nft",
     "noise_level_weight",
@@ -71,9 +80,11 @@ __all__ = [
     "span_masks",
     "spo",
     "spo_logit",
+    "squared_error_log_prob",
     "step_preference",
     "tdpo",
     "tdpo_logit",
+    "temp_weights",
     "token_jsd",
     "token_kl",
     "vdpo",

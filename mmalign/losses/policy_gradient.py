@@ -1,4 +1,4 @@
-"""Policy gradients on the steps of a recorded trajectory: DDPO's clipped objective, DPOK's clamp and its KL.
+"""Policy gradients on the steps of a recorded trajectory: DDPO's clip, DPOK's clamp and its KL, Flow-DPPO's mask.
 
 Sources: Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), eq. 7; Black et al., "Training
 Diffusion Models with Reinforcement Learning" (DDPO, arXiv 2305.13301); Fan et al., "DPOK" (arXiv 2305.16381).
@@ -49,6 +49,25 @@ def clamped_policy_gradient(
     """
     ratio, advantage = _ratio_and_advantage(log_prob, old_log_prob, advantage, clip)
     return -advantage * ratio.clamp(1 - clip, 1 + clip)
+
+
+def masked_policy_gradient(
+    log_prob: Float[Tensor, "*shape"],
+    old_log_prob: Float[Tensor, "*shape"],
+    advantage: Float[Tensor, "*#shape"],
+    divergence: Float[Tensor, "*shape"],
+    *,
+    limit: float,
+) -> Float[Tensor, "*shape"]:
+    """Return Flow-DPPO's loss of each step: -A rho, without a gradient where the step has left its trust region.
+
+    That is where its `divergence` from the old policy (`gaussian_kl`, nats per dimension) is at least `limit` and
+    rho has moved in the direction that A favours; the value there is 0. Source: the published codes verl-omni and
+    UniRL. Other arguments and errors as in `clipped_policy_gradient`.
+    """
+    ratio, advantage = _ratio_and_advantage(log_prob, old_log_prob, advantage, limit)
+    onwards = (ratio.detach() - 1) * advantage > 0
+    return -advantage * ratio * ~(onwards & (divergence.detach() >= limit))
 
 
 def gaussian_kl(

@@ -21,7 +21,7 @@ from mmalign.data.batches import PromptBatch
 from mmalign.losses import denoising_error
 from mmalign.methods.base import LossOutput, Method, Needs
 from mmalign.methods.run import WATCHED, Run
-from mmalign.methods.trajectory import SamplingConfig
+from mmalign.methods.sampling import SamplingConfig
 from pipelines.gradient_sampling import Truncation, sample_with_gradient
 from pipelines.noise import NoiseProcess
 

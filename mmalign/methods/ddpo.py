@@ -9,23 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
-from jaxtyping import Bool
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import clamped_policy_gradient, clipped_policy_gradient
-from mmalign.losses.advantages import PromptStatistics, Spread
+from mmalign.losses.advantages import PromptStatistics
+from mmalign.methods.advantages import AdvantageConfig, drawn_steps, mean_of_drawn, with_advantages
 from mmalign.methods.base import LossOutput
-from mmalign.methods.group_rewards import GroupRewardConfig, advantages_of_round, score_groups
+from mmalign.methods.group_rewards import advantages_of_round, score_groups
 from mmalign.methods.mini_batches import round_advantages
 from mmalign.methods.run import Run
 from mmalign.methods.trajectory import Rollout, TrajectoryConfig, TrajectoryMethod
 from mmalign.scoring.live import Scores
 
 
-class DDPOConfig(TrajectoryConfig, GroupRewardConfig):
+class DDPOConfig(TrajectoryConfig, AdvantageConfig):
     """Configuration of `ddpo`; the ratio is of densities per latent dimension, as in the authors' code."""
 
     clip: float = Field(1e-4, gt=0)
@@ -38,16 +37,6 @@ class DDPOConfig(TrajectoryConfig, GroupRewardConfig):
     """rewards remembered for each prompt"""
     min_count: int = Field(16, ge=2)
     """rewards of a prompt that must be known before its own mean and deviation are used instead of the round's"""
-    advantage_clip: float = Field(5.0, gt=0)
-    """advantages are clipped to +- this value"""
-    advantage_std: Literal["group", "batch", "none"] = "group"
-    """an advantage is in units of the spread of: group, the rewards its mean is of; batch, the round's; none: of 1"""
-    advantage_epsilon: float = Field(1e-4, ge=0, allow_inf_nan=False)
-    """added to the spread"""
-    advantage_floor: float = Field(1e-5, ge=0, allow_inf_nan=False)
-    """least spread, in units of the largest absolute reward: smaller differences are rounding"""
-    timestep_fraction: float = Field(1.0, gt=0, le=1)
-    """share of the learned sampling steps that an update trains on, redrawn at every update for each image"""
 
     @model_validator(mode="after")
     def _has_something_to_compare(self) -> DDPOConfig:
@@ -71,12 +60,11 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
         """Start without statistics."""
         super().__init__(config)
         self.whole_first = config.timestep_fraction == 1
-        self.spread = Spread(config.advantage_std, config.advantage_epsilon, config.advantage_floor)
         self.statistics = PromptStatistics(
             buffer_size=config.buffer_size,
             min_count=config.min_count,
             clip=config.advantage_clip,
-            spread=self.spread,
+            spread=config.spread(),
         )
 
     def describe(self) -> str:
@@ -90,19 +78,17 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
 
     def collect(self, run: Run, batches: Iterable[PromptBatch]) -> list[Rollout]:
         """Sample, score, and turn the rewards of the whole round, on all ranks, into advantages."""
-        rollouts = super().collect(run, batches)
-        if self.config.advantage == "group":
-            found = advantages_of_round(run, self.config, rollouts, self.spread, self.config.advantage_clip)
+        c, rollouts = self.config, super().collect(run, batches)
+        if c.advantage == "group":
+            found = advantages_of_round(run, c, rollouts, c.advantage_clip)
         else:
             round_of = [(one.samples.prompts, one.rewards) for one in rollouts]
             found = round_advantages(round_of, self.statistics.advantages)
-        for rollout, advantages in zip(rollouts, found, strict=True):
-            rollout.advantages = advantages
-        return rollouts
+        return with_advantages(rollouts, found)
 
     def learn(self, run: Run, batch: Rollout, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor | float]:
         """Train each image on the sampling steps drawn for it, by its id, at this update."""
-        batch.wanted = self._drawn(run, batch) if self.config.timestep_fraction < 1 else None
+        batch.wanted = drawn_steps(run, batch, self.config.timestep_fraction)
         return super().learn(run, batch, backward)
 
     def loss(self, run: Run, batch: Rollout) -> LossOutput:
@@ -113,23 +99,11 @@ class DDPO(TrajectoryMethod[DDPOConfig]):
         objective = clipped_policy_gradient if c.ratio == "clipped" else clamped_policy_gradient
         losses = objective(now, old, batch.advantages.expand_as(now), clip=c.clip)
         clipped = ((now.detach() - old).exp() - 1).abs() > c.clip
-        if batch.wanted is not None:
-            losses, clipped = losses[batch.wanted[steps]], clipped[batch.wanted[steps]]
-        return LossOutput(losses.mean(), {"clipped": clipped.float().mean()})
+        return mean_of_drawn(batch, losses, clipped)
 
     def scores(self, run: Run, images: Tensor, samples: PromptBatch) -> Scores:
         """Return the rewards of the samples, or how many comparisons they win."""
         return score_groups(run, self.config, images, samples.prompts, self.config.images_per_prompt)
-
-    def _drawn(self, run: Run, batch: Rollout) -> Bool[Tensor, "steps batch"]:
-        """Return which steps each image is trained on: as many for all, at least one."""
-        steps = torch.tensor(batch.learned_steps())
-        count = max(1, round(self.config.timestep_fraction * len(steps)))
-        drawn = torch.zeros(batch.old_log_probs.shape, dtype=torch.bool)
-        for column, name in enumerate(batch.samples.ids):
-            source = run.random("steps", run.step, name, batch.samples.epoch)
-            drawn[steps[torch.randperm(len(steps), generator=source)[:count]], column] = True
-        return drawn.to(batch.old_log_probs.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rewards remembered for each prompt."""

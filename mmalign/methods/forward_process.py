@@ -25,7 +25,6 @@ from mmalign.core.ema import Shadow
 from mmalign.core.errors import UserError
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import denoising_error, old_policy_decay
-from mmalign.losses.advantages import Spread
 from mmalign.methods.base import LossOutput, Method, Needs, TimestepRange
 from mmalign.methods.group_rewards import GroupRewardConfig, advantages_of_round, score_groups
 from mmalign.methods.mini_batches import cut_round
@@ -69,10 +68,6 @@ class ForwardProcessConfig(TimestepRange, GroupRewardConfig):
     """how the old policy follows: copy, slow and late are types 0, 1 and 2 of the code; or [flat, rate, limit]"""
     advantage_std: Literal["group", "batch", "none"] = "batch"
     """an advantage is in units of the spread of: group, the prompt's rewards; batch, those of the round; none: of 1"""
-    advantage_epsilon: float = Field(1e-4, ge=0, allow_inf_nan=False)
-    """added to the spread"""
-    advantage_floor: float = Field(1e-5, ge=0, allow_inf_nan=False)
-    """least spread, in units of the largest absolute reward: smaller differences are rounding"""
     reference_weight: float = Field(1e-4, ge=0, allow_inf_nan=False)
     """adds this many times the mean squared difference of the predictions of policy and reference"""
 
@@ -174,7 +169,6 @@ class ForwardProcessMethod(Method[ConfigT]):
         super().__init__(config)
         self.images_per_sample = config.images_per_prompt
         self.updates_per_round = config.updates_per_round * config.mini_batches
-        self.spread = Spread(config.advantage_std, config.advantage_epsilon, config.advantage_floor)
 
     @abstractmethod
     def loss(self, run: Run, batch: NoisedSamples) -> LossOutput:
@@ -232,7 +226,7 @@ class ForwardProcessMethod(Method[ConfigT]):
             self.old.follow(self._decay(run.step))
         with self.sampler(run):
             drawn = [self._draw(run, batch.repeat(self.config.images_per_prompt)) for batch in batches]
-        found = advantages_of_round(run, self.config, drawn, self.spread)
+        found = advantages_of_round(run, self.config, drawn)
         return [replace(one, advantages=advantages) for one, advantages in zip(drawn, found, strict=True)]
 
     def split(self, run: Run, collected: Iterable[ScoredSamples]) -> Sequence[Sequence[ScoredSamples]]:

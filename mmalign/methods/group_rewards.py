@@ -27,6 +27,12 @@ class GroupRewardConfig(MethodConfig):
     spread (GDPO); win_rate: the share of the comparisons in its group that an image wins (Pref-GRPO)"""
     tie_margin: float | None = Field(None, ge=0, allow_inf_nan=False)
     """for win_rate: a difference of scores up to this is a tie; 0 for a judge of pairs"""
+    advantage_std: Literal["group", "batch", "none"] = "group"
+    """an advantage is in units of the spread of: group, the rewards its mean is of; batch, the round's; none: of 1"""
+    advantage_epsilon: float = Field(1e-4, ge=0, allow_inf_nan=False)
+    """added to the spread"""
+    advantage_floor: float = Field(1e-5, ge=0, allow_inf_nan=False)
+    """least spread, in units of the largest absolute reward: smaller differences are rounding"""
 
     @model_validator(mode="after")
     def _ties_are_told(self) -> GroupRewardConfig:
@@ -36,6 +42,10 @@ class GroupRewardConfig(MethodConfig):
                 "without which tiny ones decide (0 for a judge of pairs)"
             )
         return self
+
+    def spread(self) -> Spread:
+        """Return what differences from the mean are divided by."""
+        return Spread(self.advantage_std, self.advantage_epsilon, self.advantage_floor)
 
 
 class Scored(Protocol):
@@ -62,9 +72,10 @@ def score_groups(run: Run, config: GroupRewardConfig, images: Tensor, prompts: S
 
 
 def advantages_of_round(
-    run: Run, config: GroupRewardConfig, scored: Sequence[Scored], spread: Spread, clip: float | None = None
+    run: Run, config: GroupRewardConfig, scored: Sequence[Scored], clip: float | None = None
 ) -> list[Float[Tensor, " batch"]]:
     """Return the advantages of each micro-batch's samples among those of their prompts, over all processes."""
+    spread = config.spread()
     if config.advantage_of != "each":
         compute = partial(group_advantages, spread=spread, clip=clip)
         return round_advantages([(one.samples.prompts, one.rewards) for one in scored], compute)

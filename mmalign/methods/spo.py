@@ -22,8 +22,8 @@ from mmalign.losses import dynamic_threshold, gaussian_kl, spo, spo_logit, step_
 from mmalign.methods.base import LossOutput, Needs
 from mmalign.methods.noising import pair_accuracy
 from mmalign.methods.run import Run
+from mmalign.methods.sampling import RandomSamplingConfig, SamplingMethod
 from mmalign.methods.step_pairs import StepPairs, split_pairs
-from mmalign.methods.trajectory import RandomSamplingConfig, SamplingMethod
 from pipelines import ddim
 from pipelines.branching import Branching, sample_branching
 from pipelines.conditioning import Conditioning

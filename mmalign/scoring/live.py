@@ -28,7 +28,10 @@ class Scores:
 
 
 class LiveRewards:
-    """The rewards of a run. Images without a gradient are looked up by their content before a reward is called."""
+    """The rewards of a run. Images without a gradient are looked up by their content before a reward is called.
+
+    Not so for a reward whose score depends on the rest of the batch, which is called with all of it.
+    """
 
     def __init__(self, rewards: Sequence[WeightedReward], cost: Cost) -> None:
         """Keep the rewards; every image scored by one of them counts in `cost.reward_calls`."""
@@ -89,6 +92,8 @@ class LiveRewards:
         return score
 
     def _look_up(self, entry: WeightedReward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if not entry.reward.batch_invariant:
+            return self._call(entry, images, prompts)
         known = self._known[entry.name]
         keys = [_content_key(image, prompt) for image, prompt in zip(images.cpu(), prompts, strict=True)]
         new = list({key: row for row, key in enumerate(keys) if key not in known}.values())

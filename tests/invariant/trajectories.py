@@ -70,6 +70,7 @@ IMAGES: dict[str, dict[str, Any]] = {
         "old_decay": [0, 0.1, 0.3],
         "old_samples_after": 1,
     },
+    "flow_grpo": {**SAMPLER, "images_per_prompt": 2, "window": {"size": 2}, "kl": {"weight": 0.1, "form": "code"}},
 }
 NEEDS_VELOCITY = {"nft", "awm", "dgpo"}
 """Methods for models that predict a velocity."""

@@ -46,6 +46,8 @@ ONLINE: dict[str, dict[str, Any]] = {
     "align_prop refl": {"sampling_steps": 2, "guidance": 1.0, "truncation": "refl"},
     "prdp": {**DRAWN, "updates_per_round": 2},
     "ddpo": DRAWN,
+    "flow_grpo": {**DRAWN, "sampling_steps": 4, "mini_batches": 1, "kl": {"weight": 0.1}},
+    "flow_grpo guard": {**DRAWN, "window": {"size": 1}, "kernel": "flow_sde", "ratio": "guard", "same_noise": True},
     "spo": {"sampling_steps": 2, "guidance": 1.0, "candidates": 2, "threshold": [0.0, 0.0]},
     "dense_dpo": {**DRAWN, "clip": 1.0, "updates_per_round": 2},
     "nft": {"sampling_steps": 2, "images_per_prompt": 2, "levels": 2, "solver": "dpm++"},
@@ -55,7 +57,18 @@ ONLINE: dict[str, dict[str, Any]] = {
 QUICK = {
     *(
         ("sd3", "lora", name)
-        for name in ("sft", "diffusion_kto", "align_prop", "ddpo", "dense_dpo", "diffusion_dro", "nft", "awm", "dgpo")
+        for name in (
+            "sft",
+            "diffusion_kto",
+            "align_prop",
+            "ddpo",
+            "flow_grpo",
+            "dense_dpo",
+            "diffusion_dro",
+            "nft",
+            "awm",
+            "dgpo",
+        )
     ),
     *((family, kind, "diffusion_dpo") for family in ("flux", "z_image") for kind in ("lora", "full")),
     *(("qwen_image", "lora", name) for name in ("diffusion_dpo", "align_prop guided")),

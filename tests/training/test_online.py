@@ -20,6 +20,7 @@ from mmalign.core.cost import Cost
 from mmalign.core.errors import TrainingDiverged, UserError
 from mmalign.data.batches import PromptBatch
 from mmalign.data.encoded.prompt_cache import build_prompt_cache
+from mmalign.methods.advantages import drawn_steps
 from mmalign.methods.ddpo import DDPO, DDPOConfig
 from mmalign.methods.prdp import PRDP, PRDPConfig
 from mmalign.methods.reference import Reference
@@ -137,7 +138,7 @@ def test_each_image_is_trained_on_steps_of_its_own_whatever_the_batches(model: s
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     run.step = 1
-    assert not torch.equal(method._drawn(run, rollouts[0]), rollouts[0].wanted)  # redrawn at every update
+    assert not torch.equal(drawn_steps(run, rollouts[0], 0.5), rollouts[0].wanted)  # redrawn at every update
 
 
 def test_learned_steps_may_be_a_part_of_the_random_ones(model: str) -> None:
