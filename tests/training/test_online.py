@@ -32,7 +32,7 @@ from mmalign.training import single
 from mmalign.training.single import make_early_stopping
 from mmalign.training.train import train
 from pipelines import load_generator
-from rewards import Reward
+from rewards import Reward, load_reward
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +278,13 @@ def test_an_image_is_scored_once() -> None:
     torch.testing.assert_close(again.total, 2 * images.mean((1, 2, 3)))
     live(images[:1], ["another prompt"])
     assert reward.shown == 4
+
+
+def test_a_reward_that_depends_on_its_neighbours_is_called_with_all_of_them() -> None:
+    live = LiveRewards([WeightedReward("group-diversity", 1.0, load_reward("group-diversity", scale=0.01))], Cost())
+    white, black = torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+    assert live(torch.cat([white, black, black]), ["a"] * 3).total.tolist() == pytest.approx([1, 0.5, 0.5])
+    assert live(torch.cat([white, black, white]), ["a"] * 3).total.tolist() == pytest.approx([0.5, 1, 0.5])
 
 
 @pytest.mark.parametrize("method", ["prdp", "ddpo"])
