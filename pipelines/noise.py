@@ -69,8 +69,8 @@ class NoiseProcess(ABC):
         """Build from a diffusers scheduler of `DIFFUSION_SCHEDULERS` or `FLOW_SCHEDULERS`, by its configuration.
 
         Raises `PipelineError` for any other scheduler (EDM's and consistency models' have another noise process), and
-        for settings no sampler of ours reproduces (dynamic thresholding, inverted levels, flow or continuous levels
-        in a scheduler of the DDPM kind, epsilon prediction with zero terminal signal).
+        for settings no sampler of ours reproduces (dynamic thresholding, inverted levels, continuous levels in a
+        scheduler of the DDPM kind, epsilon prediction with zero terminal signal).
         """
         from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -87,12 +87,13 @@ class NoiseProcess(ABC):
             return FlowProcess(FlowMatchEulerDiscreteScheduler.from_config(config))
         if config.get("thresholding"):
             raise PipelineError("the scheduler thresholds its predictions, which is for pixel models; turn it off.")
-        for key, value in (("use_flow_sigmas", True), ("timestep_type", "continuous")):
-            if config.get(key) == value:
-                raise PipelineError(
-                    f"the scheduler has {key} = {value}, so its noise levels are not those of its betas; only models"
-                    " trained on the levels of the betas are supported."
-                )
+        if config.get("use_flow_sigmas"):
+            return FlowProcess.of_solver(config)
+        if config.get("timestep_type") == "continuous":
+            raise PipelineError(
+                "the scheduler has timestep_type = continuous, so its noise levels are not those of its betas; only"
+                " models trained on the levels of the betas are supported."
+            )
         # Schedulers that never clip (PNDM, Euler) have no clip_sample in their config, and DDIM would turn it on.
         clip = bool(config.get("clip_sample", False))
         ddim = DDIMScheduler.from_config(config, clip_sample=clip)
@@ -314,6 +315,26 @@ class FlowProcess(NoiseProcess):
         self.even_sigmas = False
         self.density = Density()
         self._levels = scheduler.timesteps.flip(0).clone()
+
+    @classmethod
+    def of_solver(cls, config: Any) -> FlowProcess:
+        """Build from a solver of the DDPM kind that steps along a flow (``use_flow_sigmas``), such as Wan ships.
+
+        Its levels, ``shift s / (1 + (shift - 1) s)`` of evenly spaced ones, start 1 / T below ours, which are those of
+        ``linspace(1, 1 / steps, steps)``. Raises `PipelineError` for one whose model does not predict the flow.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if config["prediction_type"] != "flow_prediction":
+            raise PipelineError(
+                f"the scheduler has use_flow_sigmas, and prediction_type {config['prediction_type']!r}; a flow model's"
+                " is 'flow_prediction'."
+            )
+        shift = float(config.get("flow_shift") or 1.0)
+        levels = int(config["num_train_timesteps"])
+        process = cls(FlowMatchEulerDiscreteScheduler(num_train_timesteps=levels, shift=shift))
+        process.even_sigmas = True
+        return process
 
     @property
     def shifts_by_size(self) -> bool:

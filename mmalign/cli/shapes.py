@@ -18,7 +18,6 @@ from pathlib import Path
 from mmalign.cli.generate import not_negative
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
-from mmalign.core.resources import find
 
 SEED = "seed of all random draws (default %(default)s)"
 
@@ -62,20 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of images that the denoiser is trained on (default %(default)s)",
     )
     base.add_argument("--start", type=Path, metavar="DIR", help="start from the weights of this pipeline")
-    flow = actions.add_parser(
-        "train-flow", help="train the flow model from scratch on the autoencoder of shapes-sd (FLOWTIME)"
-    )
-    flow.add_argument("--out", type=Path, required=True, metavar="DIR")
-    flow.add_argument("--scenes", type=int, default=60_000, help="number of training images (default %(default)s)")
-    flow.add_argument(
-        "--images", type=int, default=200_000, help="number of images that it is trained on (default %(default)s)"
-    )
-    flow.add_argument(
-        "--start",
-        default="assets/shapes-sd",
-        metavar="DIR",
-        help="pipeline with the autoencoder and the tokenizer, or the flow model to go on from (default %(default)s)",
-    )
+    base.add_argument("--flow", action="store_true", help="train a flow model, such as assets/shapes-flow")
     clip = actions.add_parser("train-clip", help="train the CLIP from scratch (half an hour on one CPU core)")
     clip.add_argument("--out", type=Path, required=True, metavar="DIR")
     clip.add_argument("--scenes", type=int, default=50_000, help="number of training scenes (default %(default)s)")
@@ -193,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
         check_output(args.out, folder=args.action not in ("draw", "scenes"))
     return {
         "draw": _draw, "scenes": _scenes, "read": _read, "check-oracle": _check_oracle, "words": _words,
-        "prompts": _prompts, "train-base": _train_base, "train-flow": _train_flow, "train-clip": _train_clip,
+        "prompts": _prompts, "train-base": _train_base, "train-clip": _train_clip,
         "train-vlm": _train_vlm, "agreement": _agreement, "videos": _videos,
     }[args.action](args)  # fmt: skip
 
@@ -309,15 +295,8 @@ def _prompts(args: argparse.Namespace) -> int:
 def _train_base(args: argparse.Namespace) -> int:
     from mmalign.shapes.train_base import train_base
 
-    train_base(args.out, scenes=args.scenes, vae_steps=args.vae_steps, images=args.images, start=args.start)
-    print(f"a diffusers pipeline: {args.out}")
-    return 0
-
-
-def _train_flow(args: argparse.Namespace) -> int:
-    from mmalign.shapes.train_flow import train_flow
-
-    train_flow(args.out, start=find(args.start), scenes=args.scenes, images=args.images)
+    sizes = {"scenes": args.scenes, "vae_steps": args.vae_steps, "images": args.images}
+    train_base(args.out, **sizes, start=args.start, flow=args.flow)
     print(f"a diffusers pipeline: {args.out}")
     return 0
 

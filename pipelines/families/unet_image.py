@@ -16,6 +16,7 @@ from pipelines.components import component_config
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.families.latent_image import LatentImage, single
+from pipelines.noise import FlowProcess
 
 UNET_STRUCTURE = frozenset(
     """sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift down_block_types
@@ -71,6 +72,10 @@ class StableDiffusion(LatentImage):
                 f"the UNet of {self.name_or_path} takes {config.in_channels} channels, its autoencoder"
                 f" gives {channels}; inpainting, editing and depth models are not supported, use the base model."
             )
+
+    def describe(self) -> str:
+        """Return for a U-Net of rectified flow how levels are placed and drawn; nothing for others."""
+        return f"{self.family}: {self.process.describe()}" if isinstance(self.process, FlowProcess) else ""
 
     def _check_unet(self, config: dict[str, Any]) -> None:
         """Refuse a UNet whose config has unknown keys in use, or keys that ask for inputs that it is not given."""

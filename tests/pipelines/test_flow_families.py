@@ -153,6 +153,22 @@ def test_sizes_that_do_not_fit_name_the_nearest(models: dict[str, str], name: st
             generator.predict(noise(1, 16, 9, 8), torch.tensor([500.0]), generator.encode_prompts(["a star"]))
 
 
+def test_z_image_is_as_large_as_its_positions_and_its_text_as_its_tokenizer(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(models["z_image"], tmp_path / "small")
+    for file, changes in (
+        ("transformer/config.json", {"axes_lens": [512, 8, 8]}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 24}),
+    ):
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    generator = load_generator(str(folder), device="cpu")
+    assert generator.image_size == 32  # 8 patches of 2 x 2 latents, of 2 x 2 pixels each
+    assert generator.encode_prompts(["a star"]).prompt_embeds.shape[1] == 24
+    with pytest.raises(PipelineError, match="multiples of 4 up to 32, not 64 x 64; the nearest size is 32 x 32"):
+        load_generator(str(folder), device="cpu", flow=FlowOptions(image_size=64))
+
+
 def test_options_that_a_model_does_not_have_are_refused(models: dict[str, str], tmp_path: Path) -> None:
     for model in (models["sd3"], models["schnell"]):
         with pytest.raises(PipelineError, match="has no embedded guidance"):

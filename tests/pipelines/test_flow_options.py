@@ -93,6 +93,17 @@ def test_even_levels_are_those_of_fluxs_pipeline() -> None:
     assert process.schedule(4).levels[-1].item() == pytest.approx(20.0, rel=1e-4)
 
 
+def test_a_solver_along_a_flow_is_the_flow_that_it_samples() -> None:
+    from diffusers import UniPCMultistepScheduler
+
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    process = NoiseProcess.from_scheduler(solver)
+    assert isinstance(process, FlowProcess) and process.prediction == "flow"
+    solver.set_timesteps(10)
+    torch.testing.assert_close(process.schedule(10).levels, solver.timesteps.float(), rtol=0, atol=2.0)
+    assert process.schedule(4).levels.tolist() == pytest.approx([1000, 900, 750, 500])  # 3 s / (1 + 2 s)
+
+
 def test_the_log_says_which_grid() -> None:
     fixed, by_size = make(shift=3.0), make(use_dynamic_shifting=True)
     by_size.mu = 0.63

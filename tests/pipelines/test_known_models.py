@@ -74,7 +74,7 @@ def test_schedulers_of_ddpm_give_its_levels(name: str) -> None:
 def test_levels_that_are_not_those_of_the_betas_are_refused() -> None:
     with pytest.raises(PipelineError, match="timestep_type = continuous"):
         NoiseProcess.from_scheduler(diffusers.EulerDiscreteScheduler(**BETAS, timestep_type="continuous"))
-    with pytest.raises(PipelineError, match="use_flow_sigmas = True"):
+    with pytest.raises(PipelineError, match="a flow model's is 'flow_prediction'"):
         NoiseProcess.from_scheduler(diffusers.UniPCMultistepScheduler(**BETAS, use_flow_sigmas=True))
 
 

@@ -217,11 +217,14 @@ class RewardLearner(Learner):
 
 def _load_generator(config: LatentRewardConfig, device: torch.device) -> Generator:
     path = resolve_model(config.model)
+    refusal = UserError(
+        f"model {config.model} is a flow model; a latent reward is built from the UNet of an SD or SDXL"
+    )
     if family_of(path, resolve_model).is_flow:
-        raise UserError(
-            f"model {config.model} is a flow model; a latent reward is built from the UNet of an SD or SDXL"
-        )
+        raise refusal
     generator = load_generator(path, device=device, resolve=resolve_model)
+    if generator.process.prediction == "flow":
+        raise refusal
     if generator.has_adapter:
         raise UserError(f"model {config.model} is an adapter on {generator.name_or_path}; build the reward from that")
     return generator

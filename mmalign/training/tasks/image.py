@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mmalign.config.run import RunConfig
+from mmalign.core.errors import UserError
 from mmalign.core.progress import note, track
 from mmalign.core.resources import resolve_model
 from mmalign.data.encoded.cache import CachedSides, build_pair_cache
@@ -104,7 +105,12 @@ class ImageTask(Task[Generator]):
         return model.model_id
 
     def check_model(self, method: Method[Any], model: Generator) -> None:
-        """Check the method's options against the noise process; prints the family's conventions."""
+        """Check the method and its options against the noise process; prints the family's conventions."""
+        if model.process.prediction == "flow" and not method.needs.flow:
+            raise UserError(
+                f"method.name '{method.name}' does not train flow models, and {model.name_or_path} is one; choose "
+                "another method or model"
+            )
         method.check(model.process)
         if line := model.describe():
             note(line)
