@@ -51,6 +51,7 @@ class Facts:
     higher_is_better: bool
     derived_from: tuple[str, ...]
     batch_invariant: bool
+    grouped: bool
     licence: str
     source: str
     citation: str
@@ -71,8 +72,9 @@ class Reward(nn.Module, ABC):
     `range` holds the bounds of the score (infinite where there are none); `version` belongs to the metric's name
     if scores of different versions are not comparable; `derived_from` names rewards that this one is a function of: a
     model trained on those counts as trained on this; `batch_invariant=False` (a score depends on the rest of the
-    batch) switches micro-batches off; `fixed_size` is the side in pixels where images of no other size are read.
-    `batch_size` is the micro-batch. `device` defaults to CUDA where there is one.
+    batch) switches micro-batches off; `grouped`: of that, it depends on the other images of its prompt alone;
+    `fixed_size` is the side in pixels where images of no other size are read. `batch_size` is the micro-batch.
+    `device` defaults to CUDA where there is one.
     """
 
     name: ClassVar[str] = ""
@@ -84,6 +86,7 @@ class Reward(nn.Module, ABC):
     higher_is_better: bool = True
     derived_from: frozenset[str] = frozenset()
     batch_invariant: bool = True
+    grouped: bool = False
     licence: str = ""
     source: str = "none: computed"
     citation: str = ""

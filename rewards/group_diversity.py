@@ -36,6 +36,7 @@ class GroupDiversity(Reward):
     range = (0.0, 1.0)
     differentiable = True
     batch_invariant = False
+    grouped = True
     needs = frozenset({"prompts"})
     licence = "Apache-2.0"
     citation = "none: ours"

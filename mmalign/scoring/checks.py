@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from rewards import Facts
 
 
-def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str], modality: str = "image") -> None:
+def check_reward(
+    name: str, options: Mapping[str, Any], prompts: Sequence[str], modality: str = "image", *, grouped: bool = False
+) -> None:
     """Check that a reward exists, takes these options and can score single images (or videos) of these prompts.
+
+    `grouped`: each is scored beside others of its prompt.
 
     Raises:
         UserError: it needs more than images and prompts, judges another kind of media, or depends on the batch.
@@ -24,7 +28,7 @@ def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str], 
     from rewards import Facts, check_options
 
     reward = check_options(name, options)
-    check_usable(Facts.of(reward), name, modality)
+    check_usable(Facts.of(reward), name, modality, grouped=grouped)
     reward.check_prompts(prompts)
 
 
@@ -78,8 +82,8 @@ def check_device(given: str | None, key: str = "device") -> str | None:
     return given
 
 
-def check_usable(facts: Facts, name: str, modality: str = "image") -> None:
-    """Check that a reward scores single images (or videos) by themselves.
+def check_usable(facts: Facts, name: str, modality: str = "image", *, grouped: bool = False) -> None:
+    """Check that a reward scores single images (or videos) by themselves, or, if they are `grouped`, in a group.
 
     Raises:
         UserError: see `check_reward`.
@@ -88,5 +92,10 @@ def check_usable(facts: Facts, name: str, modality: str = "image") -> None:
         raise UserError(f"reward '{name}' judges {facts.modality}s, and there are only {modality}s; choose another")
     if "references" in facts.needs:
         raise UserError(f"reward '{name}' needs references, and there are only {modality}s and prompts; take another")
-    if not facts.batch_invariant:
+    if facts.grouped and not grouped:
+        raise UserError(
+            f"reward '{name}' compares the {modality}s of a prompt with each other; it is for training by a method "
+            "with images_per_prompt of 2 or more"
+        )
+    if not facts.batch_invariant and not facts.grouped:
         raise UserError(f"reward '{name}' depends on the rest of its batch; choose one that scores {modality}s alone")

@@ -26,6 +26,7 @@ from mmalign.methods.prdp import PRDP, PRDPConfig
 from mmalign.methods.reference import Reference
 from mmalign.methods.run import Run
 from mmalign.methods.trajectory import RatioError
+from mmalign.scoring.checks import check_reward
 from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.live import LiveRewards
 from mmalign.training import single
@@ -285,6 +286,16 @@ def test_a_reward_that_depends_on_its_neighbours_is_called_with_all_of_them() ->
     white, black = torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
     assert live(torch.cat([white, black, black]), ["a"] * 3).total.tolist() == pytest.approx([1, 0.5, 0.5])
     assert live(torch.cat([white, black, white]), ["a"] * 3).total.tolist() == pytest.approx([0.5, 1, 0.5])
+
+
+def test_a_reward_of_groups_needs_several_images_of_a_prompt(model: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"name": "ddpo", "sampling_steps": 2, "guidance": 1.0}
+    rewards = [{"name": BRIGHTNESS}, {"name": "group-diversity", "weight": 0.1}]
+    with pytest.raises(UserError, match="reward 'group-diversity' compares the images of a prompt with each other"):
+        train(online_config(model, tmp_path / "one", options, rewards=rewards))
+    train(online_config(model, tmp_path / "two", {**options, "images_per_prompt": 2}, rewards=rewards))
+    with pytest.raises(UserError, match="reward 'group-diversity' compares"):
+        check_reward("group-diversity", {}, ["a star"])
 
 
 @pytest.mark.parametrize("method", ["prdp", "ddpo"])

@@ -76,7 +76,7 @@ class ImageTask(Task[Generator]):
         if method.needs.source == "prompts":
             prompts = [prompt.text for prompt in load_prompts(str(config.data.prompts), limit=config.data.limit)]
             for reward in config.rewards:
-                check_reward(reward.name, reward.options, prompts)
+                check_reward(reward.name, reward.options, prompts, grouped=method.images_per_sample > 1)
             note(f"{config.data.prompts}: {len(prompts)} prompts")
             return prompts
         if method.needs.source in ("labels", "images"):
