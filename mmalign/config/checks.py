@@ -186,6 +186,9 @@ def _check_modality(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue
             for key in keys:
                 if _mapping(values, section).get(key) not in _DEFAULTS:
                     yield ConfigIssue((section, key), f"not supported by {kind} methods such as '{name}'; remove it")
+        for key in ("flow", "allow_distilled"):
+            if is_vlm and values.get(key) not in (None, False):
+                yield ConfigIssue((key,), f"not supported by {kind} methods such as '{name}'; remove it")
         if is_vlm and values.get("attention") == "xformers":
             yield ConfigIssue(("attention",), f"method '{name}' trains a vision-language model; allowed: sdpa")
         if is_vlm and _mapping(values, "rounds"):

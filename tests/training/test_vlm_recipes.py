@@ -126,6 +126,8 @@ def test_the_command_line_trains_a_vlm(
             {"data.resolution": 64},
             "data.resolution: not supported by vision-language methods such as 'vlm_dpo'; remove it",
         ),
+        ({"flow": {"density": "mode"}}, "flow: not supported by vision-language methods such as 'vlm_dpo'; remove it"),
+        ({"allow_distilled": True}, "allow_distilled: not supported by vision-language methods such as 'vlm_dpo'"),
         ({"attention": "xformers"}, "attention: method 'vlm_dpo' trains a vision-language model; allowed: sdpa"),
         ({"evaluate": "{prompts: x, every: 2, rewards: [clip]}"}, "evaluate.questions: missing"),
         (
