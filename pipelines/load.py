@@ -18,13 +18,22 @@ import torch
 from pipelines.adapters import RECORD_NAME
 from pipelines.any_pipeline import DiffusersPipeline, is_text_to_image
 from pipelines.attention import PROCESSORS
-from pipelines.components import INDEX, file_digest, model_fingerprint, parse_dtype, read_json
+from pipelines.components import (
+    INDEX,
+    file_digest,
+    has_component,
+    load_component,
+    model_fingerprint,
+    parse_dtype,
+    read_json,
+)
 from pipelines.errors import MissingModelError, PipelineError, choose, nearest
 from pipelines.flow import FlowOptions
 from pipelines.generator import Generator
 from pipelines.hub import explained, fetch_file, is_hub_id, local_path, repository
 from pipelines.integrity import explain_loading
 from pipelines.lora_files import WEIGHTS_NAME, AdapterPath, adapter_file, is_lora_file, with_weight
+from pipelines.noise import NoiseProcess
 from pipelines.single_file import checkpoint_directory, kind_of
 
 FAMILIES = {
@@ -100,6 +109,25 @@ def family_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> 
 
 
 @explain_loading
+def process_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> NoiseProcess | None:
+    """Return the noise process of the model that `load_generator` would load, by its scheduler; no weight is read.
+
+    None for a single-file checkpoint, which may not have been converted yet. Of a Hub id the configuration of the
+    scheduler alone is fetched. Raises `PipelineError` as `load_generator` does.
+    """
+    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
+    if local_path(name).is_file():
+        return None
+    index = _read(name, INDEX)
+    if local_path(name).is_dir():
+        root = local_path(name)
+    else:
+        with explained(name, "diffusers"):
+            root = fetch_file(name, "scheduler/scheduler_config.json").parent.parent
+    return NoiseProcess.from_scheduler(load_component(root, index, "scheduler"))
+
+
+@explain_loading
 def distillation(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> str | None:
     """Return what says that the model was distilled to few sampling steps, None where nothing does; no weight is read.
 
@@ -114,9 +142,8 @@ def distillation(name_or_path: str | Path, resolve: Callable[[str], str] = str) 
     network = _read(name, "transformer/config.json") if index.get("_class_name") == "FluxPipeline" else {}
     if not network.get("guidance_embeds", True):
         return "guidance_embeds false in transformer/config.json, as in FLUX.1-schnell"
-    scheduler = (index.get("scheduler") or [None, None])[1]
-    if scheduler in FEW_STEP_SCHEDULERS:
-        return f"its scheduler {scheduler}"
+    if has_component(index, "scheduler") and index["scheduler"][1] in FEW_STEP_SCHEDULERS:
+        return f"its scheduler {index['scheduler'][1]}"
     for given in (Path(name).name, str(index.get("_name_or_path", ""))):
         if words := set(re.split(r"[^a-z]+", given.lower())) & set(FEW_STEPS):
             return f"'{min(words)}' in its name {given}"

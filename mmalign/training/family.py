@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmalign.config.flow import FlowConfig
 from mmalign.core.errors import UserError
 from mmalign.core.resources import resolve_model
 from mmalign.methods import methods
-from pipelines.load import distillation, family_of
+from mmalign.training.recipe import build_method
+from pipelines.load import distillation, family_of, process_of
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
-    from pipelines import Generator
+    from mmalign.methods.base import Method
+    from pipelines import Generator, NoiseProcess
     from pipelines.flow import FlowOptions
 
 
@@ -28,7 +30,8 @@ def flow_family(config: RunConfig, path: str) -> type[Generator] | None:
         return family
     if config.flow is not None:
         raise UserError(
-            f"flow: is for flow models (SD3, FLUX, Z-Image, Qwen-Image), and {config.model} is none; remove it"
+            f"flow: is for flow models (SD3, FLUX, Z-Image, Qwen-Image), and {config.model} is none of these;"
+            " remove it"
         )
     return None
 
@@ -51,6 +54,22 @@ def check_family(config: RunConfig) -> None:
     if family is not None:
         _check_flow(config, family)
     _check_distillation(config, path)
+    if family is None and (process := process_of(path, resolve_model)) is not None:
+        check_process(build_method(config), process, config.model)
+
+
+def check_process(method: Method[Any], process: NoiseProcess, model: str) -> None:
+    """Refuse a noise process that the method does not train, or with these options; a U-Net may be a flow model too.
+
+    Raises:
+        UserError: names the key and the fix.
+    """
+    if process.prediction == "flow" and not method.needs.flow:
+        raise UserError(
+            f"method.name '{method.name}' does not train flow models, and {model} is one; choose another method or"
+            " model"
+        )
+    method.check(process)
 
 
 def _check_flow(config: RunConfig, family: type[Generator]) -> None:

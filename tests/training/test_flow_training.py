@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from flow_tools import Models
 from PIL import Image
 from tiny_models import build_tiny_sd
@@ -20,6 +21,9 @@ from mmalign.config.run import RunConfig, load_config
 from mmalign.core.errors import UserError
 from mmalign.core.io.parquet import read_metadata
 from mmalign.methods import methods
+from mmalign.training.family import check_family
+from mmalign.training.latent_reward.config import LatentRewardConfig
+from mmalign.training.latent_reward.training import train_reward
 from mmalign.training.train import train
 from pipelines import load_generator
 from pipelines.flow import FlowOptions
@@ -193,6 +197,31 @@ def test_what_cannot_work_is_one_line_before_a_weight_is_read(
     with pytest.raises(UserError, match=message) as caught:
         train(load_config({**values, **changes}))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_scheduler_alone_says_that_a_model_is_not_trained(tmp_path: Path) -> None:
+    model = Path(build_tiny_sd(tmp_path / "sd"))
+    for weights in model.rglob("*.safetensors"):
+        weights.unlink()
+    online = {"data": {"prompts": "shapes-train"}, "rewards": [BRIGHTNESS], "evaluate": None}
+    values = {"model": str(model), "output": str(tmp_path / "out"), **online}
+    with pytest.raises(UserError, match="^nft is for models that predict a velocity .*; this one predicts epsilon"):
+        check_family(load_config({**values, "method": "nft"}))
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    solver.save_pretrained(model / "scheduler")
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    check_family(load_config({**values, "method": "nft"}))
+    with pytest.raises(UserError, match=f"^method.name 'lpo' does not train flow models, and {model} is one; choose"):
+        check_family(load_config({**values, "method": {"name": "lpo", "latent_reward": "no/such"}, "rewards": []}))
+    write_pairs(tmp_path, 2)
+    pairs = {"pairs": str(tmp_path / "pairs.jsonl")}
+    reward = LatentRewardConfig.model_validate(
+        {"model": str(model), "data": pairs, "output": str(tmp_path / "reward")}
+    )
+    with pytest.raises(UserError, match="is a flow model; a latent reward is built from the UNet"):
+        train_reward(reward)
 
 
 def test_choices_for_flow_models_are_refused_elsewhere(tmp_path: Path) -> None:

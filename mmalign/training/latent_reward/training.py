@@ -40,7 +40,7 @@ from mmalign.training.optim import build_optimizer
 from mmalign.training.output import CHECKPOINTS
 from mmalign.training.recipe import data_id
 from pipelines import Generator, load_generator
-from pipelines.load import family_of
+from pipelines.load import family_of, process_of
 from rewards.backbones.latent_files import LatentParts
 from rewards.backbones.latent_network import MAX_LOGIT_SCALE, LatentNetwork
 
@@ -220,10 +220,11 @@ def _load_generator(config: LatentRewardConfig, device: torch.device) -> Generat
     refusal = UserError(
         f"model {config.model} is a flow model; a latent reward is built from the UNet of an SD or SDXL"
     )
-    if family_of(path, resolve_model).is_flow:
+    process = process_of(path, resolve_model)
+    if family_of(path, resolve_model).is_flow or (process is not None and process.prediction == "flow"):
         raise refusal
     generator = load_generator(path, device=device, resolve=resolve_model)
-    if generator.process.prediction == "flow":
+    if generator.process.prediction == "flow":  # a single file
         raise refusal
     if generator.has_adapter:
         raise UserError(f"model {config.model} is an adapter on {generator.name_or_path}; build the reward from that")

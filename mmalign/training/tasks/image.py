@@ -13,7 +13,6 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mmalign.config.run import RunConfig
-from mmalign.core.errors import UserError
 from mmalign.core.progress import note, track
 from mmalign.core.resources import resolve_model
 from mmalign.data.encoded.cache import CachedSides, build_pair_cache
@@ -27,7 +26,7 @@ from mmalign.methods.base import Method
 from mmalign.methods.reference import Reference
 from mmalign.methods.run import BaseRun, Run
 from mmalign.scoring.checks import check_reward
-from mmalign.training.family import check_family, flow_options
+from mmalign.training.family import check_family, check_process, flow_options
 from mmalign.training.image_evaluation import ImageEvaluation, check_evaluation
 from mmalign.training.recipe import data_id
 from mmalign.training.tasks.base import CardFacts, Source, Task
@@ -106,12 +105,7 @@ class ImageTask(Task[Generator]):
 
     def check_model(self, method: Method[Any], model: Generator) -> None:
         """Check the method and its options against the noise process; prints the family's conventions."""
-        if model.process.prediction == "flow" and not method.needs.flow:
-            raise UserError(
-                f"method.name '{method.name}' does not train flow models, and {model.name_or_path} is one; choose "
-                "another method or model"
-            )
-        method.check(model.process)
+        check_process(method, model.process, model.name_or_path)
         if line := model.describe():
             note(line)
 
