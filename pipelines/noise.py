@@ -30,6 +30,11 @@ DIFFUSION_SCHEDULERS = tuple(
 )
 """diffusers' schedulers that are samplers of one noise process, DDPM's, with its betas in their configuration."""
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+PLACED_OTHERWISE = (
+    *("use_dynamic_shifting", "shift_terminal"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+)
+"""Keys of a solver along a flow that place its levels otherwise than by a shift."""
 PREDICTIONS: tuple[str, ...] = ("epsilon", "v_prediction", "sample", "flow")
 
 
@@ -321,9 +326,16 @@ class FlowProcess(NoiseProcess):
         """Build from a solver of the DDPM kind that steps along a flow (``use_flow_sigmas``), such as Wan ships.
 
         Its levels, ``shift s / (1 + (shift - 1) s)`` of evenly spaced ones, start 1 / T below ours, which are those of
-        ``linspace(1, 1 / steps, steps)``. Raises `PipelineError` for one whose model does not predict the flow.
+        ``linspace(1, 1 / steps, steps)``. Raises `PipelineError` for one whose model does not predict the flow, and
+        for levels placed otherwise.
         """
         from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if placed := [key for key in PLACED_OTHERWISE if config.get(key)]:
+            raise PipelineError(
+                f"the scheduler has use_flow_sigmas with {placed[0]}, which is not supported; use a"
+                " FlowMatchEulerDiscreteScheduler."
+            )
 
         if config["prediction_type"] != "flow_prediction":
             raise PipelineError(
@@ -389,6 +401,11 @@ class FlowProcess(NoiseProcess):
             sigmas = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64).tolist()
         if sigmas is not None and len(sigmas) != steps:
             raise PipelineError(f"sigmas must be one for each of {steps} steps, got {len(sigmas)}.")
+        if steps == 1 and scheduler.config.shift_terminal and sigmas in (None, [1.0]):
+            raise PipelineError(
+                f"this scheduler ends its levels at {scheduler.config.shift_terminal} (shift_terminal), to which one"
+                " step from pure noise cannot be stretched; take 2 steps or more."
+            )
         if self.shifts_by_size:
             if mu is None or shift is not None:
                 raise PipelineError(

@@ -93,6 +93,13 @@ def test_even_levels_are_those_of_fluxs_pipeline() -> None:
     assert process.schedule(4).levels[-1].item() == pytest.approx(20.0, rel=1e-4)
 
 
+def test_one_step_cannot_end_at_a_terminal_level() -> None:
+    process = make(use_dynamic_shifting=True, shift_terminal=0.02)
+    process.even_sigmas, process.mu = True, 0.8
+    with pytest.raises(PipelineError, match=r"ends its levels at 0.02 \(shift_terminal\).*take 2 steps or more"):
+        process.schedule(1)
+
+
 def test_a_solver_along_a_flow_is_the_flow_that_it_samples() -> None:
     from diffusers import UniPCMultistepScheduler
 
@@ -102,6 +109,15 @@ def test_a_solver_along_a_flow_is_the_flow_that_it_samples() -> None:
     solver.set_timesteps(10)
     torch.testing.assert_close(process.schedule(10).levels, solver.timesteps.float(), rtol=0, atol=2.0)
     assert process.schedule(4).levels.tolist() == pytest.approx([1000, 900, 750, 500])  # 3 s / (1 + 2 s)
+
+
+@pytest.mark.parametrize("option", [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}])
+def test_levels_that_a_solver_places_otherwise_are_refused(option: dict[str, bool]) -> None:
+    from diffusers import UniPCMultistepScheduler
+
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, **option)
+    with pytest.raises(PipelineError, match=f"use_flow_sigmas with {next(iter(option))}, which is not supported"):
+        NoiseProcess.from_scheduler(solver)
 
 
 def test_the_log_says_which_grid() -> None:
