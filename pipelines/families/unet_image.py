@@ -6,6 +6,7 @@ epsilon, v or sample prediction, with `AutoencoderKL` or `AutoencoderTiny`.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,23 +50,26 @@ class StableDiffusion(LatentImage):
     text_names: tuple[str, ...] = ("text_encoder", "tokenizer")
     added_conditioning: str | None = None
 
-    def __init__(self, *args: Any, image_size: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, root: Path, index: dict[str, Any], *, name_or_path: str, image_size: int | None = None, **options: Any
+    ) -> None:
         """Load as `Generator` does, and refuse UNets with inputs other than text (inpainting, refiner, editing).
 
-        `image_size` is the side of the images in pixels, by default the model's own.
+        `image_size` is the side of the images in pixels, by default the model's own; checked before any weight.
         """
-        super().__init__(*args, **options)
-        self._chosen_side = image_size
-        config = self.network.config
+        self.root, self.index, self.name_or_path = root, index, name_or_path
         self._check_encoders()
+        if image_size is not None:
+            self.check_size(image_size, image_size)
+        self._chosen_side = image_size
+        super().__init__(root, index, name_or_path=name_or_path, **options)
+        config = self.network.config
         self._check_unet(component_config(self.root, self.network_name))
         if config.addition_embed_type != self.added_conditioning:
             raise PipelineError(
                 f"the UNet of {self.name_or_path} takes extra conditioning '{config.addition_embed_type}', not"
                 f" '{self.added_conditioning}' as '{self.family}' models do; use a base text-to-image model."
             )
-        if image_size is not None:
-            self.check_size(image_size, image_size)
         channels = self._vae_config["latent_channels"]
         if config.in_channels != channels:
             raise PipelineError(
@@ -142,6 +146,11 @@ class StableDiffusionXL(StableDiffusion):
     family = "sdxl"
     text_names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     added_conditioning = "text_time"
+
+    @property
+    def text_id(self) -> str:
+        """Identifies the text encoders and the size of the images, which is part of the conditioning."""
+        return f"{super().text_id}-{'x'.join(map(str, self.latent_shape[1:]))}"
 
     def _added(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
         if cond.pooled is None or cond.time_ids is None:

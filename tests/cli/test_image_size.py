@@ -59,6 +59,7 @@ def test_sdxl_is_told_the_size(models: Models) -> None:
     drawn = sample(generator, cond, steps=2, guidance=1.0, latents=x).latents
     assert torch.equal(drawn, sample(own, asked, steps=2, guidance=1.0, latents=x).latents)
     assert generator.latent_shape == (4, 12, 12) and generator.image_size == 24
+    assert generator.text_id != own.text_id  # a cache of conditionings holds the size too
 
 
 def test_shifts_by_size_follow(models: Models) -> None:
