@@ -76,19 +76,15 @@ class Flux2Klein(TransformerImage):
     even_sigmas = True
     patch_size = 1
 
-    def __init__(self, root: Any, index: dict[str, Any], **options: Any) -> None:
-        """Load as `TransformerImage` does; raises `PipelineError` where diffusers has no such pipeline."""
+    @classmethod
+    def variant(cls, index: dict[str, Any]) -> type[Generator]:
+        """Return the class of distilled checkpoints for their index; refuses all where diffusers has no pipeline."""
         import diffusers
 
         if not hasattr(diffusers, index["_class_name"]):
             raise PipelineError(
                 f"FLUX.2 klein needs diffusers 0.37 or newer, and {diffusers.__version__} is installed; upgrade it."
             )
-        super().__init__(root, index, **options)
-
-    @classmethod
-    def variant(cls, index: dict[str, Any]) -> type[Generator]:
-        """Return the class of distilled checkpoints for their index."""
         return DistilledFlux2Klein if index.get("is_distilled") else cls
 
     @property
@@ -136,10 +132,7 @@ class Flux2Klein(TransformerImage):
         return single(output).transpose(1, 2).unflatten(2, (height, width))
 
     def _encode_batch(self, prompts: list[str]) -> Conditioning:
-        tokenizer = self.encoder("tokenizer")
-        template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        texts = [tokenizer.apply_chat_template([{"role": "user", "content": one}], **template) for one in prompts]
-        tokens = self._tokenize("tokenizer", texts, self.text_length)
+        tokens = self._chat(prompts, thinking=False)
         # The language model alone: its head would give logits over the vocabulary for every token.
         hidden = self.encoder("text_encoder").model(**tokens, output_hidden_states=True, use_cache=False).hidden_states
         return Conditioning(torch.cat([hidden[layer] for layer in TEXT_LAYERS], dim=-1))
@@ -150,8 +143,9 @@ class Flux2Klein(TransformerImage):
         return vae.bn.running_mean.to(like).reshape(1, -1, 1, 1), std.reciprocal().reshape(1, -1, 1, 1)
 
     def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = super()._moments(images)
-        return patchify(mean), patchify(std)
+        # The model is trained on the mean itself, as in diffusers' train_dreambooth_lora_flux2_klein.py.
+        mean = patchify(super()._moments(images)[0])
+        return mean, torch.zeros_like(mean)
 
     def _images(self, latents: Tensor) -> Tensor:
         return super()._images(unpatchify(latents))

@@ -156,15 +156,15 @@ class LatentImage(Generator):
         length: int | None = None,
         *,
         warn: bool = True,
-        template: str = "{}",
+        texts: list[str] | None = None,
     ) -> dict[str, Tensor]:
         """Return token ids and mask, padded and cut to `length` (default: the tokenizer's); counts cut prompts.
 
-        `template` is what prompts stand in; its tokens count too.
+        `texts` are the prompts in a template, whose tokens count too (default: the prompts alone).
         """
         tokenizer = self.encoder(name)
         length = length or tokenizer.model_max_length
-        texts = [template.format(prompt) for prompt in prompts]
+        texts = prompts if texts is None else texts
         if warn:
             untruncated = tokenizer(texts, verbose=False)["input_ids"]
             cut = [prompt for prompt, ids in zip(prompts, untruncated, strict=True) if len(ids) > length]

@@ -113,7 +113,8 @@ class QwenImage(TransformerImage):
 
     def _encode_batch(self, prompts: list[str]) -> Conditioning:
         self.encoder("tokenizer").padding_side = "right"
-        tokens = self._tokenize("tokenizer", prompts, self.text_length + PREFIX, template=TEMPLATE)
+        texts = [TEMPLATE.format(prompt) for prompt in prompts]
+        tokens = self._tokenize("tokenizer", prompts, self.text_length + PREFIX, texts=texts)
         mask = tokens["attention_mask"]
         longest = int(mask.sum(1).max())
         # The language model alone: its head would give logits over the vocabulary for every token.

@@ -18,6 +18,7 @@ from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.families.latent_image import LatentImage
 from pipelines.flow import FlowOptions
+from pipelines.integrity import reason
 from pipelines.noise import FlowProcess, Schedule
 
 LONGEST_TEXT = 512
@@ -176,6 +177,18 @@ class TransformerImage(LatentImage):
         tokens = self._tokenize(f"tokenizer{suffix}", prompts, self.text_length)
         hidden: Tensor = self.encoder(f"text_encoder{suffix}")(tokens["input_ids"])[0]
         return hidden
+
+    def _chat(self, prompts: list[str], *, thinking: bool) -> dict[str, Tensor]:
+        """Return token ids and mask of prompts as a user's messages, `text_length` long."""
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        try:
+            texts = [self.encoder("tokenizer").apply_chat_template(one, **options) for one in asked]
+        except Exception as error:  # a template is a program of its own
+            raise PipelineError(
+                f"{self.root / 'tokenizer'}: its chat format fails ({reason(error)}); fetch the model again."
+            ) from error
+        return self._tokenize("tokenizer", prompts, self.text_length, texts=texts)
 
     def _make_unconditional(self) -> Conditioning:
         return self.encode_prompts([""])

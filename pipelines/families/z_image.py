@@ -34,7 +34,12 @@ class ZImage(TransformerImage):
     @property
     def default_text_length(self) -> int:
         """The length that diffusers' pipeline pads prompts to, or the tokenizer's own if that is shorter."""
-        known = read_json(self.root / "tokenizer" / "tokenizer_config.json").get("model_max_length") or LONGEST_TEXT
+        file = self.root / "tokenizer" / "tokenizer_config.json"
+        known = read_json(file).get("model_max_length")
+        if known is None:
+            return LONGEST_TEXT
+        if not isinstance(known, int | float) or not known >= 1:
+            raise PipelineError(f"{file}: model_max_length is {str(known)[:60]!r}; allowed: a number of at least 1.")
         return int(min(known, LONGEST_TEXT))
 
     @property
@@ -63,12 +68,7 @@ class ZImage(TransformerImage):
         return -single(torch.stack(output)).squeeze(2)
 
     def _encode_batch(self, prompts: list[str]) -> Conditioning:
-        template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        tokenizer = self.encoder("tokenizer")
-        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        tokens = self._tokenize(
-            "tokenizer", [tokenizer.apply_chat_template(one, **template) for one in asked], self.text_length
-        )
+        tokens = self._chat(prompts, thinking=True)
         mask = tokens["attention_mask"].bool()
         encoder = self.encoder("text_encoder")
         hidden = encoder(tokens["input_ids"], attention_mask=mask, output_hidden_states=True).hidden_states[-2]

@@ -167,6 +167,14 @@ def test_z_image_is_as_large_as_its_positions_and_its_text_as_its_tokenizer(
     assert generator.encode_prompts(["a star"]).prompt_embeds.shape[1] == 24
     with pytest.raises(PipelineError, match="multiples of 4 up to 32, not 64 x 64; the nearest size is 32 x 32"):
         load_generator(str(folder), device="cpu", flow=FlowOptions(image_size=64))
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    for length, message in ((None, "512 text tokens"), ("many", "model_max_length is 'many'"), (0, "is '0'; allowed")):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
+        if length is None:
+            assert message in load_generator(str(folder), device="cpu").describe()
+        else:
+            with pytest.raises(PipelineError, match=message):
+                load_generator(str(folder), device="cpu")
 
 
 def test_options_that_a_model_does_not_have_are_refused(models: dict[str, str], tmp_path: Path) -> None:
