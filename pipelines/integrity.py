@@ -89,12 +89,14 @@ def check_files(folder: Path) -> None:
 
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Refuse a CLIP tokenizer without a length that prompts are padded to; other tokenizers are given one.
+    """Refuse a tokenizer without a padding token, or a CLIP's without a length to pad to; others are given one.
 
     Raises:
         PipelineError: names the file.
     """
     length = tokenizer.model_max_length
+    if tokenizer.pad_token is None:
+        raise _wrong(folder / "tokenizer_config.json", "pad_token", None, "a token, which prompts are padded with")
     if not type(tokenizer).__name__.startswith("CLIP"):
         return
     if not isinstance(length, int) or not 0 < length <= MAX_TOKENS:
@@ -115,6 +117,10 @@ def check_scheduler(path: Path) -> None:
         value = config.get(key, 0.01)
         if not isinstance(value, int | float) or not 0 < value < 1 or not math.isfinite(value):
             raise _wrong(path, key, value, "a number between 0 and 1")
+    for key in ("shift", "flow_shift"):
+        value = config.get(key)
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise _wrong(path, key, value, "a number above 0 (1: none)")
     betas = config.get("trained_betas")
     if betas is not None and not (isinstance(betas, list) and len(betas) == steps):
         raise _wrong(path, "trained_betas", betas, f"null, or {steps} numbers")

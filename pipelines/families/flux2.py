@@ -134,7 +134,9 @@ class Flux2Klein(TransformerImage):
     def _encode_batch(self, prompts: list[str]) -> Conditioning:
         tokens = self._chat(prompts, thinking=False)
         # The language model alone: its head would give logits over the vocabulary for every token.
-        hidden = self.encoder("text_encoder").model(**tokens, output_hidden_states=True, use_cache=False).hidden_states
+        encoder = self.encoder("text_encoder")
+        encoder = getattr(encoder, "model", encoder)
+        hidden = encoder(**tokens, output_hidden_states=True, use_cache=False).hidden_states
         return Conditioning(torch.cat([hidden[layer] for layer in TEXT_LAYERS], dim=-1))
 
     def _latent_scaling(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,13 @@ class QwenImage(TransformerImage):
     def _default_side(self) -> int:
         return DEFAULT_SIDE * self.vae_factor
 
+    def _check_channels(self) -> None:
+        super()._check_channels()
+        file, channels = self.root / "vae" / "config.json", self.latent_channels
+        for key in ("latents_mean", "latents_std"):
+            if len(self._vae_config.get(key) or ()) != channels:
+                raise PipelineError(f"{file}: {key} must hold {channels} numbers, one a channel.")
+
     def _choose_guidance(self, given: float | None) -> float | None:
         for key in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"):
             if self.config.get(key):

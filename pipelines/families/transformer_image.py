@@ -37,7 +37,6 @@ class TransformerImage(LatentImage):
     network_name = "transformer"
     is_flow = True
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
-    longest_text: ClassVar[int] = LONGEST_TEXT
     even_sigmas: ClassVar[bool] = False
     """Whether the family's own pipeline starts from ``linspace(1, 1 / steps, steps)``; see `FlowProcess`."""
     process: FlowProcess
@@ -68,6 +67,11 @@ class TransformerImage(LatentImage):
         self.process.set_density(self.flow.density)
         if self.process.shifts_by_size:
             self.process.mu = self.mu(self.latent_shape)
+
+    @property
+    def longest_text(self) -> int:
+        """How many tokens prompts may be padded to at most."""
+        return LONGEST_TEXT
 
     @property
     @abstractmethod

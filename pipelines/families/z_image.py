@@ -16,10 +16,12 @@ from pipelines.components import read_json
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.families.latent_image import single
-from pipelines.families.transformer_image import LONGEST_TEXT, TransformerImage
+from pipelines.families.transformer_image import TransformerImage
 
 DEFAULT_SIDE = 1024
 """Side in pixels of the images that diffusers' pipeline makes by default, if the network has positions for it."""
+TEXT_BLOCK = 32
+"""The network fills up each text to a multiple of this."""
 
 
 class ZImage(TransformerImage):
@@ -37,10 +39,15 @@ class ZImage(TransformerImage):
         file = self.root / "tokenizer" / "tokenizer_config.json"
         known = read_json(file).get("model_max_length")
         if known is None:
-            return LONGEST_TEXT
+            return self.longest_text
         if not isinstance(known, int | float) or not known >= 1:
             raise PipelineError(f"{file}: model_max_length is {str(known)[:60]!r}; allowed: a number of at least 1.")
-        return int(min(known, LONGEST_TEXT))
+        return int(min(known, self.longest_text))
+
+    @property
+    def longest_text(self) -> int:
+        """As the pipeline, but no more than the network has positions for: text in whole blocks, then the image."""
+        return min(super().longest_text, (int(self.config["axes_lens"][0]) - 2) // TEXT_BLOCK * TEXT_BLOCK)
 
     @property
     def largest_side(self) -> int:

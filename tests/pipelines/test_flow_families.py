@@ -168,13 +168,45 @@ def test_z_image_is_as_large_as_its_positions_and_its_text_as_its_tokenizer(
     with pytest.raises(PipelineError, match="multiples of 4 up to 32, not 64 x 64; the nearest size is 32 x 32"):
         load_generator(str(folder), device="cpu", flow=FlowOptions(image_size=64))
     file = folder / "tokenizer" / "tokenizer_config.json"
-    for length, message in ((None, "512 text tokens"), ("many", "model_max_length is 'many'"), (0, "is '0'; allowed")):
+    for length, message in ((None, "480 text tokens"), ("many", "model_max_length is 'many'"), (0, "is '0'; allowed")):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
         if length is None:
             assert message in load_generator(str(folder), device="cpu").describe()
         else:
             with pytest.raises(PipelineError, match=message):
                 load_generator(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "changes", "message"),
+    [
+        (
+            "z_image",
+            "transformer/config.json",
+            {"axes_lens": [64, 64, 64]},
+            "text_length must lie in 1..32 tokens, got 64",
+        ),
+        ("z_image", "tokenizer/tokenizer_config.json", {"pad_token": None}, "pad_token is 'None'; allowed: a token"),
+        ("qwen_image", "vae/config.json", {"latents_mean": None}, "latents_mean must hold 16 numbers, one a channel"),
+        ("qwen_image", "vae/config.json", {"latents_std": [1.0]}, "latents_std must hold 16 numbers, one a channel"),
+        ("sd3", "scheduler/scheduler_config.json", {"shift": 0}, "shift is '0'; allowed: a number above 0"),
+    ],
+)
+def test_odd_values_of_configurations_are_named(
+    models: dict[str, str], tmp_path: Path, name: str, file: str, changes: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(models[name], tmp_path / "odd")
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    with pytest.raises(PipelineError, match=message):
+        load(str(folder)).encode_prompts(["a star"])
+
+
+def test_a_language_model_without_its_head_encodes_alike(models: dict[str, str], tmp_path: Path) -> None:
+    folder = shutil.copytree(models["flux2"], tmp_path / "headless")
+    index = json.loads((folder / "model_index.json").read_text()) | {"text_encoder": ["transformers", "Qwen3Model"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    whole, headless = (load(str(path)).encode_prompts(["a star"]) for path in (models["flux2"], folder))
+    assert torch.equal(whole.prompt_embeds, headless.prompt_embeds)
 
 
 def test_options_that_a_model_does_not_have_are_refused(models: dict[str, str], tmp_path: Path) -> None:
