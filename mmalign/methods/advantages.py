@@ -101,12 +101,14 @@ def _taught(rollout: Rollout) -> Bool[Tensor, " batch"]:
 def weigh_samples_alike(steps: Sequence[Sequence[Rollout]], count: int) -> list[list[Rollout]]:
     """Set the shares of micro-batches of different sizes so that an optimiser step is the mean over its samples.
 
-    That is the mean over samples whose advantage is not 0, of all processes. `count` is the number of micro-batches
-    whose mean the loop takes.
+    That is the mean over samples whose advantage is not 0, of all processes; over all samples where there are none.
+    `count` is the number of micro-batches whose mean the loop takes.
     """
-    everyone = gather([sum(int(_taught(one).sum()) for one in step) for step in steps])
+    taught = [torch.cat([_taught(one) for one in step]) for step in steps]
+    everyone = gather([(int(rows.sum()), len(rows)) for rows in taught])
     for number, step in enumerate(steps):
-        mean = max(sum(one[number] for one in everyone), 1) / len(everyone)
+        learned, held = (sum(counts) for counts in zip(*(one[number] for one in everyone), strict=True))
+        mean = (learned or held) / len(everyone)
         for one in step:
             one.share = count * len(one.rewards) / mean
     return [[one for one in step if len(one.rewards)] for step in steps]

@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mmalign.core.errors import UserError
 from mmalign.data.batches import PromptBatch
-from mmalign.methods.advantages import without_zeros
+from mmalign.methods.advantages import weigh_samples_alike, without_zeros
 from mmalign.methods.flow_grpo import FlowGRPO
 from mmalign.methods.flow_grpo_config import FlowGRPOConfig
 from mmalign.methods.rollout import RatioError, Rollout
@@ -373,6 +374,29 @@ def test_a_round_without_any_spread_still_makes_its_steps() -> None:
     assert run.generator.network.weight.grad.item() == 0.0
     collected = method().collect(run, [prompts(run, "1", "0")])
     assert [len(one.rewards) for one in without_zeros(collected, 6)] == [6]
+
+
+@pytest.mark.parametrize("taught", [[[1, 0, 2], [3]], [[0, 0], [1]], [[0, 0], [0]]])
+def test_the_processes_of_a_step_add_up_to_the_mean_of_what_teaches(
+    monkeypatch: pytest.MonkeyPatch, taught: list[list[int]]
+) -> None:
+    """Micro-batches of each process, with so many samples that teach; one without any keeps a sample of advantage 0.
+
+    The loop takes the mean over micro-batches, here 4, then that over processes. A loss of 1 for each that teaches
+    comes to 1; where none does, so does the term of the reference, which the samples kept still have.
+    """
+    worlds = [[_held(count or 1, count) for count in counts] for counts in taught]
+    counts = [[(sum(own), sum(max(one, 1) for one in own))] for own in taught]
+    monkeypatch.setattr("mmalign.methods.advantages.gather", lambda mine: counts)
+    steps = [weigh_samples_alike([held], 4)[0] for held in worlds]
+    some = any(map(any, taught))
+    loss = sum(one.share / 4 * float(one.advantages.mean() if some else 1) for step in steps for one in step)
+    assert loss / len(taught) == pytest.approx(1.0)
+
+
+def _held(size: int, taught: int) -> Any:
+    advantages = torch.tensor([1.0] * taught + [0.0] * (size - taught))
+    return SimpleNamespace(rewards=torch.zeros(size), advantages=advantages, share=1.0)
 
 
 def test_mini_batches_hold_every_kept_sample_once() -> None:
