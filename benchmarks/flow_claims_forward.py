@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.flow_claims import Finding
 from benchmarks.flow_toy import (
     PROMPTS,
     STEPS,
@@ -39,23 +39,6 @@ from benchmarks.flow_toy import (
 )
 from mmalign.losses import awm_log_prob, clipped_policy_gradient, denoising_error, diffusion_dpo_logit
 from mmalign.losses.advantages import Spread, each_group_advantages, group_advantages, win_rates
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a claim came to: a sentence, its number with an interval, and the threshold that the claim is about."""
-
-    sentence: str
-    value: float
-    low: float
-    high: float
-    above: float
-
-    def __str__(self) -> str:
-        """Return one line with the verdict."""
-        verdict = "yes" if self.low > self.above else "no" if self.high <= self.above else "open"
-        numbers = f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}], above {self.above:g}"
-        return f"{verdict:4s} {self.sentence}: {numbers}"
 
 
 def over_seeds(sentence: str, values: Sequence[float], above: float) -> Finding:
@@ -185,7 +168,7 @@ def illusion(start: Velocity, seeds: int) -> list[Finding]:
     """Gaps of a millionth are unit advantages for scores, and none for win rates with a margin."""
     torch.manual_seed(2)
     scores = 0.5 + 1e-6 * torch.randn(200 * seeds, 24, dtype=torch.float64)
-    owners = [str(row) for row in range(24 * 200 * seeds) for row in (row // 24,)]
+    owners = [str(row // 24) for row in range(24 * 200 * seeds)]
 
     def sizes(values: Tensor, spread: Spread) -> np.ndarray:
         found = group_advantages(owners, values.flatten(), spread=spread).abs().reshape(-1, 24)
@@ -252,7 +235,7 @@ def curves(start: Velocity, seeds: int, folder: Path) -> None:
                 seed,
                 Rule(),
                 shared=name == "dgpo",
-                look=lambda net, seen=seen: seen.append(float(liking(*quality(net)).mean())),  # type: ignore[misc]
+                evaluate=lambda net, seen=seen: seen.append(float(liking(*quality(net)).mean())),  # type: ignore[misc]
             )
             rows.append(seen)
         changes = np.array(rows) - np.array(rows)[:, :1]

@@ -147,14 +147,14 @@ def learn(
     updates: int = UPDATES,
     rate: float = 1e-3,
     shared: bool = False,
-    look: Callable[[Velocity], None] = lambda net: None,
+    evaluate: Callable[[Velocity], None] = lambda net: None,
 ) -> Velocity:
     """Train a copy of the network in rounds of one update at six stratified levels."""
     torch.manual_seed(seed)
     net = copy.deepcopy(start)
     old, optimizer = Shadow(dict(net.named_parameters())), torch.optim.AdamW(net.parameters(), lr=rate)
     for step in range(updates):
-        look(net)
+        evaluate(net)
         old.follow(old_policy_decay(step, rate=0.001, limit=0.3))
         prompt = directions()[torch.arange(rule.groups) % PROMPTS].repeat_interleave(rule.size, 0)
         owners = [str(number // rule.size) for number in range(len(prompt))]
@@ -174,7 +174,7 @@ def learn(
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    look(net)
+    evaluate(net)
     return net
 
 

@@ -96,6 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--k {given.k}: give whole numbers separated by commas")
     if ks[0] < 1:
         parser.error(f"--k {given.k}: numbers of tries are at least 1")
+    if given.batch < 1:
+        parser.error(f"--batch {given.batch}: at least 1")
+    if given.json and not given.json.parent.is_dir():
+        parser.error(f"--json {given.json}: there is no folder {given.json.parent}")
     try:
         prompts = load_prompts(given.prompts, given.limit)
         options = {"reward": given.reward, "guidance": given.guidance, "steps": given.steps, "batch": given.batch}

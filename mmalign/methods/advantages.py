@@ -12,7 +12,7 @@ from torch import Tensor
 from mmalign.core.distributed import gather, world_size
 from mmalign.core.progress import note
 from mmalign.methods.base import LossOutput
-from mmalign.methods.group_rewards import GroupRewardConfig
+from mmalign.methods.group_rewards import GroupRewardConfig, reward_metrics
 from mmalign.methods.rollout import Rollout
 from mmalign.methods.run import Run
 
@@ -61,10 +61,9 @@ def mean_of_drawn(
 def round_metrics(rollouts: Sequence[Rollout], size: int) -> dict[str, Tensor | float]:
     """Return the rewards of a round of this process, and the share of groups of `size` whose rewards are equal."""
     rewards = torch.cat([one.rewards for one in rollouts])
-    flat = ~torch.cat([_taught(one) for one in rollouts]).view(-1, size).any(1)
-    metrics = {"reward": rewards.mean(), "reward_std": rewards.std(correction=0), "flat": flat.float().mean()}
     parts = {name: torch.cat([one.parts[name] for one in rollouts]) for name in rollouts[0].parts}
-    return {**metrics, **{f"reward/{name}": scores.mean() for name, scores in parts.items()}}
+    flat = ~torch.cat([_taught(one) for one in rollouts]).view(-1, size).any(1)
+    return {**reward_metrics(rewards, parts), "flat": flat.float().mean()}
 
 
 def warn_of_few_groups(rollouts: Sequence[Rollout], size: int) -> None:
@@ -102,12 +101,14 @@ def _taught(rollout: Rollout) -> Bool[Tensor, " batch"]:
 def weigh_samples_alike(steps: Sequence[Sequence[Rollout]], count: int) -> list[list[Rollout]]:
     """Set the shares of micro-batches of different sizes so that an optimiser step is the mean over its samples.
 
-    That is the mean over samples whose advantage is not 0, of all processes. `count` is the number of micro-batches
-    whose mean the loop takes.
+    That is the mean over samples whose advantage is not 0, of all processes; over all samples where there are none.
+    `count` is the number of micro-batches whose mean the loop takes.
     """
-    everyone = gather([sum(int(_taught(one).sum()) for one in step) for step in steps])
+    taught = [torch.cat([_taught(one) for one in step]) for step in steps]
+    everyone = gather([(int(rows.sum()), len(rows)) for rows in taught])
     for number, step in enumerate(steps):
-        mean = max(sum(one[number] for one in everyone), 1) / len(everyone)
+        learned, held = (sum(counts) for counts in zip(*(one[number] for one in everyone), strict=True))
+        mean = (learned or held) / len(everyone)
         for one in step:
             one.share = count * len(one.rewards) / mean
     return [[one for one in step if len(one.rewards)] for step in steps]

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmalign.data.batches import PromptBatch
@@ -59,6 +59,14 @@ class DGPOConfig(ForwardProcessConfig):
     """after so many optimiser steps the old policy draws the samples, until then the policy; null: never"""
     shared_noise: bool = True
     """one noise for all images of a prompt"""
+
+    @model_validator(mode="after")
+    def _guided_reference_is_used(self) -> DGPOConfig:
+        if self.reference_guidance != 1 and self.compare_to == "old" and not self.reference_weight:
+            raise ValueError(
+                "reference_guidance changes nothing with compare_to: old and reference_weight: 0; remove it"
+            )
+        return self
 
 
 class DGPO(ForwardProcessMethod[DGPOConfig]):

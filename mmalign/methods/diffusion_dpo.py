@@ -41,6 +41,10 @@ class DiffusionDPOConfig(PairLossConfig, TimestepRange):
     def _auto_beta_has_a_share_and_bounds(self) -> DiffusionDPOConfig:
         if self.auto_beta and self.loss_type != "sigmoid":
             raise ValueError(f"auto_beta is for loss_type: sigmoid, not {self.loss_type}; remove it")
+        fields = type(self).model_fields
+        unused = [key for key in ("auto_beta_decay", "auto_beta_bounds") if getattr(self, key) != fields[key].default]
+        if not self.auto_beta and unused:
+            raise ValueError(f"{unused[0]} is for auto_beta; set auto_beta, such as 0.2, or remove {unused[0]}")
         if not 0 < self.auto_beta_bounds[0] <= self.auto_beta_bounds[1]:
             raise ValueError(f"auto_beta_bounds {list(self.auto_beta_bounds)} must be positive, the least first")
         return self

@@ -13,6 +13,7 @@ from mmalign.methods.sampling import RoundConfig
 from mmalign.methods.step_weights import Step, slopes_and_stds, steps_of
 from mmalign.methods.window import WindowConfig
 from pipelines import Schedule, named_kernel
+from pipelines.errors import PipelineError
 from pipelines.noise import FlowProcess, NoiseProcess
 
 NOISE = {"cps": 0.8, "flow_sde": 0.7, "dance": 0.3, "wan_sde": 1.0, "ddim": 1.0}
@@ -23,7 +24,7 @@ class KLConfig(MethodConfig):
     """How the policy is held to the reference."""
 
     weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """adds this many times the divergence, a mean over the trained steps and dimensions"""
+    """adds this many times the divergence, a mean over the window's steps and over dimensions"""
     form: Literal["exact", "code", "x", "v"] = "exact"
     """exact: the KL of a step; code: without its duration; x: squared difference of means; v: of predictions"""
 
@@ -69,6 +70,10 @@ class FlowGRPOConfig(RoundConfig, AdvantageConfig):
     @model_validator(mode="after")
     def _agrees(self) -> FlowGRPOConfig:
         self.window.candidates(self.sampling_steps)
+        try:
+            named_kernel(self.kernel, self.amount())
+        except PipelineError as error:
+            raise ValueError(f"noise {self.amount():g} of kernel {self.kernel}: {error}") from error
         if self.ratio == "guard" and self.log_prob:
             raise ValueError("ratio: guard has a log-ratio of its own; remove log_prob")
         if self.step_weight == "guard" and self.ratio != "guard":

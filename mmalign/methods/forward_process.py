@@ -26,7 +26,7 @@ from mmalign.core.errors import UserError
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import denoising_error, old_policy_decay
 from mmalign.methods.base import LossOutput, Method, Needs, TimestepRange
-from mmalign.methods.group_rewards import GroupRewardConfig, advantages_of_round, score_groups
+from mmalign.methods.group_rewards import GroupRewardConfig, advantages_of_round, reward_metrics, score_groups
 from mmalign.methods.mini_batches import cut_round
 from mmalign.methods.noising import Noised
 from mmalign.methods.run import WATCHED, Run
@@ -75,7 +75,7 @@ class ForwardProcessConfig(TimestepRange, GroupRewardConfig):
     def _possible(self) -> ForwardProcessConfig:
         old_policy_decay(0, **self.decay())
         if self.level_grid == "schedule" and self.sampler_steps is not None:
-            raise ValueError("sampler_steps is for level_grid: sampler and sampler_parts; remove it")
+            raise ValueError("sampler_steps is for level_grid: sampler and sampler_parts; set sampler_steps: null")
         if self.level_grid == "schedule":
             return self
         steps = self.trained_steps()
@@ -212,7 +212,7 @@ class ForwardProcessMethod(Method[ConfigT]):
         if spread and isinstance(process, FlowProcess) and process.density.kind != "uniform":
             raise UserError(
                 f"flow.density {process.density.kind}: method '{self.name}' spreads its noise levels over the whole "
-                "schedule; remove it, or set method.levels: 1"
+                "schedule; remove it, or set method.levels: 1 with method.level_grid: schedule"
             )
 
     def begin(self, run: Run) -> None:
@@ -252,8 +252,7 @@ class ForwardProcessMethod(Method[ConfigT]):
             name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]
         }
         if batch.first_pass or batch.drawn_at == run.step:
-            metrics |= {"reward": batch.rewards.mean(), "reward_std": batch.rewards.std(correction=0)}
-            metrics |= {f"reward/{name}": score.mean() for name, score in batch.parts.items()}
+            metrics |= reward_metrics(batch.rewards, batch.parts)
             metrics["flat"] = (batch.advantages == 0).float().mean()
         return metrics
 

@@ -35,7 +35,7 @@ class GroupRewardConfig(MethodConfig):
     """least spread, in units of the largest absolute reward: smaller differences are rounding"""
 
     @model_validator(mode="after")
-    def _ties_are_told(self) -> GroupRewardConfig:
+    def _ties_have_a_margin(self) -> GroupRewardConfig:
         if (self.advantage_of == "win_rate") != (self.tie_margin is not None):
             raise ValueError(
                 "advantage_of: win_rate and tie_margin go together: a difference of scores up to tie_margin is a tie, "
@@ -69,6 +69,14 @@ def score_groups(run: Run, config: GroupRewardConfig, images: Tensor, prompts: S
     if config.tie_margin is None:
         return run.score(images, prompts)
     return run.score.win_rates(images, prompts, size, config.tie_margin)
+
+
+def reward_metrics(
+    rewards: Float[Tensor, " batch"], parts: Mapping[str, Float[Tensor, " batch"]]
+) -> dict[str, Tensor | float]:
+    """Return what is logged of rewards: mean and spread of the sum, and the mean of each."""
+    each = {f"reward/{name}": scores.mean() for name, scores in parts.items()}
+    return {"reward": rewards.mean(), "reward_std": rewards.std(correction=0), **each}
 
 
 def advantages_of_round(

@@ -23,6 +23,7 @@ from mmalign.core.errors import TrainingDiverged
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import denoising_error, gaussian_kl
 from mmalign.methods.base import LossOutput
+from mmalign.methods.group_rewards import reward_metrics
 from mmalign.methods.mini_batches import cut_round
 from mmalign.methods.run import WATCHED, Run
 from mmalign.methods.sampling import RoundConfig, RoundMethod
@@ -265,8 +266,7 @@ class RolloutMethod(RoundMethod[RolloutT]):
         metrics: dict[str, Tensor | float] = {"log_ratio_mean": ratio.mean(), "log_ratio_max": ratio.max()}
         if not new:
             return metrics
-        metrics |= {"reward": batch.rewards.mean(), "reward_std": batch.rewards.std(correction=0)}
-        metrics |= {f"reward/{name}": score.mean() for name, score in batch.parts.items()}
+        metrics |= reward_metrics(batch.rewards, batch.parts)
         steps, kl = self._step_kl(run, batch)
         return {**metrics, **self.kl_metrics(run, batch, steps, kl)}
 

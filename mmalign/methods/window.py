@@ -37,6 +37,8 @@ class WindowConfig(MethodConfig):
             raise ValueError(f"range {list(self.range)} must start at 0 or later and hold {self.size} steps (size)")
         if self.range is not None and self.size == 0:
             raise ValueError("range is for windows of a size above 0; remove it, or set size")
+        if self.order == "random" and (self.stride, self.every) != (1, 25):
+            raise ValueError("stride and every are for order: progressive; set it, or remove them")
         return self
 
     def candidates(self, steps: int) -> Steps:

@@ -81,8 +81,8 @@ class LiveRewards:
         margins = images.new_zeros(len(images) // size, size, size, dtype=torch.float32)
         for group, start in enumerate(range(0, len(images), size)):
             self._cost.add(reward_calls=len(first))
-            told = [prompts[start]] * len(first) if "prompts" in entry.reward.needs else None
-            found = entry.reward.pairwise(images[start + first], images[start + second], prompts=told)
+            asked = [prompts[start]] * len(first) if "prompts" in entry.reward.needs else None
+            found = entry.reward.pairwise(images[start + first], images[start + second], prompts=asked)
             margins[group, first, second], margins[group, second, first] = found, -found
         return margins
 

@@ -42,6 +42,13 @@ def test_command_draws_and_judges(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert "pass@1" in printed and "pass@3" in printed and "right in none of 3" in printed
     assert len(json.loads((tmp_path / "out.json").read_text())["correct"]) == 3
-    for wrong in (["--k", "0,1"], ["--k", "x"], ["--prompts", "no-such-prompts"]):
+    nowhere = str(tmp_path / "nowhere" / "out.json")
+    for wrong in (
+        ["--k", "0,1"],
+        ["--k", "x"],
+        ["--batch", "0"],
+        ["--json", nowhere],
+        ["--prompts", "no-such-prompts"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             main([str(tmp_path / "model"), *wrong])

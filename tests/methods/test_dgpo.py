@@ -217,6 +217,13 @@ def test_models_that_predict_noise_are_refused(tmp_path: Path) -> None:
         train(online_config(noise, tmp_path / "out", DGPO_RUN))
 
 
+def test_guidance_of_a_reference_that_nothing_uses_is_refused() -> None:
+    unused = {"compare_to": "old", "reference_weight": 0.0}
+    with pytest.raises(ValueError, match="reference_guidance changes nothing"):
+        DGPOConfig(**unused, reference_guidance=4.5)
+    assert DGPOConfig(**unused).reference_guidance == 1
+
+
 def test_the_published_constants_are_the_defaults() -> None:
     c = DGPOConfig()
     assert (c.sampling_steps, c.images_per_prompt, c.levels, c.sampler_steps) == (10, 24, 4, (0, 7))

@@ -140,6 +140,8 @@ def test_a_run_is_resumed_to_the_bit(model: str, tmp_path: Path) -> None:
     [
         ({"auto_beta": 0.2, "loss_type": "ipo"}, "auto_beta is for loss_type: sigmoid, not ipo"),
         ({"auto_beta": 0.5}, "less than 0.5"),
+        ({"auto_beta_decay": 0.5}, "auto_beta_decay is for auto_beta"),
+        ({"auto_beta_bounds": [1, 5]}, "auto_beta_bounds is for auto_beta"),
         ({"auto_beta": 0.2, "auto_beta_bounds": [5, 1]}, "must be positive, the least first"),
     ],
 )
