@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmalign.core.errors import TrainingDiverged
+from mmalign.core.progress import note
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import denoising_error, gaussian_kl
 from mmalign.methods.base import LossOutput
@@ -31,6 +32,15 @@ from mmalign.scoring.live import Scores
 from pipelines import Kernel, Schedule, sample
 from pipelines.guidance import guided_predictor
 from pipelines.sampling import Trajectory, replay_step
+
+HALF_TOLERANCE = 1e-3
+RATIO_FAULT = (
+    "before the first update of a round the importance ratio must be 1, and it is off by {worst:.2g} (allowed "
+    "{tolerance:g}): sampling and learning do not compute the same. Usual causes: dropout in the network; kernels "
+    "that round otherwise with a gradient or in batches of another size (trainer.precision fp32 shows it); an "
+    "attention kernel that is not deterministic; a network that is compiled or quantised for sampling alone; "
+    "guidance, padding of the text or timesteps that differ between the two"
+)
 
 
 class RatioError(TrainingDiverged):
@@ -140,6 +150,7 @@ class RolloutMethod(RoundMethod[RolloutT]):
     """Whether the first update of a round computes all samples of a step, in the batches in which they were drawn."""
     ratio_tolerance: ClassVar[float] = 1e-4
     """How far the ratio may be from 1 before the first update of a round."""
+    _noted_rounding: bool = False
     kl_weight: float = 0.0
     """Adds this many times the KL divergence to the reference, a mean over learned sampling steps and dimensions."""
     distance_weight: float = 0.0
@@ -240,13 +251,35 @@ class RolloutMethod(RoundMethod[RolloutT]):
             rows = needed if len(needed) else everything
             step = self._replay(run, batch, index, rows)
             if fresh:
-                _check_ratio(step.log_prob, batch.old_log_probs[index, rows], self.ratio_tolerance)
+                self._check_ratio(run, step.log_prob, batch.old_log_probs[index, rows])
             part = (weights[index, rows] * step.log_prob).sum()
             if held:
                 part = part + self._hold(run, batch, index, step, len(learned))
             backward(batch.share * part)
         new = fresh or batch.first_pass
         return {"loss": output.loss, **self._metrics(run, batch, new), **output.metrics}
+
+    def _check_ratio(self, run: Run, log_prob: Tensor, old: Tensor) -> None:
+        """Compare the log-probs before any update with those recorded while sampling.
+
+        Raises:
+            RatioError: they differ by more than `ratio_tolerance`; in half precision, where batches of another size
+                round otherwise, by more than `HALF_TOLERANCE`, and a smaller difference is noted once.
+        """
+        worst = float((log_prob.detach() - old).exp().sub(1).abs().max())
+        if worst <= self.ratio_tolerance:
+            return
+        with run.autocast():
+            half = torch.is_autocast_enabled(run.generator.device.type)
+        half = half or run.generator.dtype in (torch.bfloat16, torch.float16)
+        if not (half and worst <= HALF_TOLERANCE):
+            raise RatioError(RATIO_FAULT.format(worst=worst, tolerance=self.ratio_tolerance))
+        if not self._noted_rounding:
+            note(
+                f"warning: before the first update of a round the importance ratio is off by {worst:.2g}, which half "
+                f"precision explains; method.clip well below that is noise (trainer.precision fp32 is exact)"
+            )
+        self._noted_rounding = True
 
     def _hold(self, run: Run, batch: Rollout, index: int, step: Replay, steps: int) -> Tensor:
         """Return the terms that hold a recorded step, one of so many, to the reference's."""
@@ -331,16 +364,3 @@ class RolloutMethod(RoundMethod[RolloutT]):
             if outputs is not None:
                 outputs[at] = step.predicted
         return means, log_probs
-
-
-def _check_ratio(log_prob: Tensor, old: Tensor, tolerance: float) -> None:
-    """Raise a RatioError if the log-probs before any update differ from those recorded while sampling."""
-    worst = float((log_prob.detach() - old).exp().sub(1).abs().max())
-    if not worst <= tolerance:
-        raise RatioError(
-            f"before the first update of a round the importance ratio must be 1, and it is off by {worst:.2g} "
-            f"(allowed {tolerance:g}): sampling and learning do not compute the same. Usual causes: dropout in the "
-            "network; kernels that round otherwise with a gradient or in batches of another size (trainer.precision "
-            "fp32 shows it); an attention kernel that is not deterministic; a network that is compiled or quantised "
-            "for sampling alone; guidance, padding of the text or timesteps that differ between the two"
-        )

@@ -192,6 +192,18 @@ def test_a_ratio_that_is_not_one_stops_with_the_causes() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_in_half_precision_a_small_difference_is_noted_once(capsys: pytest.CaptureFixture[str]) -> None:
+    run, chosen = toy(), method(mini_batches=1)
+    (first,) = chosen.collect(run, [prompts(run, "1", "-2")])
+    run.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    old = first.old_log_probs[0]
+    for _ in range(2):
+        chosen._check_ratio(run, old + 3e-5, old)
+    assert capsys.readouterr().err.count("the importance ratio is off by 3e-05, which half precision explains") == 1
+    with pytest.raises(RatioError, match="off by 0.002"):
+        chosen._check_ratio(run, old + 2e-3, old)
+
+
 # The objective, written out
 
 
