@@ -257,7 +257,7 @@ class RolloutMethod(RoundMethod[RolloutT]):
                 part = part + self._hold(run, batch, index, step, len(learned))
             backward(batch.share * part)
         new = fresh or batch.first_pass
-        return {"loss": output.loss, **self._metrics(run, batch, new), **output.metrics}
+        return {"loss": batch.share * output.loss, **self._metrics(run, batch, new), **output.metrics}
 
     def _check_ratio(self, run: Run, log_prob: Tensor, old: Tensor) -> None:
         """Compare the log-probs before any update with those recorded while sampling.
