@@ -15,7 +15,7 @@ help: ## list these targets
 
 env: $(READY) ## make .venv with everything, mmalign itself editable
 
-demo: $(READY) ## base -> pairs -> DPO -> compare on Shapes; a table and a report in runs/demo
+demo: $(READY) ## base -> online training -> compare on Shapes; a table and a report in runs/demo
 	$(BIN)/mmalign demo
 
 test: $(READY) ## the tests (slow ones left out)

@@ -21,7 +21,7 @@ from mmalign.core.errors import UserError, did_you_mean, plain
 from mmalign.core.version import __version__
 
 VERBS: dict[str, tuple[str, str]] = {
-    "demo": ("the whole story on Shapes: base, pairs, training, comparison, report", "mmalign demo"),
+    "demo": ("the whole story on Shapes: online training, comparison, report", "mmalign demo"),
     "train": (
         "fine-tune a model as a config says; goes on from the last checkpoint",
         "mmalign train shapes/diffusion_dpo trainer.steps=200 output=runs/first",

@@ -2,12 +2,12 @@
 
     systems:
       - {name: base, model: assets/shapes-sd}
-      - {name: dpo, model: runs/demo/dpo}
+      - {name: dpo, model: runs/demo-pairs/dpo}
     prompts: shapes-drawbench
     rewards: [shapes-correctness, shapes-quality]
     guidance: 4
     guidance_control: {guidances: [3, 4, 6, 8], prompts: shapes-validation, rewards: [shapes-correctness]}
-    output: runs/demo/compare
+    output: runs/demo-pairs/compare
 
 The first system is the baseline unless `baseline` names another. A system may be trained instead of given, all of
 them under one budget:
