@@ -149,9 +149,10 @@ class CogVideoX(LatentVideo):
         """Return cosines and sines of the rotary positions of latents' tokens, None for sine positions."""
         if not self.config.get("use_rotary_positional_embeddings"):
             return None
-        key = (*x_t.shape[2:], x_t.device)
+        frames, height, width = x_t.shape[2:]
+        key = (frames, height, width, x_t.device)
         if key not in self._rotary:
-            self._rotary[key] = self._rotary_of(*x_t.shape[2:], device=x_t.device)
+            self._rotary[key] = self._rotary_of(frames, height, width, x_t.device)
         return self._rotary[key]
 
     def _rotary_of(self, frames: int, height: int, width: int, device: torch.device) -> Rotary:
