@@ -17,7 +17,7 @@ import torch
 from pipelines.errors import MissingDependencyError, PipelineError, choose
 
 PROCESSORS = {
-    "sdpa": ("AttnProcessor2_0", "JointAttnProcessor2_0"),
+    "sdpa": ("AttnProcessor2_0", "JointAttnProcessor2_0", "CogVideoXAttnProcessor2_0"),
     "xformers": ("XFormersAttnProcessor", "XFormersJointAttnProcessor"),
 }
 """Kernel -> the processors that run it, of UNets and of SD3."""

@@ -38,14 +38,15 @@ VARIANTS = ("fp16", "bf16", "non_ema")
 
 
 CLASSES = {
-    "unet": ("UNet2DConditionModel",),
+    "unet": ("UNet2DConditionModel", "UNetMotionModel"),
+    "motion_adapter": ("MotionAdapter",),
     "vae": (
         *("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLQwenImage", "AutoencoderKLFlux2"),
-        *("AutoencoderKLWan", "AutoencoderKLLTXVideo"),
+        *("AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLCogVideoX"),
     ),
     "transformer": (
         *(f"{kind}Transformer2DModel" for kind in ("SD3", "Flux", "ZImage", "QwenImage", "Flux2")),
-        *("WanTransformer3DModel", "LTXVideoTransformer3DModel"),
+        *("WanTransformer3DModel", "LTXVideoTransformer3DModel", "CogVideoXTransformer3DModel"),
     ),
     "text_encoder": (
         *("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel"),

@@ -86,6 +86,7 @@ class Generator(ABC):
         self._lora_layers: list[Any] = []
 
     def _load_network(self, dtype: torch.dtype) -> Any:
+        """Load the denoiser; a family overrides this where it does not lie in one directory."""
         return load_component(self.root, self.index, self.network_name, dtype)
 
     @property
@@ -273,6 +274,11 @@ class Generator(ABC):
         """Whether the network carries a LoRA."""
         return any(adapters.has_adapter(network) for network in self.networks.values())
 
+    @property
+    def target_groups(self) -> dict[str, list[str]]:
+        """Names for groups of layers that a LoRA may be put on, where a family has such."""
+        return {}
+
     def add_adapter(
         self,
         rank: int,
@@ -281,9 +287,14 @@ class Generator(ABC):
         seed: int = 0,
         init: adapters.Init = "gaussian",
     ) -> None:
-        """Add a trainable LoRA (A seeded, B zero) to the family's `lora_targets` and freeze everything else."""
+        """Add a trainable LoRA (A seeded, B zero) to the family's `lora_targets` and freeze everything else.
+
+        `target_modules` are ends of the names of layers, or names of `target_groups`.
+        """
+        groups = self.target_groups
+        targets = [layer for one in target_modules or self.lora_targets for layer in groups.get(one, [one])]
         for place, network in enumerate(self.networks.values()):
-            adapters.add_adapter(network, rank, alpha, target_modules or self.lora_targets, seed + place, init)
+            adapters.add_adapter(network, rank, alpha, targets, seed + place, init)
         self._lora_layers = adapters.lora_layers(self.bare_network)
 
     def load_adapter(self, *given: AdapterPath) -> None:
@@ -333,13 +344,18 @@ class Generator(ABC):
 
         return getattr(diffusers, self.index["_class_name"])
 
+    @property
+    def saved_index(self) -> dict[str, Any]:
+        """The ``model_index.json`` that `save` writes: the model's own, unless a family saves its parts otherwise."""
+        return self.index
+
     def save(self, path: str | Path) -> None:
         """Write a diffusers directory (safetensors); an adapter is merged into a copy of the weights first."""
         merged = {
             name: adapters.merged_copy(network) if self.has_adapter else network
             for name, network in self.networks.items()
         }
-        save_pipeline(path, self.root, self.index, merged)
+        save_pipeline(path, self.root, self.saved_index, merged)
 
     def save_lora(self, path: str | Path, *, base_model: str | None = None) -> None:
         """Write the adapter for diffusers and for ComfyUI and kohya, and ``mmalign.json`` naming the base model.

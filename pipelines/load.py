@@ -46,6 +46,8 @@ FAMILIES = {
     "ZImagePipeline": "pipelines.families.z_image:ZImage",
     "QwenImagePipeline": "pipelines.families.qwen_image:QwenImage",
     "Flux2KleinPipeline": "pipelines.families.flux2:Flux2Klein",
+    "AnimateDiffPipeline": "pipelines.families.animatediff:AnimateDiff",
+    "CogVideoXPipeline": "pipelines.families.cogvideox:CogVideoX",
     "WanPipeline": "pipelines.families.wan:Wan",
     "WanImageToVideoPipeline": "pipelines.families.wan_image:WanFromImage",
     "LTXPipeline": "pipelines.families.ltx:LTX",

@@ -190,7 +190,8 @@ class AdapterConfig(StrictModel):
     alpha: float | None = Field(None, gt=0, le=1e6)
     """the LoRA scale times the rank; null: equal to the rank"""
     targets: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
-    """names of layers with LoRA matrices; null: attention projections, or all linear layers of a language model"""
+    """names of layers with LoRA matrices, or of a family's groups (AnimateDiff: motion, image); null: attention
+    projections, or all linear layers of a language model"""
     init: Literal["gaussian", "kaiming"] | None = None
     """how A starts (B is 0): gaussian, with a standard deviation of 1/rank, as in published scripts for image models;
     kaiming, uniform within 1/sqrt(inputs), peft's default, as in those for language models; null: by the kind"""

@@ -18,7 +18,7 @@ class VideoConfig(StrictModel):
     width: Count | None = None
     """of a frame, in pixels"""
     frames: Count | None = None
-    """of a video; most families take 4k + 1 of them, LTX-Video 8k + 1"""
+    """of a video; most families take 4k + 1 of them, LTX-Video and CogVideoX 8k + 1"""
     fps: Positive | None = None
     """frames a second: how fast videos play, and what LTX-Video's network makes of time"""
 

@@ -70,6 +70,11 @@ def _check_modality(config: RunConfig, family: type[Generator]) -> None:
             f"model {config.model} makes videos ('{family.family}'); give a section video, such as video:"
             " {frames: 33, height: 240, width: 416}, or video: {} for its own geometry"
         )
+    if family.modality == "video" and not methods.get(config.method_name).needs.video:
+        raise UserError(
+            f"method.name '{config.method_name}' does not train video models, and {config.model} is one"
+            f" ('{family.family}'); choose another method or model"
+        )
     if family.modality != "video" and config.video is not None:
         raise UserError(
             f"video: is for video models, and {config.model} makes images ('{family.family}'); remove the section"

@@ -46,9 +46,10 @@ class Latent(Generator):
         return component_config(self.root, "vae")
 
     @property
-    @abstractmethod
     def vae_factor(self) -> int:
         """How many pixels a side one latent covers."""
+        channels = self._vae_config.get("block_out_channels") or self._vae_config["encoder_block_out_channels"]
+        return int(2 ** (len(channels) - 1))
 
     @property
     def latent_channels(self) -> int:

@@ -12,12 +12,6 @@ class LatentImage(Latent):
     """An image generator over the latents of `AutoencoderKL` or `AutoencoderTiny`."""
 
     @property
-    def vae_factor(self) -> int:
-        """How many pixels a side one latent covers."""
-        channels = self._vae_config.get("block_out_channels") or self._vae_config["encoder_block_out_channels"]
-        return int(2 ** (len(channels) - 1))
-
-    @property
     def image_size(self) -> int:
         """The image side in pixels, by default the model's own."""
         return int(self.latent_shape[1]) * self.vae_factor

@@ -6,6 +6,7 @@ family. A causal video autoencoder makes one latent frame of the first frame and
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,10 +29,6 @@ class LatentVideo(Latent):
     """
 
     modality = "video"
-    default_video: ClassVar[VideoOptions]
-    """The geometry that the family's own pipeline has by default."""
-    most_frames: ClassVar[int | None] = None
-    """The longest video that the network has positions for; None: no limit."""
     decode_context: ClassVar[int] = 1
     """How many latent frames before a chosen one `decode_frames` gives to the autoencoder."""
 
@@ -54,9 +51,24 @@ class LatentVideo(Latent):
         super().__init__(root, index, name_or_path=name_or_path, **options)
 
     @property
+    @abstractmethod
+    def default_video(self) -> VideoOptions:
+        """The geometry that the family's own pipeline has by default."""
+
+    @property
+    def most_frames(self) -> int | None:
+        """The longest video that the network has positions for; None: no limit."""
+        return None
+
+    @property
     def frame_step(self) -> int:
         """How many frames each latent frame but the first stands for."""
         return 1
+
+    @property
+    def frame_multiple(self) -> int:
+        """What the numbers of frames after the first are multiples of."""
+        return self.frame_step
 
     @property
     def fps(self) -> int | float:
@@ -93,13 +105,15 @@ class LatentVideo(Latent):
 
     def check_frames(self, frames: int) -> None:
         """Raise `PipelineError`, with the nearest number that would do, for a video the model cannot take."""
-        step, limit = self.frame_step, self.most_frames
+        step, limit = self.frame_multiple, self.most_frames
         nearest = max(0, round((frames - 1) / step)) * step + 1
         if limit is not None:
             nearest = min(nearest, (limit - 1) // step * step + 1)
         if nearest != frames:
-            rule = f"{step}k + 1" + ("" if limit is None else f", at most {limit},")
-            raise PipelineError(f"'{self.family}' takes videos of {rule} frames, not {frames}; nearest: {nearest}.")
+            rule = [*([] if step == 1 else [f"{step}k + 1"]), *([] if limit is None else [f"at most {limit}"])]
+            raise PipelineError(
+                f"'{self.family}' takes videos of {', '.join(rule)} frames, not {frames}; nearest: {nearest}."
+            )
 
     def _check_media(self, media: Tensor) -> None:
         if media.ndim != 5 or media.shape[2] != 3:
@@ -136,7 +150,10 @@ class LatentVideo(Latent):
         frames; activations are computed again in the backward pass. With a causal decoder (Wan's) latent frames up to
         `decode_context` are exact; for the others the decoder does not see the rest of the video.
         """
-        if not frames or not all(0 <= frame < latents.shape[2] for frame in frames):
-            raise PipelineError(f"latent frames must lie in 0..{latents.shape[2] - 1}, got {list(frames)}.")
+        self._check_chosen(latents, frames)
         windows = [latents[:, :, max(0, frame - self.decode_context) : frame + 1] for frame in frames]
         return torch.stack([self.decode_checkpointed(window)[:, -1] for window in windows], dim=1)
+
+    def _check_chosen(self, latents: Tensor, frames: Sequence[int]) -> None:
+        if not frames or not all(0 <= frame < latents.shape[2] for frame in frames):
+            raise PipelineError(f"latent frames must lie in 0..{latents.shape[2] - 1}, got {list(frames)}.")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import build_tiny_sd
+from tiny_motion import build_tiny_animatediff, build_tiny_cogvideox
 from tiny_runs import BRIGHTNESS, losses, online_config
 from tiny_videos import GEOMETRY, build_tiny_ltx, build_tiny_wan
 
@@ -142,3 +143,39 @@ def test_methods_say_what_they_trained(wan: str, tmp_path: Path) -> None:
     card = (tmp_path / "run" / "README.md").read_text()
     assert "pipeline_tag: text-to-video" in card and "num_frames" in card
     assert json.loads((tmp_path / "run" / "mmalign.json").read_text())["family"] == "wan"
+
+
+def test_animatediff_trains_from_the_recipe_to_a_plain_pipeline(tmp_path: Path) -> None:
+    """Motion modules alone are adapted; what the run exports is read by diffusers."""
+    from diffusers import AnimateDiffPipeline
+
+    model, video = build_tiny_animatediff(tmp_path / "model", "flow_prediction"), {"frames": 3}
+    adapter = {"kind": "lora", "rank": 2, "targets": ["motion"]}
+    given = {"video": video, "steps": 2, "rewards": [{"name": MOTION}], "adapter": adapter}
+    output = train(online_config(model, tmp_path / "run", {"name": "nft", **METHODS["nft"]}, **given))
+    trained = load_generator(str(output), device="cpu", video=VideoOptions(**video))
+    changed = [one for one in trained.trainable_parameters() if bool(one.abs().max() > 0)]
+    assert trained.family == "animatediff" and changed
+    pipe = AnimateDiffPipeline.from_pretrained(model)
+    pipe.load_lora_weights(output, weight_name="pytorch_lora_weights.safetensors")
+    names = [name for name, _ in pipe.unet.named_parameters() if ".lora_A." in name]
+    assert names and all(".motion_modules." in name for name in names)
+
+
+def test_cogvideox_trains_whole_on_its_own_videos(tmp_path: Path) -> None:
+    from diffusers import CogVideoXPipeline
+
+    model = build_tiny_cogvideox(tmp_path / "model", "1.5")
+    given = {"video": {"frames": 9}, "steps": 1, "rewards": [{"name": MOTION}], "adapter": {"kind": "full"}}
+    output = train(online_config(model, tmp_path / "run", {"name": "nft", **METHODS["nft"]}, **given))
+    before, after = (CogVideoXPipeline.from_pretrained(path).transformer for path in (model, output))
+    moved = [bool((one != other).any()) for one, other in zip(before.parameters(), after.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2
+
+
+def test_a_reward_on_latents_of_images_is_refused_for_videos(tmp_path: Path) -> None:
+    model = build_tiny_animatediff(tmp_path / "model")
+    given = {"video": {"frames": 3}, "rewards": [{"name": MOTION}]}
+    method = {"name": "lpo", "latent_reward": str(tmp_path / "reward")}
+    with pytest.raises(UserError, match=r"'lpo' does not train video models, and .* \('animatediff'\)"):
+        train(online_config(model, tmp_path / "run", method, **given))
