@@ -308,6 +308,8 @@ def _describe(path: KeyPath, alternatives: list[ErrorDetails], schema: type[Base
         holder = schema_at(schema, path[:-1])
         if new := new_names(holder).get(str(path[-1])):
             return f"is the old name of {new}, which is given too; remove it"
+        if reason := getattr(holder, "refused", {}).get(path[-1]):
+            return str(reason)
         known = list(holder.model_fields) if holder else []
         return f"unknown key{did_you_mean(str(path[-1]), known)} (known: {', '.join(known)})"
     if first["type"] == "missing" and isinstance(path[-1], int):
