@@ -23,7 +23,7 @@ PROCESSORS = {
 """Kernel -> the processors that run it, of UNets and of SD3."""
 DISPATCHED = (
     *("FluxAttnProcessor", "ZSingleStreamAttnProcessor", "QwenDoubleStreamAttnProcessor2_0"),
-    *("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
+    *("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor", "WanAttnProcessor", "LTXVideoAttnProcessor"),
 )
 """Processors that run any kernel, by the name that they carry."""
 BACKENDS = {None: "sdpa", "native": "sdpa", "xformers": "xformers"}

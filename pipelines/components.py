@@ -39,10 +39,16 @@ VARIANTS = ("fp16", "bf16", "non_ema")
 
 CLASSES = {
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLQwenImage", "AutoencoderKLFlux2"),
-    "transformer": tuple(f"{kind}Transformer2DModel" for kind in ("SD3", "Flux", "ZImage", "QwenImage", "Flux2")),
+    "vae": (
+        *("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLQwenImage", "AutoencoderKLFlux2"),
+        *("AutoencoderKLWan", "AutoencoderKLLTXVideo"),
+    ),
+    "transformer": (
+        *(f"{kind}Transformer2DModel" for kind in ("SD3", "Flux", "ZImage", "QwenImage", "Flux2")),
+        *("WanTransformer3DModel", "LTXVideoTransformer3DModel"),
+    ),
     "text_encoder": (
-        *("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"),
+        *("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel"),
         *("Qwen3Model", "Qwen3ForCausalLM", "Qwen2_5_VLForConditionalGeneration"),
     ),
     "tokenizer": tuple(f"{kind}Tokenizer{fast}" for kind in ("CLIP", "T5", "Qwen2") for fast in ("", "Fast")),

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Shaped
@@ -50,6 +50,7 @@ class Generator(ABC):
     """
 
     family: ClassVar[str]
+    modality: ClassVar[Literal["image", "video"]] = "image"
     network_name: ClassVar[str]
     vae_names: ClassVar[tuple[str, ...]] = ("vae",)
     text_names: tuple[str, ...]
@@ -95,6 +96,16 @@ class Generator(ABC):
     @abstractmethod
     def image_size(self) -> int:
         """The model's own image side in pixels."""
+
+    @property
+    def media_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's media: an image's (3, height, width), a video's (frames, 3, height, width)."""
+        return 3, self.image_size, self.image_size
+
+    @property
+    def fps(self) -> int | float | None:
+        """Frames a second of the videos; None for images."""
+        return None
 
     def schedule(self, steps: int, latent_shape: Sequence[int] | None = None) -> Schedule:
         """Return the levels of a sampling run, for latents of a shape (default: `latent_shape`)."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from pipelines.components import component_config
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
-from pipelines.families.latent_image import LatentImage, single
+from pipelines.families.latent import single
+from pipelines.families.latent_image import LatentImage
 from pipelines.noise import FlowProcess
 
 UNET_STRUCTURE = frozenset(
