@@ -157,7 +157,9 @@ def _check_source(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
         yield ConfigIssue(
             ("data", given[0]), f"method '{name}' learns from {needed}, not from {given[0]}; give {keys} instead"
         )
-    for key in ("min_margin", "columns", "default_prompt", "streaming") if given == ["prompts"] else ():
+    if method and not getattr(method, "weighs_pairs", False) and data.get("rarity") is not None:
+        yield ConfigIssue(("data", "rarity"), f"method '{name}' takes no weights of pairs; remove it")
+    for key in ("min_margin", "columns", "default_prompt", "streaming", "axis") if given == ["prompts"] else ():
         if data.get(key) not in (None, False):
             yield ConfigIssue(("data", key), "applies to pairs only, and data.prompts holds none; remove it")
 
@@ -167,7 +169,7 @@ _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
     True: {
         "data": (
             *("ties", "resolution", "crop", "flip", "caption_dropout"),
-            *("columns", "default_prompt", "streaming"),
+            *("columns", "default_prompt", "streaming", "axis", "rarity"),
         ),
         "evaluate": ("prompts", "rewards", "steps", "guidance"),
     },

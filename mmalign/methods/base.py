@@ -142,6 +142,8 @@ class Method(ABC, Generic[ConfigT]):
     """Optimiser steps on the result of one `collect`."""
     rounds_vary: bool = False
     """Whether the samples decide how many optimiser steps a round has; `updates_per_round` is then the least."""
+    weighs_pairs: ClassVar[bool] = False
+    """Whether the loss takes the weights of pairs, and compares labelled segments of videos apart."""
     stages: Sequence[int] = ()
     """Difficulties of pairs that are trained on one after another; each stage starts where the previous one ended."""
 

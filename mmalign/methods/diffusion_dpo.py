@@ -1,6 +1,7 @@
 """Diffusion-DPO on pairs of images (arXiv 2311.12908); the objective itself is `mmalign.losses.diffusion_dpo`.
 
-Chosen and rejected share the noise, the timestep and the prompt (`mmalign.methods.noising`).
+Chosen and rejected share the noise, the timestep and the prompt (`mmalign.methods.noising`). Pairs of videos may have
+labelled segments, each of which is then compared by itself (DenseDPO), and any pair may have a weight (VideoDPO).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mmalign.losses import denoising_error, diffusion_dpo, diffusion_dpo_logit
+from mmalign.losses import denoising_error, diffusion_dpo, diffusion_dpo_logit, segment_dpo
 from mmalign.methods.auto_beta import AutoBeta
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, PairLossConfig, TimestepRange
 from mmalign.methods.noising import noise_pairs, pair_metrics
@@ -57,6 +58,7 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
     Config = DiffusionDPOConfig
     needs: ClassVar[Needs] = Needs(source="pairs", reference=True)
     images_per_sample = 2
+    weighs_pairs = True
 
     def __init__(self, config: DiffusionDPOConfig) -> None:
         """Start without margins."""
@@ -91,9 +93,13 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
         other = run.reference.predict(noised.x_t, noised.t, noised.cond)
         policy, reference = noised.pair_errors_of(output), noised.pair_errors_of(other)
         beta = self.auto.beta(c.beta) if self.auto else c.beta
-        loss = diffusion_dpo(
-            *policy, *reference, beta=beta, loss_type=c.loss_type, label_smoothing=c.label_smoothing
-        ).mean()
+        options: dict[str, Any] = {"beta": beta, "loss_type": c.loss_type, "label_smoothing": c.label_smoothing}
+        if batch.segments is None:
+            losses = diffusion_dpo(*policy, *reference, **options)
+        else:
+            own, others = (noised.segment_errors_of(one, batch.segments) for one in (output, other))
+            losses = segment_dpo(*own, *others, batch.segments.labels.to(own[0]), **options)
+        loss = losses.mean() if batch.weights is None else (batch.weights * losses).mean()
         if c.sft_weight:
             loss = loss + c.sft_weight * policy[0].mean()
         if c.anchor_weight:
