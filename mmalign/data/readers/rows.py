@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from mmalign.core.errors import UserError
-from mmalign.core.files import is_file
+from mmalign.core.files import exists
 from mmalign.core.io.images import Media
 from mmalign.core.io.parquet import (
     ForwardReader,
@@ -105,7 +105,7 @@ def locate(table: Path, given: str) -> Path:
         folder / "videos" / given,
         *(up / given for up in above),
     ]
-    return next((path for path in candidates if is_file(path)), candidates[0])
+    return next((path for path in candidates if exists(path)), candidates[0])
 
 
 class ParquetRows:
