@@ -168,6 +168,12 @@ class Generator(ABC):
         slices = latents.split(batch_size or len(latents))
         return torch.cat([checkpoint(self.decode, part, use_reentrant=False) for part in slices])
 
+    def decode_frames(
+        self, latents: Float[Tensor, "batch *latent"], frames: Sequence[int]
+    ) -> Float[Tensor, "batch chosen 3 height width"]:
+        """Return one picture a chosen latent frame of videos, activations computed again; see `LatentVideo`."""
+        raise PipelineError(f"'{self.family}' makes images, which have no frames.")
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts, each distinct one once."""

@@ -93,13 +93,15 @@ def load_drawer(
     adapter: AdapterPath | Sequence[AdapterPath] | None = None,
     resolve: Callable[[str], str] = str,
     image_size: int | None = None,
+    video: VideoOptions | None = None,
 ) -> Generator | DiffusersPipeline:
-    """Load what can draw images: a generator as `load_generator` does, or any text-to-image pipeline of diffusers.
+    """Load what can draw: a generator as `load_generator` does, or any text-to-image pipeline of diffusers.
 
-    `image_size` is the side of the images in pixels, by default the model's own. Raises `PipelineError` as
+    `image_size` is the side of images (or frames) in pixels, by default the model's own; `video` is that of
+    `load_generator`, and comes before it. Raises `PipelineError` as
     `load_generator` does, for an adapter on a model outside our families, and for a size that the model cannot draw.
     """
-    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, image_size=image_size)
+    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, None, video, image_size)
 
 
 @explain_loading
@@ -110,6 +112,14 @@ def family_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> 
     """
     name, _ = _base_and_adapters(str(name_or_path), None, resolve)
     return _family(_read(name, INDEX), name)
+
+
+@explain_loading
+def makes_videos(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> bool:
+    """Say whether what `load_drawer` would load makes videos, by its index; no weight is read."""
+    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
+    found = _kind(_read(name, INDEX), name)
+    return getattr(found, "modality", "image") == "video"
 
 
 @explain_loading
@@ -188,6 +198,11 @@ def _load(
         "dtype": torch_dtype,
         "device": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
     }
+    if video is not None and getattr(found, "modality", "image") != "video":
+        raise PipelineError(
+            f"{name} is a {index['_class_name']}, which makes images and has no video options (height, width,"
+            " frames, fps); remove them."
+        )
     if found is DiffusersPipeline:
         if adapters:
             raise PipelineError(
@@ -195,8 +210,8 @@ def _load(
                 " with diffusers: pipe.load_lora_weights(A); pipe.fuse_lora(); pipe.save_pretrained(DIR)."
             )
         return DiffusersPipeline(root, index, **options, image_size=image_size)
-    if image_size is not None and found.modality == "video":
-        options["video"] = VideoOptions(image_size, image_size)
+    if found.modality == "video":
+        options["video"] = (video or VideoOptions()).filled(VideoOptions(image_size, image_size))
     elif image_size is not None:
         options |= {"flow": FlowOptions(image_size)} if found.is_flow else {"image_size": image_size}
     if flow is not None:
@@ -206,13 +221,6 @@ def _load(
                 " density of training levels); remove them."
             )
         options["flow"] = flow
-    if video is not None:
-        if found.modality != "video":
-            raise PipelineError(
-                f"{name} is a {index['_class_name']}, which makes images and has no video options (height, width,"
-                " frames, fps); remove them."
-            )
-        options["video"] = video
     generator: Generator = found(root, index, **options, attention=attention)
     if adapters:
         generator.load_adapter(*adapters)
