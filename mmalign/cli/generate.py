@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     videos.add_argument("--fps", type=_rate, metavar="N", help="frames a second (default for all: the model's own)")
     for side in ("height", "width"):
         videos.add_argument(f"--{side}", type=positive, metavar="N", help=f"{side} of a frame in pixels")
+    second = "guidance of the expert for low noise, in a model of two (Wan 2.2 A14B; default: as --guidance)"
+    videos.add_argument("--low-noise-guidance", type=float, metavar="S", help=second)
     parser.add_argument(
         "--grid", action="store_true", help="also write grid.png with a row for each prompt and a column for each seed"
     )
@@ -131,7 +133,7 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
     """
     from mmalign.api.generate import Sampling
 
-    given = {field.name: getattr(args, field.name) for field in fields(Sampling) if field.name != "video"}
+    given = {field.name: getattr(args, field.name) for field in fields(Sampling) if hasattr(args, field.name)}
     sampling = Sampling(**given, video=_video_options(args))
     sampling.check(lambda name: f"--{name.replace('_', '-')}")
     check_output(args.out)
@@ -173,8 +175,12 @@ def _complete(args: argparse.Namespace, sampling: Sampling, prompts: list[Prompt
 def _settings(sampling: Sampling) -> dict[str, Any]:
     names = ("steps", "guidance", "eta", "solver", "precision", "adapter_scale", "image_size")
     model, identity = sampling.identity()
-    video = {} if sampling.video is None else {"video": sampling.video.sampling}
-    return {"model": model, "fingerprint": identity, **{name: getattr(sampling, name) for name in names}, **video}
+    chosen = {name: getattr(sampling, name) for name in names}
+    if sampling.video is not None:
+        chosen["video"] = sampling.video.sampling
+    if sampling.low_noise_guidance is not None:
+        chosen["low_noise_guidance"] = sampling.low_noise_guidance
+    return {"model": model, "fingerprint": identity, **chosen}
 
 
 def _draw(sampling: Sampling, batch_size: int, folder: _Folder, missing: dict[int, list[int]], total: int) -> None:
