@@ -1,6 +1,6 @@
 """A reference that moves: every so many steps it becomes the moving average of the policy's weights (RealDPO).
 
-Source: Guo et al., "RealDPO: Real or Not Real, that is the Preference" (arXiv 2510.14955) and the authors' code
+Source: Cheng et al., "RealDPO: Real or Not Real, that is the Preference" (arXiv 2510.14955) and the authors' code
 (Vchitect/RealDPO): decay 0.999, every 100 steps.
 """
 
