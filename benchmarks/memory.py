@@ -119,10 +119,10 @@ def peak_of_step(
     generator.add_adapter(RANK)
     generator.load_encoders()
     _step(generator, 1, 1, checkpoint)
-    before = _start_peak(generator.device)
+    before = start_peak(generator.device)
     started = time.perf_counter()
     _step(generator, steps, batch, checkpoint)
-    return {"peak": _peak(generator.device) - before, "seconds": time.perf_counter() - started}
+    return {"peak": peak_since(generator.device) - before, "seconds": time.perf_counter() - started}
 
 
 def _step(generator: Generator, steps: int, batch: int, checkpoint: bool) -> None:
@@ -143,7 +143,7 @@ def _step(generator: Generator, steps: int, batch: int, checkpoint: bool) -> Non
     generator.network.zero_grad()
 
 
-def _start_peak(device: torch.device) -> int:
+def start_peak(device: torch.device) -> int:
     """Set the peak to what is in use now, and return that in bytes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -153,7 +153,8 @@ def _start_peak(device: torch.device) -> int:
     return _status("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def peak_since(device: torch.device) -> int:
+    """Return the peak in bytes since `start_peak`."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 

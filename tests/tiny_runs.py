@@ -127,15 +127,14 @@ class BreaksAtStepThree(SFT):
 class ExactReference(Reference):
     """The reference in the network's own precision."""
 
-    def predict(self, x_t: Any, t: Any, cond: Any) -> Tensor:
-        with self.active():
-            return self.generator.predict(x_t, t, cond)
+    def _predict(self, x_t: Any, t: Any, cond: Any) -> Tensor:
+        return self.generator.predict(x_t, t, cond)
 
 
 class ExactRun(Run):
     """A run in the network's own precision, for finite differences in float64."""
 
-    def predict(self, x_t: Any, t: Any, cond: Any) -> Tensor:
+    def _predict(self, x_t: Any, t: Any, cond: Any) -> Tensor:
         return self.generator.predict(x_t, t, cond)
 
 

@@ -162,3 +162,17 @@ def build_tiny_ltx(path: str | Path, *, conditioned: bool = False, seed: int = 0
         )
         pipe.save_pretrained(path, safe_serialization=True)
     return str(path)
+
+
+def write_clip(
+    path: Path, frames: int = 9, fps: float = 8.0, size: tuple[int, int] = (16, 16), level: int = 0, seed: int = 0
+) -> Path:
+    """Write an MP4 of random grey blocks, brighter by `level` of 255; its frames are (height, width) = `size`."""
+    from mmalign.core.io.video_files import write_video
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(level, 256, (frames, 1, 2, 2), generator=source).float()
+    video = torch.nn.functional.interpolate(coarse, size).expand(-1, 3, -1, -1)
+    write_video(path, video.to(torch.uint8), fps)
+    return path

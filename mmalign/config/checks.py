@@ -162,7 +162,9 @@ def _check_source(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
         yield ConfigIssue(
             ("data", given[0]), f"method '{name}' learns from {needed}, not from {given[0]}; give {keys} instead"
         )
-    for key in ("min_margin", "columns", "default_prompt", "streaming") if given == ["prompts"] else ():
+    if method and not getattr(method, "weighs_pairs", False) and data.get("rarity") is not None:
+        yield ConfigIssue(("data", "rarity"), f"method '{name}' takes no weights of pairs; remove it")
+    for key in ("min_margin", "columns", "default_prompt", "streaming", "axis") if given == ["prompts"] else ():
         if data.get(key) not in (None, False):
             yield ConfigIssue(("data", key), "applies to pairs only, and data.prompts holds none; remove it")
 
@@ -172,7 +174,7 @@ _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
     True: {
         "data": (
             *("ties", "resolution", "crop", "flip", "caption_dropout"),
-            *("columns", "default_prompt", "streaming"),
+            *("columns", "default_prompt", "streaming", "axis", "rarity"),
         ),
         "evaluate": ("prompts", "rewards", "steps", "guidance", "frames"),
     },
@@ -330,6 +332,8 @@ def _describe(path: KeyPath, alternatives: list[ErrorDetails], schema: type[Base
         holder = schema_at(schema, path[:-1])
         if new := new_names(holder).get(str(path[-1])):
             return f"is the old name of {new}, which is given too; remove it"
+        if reason := getattr(holder, "refused", {}).get(path[-1]):
+            return str(reason)
         known = list(holder.model_fields) if holder else []
         return f"unknown key{did_you_mean(str(path[-1]), known)} (known: {', '.join(known)})"
     if first["type"] == "missing" and isinstance(path[-1], int):

@@ -130,10 +130,15 @@ class DataConfig(StrictModel):
     """prompt of images in folders and tars that have none of their own; null: that is an error"""
     streaming: bool = False
     """read a data set of the hub over the network as it is needed, without downloading it first"""
+    axis: str | None = None
+    """which of several judgements counts: VQ, MQ, TA or Overall of VideoAlign, or a rating of VideoFeedback such as
+    'dynamic degree' (null: the mean of all)"""
     ties: Literal["drop", "keep"] = "drop"
     """pairs without a winner: dropped and counted, or kept"""
     min_margin: float | None = Field(None, ge=0)
     """drop pairs whose scores differ by less than this"""
+    rarity: float | None = Field(None, ge=0)
+    """exponent by which pairs of rare scores weigh more, 0.72 in VideoDPO (`mmalign.data.rarity`); null: all alike"""
     limit: Count | None = None
     """read no more than this many"""
     resolution: int | None = Field(None, ge=8, le=16_384, multiple_of=8)
@@ -176,7 +181,7 @@ class DataConfig(StrictModel):
     def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # The record of a training leaves out keys that it does not use: those of videos, those of unusual sources.
         idle: dict[str, Any] = {"frames": None, "fps": None, "on_bad": "error"}
-        idle |= {"columns": None, "default_prompt": None, "streaming": False}
+        idle |= {"columns": None, "default_prompt": None, "streaming": False, "axis": None, "rarity": None}
         return {key: value for key, value in write(self).items() if key not in idle or value != idle[key]}
 
 

@@ -18,7 +18,7 @@ class Cost:
     images_seen
         Images that went through the denoiser, forward or backward: each direction counts one, a guided call two for
         each image. For a vision-language model: answers that it scored, forward or backward. What gradient
-        checkpointing computes again does not count, because it depends on memory and not on the method.
+        checkpointing and `two_pass` compute again does not count, because it depends on memory and not on the method.
     images_sampled, reward_calls
         Images sampled, and images scored (an image scored by two rewards counts two).
     seconds
@@ -49,6 +49,16 @@ class Cost:
             yield
         finally:
             self._since = time.monotonic() if running else None
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Count no images inside the context, which computes again what was counted; the clock runs."""
+        before = self.counts()
+        try:
+            yield
+        finally:
+            for name in COUNTERS:
+                setattr(self, name, int(before[name]))
 
     def watch(self, network: nn.Module) -> None:
         """Count the images that go through a network from now on."""

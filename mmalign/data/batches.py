@@ -14,6 +14,30 @@ from pipelines.conditioning import Conditioning
 from pipelines.vlm.batch import VlmSample
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Parts of pairs of videos: `shares[pair, segment]` are the shares of the latent frames in the segment's mean.
+
+    A segment's label is 1 where the chosen video is better in it, -1 where the rejected one is. It is 0 where neither
+    is, or where a pair has fewer segments than others.
+    """
+
+    labels: Float[Tensor, "batch segments"]
+    shares: Float[Tensor, "batch segments frames"]
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Return both tensors."""
+        return self.labels, self.shares
+
+    def select(self, rows: Int[Tensor, " rows"]) -> Segments:
+        """Return the segments of some pairs."""
+        return Segments(self.labels[rows], self.shares[rows])
+
+    def to(self, device: torch.device | str) -> Segments:
+        """Return the segments on another device."""
+        return Segments(self.labels.to(device), self.shares.to(device))
+
+
 @dataclass
 class PairBatch:
     """A batch of preference pairs, encoded: both sides of a pair share the prompt, the id and so every random draw."""
@@ -25,6 +49,10 @@ class PairBatch:
     epoch: int = 0
     margins: Float[Tensor, " batch"] | None = None
     """Score of chosen minus score of rejected, NaN for a pair without scores; None if no pair of the data has any."""
+    weights: Float[Tensor, " batch"] | None = None
+    """Weight of each pair in the loss; None: 1."""
+    segments: Segments | None = None
+    """The parts of each pair of videos that were labelled apart; None if no pair of the data has any."""
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -38,6 +66,8 @@ class PairBatch:
             rejected=self.rejected.to(device),
             cond=self.cond.to(device=device),
             margins=None if self.margins is None else self.margins.to(device),
+            weights=None if self.weights is None else self.weights.to(device),
+            segments=None if self.segments is None else self.segments.to(device),
         )
 
 

@@ -7,6 +7,7 @@ rows each: chosen is good, rejected is bad.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class LabelRecord:
     id: str
     good: bool
     rejected_prompt: str | None = None
+    fps: tuple[float, ...] = (math.nan,)
+    """frames a second of a video, as the source states them"""
 
 
 class _Row(NamedTuple):
@@ -57,6 +60,10 @@ class _Labels(Protocol):
 
     def image(self, row: int) -> Media:
         """Return the image of a row; rising row numbers are the cheap order."""
+        ...
+
+    def fps(self, row: int) -> float:
+        """Return the frames a second that the source states of a row's video, NaN where it states none."""
         ...
 
 
@@ -102,6 +109,7 @@ class LabelTable:
             id=self.ids[index],
             good=bool(self._good[index]),
             rejected_prompt=None if rejected < 0 else self.prompts[rejected],
+            fps=(self._source.fps(self._row_of[index]),),
         )
 
     @property
@@ -163,7 +171,7 @@ class _Columns:
     def __init__(self, found: Sequence[str], caption: str, source: str) -> None:
         self.source = source
         self.caption = choose_caption_column(found, caption, source)
-        image = column(found, ("jpg", *file_columns("image")))
+        image = column(found, ("jpg", *file_columns("image"), *file_columns("video")))
         if image is None:
             raise missing_columns(source, ["image"], found)
         self.image = image
@@ -206,6 +214,9 @@ class _TableLabels:
         cell = self._cells(row).get(self._columns.image)
         return as_media(cell, self._table.path.parent, f"{self.name}: row {row}, {self._columns.image}")
 
+    def fps(self, row: int) -> float:
+        return math.nan
+
 
 def _pair_labels(source: str, config: DataConfig, good_only: bool) -> _PairLabels:
     if config.ties == "keep":
@@ -233,3 +244,8 @@ class _PairLabels:
             return self._table[row].chosen
         record = self._table[row // 2]
         return record.rejected if row % 2 else record.chosen
+
+    def fps(self, row: int) -> float:
+        if self._chosen_only:
+            return self._table.clip(row).fps[0]
+        return self._table.clip(row // 2).fps[row % 2]

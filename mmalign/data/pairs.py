@@ -17,8 +17,9 @@ from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.hashing import uniform
 from mmalign.core.io.images import Media
+from mmalign.data.rarity import rarity_weights
 from mmalign.data.readers.opening import open_source
-from mmalign.data.readers.source import Candidate, PairSource, check_unique
+from mmalign.data.readers.source import NO_FACTS, Candidate, ClipFacts, PairSource, check_unique
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class PairRecord:
 
     `margin` is the score of chosen minus the score of rejected where the source has scores (negative where a noisy
     label contradicts them). A tie that was kept has its sides in random order and `tie` set. `category` is that of the
-    prompt, empty where the source has none.
+    prompt, empty where the source has none. `fps` are the frames a second that the source states of either side, NaN
+    where it states none.
     """
 
     prompt: str
@@ -37,6 +39,7 @@ class PairRecord:
     margin: float | None = None
     tie: bool = False
     category: str = ""
+    fps: tuple[float, float] = NO_FACTS.fps
 
 
 @dataclass
@@ -84,6 +87,8 @@ class PairTable:
         self._margins = array("d")
         self.score_range = (math.inf, -math.inf)
         self._category_of, categories = array("l"), dict[str, int]()
+        self._clips: dict[int, ClipFacts] = {}
+        self._scores, self._rarity = array("d"), config.rarity
         seen: dict[str, int] = {}
         for candidate in source.candidates():
             if self._keep(candidate, config):
@@ -115,7 +120,30 @@ class PairTable:
             margin=None if math.isnan(margin) else margin,
             tie=bool(self._ties[index]),
             category=self._categories[self._category_of[index]],
+            fps=self.clip(index).fps,
         )
+
+    def clip(self, index: int) -> ClipFacts:
+        """Return what the source states of a pair as videos, the chosen side first."""
+        return self._clips.get(index, NO_FACTS)
+
+    @property
+    def weighed(self) -> bool:
+        """Whether any pair has a weight of its own or labelled segments."""
+        own = any(not math.isnan(clip.weight) or clip.segments for clip in self._clips.values())
+        return own or self._rarity is not None
+
+    def weights(self) -> list[float]:
+        """Return the weight of every pair in the loss, NaN where the source has none.
+
+        With `data.rarity` it is multiplied by that of `mmalign.data.rarity.rarity_weights`.
+        """
+        own = [self.clip(index).weight for index in range(len(self))]
+        if self._rarity is None:
+            return own
+        self.require_margins("diffusion_dpo with data.rarity")
+        rare = rarity_weights(self._scores[0::2], self._scores[1::2], self._rarity)
+        return [(1.0 if math.isnan(one) else one) * factor for one, factor in zip(own, rare, strict=True)]
 
     def prompt_index(self, index: int) -> int:
         """Return where the prompt of a pair stands in `prompts`, which holds each prompt once."""
@@ -180,6 +208,9 @@ class PairTable:
         if not math.isnan(margin):
             scores = (candidate.score_0, candidate.score_1)
             self.score_range = (min(self.score_range[0], *scores), max(self.score_range[1], *scores))
+        if candidate.clip != NO_FACTS:
+            self._clips[len(self)] = candidate.clip.swapped() if swapped else candidate.clip
+        self._scores.extend((candidate.score_0, candidate.score_1))
         self.counts.ties_kept += tie
         self._rows.append(candidate.row)
         self._prompt_of.append(seen.setdefault(candidate.prompt, len(seen)))

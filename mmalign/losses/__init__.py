@@ -5,7 +5,7 @@ from mmalign.losses.capo import capo, capo_logit, noise_level_weight
 from mmalign.losses.denoising import denoising_error
 from mmalign.losses.dense_dpo import dense_logit, discounted_probabilities, list_mle
 from mmalign.losses.dgpo import dgpo, moved_enough
-from mmalign.losses.diffusion_dpo import beta_of_margin, diffusion_dpo, diffusion_dpo_logit
+from mmalign.losses.diffusion_dpo import beta_of_margin, diffusion_dpo, diffusion_dpo_logit, segment_dpo
 from mmalign.losses.diffusion_dro import diffusion_dro
 from mmalign.losses.diffusion_kto import diffusion_kto, kto_reference_point
 from mmalign.losses.dpo import beta_of_gap, chosen_anchor, dpo, dpo_logit
@@ -73,6 +73,7 @@ __all__ = [
     "rrpo_logit",
     "runner_up_log_probs",
     "sampled_kl",
+    "segment_dpo",
     "select_by_divergence",
     "sft",
     "smpo",

@@ -57,7 +57,19 @@ class MethodConfig(BaseModel):
     """
 
     renamed: ClassVar[Mapping[str, str]] = {}
+    refused: ClassVar[Mapping[str, str]] = {
+        "two_pass": "not supported: the loss of this method is not computed from one output a sample; remove it"
+    }
+    """Options of other methods that this one cannot have, and why; a declared option is never refused."""
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TwoPassConfig(MethodConfig):
+    """Base of configurations of methods whose loss reaches the policy by `Run.predict` alone."""
+
+    two_pass: bool | None = None
+    """the exact gradient sample by sample, with the activations of one sample in memory and one more forward pass for
+    each (see `mmalign.methods.two_pass`); null: on for videos, off for images"""
 
 
 class PairLossConfig(MethodConfig):
@@ -78,7 +90,7 @@ class PairLossConfig(MethodConfig):
         return self
 
 
-class TimestepRange(MethodConfig):
+class TimestepRange(TwoPassConfig):
     """Base of configurations that train on a part of the noise schedule, `timesteps: [low, high]`; 0 is clean."""
 
     timesteps: tuple[StrictInt, StrictInt] | tuple[float, float] = (0.0, 1.0)
@@ -131,6 +143,8 @@ class Method(ABC, Generic[ConfigT]):
     """Optimiser steps on the result of one `collect`."""
     rounds_vary: bool = False
     """Whether the samples decide how many optimiser steps a round has; `updates_per_round` is then the least."""
+    weighs_pairs: ClassVar[bool] = False
+    """Whether the loss takes the weights of pairs, and compares labelled segments of videos apart."""
     stages: Sequence[int] = ()
     """Difficulties of pairs that are trained on one after another; each stage starts where the previous one ended."""
 

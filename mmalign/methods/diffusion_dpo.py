@@ -1,23 +1,26 @@
 """Diffusion-DPO on pairs of images (arXiv 2311.12908); the objective itself is `mmalign.losses.diffusion_dpo`.
 
-Chosen and rejected share the noise, the timestep and the prompt (`mmalign.methods.noising`).
+Chosen and rejected share the noise, the timestep and the prompt (`mmalign.methods.noising`). Pairs of videos may have
+labelled segments, each of which is then compared by itself (DenseDPO), and any pair may have a weight (VideoDPO).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mmalign.losses import denoising_error, diffusion_dpo, diffusion_dpo_logit
+from mmalign.losses import denoising_error, diffusion_dpo, diffusion_dpo_logit, segment_dpo
 from mmalign.methods.auto_beta import AutoBeta
 from mmalign.methods.base import LossOutput, Method, Needs, PairBatch, PairLossConfig, TimestepRange
-from mmalign.methods.noising import noise_pairs, pair_metrics
+from mmalign.methods.noising import Noised, noise_pairs, pair_metrics
+from mmalign.methods.refreshed_reference import RefreshedReference, RefreshedReferenceConfig
 from mmalign.methods.run import Run
 
 
-class DiffusionDPOConfig(PairLossConfig, TimestepRange):
+class DiffusionDPOConfig(PairLossConfig, TimestepRange, RefreshedReferenceConfig):
     """Configuration of `diffusion_dpo`; conventions as printed in the log: errors are means, the half factor is on."""
 
     beta: float = Field(2000.0, gt=0)
@@ -57,14 +60,29 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
     Config = DiffusionDPOConfig
     needs: ClassVar[Needs] = Needs(source="pairs", reference=True)
     images_per_sample = 2
+    weighs_pairs = True
 
     def __init__(self, config: DiffusionDPOConfig) -> None:
         """Start without margins."""
         super().__init__(config)
         c, (least, most) = config, config.auto_beta_bounds
+        self.refreshed: RefreshedReference | None = None
         self.auto: AutoBeta | None = None
         if c.auto_beta is not None:
             self.auto = AutoBeta(target=c.auto_beta, decay=c.auto_beta_decay, least=least, most=most)
+
+    @property
+    def keeps_reference(self) -> bool:
+        """A reference that follows the policy is kept by the method itself."""
+        return self.config.reference_every is None
+
+    def begin(self, run: Run) -> None:
+        """Start the reference that follows the policy, if there is one."""
+        c = self.config
+        if c.reference_every:
+            self.refreshed = RefreshedReference(
+                run.generator.network, every=c.reference_every, decay=c.reference_decay
+            )
 
     def describe(self) -> str:
         """Return the conventions: the scale of beta, on which the public codes disagree."""
@@ -78,6 +96,8 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
             extras.append(f"anchor_weight={c.anchor_weight:g}")
         if c.auto_beta:
             extras.append(f"beta then set for sigmoid(-z)={c.auto_beta:g}")
+        if c.reference_every:
+            extras.append(f"reference refreshed every {c.reference_every} steps, decay {c.reference_decay:g}")
         if c.discount < 1:
             extras.append(f"timesteps discounted by {c.discount:g} per step of {c.discount_steps}")
         return f"diffusion_dpo: beta={c.beta:g}, mean-reduced, half factor on, {', '.join(extras)}"
@@ -88,12 +108,16 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
         discount = c.discount ** (c.discount_steps / run.process.num_train_timesteps)
         noised = noise_pairs(run, batch, c, discount=discount)
         output = run.predict(noised.x_t, noised.t, noised.cond)
-        other = run.reference.predict(noised.x_t, noised.t, noised.cond)
+        other = self._reference(run, noised)
         policy, reference = noised.pair_errors_of(output), noised.pair_errors_of(other)
         beta = self.auto.beta(c.beta) if self.auto else c.beta
-        loss = diffusion_dpo(
-            *policy, *reference, beta=beta, loss_type=c.loss_type, label_smoothing=c.label_smoothing
-        ).mean()
+        options: dict[str, Any] = {"beta": beta, "loss_type": c.loss_type, "label_smoothing": c.label_smoothing}
+        if batch.segments is None:
+            losses = diffusion_dpo(*policy, *reference, **options)
+        else:
+            own, others = (noised.segment_errors_of(one, batch.segments) for one in (output, other))
+            losses = segment_dpo(*own, *others, batch.segments.labels.to(own[0]), **options)
+        loss = losses.mean() if batch.weights is None else (batch.weights * losses).mean()
         if c.sft_weight:
             loss = loss + c.sft_weight * policy[0].mean()
         if c.anchor_weight:
@@ -108,10 +132,26 @@ class DiffusionDPO(Method[DiffusionDPOConfig]):
             metrics["displacement"] = (policy[0].detach() - reference[0]).mean()
         return LossOutput(loss, metrics)
 
+    def _reference(self, run: Run, noised: Noised) -> Tensor:
+        if self.refreshed:
+            return self.refreshed.predict(run, noised)
+        return run.reference.predict(noised.x_t, noised.t, noised.cond)
+
     def after_update(self, run: Run) -> None:
-        """Let beta follow the margins of the step."""
+        """Let beta follow the margins of the step, and the reference the policy."""
         if self.auto:
             self.auto.step()
+        if self.refreshed:
+            self.refreshed.after_update(run.step)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the reference that follows the policy, if there is one."""
+        return self.refreshed.tensors() if self.refreshed else {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the reference that follows the policy."""
+        if self.refreshed:
+            self.refreshed.load(tensors)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the recent margins, if beta follows them."""

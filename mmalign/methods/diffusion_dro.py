@@ -19,14 +19,14 @@ from torch import Tensor
 
 from mmalign.data.batches import LabelBatch
 from mmalign.losses import denoising_error, diffusion_dro
-from mmalign.methods.base import LossOutput, Method, MethodConfig, Needs
+from mmalign.methods.base import LossOutput, Method, Needs, TwoPassConfig
 from mmalign.methods.run import Run
 from pipelines import sample
 from pipelines.conditioning import Conditioning
 from pipelines.noise import NoiseProcess
 
 
-class DiffusionDROConfig(MethodConfig):
+class DiffusionDROConfig(TwoPassConfig):
     """Configuration of `diffusion_dro`; errors are means over latent dimensions, and there is no beta."""
 
     sampling_steps: int = Field(20, ge=1)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.data.batches import LabelBatch, PairBatch
+from mmalign.data.batches import LabelBatch, PairBatch, Segments
 from mmalign.losses import denoising_error
 from mmalign.methods.base import TimestepRange
 from mmalign.methods.run import Run
@@ -51,6 +51,15 @@ class Noised:
     ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
         """Return the errors of the chosen and of the rejected images, given what a network predicts."""
         chosen, rejected = denoising_error(output, self.target).chunk(2)
+        return chosen, rejected
+
+    def segment_errors_of(
+        self, output: Float[Tensor, "batch *latent"], segments: Segments
+    ) -> tuple[Float[Tensor, "pairs segments"], Float[Tensor, "pairs segments"]]:
+        """Return the errors of the chosen and of the rejected videos in each segment, given a network's output."""
+        frames = output.transpose(1, 2).flatten(0, 1), self.target.transpose(1, 2).flatten(0, 1)
+        errors = denoising_error(*frames).unflatten(0, (len(output), -1))
+        chosen, rejected = torch.einsum("bsf,bf->bs", segments.shares.repeat(2, 1, 1).to(errors), errors).chunk(2)
         return chosen, rejected
 
 

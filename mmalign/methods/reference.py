@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from mmalign.core.precision import Precision, round_frozen
+from mmalign.methods.two_pass import predict_by_sample
 from pipelines.conditioning import Conditioning
 from pipelines.vlm.batch import VlmBatch
 
@@ -50,6 +51,7 @@ class Reference:
             raise ValueError("reference 'adapter' needs a generator with an adapter; use kind 'copy'")
         self.generator = generator
         self.autocast = autocast
+        self.by_sample = False  # whether `predict` takes one sample at a time, as the policy of a run with `two_pass`
         self.frozen = _frozen_copy(generator.network, precision) if kind == "copy" else None
         # Listed once, because walking over all modules at every step is slow for small models.
         layers = [] if self.frozen is not None else generator.network.modules()
@@ -65,8 +67,15 @@ class Reference:
         self, x_t: Float[Tensor, "batch *latent"], t: Shaped[Tensor, " batch"], cond: Conditioning
     ) -> Float[Tensor, "batch *latent"]:
         """Return the reference's output, without a graph, float32."""
-        with self.active(), self.autocast():
-            return self.generator.predict(x_t, t, cond).float()
+        with self.active():
+            return predict_by_sample(self._predict, x_t, t, cond) if self.by_sample else self._predict(x_t, t, cond)
+
+    def _predict(
+        self, x_t: Float[Tensor, "batch *latent"], t: Shaped[Tensor, " batch"], cond: Conditioning
+    ) -> Float[Tensor, "batch *latent"]:
+        with self.autocast():
+            output: Tensor = self.generator.predict(x_t, t, cond)
+            return output.float()
 
     def log_probs(self, batch: VlmBatch) -> TokenValues:
         """Return the result of `Run.log_probs` for the reference, without a graph."""

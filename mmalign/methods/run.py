@@ -15,6 +15,7 @@ from mmalign.core.errors import TrainingDiverged
 from mmalign.core.seeds import derive_seed
 from mmalign.data.batches import LabelBatch, PairBatch
 from mmalign.methods.reference import Reference, TokenValues
+from mmalign.methods.two_pass import predict_by_sample
 from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.live import LiveRewards
 from pipelines import Generator, NoiseProcess, VisionLanguageModel, seeded_noise
@@ -46,8 +47,12 @@ class BaseRun(Generic[ModelT]):
         autocast: Autocast = nullcontext,
         kept: Collection[str] = (),
         samples: Any = (),
+        two_pass: bool = False,
     ) -> None:
-        """Bring the parts together; `autocast` makes the context in which the network is called."""
+        """Bring the parts together; `autocast` makes the context in which the network is called.
+
+        With `two_pass` an image generator predicts sample by sample; see `mmalign.methods.two_pass`.
+        """
         self.model = model
         self.samples = samples
         self.seed = seed
@@ -59,6 +64,9 @@ class BaseRun(Generic[ModelT]):
         self.shown: tuple[Tensor, list[str]] | None = None
         self.viewers: list[Callable[[Tensor, list[str]], None]] = []
         self._reference = reference
+        self.two_pass = two_pass
+        if reference is not None:
+            reference.by_sample = two_pass
 
     @property
     def generator(self) -> ModelT:
@@ -107,6 +115,13 @@ class Run(BaseRun[Generator]):
         self, x_t: Float[Tensor, "batch *latent"], t: Shaped[Tensor, " batch"], cond: Conditioning
     ) -> Float[Tensor, "batch *latent"]:
         """Return the policy's output, with its graph, in the run's precision; the result is float32."""
+        if self.two_pass:
+            return predict_by_sample(self._predict, x_t, t, cond, self.cost.repeated)
+        return self._predict(x_t, t, cond)
+
+    def _predict(
+        self, x_t: Float[Tensor, "batch *latent"], t: Shaped[Tensor, " batch"], cond: Conditioning
+    ) -> Float[Tensor, "batch *latent"]:
         # Autocast ends with each call: its cache of cast weights must not outlive a reference call, whose casts have
         # no graph.
         with self.autocast():

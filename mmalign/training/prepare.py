@@ -116,6 +116,7 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
         autocast=cast,
         kept=kept,
         samples=samples,
+        two_pass=in_two_passes(method, model),
     )
     for module in task.counted(model, reference):
         run.cost.watch(module)
@@ -131,6 +132,12 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
         device=accelerator.device,
     )
     return Prepared(task, method, run, sampler, evaluator, content, model_id)
+
+
+def in_two_passes(method: Method[Any], model: Any) -> bool:
+    """Tell whether a method predicts sample by sample: as its option `two_pass` says, by default for videos."""
+    chosen: bool | None = getattr(method.config, "two_pass", False)
+    return getattr(model, "modality", "image") == "video" if chosen is None else chosen
 
 
 def load_rewards(config: RunConfig, device: Any) -> list[WeightedReward]:

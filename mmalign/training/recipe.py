@@ -53,6 +53,7 @@ def recipe(config: RunConfig, data: str, model: str, world_size: int) -> dict[st
         mode="json", exclude={"output", "evaluate", "monitors", "attention", "rounds", "allow_distilled"}
     )
     values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_OF_DATA}
+    values["method"].pop("two_pass", None)
     trainer = values["trainer"]
     for key in ("budget", "log_every", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"):
         del trainer[key]

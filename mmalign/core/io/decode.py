@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageSequence, features
@@ -37,6 +37,14 @@ VIDEO_SUFFIXES = CONTAINER_SUFFIXES | {".gif"}
 SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
 MAX_VIDEO_PIXELS = 2 << 30
 """Frames times width times height beyond which a video is refused unless `frames` or `fps` thin it out."""
+
+
+class Chooser(Protocol):
+    """A rule for which frames of a video are taken."""
+
+    def choose(self, total: int, rate: float | None) -> list[int]:
+        """Return the numbers of the frames taken, rising, of `total` at `rate` frames a second (None: unknown)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def decode(media: bytes | Path | Slice, modality: str, frames: Frames = ALL_FRAM
 
 
 def decode_video(
-    data: bytes | Path, frames: Frames = ALL_FRAMES, rate: float | None = None
+    data: bytes | Path, frames: Chooser = ALL_FRAMES, rate: float | None = None
 ) -> tuple[Tensor, float | None]:
     """Return the selected frames of a video, as `decode` does, and their rate (frames a second).
 
@@ -103,7 +111,7 @@ def _thinned(rate: float | None, taken: list[int]) -> float | None:
     return rate if rate is None or len(taken) < 2 else rate * (len(taken) - 1) / (taken[-1] - taken[0])
 
 
-def _from_folder(folder: Path, frames: Frames, rate: float | None) -> tuple[Tensor, float | None]:
+def _from_folder(folder: Path, frames: Chooser, rate: float | None) -> tuple[Tensor, float | None]:
     files = [path for path in visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise UserError("the folder holds no frames")
@@ -111,7 +119,7 @@ def _from_folder(folder: Path, frames: Frames, rate: float | None) -> tuple[Tens
     return _stack([decode(files[index], "image") for index in wanted]), _thinned(rate, wanted)
 
 
-def _from_animation(animation: Image.Image, frames: Frames, rate: float | None) -> tuple[Tensor, float | None]:
+def _from_animation(animation: Image.Image, frames: Chooser, rate: float | None) -> tuple[Tensor, float | None]:
     total = getattr(animation, "n_frames", 1)
     seconds = sum(frame.info.get("duration", 0) for frame in ImageSequence.Iterator(animation)) / 1000
     rate = rate or (total / seconds if seconds else None)
@@ -124,7 +132,7 @@ def _from_animation(animation: Image.Image, frames: Frames, rate: float | None) 
     return _stack(levels), _thinned(rate, wanted)
 
 
-def _from_container(data: bytes | Path, frames: Frames, rate: float | None) -> tuple[Tensor, float | None]:
+def _from_container(data: bytes | Path, frames: Chooser, rate: float | None) -> tuple[Tensor, float | None]:
     try:
         import av
     except ImportError:

@@ -7,9 +7,12 @@ is stored too, for caption dropout. Afterwards the encoders are not needed any m
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,12 +24,13 @@ from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.files import expand
 from mmalign.core.hashing import content_key, uniform
-from mmalign.core.io.images import Media, image_size, open_image, read_bytes
+from mmalign.core.io.images import Media
 from mmalign.core.progress import note
 from mmalign.core.seeds import derive_seed
-from mmalign.data.batches import PairBatch
+from mmalign.data.batches import PairBatch, Segments
+from mmalign.data.encoded.encoders import MediaEncoder, ReadMedia, make_encoder
+from mmalign.data.encoded.segments import cut_segments
 from mmalign.data.encoded.store import MEMORY_LIMIT, Rows, TensorStore
-from mmalign.data.encoded.transforms import Decision, PairTransform
 from mmalign.data.pairs import PairRecord, PairTable
 from pipelines.conditioning import Conditioning
 
@@ -57,9 +61,12 @@ def build_pair_cache(
     """
     encoded = encode_table(table, pair_sides, generator, data, progress, batch_size, memory_limit)
     margins = torch.tensor(table.margins(), dtype=torch.float32)[encoded["kept"]]
+    weights = torch.tensor(table.weights(), dtype=torch.float32)[encoded["kept"]]
     return CachedPairs(
         **encoded,
         margins=None if bool(margins.isnan().all()) else margins,
+        weights=None if bool(weights.isnan().all()) else weights.nan_to_num(1.0),
+        segments=cut_segments(table, generator, encoded["kept"], encoded.get("rates")),
     )
 
 
@@ -129,35 +136,60 @@ def encode_sides(
     batch_size: int = 16,
     memory_limit: int = MEMORY_LIMIT,
 ) -> dict[str, Any]:
-    """Encode the images alone, as `encode_table` does, and return the fields of `CachedSides`."""
-    transform = PairTransform(data.resolution or generator.image_size, data.crop)
-    flips = (False, True) if data.flip else (False,)
-    images = _ImageEncoder(cache_folder(data), generator, transform, batch_size, flips)
+    """Encode the images or videos alone, as `encode_table` does, and return the fields of `CachedSides`."""
+    encoder = make_encoder(cache_folder(data), generator, data, batch_size)
     slots, kept, faults = array("q"), list[int](), list[str]()
-    for index, name in enumerate(table.ids):
-        decision = transform.decide(name)
+    for index, reads in _read_ahead(table, sides, encoder):
         try:
-            record = table[index]
-            named = [(f"{table.name}: {where}", media) for where, media in sides(record).items()]
-            added = [images.add(media, decision, where) for where, media in named]
+            found = [read() for read in reads]
+            encoder.check(f"{table.name}: pair '{table.ids[index]}'", found)
         except UserError as error:
             if data.on_bad == "error":
                 raise UserError(f"{error}; data.on_bad=skip leaves such records out") from None
             faults.append(str(error))
         else:
             kept.append(index)
-            slots.extend(slot for side in added for slot in side)
+            slots.extend(slot for media in found for slot in encoder.add(media))
         if progress is not None:
             progress(1)
     _report(faults, len(table))
+    if changed := encoder.report(table.name):
+        note(changed)
     return {
         "kept": torch.tensor(kept, dtype=torch.long),
         "ids": [table.ids[index] for index in kept],
-        "latents": images.finish(memory_limit),
-        "latent_keys": images.keys,
-        "slots": torch.tensor(slots, dtype=torch.long).reshape(len(kept), -1, len(images.flips)),
-        "resolution": transform.resolution,
+        "latents": encoder.finish(memory_limit),
+        "latent_keys": encoder.keys,
+        "slots": torch.tensor(slots, dtype=torch.long).reshape(len(kept), -1, len(encoder.flips)),
+        "resolution": data.resolution or generator.image_size,
+        **encoder.fields(),
     }
+
+
+def _read_ahead(
+    table: Table[RecordT], sides: Callable[[RecordT], Mapping[str, Media]], encoder: MediaEncoder
+) -> Iterator[tuple[int, list[Callable[[], ReadMedia]]]]:
+    """Yield the number of each record with what waits for its media, which are read a few records ahead."""
+    window: deque[tuple[int, list[Callable[[], ReadMedia]]]] = deque()
+    for index, name in enumerate(table.ids):
+        decision = encoder.decide(name)
+        try:
+            record = table[index]
+            rates: Sequence[float] = getattr(record, "fps", (math.nan,) * 2)
+            named = [(f"{table.name}: {where}", media) for where, media in sides(record).items()]
+            reads = [
+                encoder.begin(media, decision, where, fps) for (where, media), fps in zip(named, rates, strict=False)
+            ]
+        except UserError as error:
+            reads = [partial(_raise, error)]
+        window.append((index, reads))
+        if len(window) > encoder.ahead:
+            yield window.popleft()
+    yield from window
+
+
+def _raise(error: UserError) -> ReadMedia:
+    raise error
 
 
 def _report(faults: Sequence[str], count: int) -> None:
@@ -190,6 +222,8 @@ class CachedSides:
     latent_keys: list[str]
     slots: Int[Tensor, "samples sides flips"]
     resolution: int
+    rates: Float[Tensor, " samples"] | None = None
+    """Frames a second at which the videos of a sample are taken; None for images."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -247,6 +281,8 @@ class CachedPairs(CachedImages):
     """Encoded pairs; side 0 is chosen, side 1 rejected."""
 
     margins: Float[Tensor, " pairs"] | None
+    weights: Float[Tensor, " pairs"] | None = None
+    segments: Segments | None = None
 
     def batch(self, indices: Sequence[int], epoch: int, seed: int) -> PairBatch:
         """Return these pairs, in this order, on the CPU in float32 (embeddings in the dtype they were encoded in)."""
@@ -258,12 +294,15 @@ class CachedPairs(CachedImages):
             ids=ids,
             epoch=epoch,
             margins=None if self.margins is None else self.margins[rows],
+            weights=None if self.weights is None else self.weights[rows],
+            segments=None if self.segments is None else self.segments.select(rows),
         )
 
     def facts(self, index: int) -> tuple[str | float, ...]:
-        """Return the content of both images and the margin, if the data have any."""
-        margin = () if self.margins is None else (float(self.margins[index]),)
-        return *super().facts(index), *margin
+        """Return the content of both images, and the margin, the weight and the segments, if the data have any."""
+        numbers = [float(each[index]) for each in (self.margins, self.weights) if each is not None]
+        parts = () if self.segments is None else (repr([one[index].tolist() for one in self.segments.parts()]),)
+        return *super().facts(index), *numbers, *parts
 
 
 class PromptEncoder:
@@ -296,58 +335,3 @@ class PromptEncoder:
     def _add(self, keys: Sequence[str], encoded: Conditioning) -> None:
         for row, key in enumerate(keys):
             self._store.add(key, {name: tensor[row] for name, tensor in encoded.tensors().items()})
-
-
-class _ImageEncoder:
-    """Numbers the distinct encodings that the pairs need and encodes those that the store lacks, in batches."""
-
-    def __init__(
-        self, folder: Path, generator: Any, transform: PairTransform, batch_size: int, flips: tuple[bool, ...]
-    ) -> None:
-        self.keys: list[str] = []
-        self.flips = flips
-        self._slots: dict[str, int] = {}
-        self._identity = f"{generator.vae_id}:{generator.dtype}"
-        self._store = TensorStore(folder / f"latents-{content_key(self._identity)[:16]}")
-        self._generator, self._transform, self._batch_size = generator, transform, batch_size
-        self._batch: list[tuple[str, Tensor]] = []
-
-    def add(self, media: Media, decision: Decision, name: str) -> list[int]:
-        """Return the slot of an image, one for each flip; it is decoded only if an encoding is missing."""
-        data = read_bytes(media, name)
-        # An image is identified by its content, so that neither equal file names on the two sides of a pair nor a
-        # replaced file matter; the crop counts where it changes the result.
-        crop = self._transform.plan(image_size(data, name), decision)
-        made_by = (self._identity, self._transform.resolution, *crop)
-        keys = [content_key(data, *made_by, int(flip)) for flip in self.flips]
-        fresh = [key for key in keys if key not in self._slots]
-        missing = [key for key in fresh if key not in self._store]
-        if missing:
-            image = open_image(data, name)
-            for key, flip in zip(keys, self.flips, strict=True):
-                if key in missing:
-                    self._batch.append((key, self._transform(image, decision, flip=flip)))
-        for key in fresh:
-            self._slots[key] = len(self.keys)
-            self.keys.append(key)
-        if len(self._batch) >= self._batch_size:
-            self._encode()
-        return [self._slots[key] for key in keys]
-
-    def finish(self, memory_limit: int) -> Rows:
-        """Encode the last images and return all rows by slot."""
-        self._encode()
-        self._store.flush()
-        return self._store.rows(self.keys, memory_limit)
-
-    @torch.no_grad()
-    def _encode(self) -> None:
-        if not self._batch:
-            return
-        media = torch.stack([tensor for _, tensor in self._batch]).to(self._generator.device)
-        mean, std = self._generator.encode_posterior(media)
-        # AutoencoderTiny has no posterior; rows of zeros would double the cache for nothing.
-        parts = {"mean": mean, "std": std} if bool(std.any()) else {"mean": mean}
-        for row, (key, _) in enumerate(self._batch):
-            self._store.add(key, {name: tensor[row] for name, tensor in parts.items()})
-        self._batch = []

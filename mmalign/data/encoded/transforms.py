@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -29,6 +31,46 @@ class Decision:
     down: float = 0.5
 
 
+def decide_crop(crop: Literal["center", "random"], pair_id: str) -> Decision:
+    """Return the crop of a pair; the same for both sides, in every run and on every machine."""
+    if crop == "center":
+        return Decision()
+    return Decision(uniform("crop-across", pair_id), uniform("crop-down", pair_id))
+
+
+def cover(size: tuple[int, int], target: tuple[int, int], decision: Decision) -> tuple[int, int, int, int]:
+    """Return (width, height) of `size` resized to just cover `target`, both (w, h), and (left, top) of the crop."""
+    scale = max(wanted / side for wanted, side in zip(target, size, strict=True))
+    width, height = (max(wanted, round(side * scale)) for wanted, side in zip(target, size, strict=True))
+    left = round(decision.across * (width - target[0]))
+    top = round(decision.down * (height - target[1]))
+    return width, height, left, top
+
+
+@dataclass(frozen=True)
+class VideoTransform:
+    """Resize all frames to just cover height x width (bicubic, antialiased) and crop what is beyond."""
+
+    height: int
+    width: int
+    crop: Literal["center", "random"] = "center"
+
+    def decide(self, pair_id: str) -> Decision:
+        """Return the crop of a pair, as `PairTransform.decide`."""
+        return decide_crop(self.crop, pair_id)
+
+    def __call__(
+        self, levels: UInt8[Tensor, "frames 3 h w"], decision: Decision
+    ) -> UInt8[Tensor, "frames 3 height width"]:
+        """Return the frames as 8-bit levels; untouched where the size is right already."""
+        size = levels.shape[-1], levels.shape[-2]
+        width, height, left, top = cover(size, (self.width, self.height), decision)
+        if size != (width, height):
+            resized = F.interpolate(levels.float(), (height, width), mode="bicubic", antialias=True)
+            levels = resized.round_().clamp_(0, 255).to(torch.uint8)
+        return levels[..., top : top + self.height, left : left + self.width].contiguous()
+
+
 @dataclass(frozen=True)
 class PairTransform:
     """Resize the shorter side to `resolution` (bicubic, antialiased) and crop a square from the longer one."""
@@ -38,20 +80,14 @@ class PairTransform:
 
     def decide(self, pair_id: str) -> Decision:
         """Return the crop of a pair; the same for both sides, in every run and on every machine."""
-        if self.crop == "center":
-            return Decision()
-        return Decision(uniform("crop-across", pair_id), uniform("crop-down", pair_id))
+        return decide_crop(self.crop, pair_id)
 
     def plan(self, size: tuple[int, int], decision: Decision) -> tuple[int, int, int, int]:
         """Return (width, height) after resizing and the (left, top) of the crop, for an image of `size` (w, h).
 
         The decision changes nothing else in the result, so a cache key holds these numbers besides the image.
         """
-        scale = self.resolution / min(size)
-        width, height = (max(self.resolution, round(side * scale)) for side in size)
-        left = round(decision.across * (width - self.resolution))
-        top = round(decision.down * (height - self.resolution))
-        return width, height, left, top
+        return cover(size, (self.resolution, self.resolution), decision)
 
     def __call__(
         self, image: Image.Image, decision: Decision, *, flip: bool = False

@@ -4,6 +4,9 @@ Three kinds of rows. `Sides`: two images, of which one is preferred (Pick-a-Pic,
 `rejected`). `Rated`: one image with a rank or a rating, compared with the others of its prompt (ImageRewardDB,
 EvalMuse, RichHF-18K, VisionRewardDB). `Listed`: several images and a preference for each (HPDv2).
 
+Videos are media as images are: VideoAlign's `path_A` and `path_B` are sides, VideoFeedback's videos are rated. Where
+a set judges several axes, `data.axis` chooses one.
+
 Names are found in any case, with spaces for underscores, and with the ending `_file_name` that image folders have.
 """
 
@@ -19,9 +22,11 @@ from mmalign.core.io.columns import missing_columns
 
 ID_COLUMNS = ("ranking_id", "pair_id", "uid", "id")
 CATEGORY_COLUMNS = ("category", "categories", "classification", "tag", "type")
-_PROMPTS = ("caption", "prompt")
+_PROMPTS = ("caption", "prompt", "text_prompt")
 _IMAGE_LISTS = ("image_path", "images", "file_path")
 _LABELS = (("label_0", "label_1"),)
+_JUDGED = ("path_a", "path_b")
+"""VideoAlign's videos; a column an axis says which is preferred."""
 _SIDES: tuple[tuple[tuple[str, str], tuple[tuple[str, str], ...]], ...] = (
     (("jpg_0", "jpg_1"), _LABELS),  # Pick-a-Pic
     (("image_0", "image_1"), _LABELS),
@@ -34,9 +39,22 @@ _SIDES: tuple[tuple[tuple[str, str], tuple[tuple[str, str], ...]], ...] = (
         ),
     ),
     (("path1", "path2"), ()),  # HPDv3, whose first image is the preferred one
+    (_JUDGED, ()),
     (("chosen", "rejected"), ()),
 )
 """Two images, and the labels that may say which is preferred; without labels the first is."""
+VIDEO_AXES = (
+    "visual quality",
+    "temporal consistency",
+    "dynamic degree",
+    "text-to-video alignment",
+    "factual consistency",
+)
+"""What VideoFeedback rates from 1 to 4."""
+VIDEO_GAP = 1.0
+"""Least difference of VideoFeedback's ratings (of their means, without an axis) that makes a preference."""
+PREFERRED = {"a": (1.0, 0.0), "b": (0.0, 1.0), "same": (0.5, 0.5)}
+"""VideoAlign's labels."""
 _RATED: tuple[tuple[tuple[str, ...], str, float], ...] = (
     (("image", "image_path", "file_name"), "rank", -1.0),  # ImageRewardDB
     (("img_path",), "total_score", 1.0),  # EvalMuse: one rating for each annotator
@@ -58,25 +76,30 @@ class Sides:
     has_label: str | None
     id: str | None
     category: str | None
+    axis: str | None = None
+    """the column that says A, B or same"""
+    fps: tuple[str, str] | None = None
+    weight: str | None = None
+    segments: str | None = None
 
     @property
     def small(self) -> list[str]:
         """The columns besides the images."""
-        return _present(
-            self.prompt, *(self.labels or ()), *(self.scores or ()), self.has_label, self.id, self.category
-        )
+        named = *(self.labels or ()), *(self.scores or ()), self.has_label, self.id, self.category
+        return _present(self.prompt, *named, self.axis, *(self.fps or ()), self.weight, self.segments)
 
 
 @dataclass(frozen=True)
 class Rated:
-    """A row with one image; times `sign`, more of `rating` is better."""
+    """A row with one image; times `sign`, more of the mean of `ratings` is better, if they differ by `gap` or more."""
 
     prompt: str
     image: str
-    rating: str
+    ratings: tuple[str, ...]
     sign: float
     group: str | None
     category: str | None
+    gap: float = 0.0
 
     @property
     def images(self) -> tuple[str]:
@@ -86,7 +109,7 @@ class Rated:
     @property
     def small(self) -> list[str]:
         """The columns besides the image."""
-        return _present(self.prompt, self.rating, self.group, self.category)
+        return _present(self.prompt, *self.ratings, self.group, self.category)
 
 
 @dataclass(frozen=True)
@@ -160,7 +183,10 @@ def choose_layout(
     rated = _rated(names, told)
     if rated is not None and (told.image or not _is_list((sample or {}).get(rated[0]))):
         image, rating, sign = rated
-        return Rated(prompt, image, rating, sign, told.group or names.first("prompt_id"), category)
+        return Rated(prompt, image, (rating,), sign, told.group or names.first("prompt_id"), category)
+    video = None if told.image or told.chosen or told.image_0 else names.first("video_link")
+    if video is not None and (axes := _video_axes(names, config.axis, source)):
+        return Rated(prompt, video, axes, 1.0, told.group, category, VIDEO_GAP)
     images, preferences = names.first(*_IMAGE_LISTS), names.first("human_preference", "rank")
     sides = _sides(names, told, source)
     if sides is None and images is not None:
@@ -171,7 +197,20 @@ def choose_layout(
     if sides is None:
         raise missing_columns(source, _nearest(names), found, _FIX)
     scores = (told.score_0, told.score_1) if told.score_0 and told.score_1 else names.both(("score_0", "score_1"))
-    return Sides(prompt, *sides, scores, names.first("has_label"), identifier, category)
+    judged = names.both(_JUDGED)
+    rates = names.both(("fps_a", "fps_b")) if sides[0] == judged else names.both(("fps", "fps"))
+    return Sides(
+        prompt,
+        *sides,
+        scores,
+        names.first("has_label"),
+        identifier,
+        category,
+        axis=_axis(names, config.axis, source) if sides[0] == judged else None,
+        fps=rates or names.both(("fps_chosen", "fps_rejected")),
+        weight=names.first("weight"),
+        segments=names.first("segments"),
+    )
 
 
 def holds_pairs(found: Sequence[str], config: DataConfig) -> bool:
@@ -224,6 +263,24 @@ def _sides(names: Names, told: ColumnsConfig, source: str) -> tuple[tuple[str, s
             continue
         return both, chosen
     return None
+
+
+def _axis(names: Names, asked: str | None, source: str) -> str:
+    """Return the column of VideoAlign's labels."""
+    known = [name for name in names.found if name in ("VQ", "MQ", "TA", "Overall")]
+    if asked is None:
+        raise UserError(f"{source}: judges {', '.join(known)}; choose one by data.axis")
+    if asked not in names.found:
+        raise missing_columns(f"{source}: data.axis", [asked], known)
+    return asked
+
+
+def _video_axes(names: Names, asked: str | None, source: str) -> tuple[str, ...]:
+    """Return the columns of VideoFeedback's ratings; none where it is another table."""
+    known = [name for name in names.found if name.lower() in VIDEO_AXES]
+    if known and asked is not None and asked not in known:
+        raise missing_columns(f"{source}: data.axis", [asked], known)
+    return tuple(known) if asked is None else tuple(name for name in known if name == asked)
 
 
 def _only_votes(names: Names) -> tuple[str, str] | None:

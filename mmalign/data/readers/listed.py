@@ -1,7 +1,8 @@
-"""Pairs of image files: folders `chosen/` and `rejected/`, and tars whose samples hold both images."""
+"""Pairs of files: folders `chosen/` and `rejected/` of images or videos, and tars whose samples hold both images."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -9,13 +10,13 @@ from typing import Any
 
 from mmalign.core.errors import UserError
 from mmalign.core.files import LeftOut, is_file, visible
-from mmalign.core.io.decode import IMAGE_SUFFIXES
+from mmalign.core.io.decode import CONTAINER_SUFFIXES, IMAGE_SUFFIXES
 from mmalign.core.io.images import Media
 from mmalign.core.io.items import Item, Slice
 from mmalign.core.io.sidecars import read_sidecar, sidecars
 from mmalign.core.io.tars import tar_items
 from mmalign.core.progress import note
-from mmalign.data.readers.source import Candidate
+from mmalign.data.readers.source import NO_FACTS, Candidate
 
 SIDE_NAMES = (("chosen", "rejected"), ("w", "l"))
 """What folders, or parts of the names in a tar, call the preferred image and the other."""
@@ -31,10 +32,22 @@ class ListedPairs:
         self._candidates: list[Candidate] = []
         self._images: list[tuple[Any, Any]] = []
 
-    def add(self, prompt: str, identifier: str, images: tuple[Any, Any]) -> None:
+    def add(
+        self,
+        prompt: str,
+        identifier: str,
+        images: tuple[Any, Any],
+        scores: tuple[float, float] = (math.nan, math.nan),
+        weight: float = math.nan,
+    ) -> None:
         """Append one comparison; the first image is preferred."""
-        self._candidates.append(Candidate(len(self._candidates), prompt, identifier, 1.0, 0.0))
+        clip = NO_FACTS._replace(weight=weight)
+        self._candidates.append(Candidate(len(self._images), prompt, identifier, 1.0, 0.0, *scores, clip=clip))
         self._images.append(images)
+
+    def leave_out(self, fault: str) -> None:
+        """Count a row that is no comparison."""
+        self._candidates.append(Candidate(-1, "", "", math.nan, math.nan, fault=fault))
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield every comparison."""
@@ -89,7 +102,7 @@ def read_folder_pairs(chosen: Path, rejected: Path, default_prompt: str | None =
 def _by_stem(folder: Path, left_out: LeftOut) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in visible(folder):
-        if not is_file(path) or path.suffix.lower() not in IMAGE_SUFFIXES:
+        if not is_file(path) or path.suffix.lower() not in IMAGE_SUFFIXES | CONTAINER_SUFFIXES:
             left_out.add(path)
         else:
             if path.stem in found:

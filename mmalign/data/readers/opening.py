@@ -16,6 +16,7 @@ from mmalign.core.io.images import Media
 from mmalign.core.io.tars import TAR_SUFFIXES, is_tar
 from mmalign.core.progress import note
 from mmalign.core.resources import find
+from mmalign.data.readers.clip_folders import read_clip_folder
 from mmalign.data.readers.hub import load_hub_rows, load_saved_rows, read_hub_id
 from mmalign.data.readers.listed import paired_folders, read_folder_pairs, read_tar_pairs
 from mmalign.data.readers.rows import ParquetRows, RecordRows, Rows
@@ -107,6 +108,8 @@ def _open_directory(path: Path, config: DataConfig) -> PairSource:
     folders = paired_folders(path)
     if folders:
         return read_folder_pairs(*folders, config.default_prompt)
+    if (clips := read_clip_folder(path)) is not None:
+        return clips
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return TablePairs(load_saved_rows(path), config)
     for files in (

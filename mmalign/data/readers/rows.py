@@ -11,11 +11,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 
 from mmalign.core.errors import UserError
-from mmalign.core.files import is_file
+from mmalign.core.files import exists
 from mmalign.core.io.images import Media
 from mmalign.core.io.parquet import (
     ForwardReader,
@@ -92,7 +93,7 @@ def locate(table: Path, given: str) -> Path:
     """Return the file that a table names, relative to its folder; where there is none, where published sets have it.
 
     HPDv2's train.json names files that lie in train/ beside it. ImageRewardDB's images/train/train_1/train_1.json
-    names files from the folder above images/.
+    names files from the folder above images/. VideoFeedback gives links; the files of their names lie in videos/.
     """
     folder = table.parent
     above = list(folder.absolute().parents)[: ANCESTORS - 1]
@@ -100,9 +101,11 @@ def locate(table: Path, given: str) -> Path:
         folder / given,
         folder / table.stem / given,
         folder / "images" / given,
+        *(folder / place / Path(urlsplit(given).path).name for place in ("videos", "") if "://" in given),
+        folder / "videos" / given,
         *(up / given for up in above),
     ]
-    return next((path for path in candidates if is_file(path)), candidates[0])
+    return next((path for path in candidates if exists(path)), candidates[0])
 
 
 class ParquetRows:

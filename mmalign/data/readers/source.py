@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,37 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from mmalign.core.errors import UserError, shorten
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.images import Media
+
+
+class Segment(NamedTuple):
+    """A part of a pair of videos, from `start` to before `end` in seconds, in which one side is better.
+
+    `label` is above 0 where the first, or chosen, side is better, below 0 where the other is, 0 for a tie.
+    """
+
+    start: float
+    end: float
+    label: float
+
+
+class ClipFacts(NamedTuple):
+    """What a source states of the videos of a comparison; NaN: nothing.
+
+    `fps` are the frames a second of both sides, where the files do not state them or state them wrongly; `weight` is
+    the weight of the pair in the loss.
+    """
+
+    fps: tuple[float, float] = (math.nan, math.nan)
+    weight: float = math.nan
+    segments: tuple[Segment, ...] = ()
+
+    def swapped(self) -> ClipFacts:
+        """Return the facts with the sides exchanged."""
+        turned = tuple(one._replace(label=-one.label) for one in self.segments)
+        return ClipFacts(self.fps[::-1], self.weight, turned)
+
+
+NO_FACTS = ClipFacts()
 
 
 class Candidate(NamedTuple):
@@ -28,6 +60,7 @@ class Candidate(NamedTuple):
     score_1: float = math.nan
     category: str = ""
     fault: str = ""
+    clip: ClipFacts = NO_FACTS
 
 
 @runtime_checkable
@@ -77,6 +110,33 @@ def flag_of(value: object, where: str) -> bool | None:
     if math.isnan(number):
         return None
     raise UserError(f"{where} is {value!r}; give true, false, 1 or 0")
+
+
+def segments_of(value: object, where: str) -> tuple[Segment, ...]:
+    """Return the segments of a table's cell: a list of {start, end, label}, or such a list as JSON text.
+
+    A label is 1, 0 or -1, or chosen, tie or rejected.
+
+    Raises:
+        UserError: it is none; `where` names the cell.
+    """
+    if value is None or value == "":
+        return ()
+    words = {"chosen": 1.0, "same": 0.0, "tie": 0.0, "rejected": -1.0}
+    try:
+        given: Any = json.loads(value) if isinstance(value, str) else value
+        found = tuple(
+            Segment(float(one["start"]), float(one["end"]), float(words.get(one["label"], one["label"])))
+            for one in given
+        )
+    except (TypeError, KeyError, ValueError):
+        found = (Segment(0.0, 0.0, 0.0),)
+    if all(0 <= one.start < one.end and not math.isnan(one.label) for one in found):
+        return found
+    raise UserError(
+        f"{where} is {shorten(repr(value))}; give a list of {{start, end, label}}, in seconds, label chosen, tie or "
+        "rejected"
+    )
 
 
 def id_of(value: object, row: int) -> str:

@@ -12,9 +12,17 @@ from typing import Any
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError, shorten
 from mmalign.core.io.images import Media
-from mmalign.data.readers.layouts import ID_COLUMNS, Layout, Listed, Sides, choose_layout
+from mmalign.data.readers.layouts import ID_COLUMNS, PREFERRED, Layout, Listed, Sides, choose_layout
 from mmalign.data.readers.rows import Rows, as_image, as_media
-from mmalign.data.readers.source import Candidate, flag_of, id_of, number_of
+from mmalign.data.readers.source import (
+    NO_FACTS,
+    Candidate,
+    ClipFacts,
+    flag_of,
+    id_of,
+    number_of,
+    segments_of,
+)
 
 __all__ = ["ID_COLUMNS", "TablePairs", "as_media"]
 
@@ -44,6 +52,7 @@ class TablePairs:
         """
         self._places = array("q"), array("q"), array("q"), array("q")
         groups: _Groups = {}
+        gap = 0.0
         for number, layout, row in self._rows.read(self._choose):
             fault = self._fault(number, layout, row)
             if fault:
@@ -53,10 +62,12 @@ class TablePairs:
             elif isinstance(layout, Listed):
                 yield from self._from_list(number, layout, row)
             else:
-                merit = layout.sign * _rating(row.get(layout.rating), f"{self._rows.where(number)}: {layout.rating}")
+                rated = [_rating(row.get(name), f"{self._rows.where(number)}: {name}") for name in layout.ratings]
+                merit = layout.sign * math.fsum(rated) / len(rated)
                 key = str(row.get(layout.group, "") if layout.group else ""), row[layout.prompt]
                 groups.setdefault(key, []).append((number, merit, _text(row, layout.category)))
-        yield from self._from_groups(groups)
+                gap = layout.gap
+        yield from self._from_groups(groups, gap)
 
     def images(self, row: int) -> tuple[Media, Media]:
         """Return both images of a comparison."""
@@ -110,13 +121,16 @@ class TablePairs:
         labels = [1.0, 0.0]
         if layout.labels is not None:
             labels = [number_of(row.get(name), f"{where}: {name}") for name in layout.labels]
+        if layout.axis is not None:
+            labels = list(_preferred(row.get(layout.axis), f"{where}: {layout.axis}"))
         if layout.has_label and flag_of(row.get(layout.has_label), f"{where}: {layout.has_label}") is False:
             labels = [math.nan, math.nan]
         scores = [number_of(row.get(name), f"{where}: {name}") for name in layout.scores or ()] or [math.nan, math.nan]
         identifier = id_of(row.get(layout.id) if layout.id else None, number + self._rows.first)
         place = self._place((number, 0), (number, 1))
         (label_0, label_1), (score_0, score_1), category = labels, scores, _text(row, layout.category)
-        return Candidate(place, row[layout.prompt], identifier, label_0, label_1, score_0, score_1, category)
+        prompt, clip = row[layout.prompt], _clip(layout, row, where)
+        return Candidate(place, prompt, identifier, label_0, label_1, score_0, score_1, category, clip=clip)
 
     def _from_list(self, number: int, layout: Listed, row: Mapping[str, Any]) -> Iterator[Candidate]:
         where, images, given = self._rows.where(number), row[layout.image_list], row.get(layout.ratings)
@@ -137,7 +151,7 @@ class TablePairs:
             place = self._place((number, first), (number, second))
             yield Candidate(place, row[layout.prompt], name, label_0, label_1, category=_text(row, layout.category))
 
-    def _from_groups(self, groups: _Groups) -> Iterator[Candidate]:
+    def _from_groups(self, groups: _Groups, gap: float) -> Iterator[Candidate]:
         taken: set[str] = set()
         for (group, prompt), members in groups.items():
             if len(members) == 1:
@@ -146,8 +160,32 @@ class TablePairs:
             taken.add(name)
             for first, second in combinations(range(len(members)), 2):
                 (row_0, merit_0, category), (row_1, merit_1, _) = members[first], members[second]
+                if 0 < abs(merit_0 - merit_1) < gap:
+                    yield Candidate(-1, "", "", math.nan, math.nan, fault=f"rated less than {gap:g} apart")
+                    continue
                 place = self._place((row_0, 0), (row_1, 0))
                 yield Candidate(place, prompt, f"{name}-{first}-{second}", merit_0, merit_1, category=category)
+
+
+def _preferred(value: object, where: str) -> tuple[float, float]:
+    """Return the labels of a judgement A, B or same; NaN where there is none."""
+    if value is None or value == "":
+        return math.nan, math.nan
+    if (word := str(value).strip().lower()) in PREFERRED:
+        return PREFERRED[word]
+    raise UserError(f"{where} is {shorten(repr(value))}; give A, B or same")
+
+
+def _clip(layout: Sides, row: Mapping[str, Any], where: str) -> ClipFacts:
+    """Return what a row states of its videos."""
+    if layout.fps is None and layout.weight is None and layout.segments is None:
+        return NO_FACTS
+    first, second = (
+        (number_of(row.get(name), f"{where}: {name}") for name in layout.fps) if layout.fps else NO_FACTS.fps
+    )
+    weight = number_of(row.get(layout.weight), f"{where}: {layout.weight}") if layout.weight else math.nan
+    segments = segments_of(row.get(layout.segments), f"{where}: {layout.segments}") if layout.segments else ()
+    return ClipFacts((first, second), weight, segments)
 
 
 def _rating(value: object, where: str) -> float:

@@ -87,6 +87,8 @@ class ImageTask(Task[Generator]):
             return labels
         pairs = read_pairs(str(config.data.pairs), config.data)
         note(f"{config.data.pairs}: {pairs.counts}")
+        if pairs.weighed and not method.weighs_pairs:
+            note(f"{config.data.pairs}: method '{method.name}' takes no weights or segments; all pairs count alike")
         return pairs
 
     def load_model(self, config: RunConfig, path: str, device: Any) -> Generator:
