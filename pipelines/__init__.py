@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipelines.noise import NoiseProcess, Schedule
     from pipelines.sampling import Segment, Trajectory, gaussian_log_prob, sample, seeded_noise
     from pipelines.truncation import Truncation
+    from pipelines.video import VideoOptions
     from pipelines.vlm.batch import VlmBatch, VlmSample
     from pipelines.vlm.features import media_features
     from pipelines.vlm.load import fingerprint_vlm, load_vlm
@@ -41,6 +42,7 @@ __all__ = [
     "Segment",
     "Trajectory",
     "Truncation",
+    "VideoOptions",
     "VisionLanguageModel",
     "VlmBatch",
     "VlmSample",
@@ -75,6 +77,7 @@ _HOMES = {
     "PipelineError": "errors",
     "Schedule": "noise",
     "Truncation": "truncation",
+    "VideoOptions": "video",
     "VisionLanguageModel": "vlm.model",
     "VlmBatch": "vlm.batch",
     "VlmSample": "vlm.batch",

@@ -17,13 +17,13 @@ import torch
 from pipelines.errors import MissingDependencyError, PipelineError, choose
 
 PROCESSORS = {
-    "sdpa": ("AttnProcessor2_0", "JointAttnProcessor2_0"),
+    "sdpa": ("AttnProcessor2_0", "JointAttnProcessor2_0", "CogVideoXAttnProcessor2_0"),
     "xformers": ("XFormersAttnProcessor", "XFormersJointAttnProcessor"),
 }
 """Kernel -> the processors that run it, of UNets and of SD3."""
 DISPATCHED = (
     *("FluxAttnProcessor", "ZSingleStreamAttnProcessor", "QwenDoubleStreamAttnProcessor2_0"),
-    *("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
+    *("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor", "WanAttnProcessor", "LTXVideoAttnProcessor"),
 )
 """Processors that run any kernel, by the name that they carry."""
 BACKENDS = {None: "sdpa", "native": "sdpa", "xformers": "xformers"}

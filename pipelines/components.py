@@ -38,11 +38,18 @@ VARIANTS = ("fp16", "bf16", "non_ema")
 
 
 CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLQwenImage", "AutoencoderKLFlux2"),
-    "transformer": tuple(f"{kind}Transformer2DModel" for kind in ("SD3", "Flux", "ZImage", "QwenImage", "Flux2")),
+    "unet": ("UNet2DConditionModel", "UNetMotionModel"),
+    "motion_adapter": ("MotionAdapter",),
+    "vae": (
+        *("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLQwenImage", "AutoencoderKLFlux2"),
+        *("AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLCogVideoX"),
+    ),
+    "transformer": (
+        *(f"{kind}Transformer2DModel" for kind in ("SD3", "Flux", "ZImage", "QwenImage", "Flux2")),
+        *("WanTransformer3DModel", "LTXVideoTransformer3DModel", "CogVideoXTransformer3DModel"),
+    ),
     "text_encoder": (
-        *("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"),
+        *("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel"),
         *("Qwen3Model", "Qwen3ForCausalLM", "Qwen2_5_VLForConditionalGeneration"),
     ),
     "tokenizer": tuple(f"{kind}Tokenizer{fast}" for kind in ("CLIP", "T5", "Qwen2") for fast in ("", "Fast")),

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Shaped
@@ -50,6 +50,7 @@ class Generator(ABC):
     """
 
     family: ClassVar[str]
+    modality: ClassVar[Literal["image", "video"]] = "image"
     network_name: ClassVar[str]
     vae_names: ClassVar[tuple[str, ...]] = ("vae",)
     text_names: tuple[str, ...]
@@ -75,12 +76,16 @@ class Generator(ABC):
         self.name_or_path = name_or_path
         self.scheduler = load_component(root, index, "scheduler")
         self.process = NoiseProcess.from_scheduler(self.scheduler)
-        self.network = load_component(root, index, self.network_name, dtype).to(device)
+        self.network = self._load_network(dtype).to(device)
         self.attention: AttentionReport = set_attention(self.network, attention)
         self._load_dtype = dtype
         self._encoders: dict[str, Any] = {}
         self._unconditional: Conditioning | None = None
         self._lora_layers: list[Any] = []
+
+    def _load_network(self, dtype: torch.dtype) -> Any:
+        """Load the denoiser; a family overrides this where it does not lie in one directory."""
+        return load_component(self.root, self.index, self.network_name, dtype)
 
     @property
     @abstractmethod
@@ -95,6 +100,16 @@ class Generator(ABC):
     @abstractmethod
     def image_size(self) -> int:
         """The model's own image side in pixels."""
+
+    @property
+    def media_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's media: an image's (3, height, width), a video's (frames, 3, height, width)."""
+        return 3, self.image_size, self.image_size
+
+    @property
+    def fps(self) -> int | float | None:
+        """Frames a second of the videos; None for images."""
+        return None
 
     def schedule(self, steps: int, latent_shape: Sequence[int] | None = None) -> Schedule:
         """Return the levels of a sampling run, for latents of a shape (default: `latent_shape`)."""
@@ -156,6 +171,12 @@ class Generator(ABC):
             raise PipelineError(f"batch_size must be at least 1, got {batch_size}.")
         slices = latents.split(batch_size or len(latents))
         return torch.cat([checkpoint(self.decode, part, use_reentrant=False) for part in slices])
+
+    def decode_frames(
+        self, latents: Float[Tensor, "batch *latent"], frames: Sequence[int]
+    ) -> Float[Tensor, "batch chosen 3 height width"]:
+        """Return one picture a chosen latent frame of videos, activations computed again; see `LatentVideo`."""
+        raise PipelineError(f"'{self.family}' makes images, which have no frames.")
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -234,6 +255,11 @@ class Generator(ABC):
         """Whether the network carries a LoRA."""
         return adapters.has_adapter(self.bare_network)
 
+    @property
+    def target_groups(self) -> dict[str, list[str]]:
+        """Names for groups of layers that a LoRA may be put on, where a family has such."""
+        return {}
+
     def add_adapter(
         self,
         rank: int,
@@ -242,8 +268,13 @@ class Generator(ABC):
         seed: int = 0,
         init: adapters.Init = "gaussian",
     ) -> None:
-        """Add a trainable LoRA (A seeded, B zero) to the family's `lora_targets` and freeze everything else."""
-        adapters.add_adapter(self.bare_network, rank, alpha, target_modules or self.lora_targets, seed, init)
+        """Add a trainable LoRA (A seeded, B zero) to the family's `lora_targets` and freeze everything else.
+
+        `target_modules` are ends of the names of layers, or names of `target_groups`.
+        """
+        groups = self.target_groups
+        targets = [layer for one in target_modules or self.lora_targets for layer in groups.get(one, [one])]
+        adapters.add_adapter(self.bare_network, rank, alpha, targets, seed, init)
         self._lora_layers = adapters.lora_layers(self.bare_network)
 
     def load_adapter(self, *given: AdapterPath) -> None:
@@ -280,10 +311,15 @@ class Generator(ABC):
 
         return getattr(diffusers, self.index["_class_name"])
 
+    @property
+    def saved_index(self) -> dict[str, Any]:
+        """The ``model_index.json`` that `save` writes: the model's own, unless a family saves its parts otherwise."""
+        return self.index
+
     def save(self, path: str | Path) -> None:
         """Write a diffusers directory (safetensors); an adapter is merged into a copy of the weights first."""
         network = adapters.merged_copy(self.bare_network) if self.has_adapter else self.bare_network
-        save_pipeline(path, self.root, self.index, self.network_name, network)
+        save_pipeline(path, self.root, self.saved_index, self.network_name, network)
 
     def save_lora(self, path: str | Path, *, base_model: str | None = None) -> None:
         """Write the adapter for diffusers and for ComfyUI and kohya, and ``mmalign.json`` naming the base model."""

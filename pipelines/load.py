@@ -35,6 +35,7 @@ from pipelines.integrity import explain_loading
 from pipelines.lora_files import WEIGHTS_NAME, AdapterPath, adapter_file, is_lora_file, with_weight
 from pipelines.noise import NoiseProcess
 from pipelines.single_file import checkpoint_directory, kind_of
+from pipelines.video import VideoOptions
 
 FAMILIES = {
     "StableDiffusionPipeline": "pipelines.families.unet_image:StableDiffusion",
@@ -44,6 +45,9 @@ FAMILIES = {
     "ZImagePipeline": "pipelines.families.z_image:ZImage",
     "QwenImagePipeline": "pipelines.families.qwen_image:QwenImage",
     "Flux2KleinPipeline": "pipelines.families.flux2:Flux2Klein",
+    "AnimateDiffPipeline": "pipelines.families.animatediff:AnimateDiff",
+    "CogVideoXPipeline": "pipelines.families.cogvideox:CogVideoX",
+    "WanPipeline": "pipelines.families.wan:Wan",
 }
 
 FEW_STEPS = ("turbo", "lightning", "schnell", "lcm", "dmd", "distilled")
@@ -61,6 +65,7 @@ def load_generator(
     attention: str = "sdpa",
     resolve: Callable[[str], str] = str,
     flow: FlowOptions | None = None,
+    video: VideoOptions | None = None,
 ) -> Generator:
     """Load a generator; its family is detected from ``model_index.json``.
 
@@ -69,13 +74,14 @@ def load_generator(
     `resolve`). `adapter` is a LoRA file or directory to load on top, or several: ``PATH``, ``PATH:WEIGHT`` or
     ``(path, weight)`` each; they are added up, to that of `name_or_path` too.
     `device` defaults to CUDA where there is one; `attention` is ``"sdpa"`` or ``"xformers"``. `flow` is for flow
-    models: size, text length, guidance and training levels. Raises `PipelineError` for a model of an unsupported kind
-    and for `flow` with a model of another kind, `MissingModelError` for a missing one.
+    models: size, text length, guidance and training levels; `video` for video models: size, frames and their rate.
+    Raises `PipelineError` for a model of an unsupported kind and for `flow` or `video` with a model of another kind,
+    `MissingModelError` for a missing one.
 
     >>> load_generator("assets/shapes-sd", device="cpu").family
     'sd'
     """
-    model = _load(name_or_path, dtype, device, adapter, attention, resolve, _family, flow)
+    model = _load(name_or_path, dtype, device, adapter, attention, resolve, _family, flow, video)
     assert isinstance(model, Generator)
     return model
 
@@ -89,13 +95,15 @@ def load_drawer(
     adapter: AdapterPath | Sequence[AdapterPath] | None = None,
     resolve: Callable[[str], str] = str,
     image_size: int | None = None,
+    video: VideoOptions | None = None,
 ) -> Generator | DiffusersPipeline:
-    """Load what can draw images: a generator as `load_generator` does, or any text-to-image pipeline of diffusers.
+    """Load what can draw: a generator as `load_generator` does, or any text-to-image pipeline of diffusers.
 
-    `image_size` is the side of the images in pixels, by default the model's own. Raises `PipelineError` as
+    `image_size` is the side of images (or frames) in pixels, by default the model's own; `video` is that of
+    `load_generator`, and comes before it. Raises `PipelineError` as
     `load_generator` does, for an adapter on a model outside our families, and for a size that the model cannot draw.
     """
-    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, None, image_size)
+    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, None, video, image_size)
 
 
 @explain_loading
@@ -106,6 +114,14 @@ def family_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> 
     """
     name, _ = _base_and_adapters(str(name_or_path), None, resolve)
     return _family(_read(name, INDEX), name)
+
+
+@explain_loading
+def makes_videos(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> bool:
+    """Say whether what `load_drawer` would load makes videos, by its index; no weight is read."""
+    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
+    found = _kind(_read(name, INDEX), name)
+    return getattr(found, "modality", "image") == "video"
 
 
 @explain_loading
@@ -170,7 +186,8 @@ def _load(
     attention: str,
     resolve: Callable[[str], str],
     kind: Callable[[dict[str, Any], str], Any],
-    flow: FlowOptions | None,
+    flow: FlowOptions | None = None,
+    video: VideoOptions | None = None,
     image_size: int | None = None,
 ) -> Generator | DiffusersPipeline:
     torch_dtype = parse_dtype(dtype)
@@ -183,6 +200,11 @@ def _load(
         "dtype": torch_dtype,
         "device": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
     }
+    if video is not None and getattr(found, "modality", "image") != "video":
+        raise PipelineError(
+            f"{name} is a {index['_class_name']}, which makes images and has no video options (height, width,"
+            " frames, fps); remove them."
+        )
     if found is DiffusersPipeline:
         if adapters:
             raise PipelineError(
@@ -190,7 +212,9 @@ def _load(
                 " with diffusers: pipe.load_lora_weights(A); pipe.fuse_lora(); pipe.save_pretrained(DIR)."
             )
         return DiffusersPipeline(root, index, **options, image_size=image_size)
-    if image_size is not None:
+    if found.modality == "video":
+        options["video"] = (video or VideoOptions()).filled(VideoOptions(image_size, image_size))
+    elif image_size is not None:
         options |= {"flow": FlowOptions(image_size)} if found.is_flow else {"image_size": image_size}
     if flow is not None:
         if not found.is_flow:

@@ -31,7 +31,8 @@ def dpm_solver(
     from diffusers import DPMSolverMultistepScheduler
 
     steps = len(schedule.levels)
-    solver = DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++")
+    config = {key: value for key, value in scheduler.config.items() if key != "snr_shift_scale"}
+    solver = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", **_shifted_betas(scheduler))
     solver.set_timesteps(steps)
     grid = solver.timesteps
     if len(grid.unique()) < len(grid):
@@ -42,6 +43,18 @@ def dpm_solver(
         output = predict(x, on_device[index].expand(len(x)))
         x = solver.step(output, t, x, return_dict=False)[0]
     return x, Schedule(grid, torch.cat([grid[1:], grid.new_tensor([-1])]))
+
+
+def _shifted_betas(scheduler: Any) -> dict[str, Any]:
+    """Return the betas of a scheduler with a shifted signal-to-noise ratio (CogVideoX), which the solver knows not.
+
+    The last level, pure noise, keeps a signal of ``2^-12``, as the solver's own zero-SNR option does.
+    """
+    if "snr_shift_scale" not in scheduler.config:
+        return {}
+    bars = scheduler.alphas_cumprod.double().clamp_min(2.0**-24)
+    betas = 1.0 - bars / torch.cat([bars.new_ones(1), bars[:-1]])
+    return {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
 
 
 def _flow(process: NoiseProcess, predict: Predictor, x: Tensor, schedule: Schedule) -> Tensor:

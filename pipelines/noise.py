@@ -29,6 +29,8 @@ DIFFUSION_SCHEDULERS = tuple(
     ).split()
 )
 """diffusers' schedulers that are samplers of one noise process, DDPM's, with its betas in their configuration."""
+SHIFTED_SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+"""Those of DDPM with a shifted signal-to-noise ratio (``snr_shift_scale``); they never clip."""
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 PLACED_OTHERWISE = (
     *("use_dynamic_shifting", "shift_terminal"),
@@ -71,17 +73,17 @@ class NoiseProcess(ABC):
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseProcess:
-        """Build from a diffusers scheduler of `DIFFUSION_SCHEDULERS` or `FLOW_SCHEDULERS`, by its configuration.
+        """Build from a scheduler of `DIFFUSION_SCHEDULERS`, `SHIFTED_SCHEDULERS` or `FLOW_SCHEDULERS`, by its config.
 
         Raises `PipelineError` for any other scheduler (EDM's and consistency models' have another noise process), and
         for settings no sampler of ours reproduces (dynamic thresholding, inverted levels, continuous levels in a
         scheduler of the DDPM kind, epsilon prediction with zero terminal signal).
         """
-        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+        from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
         config = scheduler.config
         for kind in (type(scheduler).__name__, config.get("_class_name") or type(scheduler).__name__):
-            if kind not in DIFFUSION_SCHEDULERS + FLOW_SCHEDULERS:
+            if kind not in DIFFUSION_SCHEDULERS + SHIFTED_SCHEDULERS + FLOW_SCHEDULERS:
                 raise PipelineError(
                     f"the scheduler is of the class {kind}, whose noise process is not supported; supported are the"
                     " samplers of DDPM models (DDIM, PNDM, Euler, DPM-Solver, ...) and of flow-matching models."
@@ -100,8 +102,9 @@ class NoiseProcess(ABC):
                 " models trained on the levels of the betas are supported."
             )
         # Schedulers that never clip (PNDM, Euler) have no clip_sample in their config, and DDIM would turn it on.
-        clip = bool(config.get("clip_sample", False))
-        ddim = DDIMScheduler.from_config(config, clip_sample=clip)
+        shifted = type(scheduler).__name__ in SHIFTED_SCHEDULERS
+        clip = bool(config.get("clip_sample", False)) and not shifted
+        ddim = (CogVideoXDDIMScheduler if shifted else DDIMScheduler).from_config(config, clip_sample=clip)
         if ddim.config.prediction_type == "epsilon" and float(ddim.alphas_cumprod[-1]) == 0.0:
             raise PipelineError(
                 "the scheduler ends in pure noise (rescale_betas_zero_snr), where an epsilon prediction says nothing"
@@ -262,7 +265,7 @@ class DiffusionProcess(NoiseProcess):
     """
 
     def __init__(self, scheduler: Any, *, clip_range: float | None = None) -> None:
-        """Take the coefficients from a ``DDIMScheduler``."""
+        """Take the coefficients from a ``DDIMScheduler`` or a ``CogVideoXDDIMScheduler``."""
         super().__init__(scheduler.config.prediction_type, scheduler, clip_range=clip_range)
         # The final level sits at the end of the table, so that -1 finds it, on a device too, without a branch.
         squared = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.reshape(1)]).double().cpu()

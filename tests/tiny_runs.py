@@ -44,7 +44,7 @@ def run_config(model: str, pairs: Path, output: Path, method: Any = "diffusion_d
     trainer = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "log_every": 1, "checkpoint_every": 2, "warmup": 0}
     sections = {
         key: changes.pop(key)
-        for key in ("adapter", "evaluate", "data", "rewards", "monitors", "rounds", "flow")
+        for key in ("adapter", "evaluate", "data", "rewards", "monitors", "rounds", "flow", "video")
         if key in changes
     }
     return RunConfig(
@@ -175,3 +175,15 @@ def write_answer_pairs(folder: Path, count: int = 6, *, own_media: bool = False,
     path = folder / "answers.jsonl"
     path.write_text("\n".join(lines))
     return path
+
+
+class Motion(Reward):
+    """The mean absolute difference of neighbouring frames of videos."""
+
+    name = "motion"
+    modality = "video"
+    differentiable = True
+    range = (0.0, 1.0)
+
+    def score(self, media: Any, prompts: Any, references: Any) -> Any:
+        return media.diff(dim=1).abs().mean((1, 2, 3, 4))

@@ -45,6 +45,8 @@ class Sampling:
     adapter_scale: float = 1.0
     image_size: int | None = None
     """side of the images in pixels; None: the model's own"""
+    video: Any = None
+    """a `pipelines.VideoOptions` for a video model; None: the model's own geometry"""
 
     @property
     def adapters(self) -> list[tuple[Path, float]]:
@@ -112,6 +114,7 @@ class Sampling:
             adapter=adapters,
             resolve=resolve_model,
             image_size=self.image_size,
+            video=self.video,
         )
         if self.adapter_scale != 1:
             generator.set_adapter_scale(self.adapter_scale)
@@ -139,6 +142,16 @@ class Sampling:
             batch_size=batch_size,
             progress=progress,
         )
+
+    def makes_videos(self) -> bool:
+        """Say whether the model makes videos, by its index.
+
+        Raises:
+            UserError, PipelineError: there is no such model.
+        """
+        from pipelines.load import makes_videos
+
+        return makes_videos(resolve_model(self.model), resolve_model)
 
     def identity(self) -> tuple[str, str]:
         """Return the model's name for people and a fingerprint of its weights, an extra adapter's included.
@@ -279,6 +292,8 @@ def generate(
         )
     options.check()
     check_device(device)
+    if model.modality == "video" if name is None else options.makes_videos():
+        raise UserError("model: makes videos, and this draws images; write files with `mmalign generate`")
     with track(len(texts) * len(numbers), "generate") as job:
         generator = model if name is None else options.open(device)
         drawn = options.draw(generator, texts, numbers, batch_size, job.advance)

@@ -1,6 +1,11 @@
 """Generate images from prompts: PNG files named INDEX-SEED.png, and metadata.jsonl (prompt, category, seed, file).
 
-Run the same command again to generate only the images that are missing.
+A video model writes INDEX-SEED.mp4 instead, and frames.png, a contact sheet with a row of frames for each video:
+
+  mmalign generate Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat runs" --out out --guidance 5 --steps 50 \
+    --frames 33 --height 240 --width 416 --batch-size 1 --precision bf16
+
+Run the same command again to generate only what is missing.
 """
 
 from __future__ import annotations
@@ -21,12 +26,15 @@ from mmalign.core.progress import track
 if TYPE_CHECKING:
     from mmalign.api.generate import Sampling
     from mmalign.data.prompts import Prompt
+    from pipelines import VideoOptions
 
 METADATA_FILE = "metadata.jsonl"
 SETTINGS_FILE = "generate.json"
 _DIGITS = re.compile("[0-9]{1,18}")  # of at most 64 bits
 TEXT_PREFIX = "text:"
-GRID_ROWS = 40
+GRID_ROWS, STRIP = 40, 8
+"""The prompts that grids show, and the frames of a video on its contact sheet."""
+MOST_FPS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=_integers, default=[0], metavar="0,1", help="seeds to sample for every prompt (default: 0)"
     )
+    videos = parser.add_argument_group("video models", "sizes that a family does not take name the nearest one")
+    videos.add_argument("--frames", type=positive, metavar="N", help="frames of a video, most often 4k + 1")
+    videos.add_argument("--fps", type=_rate, metavar="N", help="frames a second (default for all: the model's own)")
+    for side in ("height", "width"):
+        videos.add_argument(f"--{side}", type=positive, metavar="N", help=f"{side} of a frame in pixels")
     parser.add_argument(
         "--grid", action="store_true", help="also write grid.png with a row for each prompt and a column for each seed"
     )
@@ -118,10 +131,18 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
     """
     from mmalign.api.generate import Sampling
 
-    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    given = {field.name: getattr(args, field.name) for field in fields(Sampling) if field.name != "video"}
+    sampling = Sampling(**given, video=_video_options(args))
     sampling.check(lambda name: f"--{name.replace('_', '-')}")
     check_output(args.out)
     return sampling
+
+
+def _video_options(args: argparse.Namespace) -> VideoOptions | None:
+    from pipelines import VideoOptions
+
+    video = VideoOptions(*(getattr(args, name, None) for name in ("height", "width", "frames", "fps")))
+    return video if video.given() else None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,27 +157,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _complete(args: argparse.Namespace, sampling: Sampling, prompts: list[Prompt]) -> None:
-    folder = _Folder(args.out, prompts, args.seeds)
+    videos = sampling.makes_videos()
+    folder = (_VideoFolder if videos else _Folder)(args.out, prompts, args.seeds)
     folder.check_settings(_settings(sampling))
     missing = folder.missing()
     total, new = len(prompts) * len(args.seeds), sum(map(len, missing.values()))
     if new:
         _draw(sampling, args.batch_size, folder, missing, total)
     folder.write_metadata()
-    print(f"{total} images ({new} new) of {len(prompts)} prompts: {args.out}")
-    if args.grid:
-        print(f"grid: {folder.write_grid()}")
+    print(f"{total} {'videos' if videos else 'images'} ({new} new) of {len(prompts)} prompts: {args.out}")
+    if args.grid or videos:
+        print(f"{'frames' if videos else 'grid'}: {folder.write_grid()}")
 
 
 def _settings(sampling: Sampling) -> dict[str, Any]:
     names = ("steps", "guidance", "eta", "solver", "precision", "adapter_scale", "image_size")
     model, identity = sampling.identity()
-    return {"model": model, "fingerprint": identity, **{name: getattr(sampling, name) for name in names}}
+    video = {} if sampling.video is None else {"video": sampling.video.sampling}
+    return {"model": model, "fingerprint": identity, **{name: getattr(sampling, name) for name in names}, **video}
 
 
 def _draw(sampling: Sampling, batch_size: int, folder: _Folder, missing: dict[int, list[int]], total: int) -> None:
     with track(total, "generate", initial=total - sum(map(len, missing.values()))) as job:
         generator = sampling.open()
+        folder.rate = getattr(generator, "fps", None)
         indices = list(missing)
         images = sampling.draw(
             generator, [folder.prompts[index] for index in indices], list(missing.values()), batch_size, job.advance
@@ -167,6 +191,10 @@ def _draw(sampling: Sampling, batch_size: int, folder: _Folder, missing: dict[in
 
 class _Folder:
     """The output folder: its images, the settings they were made with, and the prompt of each image."""
+
+    suffix = "png"
+    rate: float | None = None
+    """Frames a second of the videos that are put here."""
 
     def __init__(self, path: Path, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
         self.path, self.prompts, self.seeds = path, list(prompts), list(seeds)
@@ -196,7 +224,7 @@ class _Folder:
         write_atomically(path, json.dumps(settings, indent=2))
 
     def name(self, index: int, seed: int) -> str:
-        return f"{index:05d}-{seed}.png"
+        return f"{index:05d}-{seed}.{self.suffix}"
 
     def missing(self) -> dict[int, list[int]]:
         """Return prompt index -> seeds whose image is missing."""
@@ -208,13 +236,16 @@ class _Folder:
 
     def put(self, index: int, seed: int, image: Any) -> None:
         """Write one image and its metadata, so that an interrupted run can be resumed."""
-        from mmalign.core.io.images import encode_png
-
         prompt, name = self.prompts[index], self.name(index, seed)
-        write_atomically(self.path / name, encode_png(image))
+        self._write(self.path / name, image)
         self._rows[name] = {"file": name, "prompt": prompt.text, "category": prompt.category, "seed": seed}
         with (self.path / METADATA_FILE).open("a", encoding="utf-8") as lines:
             lines.write(_line(self._rows[name]))
+
+    def _write(self, path: Path, image: Any) -> None:
+        from mmalign.core.io.images import encode_png
+
+        write_atomically(path, encode_png(image))
 
     def write_metadata(self) -> None:
         """Rewrite the metadata in the order of the files."""
@@ -228,19 +259,46 @@ class _Folder:
         from mmalign.core.io.grid import image_grid
         from mmalign.core.io.images import encode_png
 
-        shown = range(min(len(self.prompts), GRID_ROWS))
+        shown = self._shown()
         rows = [[Image.open(self.path / self.name(index, seed)) for seed in self.seeds] for index in shown]
         labels = [self.prompts[index].text for index in shown]
         picture = image_grid(rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in self.seeds])
         write_atomically(self.path / "grid.png", encode_png(picture))
         return self.path / "grid.png"
 
+    def _shown(self) -> range:
+        return range(min(len(self.prompts), GRID_ROWS))
+
     def _has(self, name: str) -> bool:
         return name in self._rows and (self.path / name).is_file()
 
 
+class _VideoFolder(_Folder):
+    """The same of videos, as MP4 files."""
+
+    suffix = "mp4"
+
+    def _write(self, path: Path, video: Any) -> None:
+        from mmalign.core.io.video_files import write_video
+
+        assert self.rate is not None
+        write_video(path, (video * 255).round().byte(), float(self.rate))
+
+    def write_grid(self) -> Path:
+        """Draw a few frames of each video of the first prompts, one video a row, and return the picture's path."""
+        from mmalign.core.io.decode import Frames, decode
+        from mmalign.core.io.grid import frame_strips
+        from mmalign.core.io.images import encode_png
+
+        jobs = [(index, seed) for index in self._shown() for seed in self.seeds]
+        videos = [decode(self.path / self.name(*job), "video", Frames(STRIP)).float() / 255 for job in jobs]
+        labels = [f"{self.prompts[index].text} (seed {seed})" for index, seed in jobs]
+        write_atomically(self.path / "frames.png", encode_png(frame_strips(videos, labels, frames=STRIP)))
+        return self.path / "frames.png"
+
+
 def _index_and_seed(name: str) -> tuple[int, int]:
-    index, _, seed = name.removesuffix(".png").partition("-")
+    index, _, seed = Path(name).stem.partition("-")
     return int(index), int(seed)
 
 
@@ -269,7 +327,7 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
 def _is_note(row: Any) -> bool:
     return (
         isinstance(row, dict)
-        and re.fullmatch(r"\d+-\d+\.png", str(row.get("file"))) is not None
+        and re.fullmatch(r"\d+-\d+\.(png|mp4)", str(row.get("file"))) is not None
         and isinstance(row.get("prompt"), str)
     )
 
@@ -311,6 +369,18 @@ def positive(text: str) -> int:
     if not _DIGITS.fullmatch(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate <= MOST_FPS:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a number of frames a second, above 0 and at most {MOST_FPS}"
+        )
+    return rate
 
 
 def not_negative(text: str) -> int:

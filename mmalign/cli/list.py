@@ -180,8 +180,10 @@ def _families() -> Listing:
 
 
 def _trained_by(generator: type[Generator]) -> str:
-    """Return the methods that train a family of image generators."""
-    refused = [name for name, method in _working_methods() if generator.is_flow and not method.needs.flow]
+    """Return the methods that train a family of image or video generators."""
+    flow, video = generator.is_flow, generator.modality == "video"
+    working = _working_methods()
+    refused = [name for name, one in working if flow and not one.needs.flow or video and not one.needs.video]
     return "every image method" + (f" but {', '.join(refused)}" if refused else "")
 
 

@@ -142,6 +142,8 @@ def _sample(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
     prompts = read_prompts(args.prompts, args.limit)
     model, fingerprint = sampling.identity()
+    if sampling.makes_videos():
+        raise UserError(f"{args.model} makes videos, and pairs are sampled of images; choose an image model")
 
     from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
 

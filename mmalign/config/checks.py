@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mmalign.config.renamed import new_names, schema_at
-from mmalign.config.yaml import KeyPath
+from mmalign.config.yaml import KeyPath, dotted
 from mmalign.core.errors import UserError, did_you_mean
 from mmalign.core.registry import methods
 
@@ -75,6 +75,11 @@ def method_class(values: Any, foreign: bool = True) -> tuple[Any, list[ConfigIss
     if not (isinstance(schema, type) and issubclass(schema, BaseModel) and hasattr(chosen, "needs")):
         return None, [ConfigIssue(("method", "name"), f"'{values['name']}' is no method (a subclass of Method)")]
     return chosen, []
+
+
+def generated_modality(method: Any, video: Any) -> str:
+    """Return the kind of model that a method trains; of generators, the section `video` makes it one of videos."""
+    return "video" if method.needs.modality == "image" and video is not None else str(method.needs.modality)
 
 
 def takes_text(schema: type[BaseModel], values: Mapping[str, Any], path: KeyPath, *, foreign: bool = True) -> bool:
@@ -169,7 +174,7 @@ _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
             *("ties", "resolution", "crop", "flip", "caption_dropout"),
             *("columns", "default_prompt", "streaming"),
         ),
-        "evaluate": ("prompts", "rewards", "steps", "guidance"),
+        "evaluate": ("prompts", "rewards", "steps", "guidance", "frames"),
     },
 }
 """Whether the method trains a vision-language model -> the keys that it does not support."""
@@ -186,7 +191,7 @@ def _check_modality(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue
             for key in keys:
                 if _mapping(values, section).get(key) not in _DEFAULTS:
                     yield ConfigIssue((section, key), f"not supported by {kind} methods such as '{name}'; remove it")
-        for key in ("flow", "allow_distilled"):
+        for key in ("flow", "allow_distilled", "video"):
             if is_vlm and values.get(key) not in (None, False):
                 yield ConfigIssue((key,), f"not supported by {kind} methods such as '{name}'; remove it")
         if is_vlm and values.get("attention") == "xformers":
@@ -194,6 +199,12 @@ def _check_modality(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue
         if is_vlm and _mapping(values, "rounds"):
             message = f"method '{name}' trains a vision-language model, and rounds sample images; remove it"
             yield ConfigIssue(("rounds",), message)
+    if values.get("video") is not None and not is_vlm:
+        if _mapping(values, "data").get("resolution") is not None:
+            fix = "applies to image models; the size of videos is video.height and video.width"
+            yield ConfigIssue(("data", "resolution"), fix)
+        if _mapping(values, "rounds"):
+            yield ConfigIssue(("rounds",), "rounds sample images, and the section video trains a video model")
     evaluate = _mapping(values, "evaluate")
     if evaluate and is_vlm and evaluate.get("questions") is None:
         yield ConfigIssue(("evaluate", "questions"), "missing; give a folder of videos with questions")
@@ -230,10 +241,10 @@ def _check_rewards(values: dict[str, Any], method: Any, foreign: bool) -> Iterat
         named += [(("evaluate", "rewards", i), name) for i, name in enumerate(evaluated)]
     for path, name in named:
         if isinstance(name, str) and (foreign or not is_foreign(name)):
-            yield from _check_reward(path, name, method)
+            yield from _check_reward(path, name, method, values)
 
 
-def _check_reward(path: KeyPath, name: str, method: Any) -> Iterator[ConfigIssue]:
+def _check_reward(path: KeyPath, name: str, method: Any, values: dict[str, Any]) -> Iterator[ConfigIssue]:
     from rewards import RewardError, reward_class
 
     try:
@@ -243,10 +254,21 @@ def _check_reward(path: KeyPath, name: str, method: Any) -> Iterator[ConfigIssue
         return
     if method is None:
         return
-    if reward.modality != method.needs.modality:
+    made, (section, *place) = generated_modality(method, values.get("video")), path[:-1]
+    frames: KeyPath = (section, *place, "frames") if section == "rewards" else ("evaluate", "frames")
+    on_frames = (values["rewards"][place[0]] if section == "rewards" else values["evaluate"]).get("frames")
+    if (reward.modality, made) == ("image", "video") and on_frames is None:
         yield ConfigIssue(
-            path, f"'{name}' scores {reward.modality}s, and the method generates {method.needs.modality}s"
+            path,
+            f"'{name}' scores images, and the section video trains a video model; give {dotted(frames)}, the number "
+            "of frames of each video that it scores, or a video reward",
         )
+    elif reward.modality != made and (reward.modality, made) != ("image", "video"):
+        yield ConfigIssue(path, f"'{name}' scores {reward.modality}s, and the method generates {made}s")
+    elif section == "rewards" and on_frames is not None and reward.modality != "image":
+        yield ConfigIssue(frames, f"is for image rewards on videos, and '{name}' scores {reward.modality}s; remove it")
+    elif section == "rewards" and on_frames is not None and made != "video":
+        yield ConfigIssue(frames, "is for image rewards on video models (section video); remove it")
     if path[0] == "rewards" and method.needs.reward == "differentiable" and not reward.differentiable:
         yield ConfigIssue(
             path,

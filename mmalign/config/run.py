@@ -15,7 +15,15 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmalign.config.checks import ConfigIssue, check_numbers, check_recipe, describe_errors, method_class, takes_text
+from mmalign.config.checks import (
+    ConfigIssue,
+    check_numbers,
+    check_recipe,
+    describe_errors,
+    generated_modality,
+    method_class,
+    takes_text,
+)
 from mmalign.config.flow import FlowConfig
 from mmalign.config.renamed import rename_keys
 from mmalign.config.sections import (
@@ -29,6 +37,7 @@ from mmalign.config.sections import (
     StrictModel,
     TrainerConfig,
 )
+from mmalign.config.video import VideoConfig
 from mmalign.config.yaml import ConfigIssues, Tree, dotted, read_tree, write_yaml
 
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
@@ -66,11 +75,13 @@ class RunConfig(StrictModel):
     flow: FlowConfig | None = None
     """choices for flow models (SD3, FLUX, Z-Image, Qwen-Image): density of training levels, text length, embedded
     guidance; null: their defaults"""
+    video: VideoConfig | None = None
+    """geometry of the videos, for video models (Wan, LTX-Video), which must have the section; null: an image model"""
 
     @property
     def modality(self) -> str:
         """The kind of model that is trained: an "image" or "video" generator, or a "vlm" (vision-language model)."""
-        return str(method_class(self.method)[0].needs.modality)
+        return generated_modality(method_class(self.method)[0], self.video)
 
     @property
     def method_name(self) -> str:

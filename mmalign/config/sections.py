@@ -190,7 +190,8 @@ class AdapterConfig(StrictModel):
     alpha: float | None = Field(None, gt=0, le=1e6)
     """the LoRA scale times the rank; null: equal to the rank"""
     targets: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
-    """names of layers with LoRA matrices; null: attention projections, or all linear layers of a language model"""
+    """names of layers with LoRA matrices, or of a family's groups (AnimateDiff: motion, image); null: attention
+    projections, or all linear layers of a language model"""
     init: Literal["gaussian", "kaiming"] | None = None
     """how A starts (B is 0): gaussian, with a standard deviation of 1/rank, as in published scripts for image models;
     kaiming, uniform within 1/sqrt(inputs), peft's default, as in those for language models; null: by the kind"""
@@ -222,6 +223,12 @@ class RewardConfig(StrictModel):
     """factor of this reward in the weighted sum"""
     options: dict[str, Any] = Field(default_factory=dict)
     """options of the reward itself"""
+    frames: Count | None = None
+    """for an image reward on a video model: the mean over so many frames, spread evenly; it does not see motion"""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "frames" or value is not None}
 
 
 class BudgetConfig(StrictModel):
@@ -338,6 +345,8 @@ class EvaluateConfig(StrictModel):
     """steps between two evaluations; step 0 is always evaluated"""
     rewards: list[str] = []
     """rewards to report; only with `prompts`"""
+    frames: Count | None = None
+    """for image rewards on a video model: their mean over so many frames of each video, spread evenly"""
     limit: Count = 8
     """number of prompts (the first ones), or of questions (spread evenly over all)"""
     steps: Count = 20
@@ -362,9 +371,10 @@ class EvaluateConfig(StrictModel):
 
     def _idle_fields(self) -> tuple[str, ...]:
         """Return the keys that this kind of evaluation does not use; they are left out of the dumped config."""
-        return (
-            ("questions", "max_new_tokens") if self.questions is None else ("prompts", "rewards", "steps", "guidance")
-        )
+        frames = ("frames",) if self.frames is None else ()
+        if self.questions is None:
+            return ("questions", "max_new_tokens", *frames)
+        return ("prompts", "rewards", "steps", "guidance", *frames)
 
     @model_serializer(mode="wrap")
     def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -388,6 +398,8 @@ class MonitorConfig(StrictModel):
     """drop of the distance between images of one prompt, as a share of its baseline"""
     collapse_drop: Share | None = 0.4
     """drop of the entropy of the kinds of images, over all prompts or for one, as a share of its baseline"""
+    motion_drop: Share | None = 0.5
+    """drop of the difference between neighbouring frames of videos, as a share of its baseline"""
     saturation_rise: Share | None = 0.2
     """increase of the share of channel values that are black or white"""
     high_frequency_growth: Growth | None = 2.0

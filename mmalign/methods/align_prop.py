@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mmalign.core.errors import UserError
 from mmalign.data.batches import PromptBatch
 from mmalign.losses import denoising_error
 from mmalign.methods.base import LossOutput, Method, Needs
@@ -41,6 +42,9 @@ class AlignPropConfig(SamplingConfig):
     """adds this many times the mean squared difference of policy and reference on the policy's own noised images"""
     checkpoint: bool = True
     """recompute network calls and decoder in the backward pass, so that memory does not grow with the steps"""
+    decode_frames: int | None = Field(None, ge=1)
+    """for video models: decode so many latent frames alone, spread evenly, and score these as a video (VADER); null:
+    whole videos"""
 
 
 class AlignProp(Method[AlignPropConfig]):
@@ -84,7 +88,7 @@ class AlignProp(Method[AlignPropConfig]):
             checkpoint=c.checkpoint,
             autocast=run.autocast,
         )
-        images, prompts = run.decode(drawn.latents, checkpoint=c.checkpoint), samples.prompts * drawn.repeats
+        images, prompts = self._decode(run, drawn.latents), samples.prompts * drawn.repeats
         run.show(images, prompts)
         scores = run.score(images, prompts)
         gain = scores.total if c.target is None else scores.total.clamp(max=c.target)
@@ -97,6 +101,14 @@ class AlignProp(Method[AlignPropConfig]):
         metrics |= {f"reward/{name}": score.mean() for name, score in scores.parts.items()}
         loss = -gain.mean()
         return LossOutput(loss + c.distance_weight * distance if c.distance_weight else loss, metrics)
+
+    def begin(self, run: Run) -> None:
+        """Refuse `decode_frames` for a model of images."""
+        if self.config.decode_frames is not None and run.generator.modality != "video":
+            raise UserError("method.decode_frames is for video models, and this one makes images; remove it")
+
+    def _decode(self, run: Run, latents: Tensor) -> Tensor:
+        return run.decode(latents, checkpoint=self.config.checkpoint, frames=self.config.decode_frames)
 
     def _distance(self, run: Run, samples: PromptBatch, latents: Tensor) -> Tensor:
         """Return the mean squared difference of policy and reference on noised samples; a few if it is only logged."""

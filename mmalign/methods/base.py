@@ -30,8 +30,8 @@ class Needs:
     `source`: preference pairs, single images with labels, good images alone (those of labels, or the chosen ones of
     pairs), or prompts alone (the method samples its own images);
     `reference`: whether the reference model is evaluated; `reward`: whether samples are scored, and whether
-    the score must have a gradient ("optional": rewards are only logged, if any are given); `flow`: whether it trains
-    flow-matching models too.
+    the score must have a gradient ("optional": rewards are only logged, if any are given); `flow` and `video`: whether
+    it trains flow-matching models, and generators of videos, too.
     """
 
     source: Literal["pairs", "labels", "images", "prompts"]
@@ -39,6 +39,7 @@ class Needs:
     reward: Literal["none", "optional", "blackbox", "differentiable"] = "none"
     modality: Literal["image", "video", "vlm"] = "image"
     flow: bool = True
+    video: bool = True
 
 
 @dataclass

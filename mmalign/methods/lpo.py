@@ -47,7 +47,7 @@ class LPO(SPO):
 
     name: ClassVar[str] = "lpo"
     Config: ClassVar[type[LPOConfig]] = LPOConfig
-    needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="optional", flow=False)
+    needs: ClassVar[Needs] = Needs(source="prompts", reference=True, reward="optional", flow=False, video=False)
     predict_clean: ClassVar[bool] = False
     config: LPOConfig
     reward: LatentReward

@@ -20,11 +20,12 @@ from mmalign.scoring.live import LiveRewards
 from pipelines import Generator, NoiseProcess, VisionLanguageModel, seeded_noise
 from pipelines.conditioning import Conditioning
 from pipelines.vlm.batch import VlmBatch
+from rewards.combining.on_frames import evenly
 
 ModelT = TypeVar("ModelT", bound="Generator | VisionLanguageModel")
 Autocast = Callable[[], AbstractContextManager[Any]]
 WATCHED = 4
-"""Images a batch for measuring the distance to the reference where it is only logged."""
+"""Samples a batch for measuring the distance to the reference where it is only logged."""
 
 
 class BaseRun(Generic[ModelT]):
@@ -95,7 +96,7 @@ class BaseRun(Generic[ModelT]):
 
 
 class Run(BaseRun[Generator]):
-    """The view of an image generator's run that is handed to `Method.loss` and `Method.collect`; see `BaseRun`."""
+    """The view of a generator's run that is handed to `Method.loss` and `Method.collect`; see `BaseRun`."""
 
     @property
     def process(self) -> NoiseProcess:
@@ -112,9 +113,11 @@ class Run(BaseRun[Generator]):
             return self.generator.predict(x_t, t, cond).float()
 
     def decode(
-        self, latents: Float[Tensor, "batch *latent"], *, checkpoint: bool = False
-    ) -> Float[Tensor, "batch 3 height width"]:
-        """Decode latents that the policy has sampled to images.
+        self, latents: Float[Tensor, "batch *latent"], *, checkpoint: bool = False, frames: int | None = None
+    ) -> Float[Tensor, "batch *media"]:
+        """Decode latents that the policy has sampled to images or videos, or to some frames of the latter.
+
+        `frames` is a number of latent frames, spread evenly: `Generator.decode_frames`.
 
         Raises:
             TrainingDiverged: a latent is not finite.
@@ -124,11 +127,13 @@ class Run(BaseRun[Generator]):
                 f"after step {self.step} the model samples what is not finite; lower trainer.learning_rate, or use "
                 "trainer.precision bf16 or fp32, and run the same command again: it goes on from the last checkpoint"
             )
-        images: Tensor = self.generator.decode_checkpointed(latents) if checkpoint else self.generator.decode(latents)
-        return images
+        if frames is not None:
+            return self.generator.decode_frames(latents, evenly(latents.shape[2], frames))
+        media: Tensor = self.generator.decode_checkpointed(latents) if checkpoint else self.generator.decode(latents)
+        return media
 
-    def show(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
-        """Hand images in [0, 1] that the method sampled to the monitors, and count them."""
+    def show(self, images: Float[Tensor, "batch *media"], prompts: Sequence[str]) -> None:
+        """Hand images or videos in [0, 1] that the method sampled to the monitors, and count them."""
         self.shown = (images.detach(), list(prompts))
         for viewer in self.viewers:
             viewer(*self.shown)

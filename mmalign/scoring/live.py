@@ -39,8 +39,8 @@ class LiveRewards:
         self._cost = cost
         self._known: dict[str, dict[bytes, float]] = {entry.name: {} for entry in self.rewards}
 
-    def __call__(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Scores:
-        """Score images in [0, 1] against their prompts; the sum carries a gradient if the images do.
+    def __call__(self, images: Float[Tensor, "batch *media"], prompts: Sequence[str]) -> Scores:
+        """Score images or videos in [0, 1] against their prompts; the sum carries a gradient if the images do.
 
         Raises:
             UserError: a reward gave something that is not a finite number.
@@ -53,7 +53,7 @@ class LiveRewards:
         return Scores(weighted_total(parts, self.rewards), {name: score.detach() for name, score in parts.items()})
 
     def win_rates(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str], size: int, tie_margin: float
+        self, images: Float[Tensor, "batch *media"], prompts: Sequence[str], size: int, tie_margin: float
     ) -> Scores:
         """Compare images in [0, 1] with the others of their group, each `size` in a row of one prompt.
 

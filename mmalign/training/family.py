@@ -1,4 +1,4 @@
-"""The family of a run's image model: recipes that it cannot train are refused before a weight is read."""
+"""The family of a run's generator: recipes that it cannot train are refused before a weight is read."""
 
 from __future__ import annotations
 
@@ -50,12 +50,30 @@ def check_family(config: RunConfig) -> None:
         UserError: names the key and the fix. PipelineError: a model of an unsupported kind.
     """
     path = resolve_model(config.model)
+    _check_modality(config, family_of(path, resolve_model))
     family = flow_family(config, path)
     if family is not None:
         _check_flow(config, family)
     _check_distillation(config, path)
     if family is None and (process := process_of(path, resolve_model)) is not None:
         check_process(build_method(config), process, config.model)
+
+
+def _check_modality(config: RunConfig, family: type[Generator]) -> None:
+    if family.modality == "video" and config.video is None:
+        raise UserError(
+            f"model {config.model} makes videos ('{family.family}'); give a section video, such as video:"
+            " {frames: 33, height: 240, width: 416}, or video: {} for its own geometry"
+        )
+    if family.modality == "video" and not methods.get(config.method_name).needs.video:
+        raise UserError(
+            f"method.name '{config.method_name}' does not train video models, and {config.model} is one"
+            f" ('{family.family}'); choose another method or model"
+        )
+    if family.modality != "video" and config.video is not None:
+        raise UserError(
+            f"video: is for video models, and {config.model} makes images ('{family.family}'); remove the section"
+        )
 
 
 def check_process(method: Method[Any], process: NoiseProcess, model: str) -> None:

@@ -1,4 +1,4 @@
-"""Evaluate an image generator while it trains: images of fixed prompts and seeds, and the means of some rewards."""
+"""Evaluate a generator while it trains: media of fixed prompts and seeds, and the means of some rewards."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mmalign.core.files import write_atomically
-from mmalign.core.io.grid import image_grid
+from mmalign.core.io.grid import frame_strips, image_grid
 from mmalign.core.io.images import encode_png
 from mmalign.core.seeds import derive_seed
 from mmalign.data.prompts import load_prompts
 from mmalign.scoring.checks import check_reward
 from mmalign.training.evaluation import Evaluated
+from rewards import load_reward
+from rewards.combining.on_frames import OnFrames
+from rewards.registry import reward_class
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,15 +28,16 @@ if TYPE_CHECKING:
 COLUMNS = 4
 
 
-def check_evaluation(config: EvaluateConfig) -> None:
+def check_evaluation(config: EvaluateConfig, modality: str = "image") -> None:
     """Check prompts and rewards of the evaluation, without loading any.
 
     Raises:
-        UserError, RewardError: the prompts cannot be read, or a reward cannot score images of them.
+        UserError, RewardError: the prompts cannot be read, or a reward cannot score media of them.
     """
     prompts = [prompt.text for prompt in load_prompts(str(config.prompts), limit=config.limit)]
     for name in config.rewards:
-        check_reward(name, {}, prompts)
+        on_frames = modality == "video" and reward_class(name).modality == "image" and config.frames is not None
+        check_reward(name, {}, prompts, "image" if on_frames else modality)
 
 
 class ImageEvaluation:
@@ -40,14 +45,18 @@ class ImageEvaluation:
 
     def __init__(self, config: EvaluateConfig, generator: Any, seed: int) -> None:
         """Load the rewards and encode the prompts, which must happen before the encoders are freed."""
-        from rewards import load_reward
-
         self.config = config
         self.prompts = [prompt.text for prompt in load_prompts(str(config.prompts), limit=config.limit)]
-        self.rewards = {name: load_reward(name, device=generator.device) for name in config.rewards}
+        self.rewards = {name: self._load(name, generator) for name in config.rewards}
         self.seeds = [derive_seed(seed, "evaluate", index) for index in range(len(self.prompts))]
         self.cond = generator.encode_prompts(self.prompts)
         self.negative = generator.unconditional()
+
+    def _load(self, name: str, generator: Any) -> Any:
+        reward = load_reward(name, device=generator.device)
+        if reward.modality == generator.modality or self.config.frames is None:
+            return reward
+        return OnFrames(reward, self.config.frames)
 
     def higher_is_better(self, name: str) -> bool:
         """Tell whether more of a reward is better."""
@@ -77,17 +86,21 @@ class ImageEvaluation:
                 batch_size=8,
             )
         run.generator.network.train()
-        images = torch.cat([run.generator.decode(part).float() for part in trajectory.latents.split(8)])
+        media = torch.cat([run.generator.decode(part).float() for part in trajectory.latents.split(8)])
         run.generator.free_encoders(keep=run.kept)
         means, spreads = {}, {}
         for name, reward in self.rewards.items():
             prompts = self.prompts if "prompts" in reward.needs else None
-            scores = reward(images, prompts=prompts)
+            scores = reward(media, prompts=prompts)
             means[f"evaluation/{name}"] = float(scores.mean())
             spreads[f"evaluation/{name}"] = float(scores.std(correction=0))
-        tiles = list(images.cpu())
-        picture = image_grid([tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)])
-        return Evaluated(means, spreads, picture)
+        return Evaluated(means, spreads, self._picture(list(media.cpu())))
+
+    def _picture(self, made: list[Tensor]) -> Image:
+        """Draw the images in a grid, or a strip of frames of each video."""
+        if made[0].ndim == 4:
+            return frame_strips(made, self.prompts)
+        return image_grid([made[start : start + COLUMNS] for start in range(0, len(made), COLUMNS)])
 
 
 def save_grid(picture: Image, output: Path, step: int) -> Path:

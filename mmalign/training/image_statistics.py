@@ -40,6 +40,11 @@ def diversity(images: Float[Tensor, "batch 3 height width"], groups: Sequence[Ha
     return torch.stack(means).mean() / features.shape[1] ** 0.5 if means else features.new_tensor(math.nan)
 
 
+def motion(videos: Float[Tensor, "batch times 3 height width"]) -> Float[Tensor, ""]:
+    """Return the mean absolute difference of neighbouring frames, in pixel values, over all videos: 0 is a still."""
+    return videos.float().diff(dim=1).abs().mean()
+
+
 def saturation(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, " batch"]:
     """Return the share of each image's channel values that are 0, 1, 254 or 255 when rounded to 8 bits.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from mmalign.core.progress import note
 from mmalign.training.image_kinds import colour_shares, entropy_within, k_means, kinds_entropy, nearest
-from mmalign.training.image_statistics import dark, diversity, grid, high_frequency, saturation
+from mmalign.training.image_statistics import dark, diversity, grid, high_frequency, motion, saturation
+from rewards.combining.on_frames import evenly
 
 if TYPE_CHECKING:
     from mmalign.config.sections import MonitorConfig
@@ -35,6 +36,8 @@ LEAST_RATIO = 1e-3
 """A log-ratio below this never counts as diverging: ten times the rounding that a ratio of exactly 1 may have."""
 LEAST_HIGH_FREQUENCY = 0.01
 """A rise of the high-frequency share never counts below this, since flat images start near 0."""
+FRAMES = 4
+"""Frames of a video that the statistics of images are taken of, spread evenly."""
 KINDS = 8
 """Clusters of the first images, by which later ones are counted."""
 LEAST_IMAGES = 64
@@ -56,6 +59,8 @@ _ADVICE = {
     "collapse": "the policy draws ever fewer kinds of images, as of one background for all prompts; penalise the "
     "distance to the reference, make fewer updates on a round, lower trainer.learning_rate, or stop earlier, and look "
     "at the images: rewards do not show it",
+    "motion": "the videos of the policy stand still, as they do when a reward likes calm pictures; add a reward for "
+    "motion, penalise the distance to the reference, or stop earlier",
     "saturation": "colours run into black and white, as they do when a reward likes contrast or the guidance is "
     "high; lower trainer.learning_rate, add a reward for quality, or stop earlier",
     "high_frequency": "a fine pattern or noise that the reward likes is covering the images; stop earlier, lower "
@@ -117,12 +122,11 @@ class Monitors:
         self.lower_is_better = frozenset(lower_is_better)
         self._state = _State()
 
-    def images(
-        self, step: int, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> dict[str, float]:
-        """Measure a batch of sampled images in [0, 1] and the kinds that `sampled` saw; return the metrics to log.
+    def images(self, step: int, images: Float[Tensor, "batch *media"], prompts: Sequence[str]) -> dict[str, float]:
+        """Measure a batch of sampled media in [0, 1] and the kinds that `sampled` saw; return the metrics to log.
 
-        Images of equal prompts form a group. Those with a value that is not finite are left out. The cost is a few
+        Images of equal prompts form a group; of videos, a few frames are measured, each against those of its time, and
+        how much moves. Those with a value that is not finite are left out. The cost is a few
         passes over the pixels: 0.2 % of the time that the Shapes model needs to sample the same images in ten steps.
         """
         if self.config.action == "off":
@@ -131,8 +135,14 @@ class Monitors:
         images, kept = _finite(images, prompts)
         if not kept:
             return kinds
-        spread = diversity(images, kept)
-        measured = {"diversity": spread, **{name: measure(images).mean() for name, measure in _STATISTICS.items()}}
+        moved = {"motion": motion(images)} if images.ndim == 5 and images.shape[1] > 1 else {}
+        images, groups = _frames(images, kept, FRAMES)
+        spread = diversity(images, groups)
+        measured = {
+            "diversity": spread,
+            **moved,
+            **{name: measure(images).mean() for name, measure in _STATISTICS.items()},
+        }
         numbers = dict(zip(measured, torch.stack([*measured.values()]).tolist(), strict=True))  # one transfer
         self._watch_images(step, numbers)
         if math.isnan(numbers["diversity"]):
@@ -142,14 +152,14 @@ class Monitors:
                 note("monitors: diversity is not measured, because no prompt of a batch has two images")
         return {f"monitor/{name}": value for name, value in numbers.items()} | kinds
 
-    def sampled(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
-        """Take images in [0, 1] as soon as they are sampled: all of them are counted by their kind."""
+    def sampled(self, images: Float[Tensor, "batch *media"], prompts: Sequence[str]) -> None:
+        """Take media in [0, 1] as soon as they are sampled: all, of videos the middle frame, are counted by kind."""
         if self.config.action == "off":
             return
         images, kept = _finite(images, prompts)
         if not kept:
             return
-        shares = colour_shares(images).cpu()
+        shares = colour_shares(_frames(images, kept, 1)[0]).cpu()
         self._state.prompts += kept
         if self._state.centres:
             self._state.kinds += nearest(shares, torch.tensor(self._state.centres)).tolist()
@@ -211,6 +221,10 @@ class Monitors:
         if c.diversity_drop is not None:
             seen = f"the images of one prompt differ by {now:.3g}, at the start by {start:.3g}"
             self._judge(step, "diversity", (start - now) / max(c.diversity_drop * start, 1e-12), seen)
+        if "motion" in courses and c.motion_drop is not None:
+            start, now, _ = courses["motion"]
+            seen = f"neighbouring frames differ by {now:.3g}, at the start by {start:.3g}"
+            self._judge(step, "motion", (start - now) / max(c.motion_drop * start, 1e-12), seen)
         start, now, _ = courses["saturation"]
         if c.saturation_rise is not None:
             seen = f"{now:.1%} of the channel values are black or white, at the start {start:.1%}"
@@ -355,10 +369,18 @@ class Monitors:
 _STATISTICS = {"saturation": saturation, "high_frequency": high_frequency, "dark": dark, "grid": grid}
 
 
+def _frames(media: Tensor, prompts: Sequence[str], count: int) -> tuple[Tensor, list[Hashable]]:
+    """Return images with their prompts; of videos `count` frames each, whose group is prompt and time."""
+    if media.ndim == 4:
+        return media, list(prompts)
+    chosen = evenly(media.shape[1], count)
+    return media[:, chosen].flatten(0, 1), [(prompt, frame) for prompt in prompts for frame in chosen]
+
+
 def _finite(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
-    """Return the images whose values are all finite, detached, and their prompts."""
+    """Return the media whose values are all finite, detached, and their prompts."""
     images = images.detach()
-    finite = images.float().sum((1, 2, 3)).isfinite()
+    finite = images.float().flatten(1).sum(1).isfinite()
     return images[finite], [prompt for prompt, good in zip(prompts, finite.tolist(), strict=True) if good]
 
 

@@ -8,6 +8,8 @@ CONFIG_FILE, CARD_FILE, CHECKPOINTS = "config.yaml", "README.md", "checkpoints"
 EXPORT_FILES = {
     ("image", "full"): "model_index.json",
     ("image", "lora"): "pytorch_lora_weights.safetensors",
+    ("video", "full"): "model_index.json",
+    ("video", "lora"): "pytorch_lora_weights.safetensors",
     ("vlm", "full"): "config.json",
     ("vlm", "lora"): "adapter_config.json",
 }

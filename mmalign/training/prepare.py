@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config.run import RunConfig
+from mmalign.config.sections import RewardConfig
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output, expand
 from mmalign.core.precision import autocast, check_precision
@@ -135,8 +136,10 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
 def load_rewards(config: RunConfig, device: Any) -> list[WeightedReward]:
     """Load the rewards that the method learns from."""
     from rewards import load_reward
+    from rewards.combining.on_frames import OnFrames
 
-    return [
-        WeightedReward(one.name, one.weight, load_reward(one.name, **{"device": device, **one.options}))
-        for one in config.rewards
-    ]
+    def load(one: RewardConfig) -> Any:
+        reward = load_reward(one.name, **{"device": device, **one.options})
+        return reward if one.frames is None else OnFrames(reward, one.frames)
+
+    return [WeightedReward(one.name, one.weight, load(one)) for one in config.rewards]

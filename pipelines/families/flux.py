@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
-from pipelines.families.latent_image import single
-from pipelines.families.transformer_image import JOINT_ATTENTION, TransformerImage
+from pipelines.families.flow_transformer import JOINT_ATTENTION
+from pipelines.families.latent import single
+from pipelines.families.transformer_image import TransformerImage
 
 DEFAULT_SIDE = 128
 """Latents a side of the images that diffusers' pipeline makes by default; the network has no size of its own."""

@@ -20,7 +20,7 @@ from pipelines import adapters
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.families.flux import DEFAULT_SIDE
-from pipelines.families.latent_image import single
+from pipelines.families.latent import single
 from pipelines.families.transformer_image import TransformerImage
 from pipelines.generator import Generator
 
@@ -149,8 +149,8 @@ class Flux2Klein(TransformerImage):
         mean = patchify(super()._moments(images)[0])
         return mean, torch.zeros_like(mean)
 
-    def _images(self, latents: Tensor) -> Tensor:
-        return super()._images(unpatchify(latents))
+    def _media(self, latents: Tensor) -> Tensor:
+        return super()._media(unpatchify(latents))
 
 
 class DistilledFlux2Klein(Flux2Klein):

@@ -17,7 +17,7 @@ from pipelines import adapters
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.families.flux import DEFAULT_SIDE, pack, unpack
-from pipelines.families.latent_image import single
+from pipelines.families.latent import single
 from pipelines.families.transformer_image import TransformerImage
 
 TEMPLATE = (
@@ -134,8 +134,8 @@ class QwenImage(TransformerImage):
         mean, std = super()._moments(images.unsqueeze(2))  # the autoencoder is one of videos
         return mean.squeeze(2), std.squeeze(2)
 
-    def _images(self, latents: Tensor) -> Tensor:
-        return super()._images(latents.unsqueeze(2)).squeeze(2)
+    def _media(self, latents: Tensor) -> Tensor:
+        return super()._media(latents.unsqueeze(2)).squeeze(2)
 
     def _make_unconditional(self) -> Conditioning:
         return self.encode_prompts([" "])

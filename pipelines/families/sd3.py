@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipelines.components import has_component
 from pipelines.conditioning import Conditioning
-from pipelines.families.latent_image import single
+from pipelines.families.latent import single
 from pipelines.families.transformer_image import TransformerImage
 
 T5_NAMES = ("text_encoder_3", "tokenizer_3")

@@ -15,7 +15,7 @@ from pipelines import adapters
 from pipelines.components import read_json
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
-from pipelines.families.latent_image import single
+from pipelines.families.latent import single
 from pipelines.families.transformer_image import TransformerImage
 
 DEFAULT_SIDE = 1024

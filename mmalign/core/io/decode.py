@@ -17,6 +17,7 @@ from torch import Tensor
 from mmalign.core.errors import UserError
 from mmalign.core.files import visible
 from mmalign.core.io.items import Slice
+from rewards.combining.on_frames import evenly
 from rewards.media import image_levels
 
 
@@ -52,11 +53,7 @@ class Frames:
             UserError: `fps` is set and the frames have no rate.
         """
         if self.count is not None:
-            if self.count >= total:
-                return list(range(total))
-            if self.count == 1:
-                return [total // 2]
-            return [round(index * (total - 1) / (self.count - 1)) for index in range(self.count)]
+            return evenly(total, self.count)
         if self.fps is not None:
             if not rate:
                 raise UserError("its frames have no rate; use --frames in place of --fps (in a config, data.frames)")

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mmalign.core.io.images import tensor_to_image
+from rewards.combining.on_frames import evenly
 
 GAP = 4
 FONT_SIZE = 13
@@ -60,6 +61,14 @@ def image_grid(
             if picture is not None:
                 _place(canvas, picture, (left + column * (edge + GAP), y), edge)
     return canvas
+
+
+def frame_strips(
+    videos: Sequence[Tensor], labels: Sequence[str], *, frames: int = 8, cell: int | None = None
+) -> Image.Image:
+    """Draw videos, tensors `[F, 3, H, W]` in [0, 1], one a row: up to so many of its frames, spread evenly over it."""
+    rows = [[video[frame] for frame in evenly(len(video), frames)] for video in videos]
+    return image_grid(rows, row_labels=labels, cell=cell)
 
 
 def labelled_grid(images: Sequence[Cell], labels: Sequence[str], *, columns: int = 6) -> Image.Image:

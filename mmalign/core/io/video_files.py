@@ -12,11 +12,13 @@ from torch import Tensor
 from mmalign.core.errors import UserError, did_you_mean
 from mmalign.core.files import replacing
 
-CODECS = {
+CODECS: dict[str, tuple[str, str, str, dict[str, str]]] = {
     "mp4": ("mp4", "libx264", "yuv420p", {"crf": "4"}),
     "mkv": ("matroska", "ffv1", "bgr0", {}),
 }
 """suffix -> container, codec, pixel format, options: H.264 that plays everywhere, and FFV1, which loses nothing."""
+FALLBACK = ("mp4", "mpeg4", "yuv420p", {"qmin": "1", "qmax": "3"})
+"""For an MP4 where PyAV was built without H.264: plays in players, not in browsers."""
 
 
 def write_video(path: Path, video: UInt8[Tensor, "frames 3 height width"], fps: float = 4.0) -> None:
@@ -36,6 +38,8 @@ def write_video(path: Path, video: UInt8[Tensor, "frames 3 height width"], fps: 
     if kind == "mp4" and (height % 2 or width % 2):
         raise UserError(f"{path}: an MP4 needs even sides, not {width}x{height}; write an .mkv")
     container_name, codec, pixels, options = CODECS[kind]
+    if kind == "mp4" and codec not in av.codecs_available:
+        container_name, codec, pixels, options = FALLBACK
     # Without the flag a file holds a random identifier, and the same frames never give the same bytes.
     exact = {"fflags": "+bitexact"}
     with replacing(path) as aside, av.open(str(aside), "w", format=container_name, options=exact) as container:

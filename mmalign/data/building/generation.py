@@ -1,4 +1,4 @@
-"""Generate images from prompts in batches, for `generate`, `pairs sample` and `compare`."""
+"""Generate images or videos from prompts in batches, for `generate`, `pairs sample` and `compare`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipelines.conditioning import Conditioning
 
 
 class GeneratedImage(NamedTuple):
-    """One image in [0, 1], float32 on the CPU, with its prompt and seed."""
+    """One image, or one video ``[F, 3, H, W]``, in [0, 1], float32 on the CPU, with its prompt and seed."""
 
     prompt_index: int
     seed: int
-    image: Float[Tensor, "3 height width"]
+    image: Float[Tensor, "*media"]
 
 
 def generate_images(

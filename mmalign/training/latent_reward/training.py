@@ -220,8 +220,10 @@ def _load_generator(config: LatentRewardConfig, device: torch.device) -> Generat
     refusal = UserError(
         f"model {config.model} is a flow model; a latent reward is built from the UNet of an SD or SDXL"
     )
-    process = process_of(path, resolve_model)
-    if family_of(path, resolve_model).is_flow or (process is not None and process.prediction == "flow"):
+    process, family = process_of(path, resolve_model), family_of(path, resolve_model)
+    if family.modality == "video":
+        raise UserError(f"model {config.model} makes videos; a latent reward is built from the UNet of an SD or SDXL")
+    if family.is_flow or (process is not None and process.prediction == "flow"):
         raise refusal
     generator = load_generator(path, device=device, resolve=resolve_model)
     if generator.process.prediction == "flow":  # a single file

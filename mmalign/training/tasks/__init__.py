@@ -1,4 +1,4 @@
-"""Tasks: the differences between training an image generator and a vision-language model."""
+"""Tasks: the differences between training an image generator, a video generator and a vision-language model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from mmalign.config.run import RunConfig
 from mmalign.core.errors import UserError
 from mmalign.training.tasks.base import Task
 from mmalign.training.tasks.image import ImageTask
+from mmalign.training.tasks.video import VideoTask
 from mmalign.training.tasks.vlm import VlmTask
 
 __all__ = ["TASKS", "Task", "task_of"]
 
-TASKS: dict[str, Task[Any]] = {"image": ImageTask(), "vlm": VlmTask()}
-"""`needs.modality` of a method -> its task."""
+TASKS: dict[str, Task[Any]] = {"image": ImageTask(), "video": VideoTask(), "vlm": VlmTask()}
+"""`RunConfig.modality` -> its task."""
 
 
 def task_of(config: RunConfig) -> Task[Any]:

@@ -68,14 +68,16 @@ class ImageTask(Task[Generator]):
         if Path(resolve_model(config.model)).is_dir():  # that of a hub id is checked when it is fetched
             check_family(config)
         if config.evaluate:
-            check_evaluation(config.evaluate)
+            check_evaluation(config.evaluate, config.modality)
 
     def open_source(self, config: RunConfig, method: Method[Any]) -> Source:
         """Return prompts, labelled images or pairs, as the method needs."""
         if method.needs.source == "prompts":
             prompts = [prompt.text for prompt in load_prompts(str(config.data.prompts), limit=config.data.limit)]
             for reward in config.rewards:
-                check_reward(reward.name, reward.options, prompts, grouped=method.images_per_sample > 1)
+                judged = "image" if reward.frames else config.modality
+                grouped = method.images_per_sample > 1 and not reward.frames
+                check_reward(reward.name, reward.options, prompts, judged, grouped=grouped)
             note(f"{config.data.prompts}: {len(prompts)} prompts")
             return prompts
         if method.needs.source in ("labels", "images"):
@@ -97,6 +99,7 @@ class ImageTask(Task[Generator]):
             attention=config.attention,
             resolve=resolve_model,
             flow=flow_options(config, path),
+            video=None if config.video is None else config.video.options(),
         )
 
     def model_id(self, model: Generator) -> str:

@@ -1,0 +1,83 @@
+"""Tiny video pipelines made of real diffusers and transformers classes, as `tiny_models` makes those of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import tiny_t5
+
+GEOMETRY = {"height": 16, "width": 16, "frames": 5, "fps": 8.0}
+"""Small videos that the tiny models take: two latent frames of 2 x 2 for Wan's autoencoder."""
+
+
+def tiny_wan_vae(channels: int = 4, **options: Any) -> Any:
+    """Return an ``AutoencoderKLWan`` (sides / 8, frames / 4) with statistics that are neither 0 nor 1."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=3,
+        z_dim=channels,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1 * channel - 0.2 for channel in range(channels)],
+        latents_std=[0.5 + 0.25 * channel for channel in range(channels)],
+        **options,
+    ).eval()
+
+
+def tiny_wan_transformer(channels: int = 4, width: int = 24, inputs: int | None = None) -> Any:
+    """Return a ``WanTransformer3DModel`` of two layers."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=inputs or channels,
+        out_channels=channels,
+        text_dim=width,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    ).eval()
+
+
+def tiny_umt5(folder: Path, width: int) -> tuple[Any, Any]:
+    """Return a T5 tokenizer over characters and a one-layer ``UMT5EncoderModel`` for it."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer, _ = tiny_t5(folder, width)
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=1,
+        num_heads=2,
+        tie_word_embeddings=False,
+    )
+    return tokenizer, UMT5EncoderModel(config).eval()
+
+
+def build_tiny_wan(path: str | Path, *, unipc: bool = False, seed: int = 0) -> str:
+    """Write a ``WanPipeline`` shaped like Wan 2.1 and return its path; shift 3, by Euler's scheduler or by UniPC."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+
+    path = Path(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer, encoder = tiny_umt5(path / "tokenizer", 24)
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+        pipe = WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=encoder,
+            vae=tiny_wan_vae(),
+            scheduler=UniPCMultistepScheduler(**flow) if unipc else FlowMatchEulerDiscreteScheduler(shift=3.0),
+            transformer=tiny_wan_transformer(),
+        )
+        pipe.save_pretrained(path, safe_serialization=True)
+    return str(path)
