@@ -75,7 +75,7 @@ def build_adapter(unet: Any) -> Any:
 
     return MotionAdapter(
         block_out_channels=tuple(unet.config.block_out_channels), motion_layers_per_block=1,
-        motion_num_attention_heads=4, motion_norm_num_groups=16, motion_max_seq_length=16,
+        motion_num_attention_heads=4, motion_norm_num_groups=16, motion_max_seq_length=FRAMES,
     )  # fmt: skip
 
 
