@@ -6,6 +6,7 @@ mmalign shapes read image.png --prompt "a red circle above a blue square"
 mmalign shapes check-oracle --count 5000
 mmalign shapes videos --count 200 --split test --out runs/shapes-videos
 mmalign shapes train-base --out runs/shapes-sd
+mmalign shapes train-base --video --start assets/shapes-flow --out runs/shapes-video
 mmalign shapes train-vlm --out runs/shapes-vlm
 mmalign shapes agreement runs/samples --rewards shapes-clip
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mmalign.cli import shapes_video
 from mmalign.cli.generate import not_negative
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     draw = actions.add_parser("draw", help="draw random scenes with their captions as one image")
     draw.add_argument("--count", type=int, default=48, help="number of scenes (default %(default)s)")
+    draw.add_argument("--video", action="store_true", help="draw clips of moving Shapes, a row of frames each")
     draw.add_argument("--seed", type=not_negative, default=0, help=SEED)
     draw.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     scenes = actions.add_parser("scenes", help="draw scenes with true captions as good images, for data.labels")
@@ -44,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check-oracle", help="measure how often the oracle reads newly drawn scenes correctly")
     check.add_argument("--count", type=int, default=4000, help="number of scenes (default %(default)s)")
     check.add_argument("--seed", type=not_negative, default=7, help=SEED)
+    check.add_argument("--video", action="store_true", help="on clips of moving Shapes, crisp and degraded")
     _add_videos(actions)
     actions.add_parser("words", help="print every word that prompts may use")
     prompts = actions.add_parser("prompts", help="write the test, validation and training prompt sets again")
@@ -62,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     base.add_argument("--start", type=Path, metavar="DIR", help="start from the weights of this pipeline")
     base.add_argument("--flow", action="store_true", help="train a flow model, such as assets/shapes-flow")
+    shapes_video.add_training(base)
     clip = actions.add_parser("train-clip", help="train the CLIP from scratch (half an hour on one CPU core)")
     clip.add_argument("--out", type=Path, required=True, metavar="DIR")
     clip.add_argument("--scenes", type=int, default=50_000, help="number of training scenes (default %(default)s)")
@@ -177,9 +182,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen action."""
     if hasattr(args, "out"):
         check_output(args.out, folder=args.action not in ("draw", "scenes"))
+    video = getattr(args, "video", False)
     return {
-        "draw": _draw, "scenes": _scenes, "read": _read, "check-oracle": _check_oracle, "words": _words,
-        "prompts": _prompts, "train-base": _train_base, "train-clip": _train_clip,
+        "draw": shapes_video.draw if video else _draw, "scenes": _scenes, "read": _read, "words": _words,
+        "check-oracle": shapes_video.check_oracle if video else _check_oracle,
+        "prompts": _prompts, "train-base": shapes_video.train if video else _train_base, "train-clip": _train_clip,
         "train-vlm": _train_vlm, "agreement": _agreement, "videos": _videos,
     }[args.action](args)  # fmt: skip
 
@@ -281,14 +288,17 @@ def _words(args: argparse.Namespace) -> int:
         for meaning, words in table.items():
             print(f"  {meaning:10} {', '.join(words)}")
     print(f"numbers\n  {', '.join(language.NUMBERS)}")
+    shapes_video.words()
     return 0
 
 
 def _prompts(args: argparse.Namespace) -> int:
+    from mmalign.shapes.motion.prompts import write_motion_prompt_sets
     from mmalign.shapes.prompts import write_prompt_sets
 
     write_prompt_sets(args.out)
-    print(f"shapes-drawbench.csv, shapes-validation.csv, shapes-train.csv: {args.out}")
+    write_motion_prompt_sets(args.out)
+    print(f"shapes-*.csv, and shapes-motion-*.csv for videos: {args.out}")
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -94,7 +94,8 @@ def split_of(prompt: str) -> str:
 # -------------------------------------------------------------------------------------------------- writing
 
 
-def _word(rng: np.random.Generator, words: Sequence[str], rare: float) -> str:
+def pick_word(rng: np.random.Generator, words: Sequence[str], rare: float) -> str:
+    """One of three spellings, the common one mostly; `rare` is the chance of the last."""
     draw = rng.random()
     return words[2] if draw < rare else words[1] if draw < 3 * rare else words[0]
 
@@ -103,22 +104,24 @@ def _plural(noun: str) -> str:
     return noun + ("es" if noun.endswith(("s", "x")) else "s")
 
 
-def _article(phrase: str) -> str:
+def article(phrase: str) -> str:
+    """The phrase with `a` or `an` before it."""
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def _phrase(rng: np.random.Generator, group: Group, rare: float, long: bool) -> str:
-    noun = _word(rng, SHAPE_WORDS[group.shape], rare)
-    colour = _word(rng, COLOUR_WORDS[group.colour], rare) if group.colour else None
-    size = _word(rng, SIZE_WORDS[group.size], rare) if group.size else None
+def group_phrase(rng: np.random.Generator, group: Group, rare: float, long: bool) -> str:
+    """Word a group with its article or number; `long` may put attributes behind the noun."""
+    noun = pick_word(rng, SHAPE_WORDS[group.shape], rare)
+    colour = pick_word(rng, COLOUR_WORDS[group.colour], rare) if group.colour else None
+    size = pick_word(rng, SIZE_WORDS[group.size], rare) if group.size else None
     if group.count > 1:
         return " ".join(filter(None, (NUMBERS[group.count - 1], size, colour, _plural(noun))))
     if long and colour:
         middle = f"that is {size} and {colour}" if size and rng.random() < 0.5 else f"that is {colour}"
         head = noun if size is None or "and" in middle else f"{size} {noun}"
-        return f"{_article(head)} {middle}"
+        return f"{article(head)} {middle}"
     phrase = " ".join(filter(None, (size, colour, noun)))
-    return f"one {phrase}" if rng.random() < 0.12 else _article(phrase)
+    return f"one {phrase}" if rng.random() < 0.12 else article(phrase)
 
 
 _LONG = (
@@ -155,14 +158,14 @@ def groups_of(scene: Scene, rng: np.random.Generator | None = None, size_named: 
 
 def write(rng: np.random.Generator, query: Query, *, rare: float = 0.02, long: bool = False) -> str:
     """Word a query as a caption. `rare` is the chance of a word's rarest synonym; `long` picks wordy templates."""
-    words = [_phrase(rng, group, rare, long) for group in query.groups]
+    words = [group_phrase(rng, group, rare, long) for group in query.groups]
     if query.relations:
         (a, relation, b) = query.relations[0]
         trailing = [k for k, v in TRAILING_RELATIONS.items() if v == INVERSE[relation]]
         if trailing and rng.random() < (0.5 if long else 0.08):
             text = f"{words[a]} with {words[b]} {trailing[0]}"
         else:
-            text = f"{words[a]} {_word(rng, RELATION_WORDS[relation], max(rare, 0.08))} {words[b]}"
+            text = f"{words[a]} {pick_word(rng, RELATION_WORDS[relation], max(rare, 0.08))} {words[b]}"
     else:
         text = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
     if query.groups[0].count > 1:
@@ -171,14 +174,14 @@ def write(rng: np.random.Generator, query: Query, *, rare: float = 0.02, long: b
         short = list(_SHORT)
     if query.background is None:
         return str(rng.choice(short)).format(x=text)
-    colour = _word(rng, BACKGROUND_WORDS[query.background], rare)
+    colour = pick_word(rng, BACKGROUND_WORDS[query.background], rare)
     if long:
         text = (
             str(rng.choice(_LONG))
             .replace("there is", "there are" if query.groups[0].count > 1 else "there is")
             .replace("{x}", text)
         )
-        return text.format(c=colour, b=f"{_article(colour)} background")
+        return text.format(c=colour, b=f"{article(colour)} background")
     place = str(rng.choice(_ON)).format(c=colour).replace("a inky", "an inky")
     return f"{str(rng.choice(short)).format(x=text)} {place}"
 
@@ -252,11 +255,15 @@ def _content_words() -> frozenset[str]:
     return frozenset(w for w, (kind, _) in vocabulary().items() if kind not in ("filler", "and") and " " not in w)
 
 
+def phrase_pattern(spellings: Iterable[str]) -> re.Pattern[str]:
+    """Find phrases of several words first, the longest first, then single words."""
+    phrases = sorted((w for w in spellings if " " in w), key=len, reverse=True)
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b|{_WORD.pattern}")
+
+
 @lru_cache(maxsize=1)
 def _pattern() -> re.Pattern[str]:
-    """Phrases of several words first, the longest first, then single words."""
-    phrases = sorted((w for w in vocabulary() if " " in w), key=len, reverse=True)
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b|{_WORD.pattern}")
+    return phrase_pattern(vocabulary())
 
 
 def _edits(a: str, b: str) -> float:

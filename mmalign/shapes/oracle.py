@@ -19,9 +19,9 @@ from scipy.optimize import linear_sum_assignment
 from mmalign.shapes.language import Group, Query, parse
 from mmalign.shapes.world import BACKGROUNDS, COLOURS, SHAPES, SIZE, coverage, holds
 
-_PALETTE = np.array(list(COLOURS.values()), np.float32)
-_COLOUR_NAMES = tuple(COLOURS)
-_MIN_AREA, _MIN_FIT, _SIZE_BORDER = 24.0, 0.55, 10.5
+PALETTE = np.array(list(COLOURS.values()), np.float32)
+COLOUR_NAMES = tuple(COLOURS)
+MIN_AREA, MIN_FIT, SIZE_BORDER = 24.0, 0.55, 10.5
 _GRAY = 128.0
 
 
@@ -63,7 +63,7 @@ def read(image: np.ndarray) -> Reading:
     if image.shape != (SIZE, SIZE, 3):
         raise ValueError(f"the oracle reads {SIZE}x{SIZE} RGB images, got an array of shape {image.shape}")
     pixels = image.astype(np.float32)
-    noise = _noise(pixels)
+    noise = pixel_noise(pixels)
     smooth = pixels
     if noise > 5.0:
         smooth = ndimage.median_filter(pixels, (3, 3, 1), mode="nearest")
@@ -98,7 +98,7 @@ def read_cached(image: np.ndarray) -> Reading:
     return _CACHE[pixels]
 
 
-def _noise(pixels: np.ndarray) -> float:
+def pixel_noise(pixels: np.ndarray) -> float:
     """Standard deviation of pixel noise, from the diagonal second differences of the flattest half of the image."""
     second = pixels[:-1, :-1] - pixels[1:, :-1] - pixels[:-1, 1:] + pixels[1:, 1:]
     return float(np.median(np.abs(second)) * 1.4826 / 2.0)
@@ -134,14 +134,14 @@ def _object_contrast(pixels: np.ndarray, background: np.ndarray) -> float:
         return 1.0
     core = pixels[inner]
     scales = np.arange(0.36, 1.001, 0.04, dtype=np.float32)
-    scaled = _GRAY + scales[:, None, None] * (_PALETTE - _GRAY)  # [S, 8, 3]
+    scaled = _GRAY + scales[:, None, None] * (PALETTE - _GRAY)  # [S, 8, 3]
     miss = np.linalg.norm(core[None, :, None] - scaled[:, None], axis=-1).min(2)  # [S, P]
     return float(scales[np.argmin(np.median(miss, 1) + 4.0 * (1.0 - scales))])
 
 
-def _along(pixels: np.ndarray, plain: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+def along(pixels: np.ndarray, plain: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
     """Distance of pixels `[..., 3]` to each segment background -> colour, from `least` of the way on; the fraction."""
-    ray = _PALETTE - plain  # [8, 3]
+    ray = PALETTE - plain  # [8, 3]
     offset = pixels[..., None, :] - plain
     fraction = np.clip((offset * ray).sum(-1) / (ray * ray).sum(-1), least, 1.0)
     return np.linalg.norm(offset - fraction[..., None] * ray, axis=-1), fraction
@@ -155,11 +155,11 @@ def _objects(pixels: np.ndarray, plain: np.ndarray) -> tuple[list[Seen], list[fl
     for window, part in zip(ndimage.find_objects(parts), range(1, number + 1), strict=True):
         grown = tuple(slice(max(s.start - 3, 0), s.stop + 3) for s in window)
         member = parts[grown] == part
-        if member.sum() < _MIN_AREA:
+        if member.sum() < MIN_AREA:
             continue
         others = (parts[grown] > 0) & ~member
-        for colour, mask in _by_colour(pixels[grown], plain, member):
-            _, fraction = _along(pixels[grown], plain, 0.0)
+        for colour, mask in by_colour(pixels[grown], plain, member):
+            _, fraction = along(pixels[grown], plain, 0.0)
             near = ndimage.binary_dilation(mask, iterations=2) & ~others & ~(member & ~mask)
             alpha = np.where(near, fraction[..., colour], 0.0)
             seen, width = _classify(alpha, colour, grown[1].start, grown[0].start)
@@ -169,25 +169,25 @@ def _objects(pixels: np.ndarray, plain: np.ndarray) -> tuple[list[Seen], list[fl
     return objects, widths
 
 
-def _by_colour(pixels: np.ndarray, plain: np.ndarray, member: np.ndarray) -> list[tuple[int, np.ndarray]]:
+def by_colour(pixels: np.ndarray, plain: np.ndarray, member: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Split one connected part by colour where two touch: (palette index, mask) of each piece that is large enough."""
-    miss, _ = _along(pixels, plain, 0.6)
+    miss, _ = along(pixels, plain, 0.6)
     label = np.where(member, miss.argmin(-1), -1)
     core = member & (ndimage.minimum_filter(member, 3))
-    votes = np.bincount(label[core if core.sum() >= 8 else member], minlength=len(_PALETTE))
-    strong = [c for c in range(len(_PALETTE)) if votes[c] >= max(16, 0.2 * votes.sum())]
+    votes = np.bincount(label[core if core.sum() >= 8 else member], minlength=len(PALETTE))
+    strong = [c for c in range(len(PALETTE)) if votes[c] >= max(16, 0.2 * votes.sum())]
     if len(strong) <= 1:
         return [(int(votes.argmax()), member)]
     nearest = np.where(member, np.array(strong)[miss[..., strong].argmin(-1)], -1)
     pieces = []
     for colour in strong:
         parts, number = ndimage.label(nearest == colour)
-        pieces += [(colour, parts == k) for k in range(1, number + 1) if (parts == k).sum() >= _MIN_AREA]
+        pieces += [(colour, parts == k) for k in range(1, number + 1) if (parts == k).sum() >= MIN_AREA]
     return pieces
 
 
 @lru_cache(maxsize=1)
-def _units() -> dict[str, tuple[float, float, float]]:
+def shape_units() -> dict[str, tuple[float, float, float]]:
     """Area / r^2 and the centroid's offset / r (x, y) of every shape."""
     table = {}
     for shape in SHAPES:
@@ -205,7 +205,7 @@ def _units() -> dict[str, tuple[float, float, float]]:
 def _classify(alpha: np.ndarray, colour: int, left: int, top: int) -> tuple[Seen | None, float]:
     """The template that overlaps a soft mask best, and how many times wider its edges are than a crisp drawing's."""
     area = float(alpha.sum())
-    if area < _MIN_AREA:
+    if area < MIN_AREA:
         return None, 0.0
     side = max(alpha.shape) + 4
     canvas = np.zeros((side, side), np.float32)
@@ -215,7 +215,7 @@ def _classify(alpha: np.ndarray, colour: int, left: int, top: int) -> tuple[Seen
     edge = float((4 * canvas * (1 - canvas)).sum())
 
     def fit_of(shape: str, grow: float) -> tuple[float, str, float, float, float, float]:
-        unit, dx, dy = _units()[shape]
+        unit, dx, dy = shape_units()[shape]
         radius = grow * (area / unit) ** 0.5
         crisp = coverage(shape, radius, x - dx * radius, y - dy * radius, side)
         width = edge / max(float((4 * crisp * (1 - crisp)).sum()), 1e-3)
@@ -225,9 +225,9 @@ def _classify(alpha: np.ndarray, colour: int, left: int, top: int) -> tuple[Seen
 
     fits = sorted((fit_of(shape, 1.0) for shape in SHAPES), reverse=True)
     fit, shape, radius, cx, cy, width = max(fits + [fit_of(f[1], grow) for f in fits[:2] for grow in (0.94, 1.06)])
-    size = "small" if radius < _SIZE_BORDER else "large"
-    name = shape if fit >= _MIN_FIT else "unknown"
-    return Seen(name, _COLOUR_NAMES[colour], size, cx + left - 2, cy + top - 2, radius, fit), width
+    size = "small" if radius < SIZE_BORDER else "large"
+    name = shape if fit >= MIN_FIT else "unknown"
+    return Seen(name, COLOUR_NAMES[colour], size, cx + left - 2, cy + top - 2, radius, fit), width
 
 
 # -------------------------------------------------------------------------------------------------- judging
@@ -274,7 +274,7 @@ def found_things(query: Query, reading: Reading) -> list[tuple[int, Seen]]:
     wanted, seen = _wanted(query), reading.objects
     chosen, _ = _matching(query, wanted, seen)
     pairs = [(wanted[number], seen[thing]) for number, thing in sorted(chosen.items())]
-    return [(index, thing) for (index, group), thing in pairs if _match(group, thing) > 0]
+    return [(index, thing) for (index, group), thing in pairs if match_share(group, thing) > 0]
 
 
 def _wanted(query: Query) -> list[tuple[int, Group]]:
@@ -286,11 +286,11 @@ def _matching(query: Query, wanted: list, seen: tuple[Seen, ...]) -> tuple[dict[
     """Return the best assignment wanted -> seen, and the sum of its matches."""
     if not seen:
         return {}, 0.0
-    scores = np.array([[_match(group, thing) for thing in seen] for _, group in wanted])
+    scores = np.array([[match_share(group, thing) for thing in seen] for _, group in wanted])
     return _assign(query, wanted, seen, scores)
 
 
-def _match(group: Group, thing: Seen) -> float:
+def match_share(group: Group, thing: Seen) -> float:
     """Share of the named attributes that a seen thing has."""
     checks = [thing.shape == group.shape]
     if group.colour is not None:
@@ -325,8 +325,8 @@ def _related(
     seconds = [chosen[i] for i, (g, _) in enumerate(wanted) if g == b_group and i in chosen]
     if not firsts or not seconds:
         return 0.0
-    if any(_match(query.groups[a_group], seen[k]) == 0 for k in firsts) or any(
-        _match(query.groups[b_group], seen[k]) == 0 for k in seconds
+    if any(match_share(query.groups[a_group], seen[k]) == 0 for k in firsts) or any(
+        match_share(query.groups[b_group], seen[k]) == 0 for k in seconds
     ):
         return 0.0
     return float(all(holds(name, _spot(seen[i]), _spot(seen[j])) for i in firsts for j in seconds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,14 @@ def _merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     return tuple(out)
 
 
-def build_tokenizer(folder: Path) -> Any:
-    """Write `vocab.json`, `merges.txt` and the tokenizer's own files into `folder`; returns the `CLIPTokenizer`."""
+def build_tokenizer(folder: Path, spellings: Iterable[str] = ()) -> Any:
+    """Write `vocab.json`, `merges.txt` and the tokenizer's own files into `folder`; returns the `CLIPTokenizer`.
+
+    `spellings`: words and phrases beyond those of the image world.
+    """
     from transformers import CLIPTokenizer
 
-    words = sorted({w for phrase in vocabulary() for w in phrase.split() if w.isalpha()})
+    words = sorted({w for phrase in [*vocabulary(), *spellings] for w in phrase.split() if w.isalpha()})
     merges = learn_merges(words)
     alphabet = _byte_alphabet()
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges), START, END]

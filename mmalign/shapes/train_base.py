@@ -231,6 +231,11 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out, safe_serialization=True)
+    tidy_vae_config(out)
+
+
+def tidy_vae_config(out: Path) -> None:
+    """Remove from the autoencoder's config in a saved pipeline what no reader needs."""
     config = out / "vae" / "config.json"
     # diffusers writes a key there that it warns about when it reads it, and the folder that the weights came from.
     unwanted = ("block_out_channels", "_name_or_path")

@@ -1,0 +1,117 @@
+"""The oracle of moving Shapes as rewards, registered by entry points like any third party's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.shapes.language import PromptError
+from mmalign.shapes.motion import judge
+from mmalign.shapes.motion.language import MotionQuery, parse
+from mmalign.shapes.motion.oracle import ClipReading, read_cached
+from mmalign.shapes.motion.tracks import LASTING
+from mmalign.shapes.world import SIZE
+from rewards import Reward
+from rewards.errors import RewardError
+
+
+class ClipReward(Reward):
+    """Base of the rewards that read clips of moving Shapes, `[B, F, 3, 64, 64]`."""
+
+    modality = "video"
+    range = (0.0, 1.0)
+    licence = "Apache-2.0"
+    source = "none: computed by mmalign.shapes.motion.oracle"
+    fixed_size = SIZE
+    needs = frozenset({"prompts"})
+
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[str]) -> None:
+        """Refuse prompts outside the grammar."""
+        if "prompts" not in cls.needs:
+            return
+        faults = []
+        for prompt in prompts:
+            try:
+                parse(prompt)
+            except PromptError as error:
+                faults.append(error)
+        if faults:
+            raise RewardError(f"{cls.name} cannot score {len(faults)} of {len(prompts)} prompts: {faults[0]}")
+
+    def readings(self, media: Float[Tensor, "batch frames 3 height width"]) -> list[ClipReading]:
+        """Read each clip once."""
+        if media.shape[-2:] != (SIZE, SIZE) or media.shape[1] < LASTING:
+            frames, (height, width) = media.shape[1], media.shape[-2:]
+            raise RewardError(
+                f"{self.name} reads clips of moving Shapes, {LASTING} or more frames of {SIZE}x{SIZE}; "
+                f"got {frames} of {height}x{width}"
+            )
+        pixels = (media.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8).cpu().numpy()
+        return [read_cached(clip) for clip in pixels]
+
+    def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
+        """Grade each clip against its prompt."""
+        readings = self.readings(media)
+        return torch.tensor([self.grade(parse(p), r) for p, r in zip(prompts or (), readings, strict=True)])
+
+    def grade(self, query: MotionQuery, clip: ClipReading) -> float:
+        """Grade one clip."""
+        raise NotImplementedError
+
+
+class ShapesVideoCorrectness(ClipReward):
+    """How well the frames show the things of the prompt, whatever they do: the mean grade of a frame."""
+
+    name: ClassVar[str] = "shapes-video-correctness"
+
+    def grade(self, query: MotionQuery, clip: ClipReading) -> float:
+        """See `mmalign.shapes.motion.judge.correctness`."""
+        return judge.correctness(query, clip)
+
+
+class ShapesVideoMotion(ClipReward):
+    """How well the things do what the prompt says: direction, speed, event, order, and nothing else."""
+
+    name: ClassVar[str] = "shapes-video-motion"
+
+    def grade(self, query: MotionQuery, clip: ClipReading) -> float:
+        """See `mmalign.shapes.motion.judge.motion`."""
+        return judge.motion(query, clip)
+
+
+class ShapesVideoStrict(ClipReward):
+    """1 if the clip shows exactly the things of the prompt, each doing exactly what it should, otherwise 0."""
+
+    name: ClassVar[str] = "shapes-video-strict"
+    derived_from = frozenset({"shapes-video-correctness", "shapes-video-motion"})
+
+    def grade(self, query: MotionQuery, clip: ClipReading) -> float:
+        """See `mmalign.shapes.motion.judge.is_strict`."""
+        return float(judge.is_strict(query, clip))
+
+
+class ShapesVideoSmoothness(ClipReward):
+    """Whether nothing jumps between frames but what the prompt asks for: shape, colour, place, size, presence."""
+
+    name: ClassVar[str] = "shapes-video-smoothness"
+
+    def grade(self, query: MotionQuery, clip: ClipReading) -> float:
+        """See `mmalign.shapes.motion.judge.smoothness`."""
+        return judge.smoothness(query, clip)
+
+
+class ShapesVideoDynamic(ClipReward):
+    """How much happens, in pixels a frame, whatever the prompt: speed, growth, new colours and things."""
+
+    name: ClassVar[str] = "shapes-video-dynamic"
+    range = (0.0, float("inf"))
+    needs = frozenset()
+
+    def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
+        """Measure each clip; the prompt is not used."""
+        return torch.tensor([judge.dynamic_degree(clip) for clip in self.readings(media)])
