@@ -21,6 +21,8 @@ from pipelines import fingerprint_model
 _MAX_LINEAGE = 8
 EVALUATION = "evaluation/"
 """Prefix of the metrics of an evaluation on fixed prompts, before the reward's name."""
+OWN_REWARD = "reward/"
+"""Prefix of the metrics of what a method's own samples score while training, before the reward's name."""
 COSTS = ("images_seen", "images_sampled", "reward_calls", "seconds")
 """What a run counts: images through the network, images sampled, images scored, and seconds without evaluations."""
 MEMORY = "memory_gb"
