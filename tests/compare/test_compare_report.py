@@ -181,6 +181,21 @@ def test_sections_without_content_are_left_out(tmp_path: Path) -> None:
     assert 'id="training"' not in page and 'id="categories"' not in page
 
 
+def test_all_but_a_category_are_shown_beside_it(tmp_path: Path) -> None:
+    made = comparison(tmp_path)
+    made.prompts = [Prompt(prompt.text, "abc"[index % 3]) for index, prompt in enumerate(made.prompts)]
+    made.category_apart = "b"
+    document = build_results(made)
+    assert document["categories"] == {"a": 3, "b": 3, "c": 2, "all but b": 5}
+    rows = [0, 2, 3, 5, 6]
+    gap = made.scores["held_out"]["dpo"][rows] - made.scores["held_out"]["base"][rows]
+    found = document["systems"]["dpo"]["versus_baseline"]["held_out"]["by_category"]["all but b"]
+    assert found["delta"] == pytest.approx(gap.mean()) and found["delta_ci95"][0] < gap.mean() < found["delta_ci95"][1]
+    page = render(made, tmp_path)
+    assert "all but b <small>5 prompts</small>" in page and "<option>b</option>" in page
+    assert "<option>all but b</option>" not in page and "3 categories" in page
+
+
 def test_large_images_become_thumbnails_and_the_page_says_so(tmp_path: Path) -> None:
     Image.new("RGB", (512, 256)).save(tmp_path / "large.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
