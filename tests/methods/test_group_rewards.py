@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_tiny_sd
 from tiny_rounds import Redness, collect, prompts
 from tiny_runs import BRIGHTNESS, Brightness, exact_run, losses, online_config
 
@@ -66,11 +65,6 @@ class Colour(TwoTowerReward):
 
     def compare(self, cosine: Any) -> Any:
         return cosine
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_tiny_sd(tmp_path_factory.mktemp("groups") / "sd", "v_prediction", vae="tiny")
 
 
 @pytest.fixture
