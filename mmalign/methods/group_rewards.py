@@ -96,8 +96,11 @@ def advantages_of_round(
     """Return the advantages of each micro-batch's samples among those of their prompts, over all processes."""
     if config.advantage_diversity is None:
         return _advantages(run, config, scored, clip)
-    found = zip(_advantages(run, config, scored, None), scored, strict=True)
-    return [favour_novelty(each, one.novelty, clip=clip) for each, one in found if one.novelty is not None]
+    favoured = []
+    for found, one in zip(_advantages(run, config, scored, None), scored, strict=True):
+        assert one.novelty is not None
+        favoured.append(favour_novelty(found, one.novelty, clip=clip))
+    return favoured
 
 
 def _advantages(
