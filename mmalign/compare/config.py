@@ -103,6 +103,8 @@ class CompareConfig(SystemsConfig):
     """adds the baseline at its best guidance as a system; null: no control"""
     diversity: RewardEntry | None = None
     """a reward whose image embeddings measure how much the images of a prompt differ; null: not measured"""
+    category_apart: str | None = None
+    """a category that the report also shows all others together against, such as held-out combinations; null: none"""
     open_attributes: bool = True
     """report the entropy of what prompts leave open, such as the background, where a registered reader knows them"""
 

@@ -35,7 +35,7 @@ from mmalign.compare.results.training_seeds import gather_scores, merge_systems,
 from mmalign.compare.shared import Outcome, check_config, described, train_and_read, write_outcome
 from mmalign.compare.systems.config import Replica, SystemConfig
 from mmalign.compare.systems.facts import SystemFacts, read_system
-from mmalign.core.errors import UserError
+from mmalign.core.errors import UserError, did_you_mean
 from mmalign.core.lock import locked_output
 from mmalign.core.progress import note
 from mmalign.core.resources import resolve_model
@@ -75,6 +75,7 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     """Train, generate and score, and return the measurements; see `compare`."""
     check_config(config)
     prompts = load_prompts(config.prompts, config.limit)
+    _check_category(config, prompts)
     for reward in config.rewards:
         check_reward(reward.name, reward.options, [prompt.text for prompt in prompts])
     if config.diversity is not None:
@@ -113,9 +114,18 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
             for name in systems
         },
         sweep=sweep,
+        category_apart=config.category_apart,
         open_counts=count_open_attributes(ordered, names) if config.open_attributes else {},
         **described(config, "prompts", "limit", "steps", "guidance", "solver", "image_size"),
     )
+
+
+def _check_category(config: CompareConfig, prompts: list[Prompt]) -> None:
+    found = [*dict.fromkeys(prompt.category for prompt in prompts if prompt.category)]
+    if config.category_apart is not None and config.category_apart not in found:
+        listed = f"it has {', '.join(found)}" if found else "it has none"
+        hint = did_you_mean(config.category_apart, found)
+        raise UserError(f"category_apart: {config.prompts} has no category '{config.category_apart}'; {listed}{hint}")
 
 
 def _read(config: CompareConfig, made: Mapping[str, MadeImages], replica: Replica, model: str) -> SystemFacts:

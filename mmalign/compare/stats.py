@@ -20,7 +20,7 @@ replica. Win rates lie in [0, 1]; a tie counts as one half.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -161,7 +161,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def summarise(
     scores: Float[np.ndarray, "prompts columns"],
-    categories: Sequence[str] | None = None,
+    groups: Mapping[str, Sequence[int]] | None = None,
     *,
     replicas: int = 1,
     units: Sequence[str] | None = None,
@@ -169,15 +169,14 @@ def summarise(
 ) -> Summary:
     """Summarise one system under one reward; every prompt weighs the same, whatever its category's size.
 
-    `columns` are `replicas * seeds`, those of the first training seed first.
+    `groups`: the rows of each category. `columns` are `replicas * seeds`, those of the first training seed first.
     """
     values = _by_replica(scores, replicas)
     per_prompt = values.mean(axis=1)
-    groups = category_rows(categories or [])
     return Summary(
         mean=float(per_prompt.mean()),
         ci95=interval_over_seeds(values, units=units, resamples=resamples),
-        by_category={name: float(per_prompt[rows].mean()) for name, rows in groups.items()},
+        by_category={name: float(per_prompt[list(rows)].mean()) for name, rows in (groups or {}).items()},
     )
 
 

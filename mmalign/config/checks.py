@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
@@ -238,12 +239,34 @@ def _check_rewards(values: dict[str, Any], method: Any, foreign: bool) -> Iterat
     repeated = [name for name, count in Counter(name for _, name in named).items() if count > 1]
     if repeated:
         yield ConfigIssue(("rewards",), f"'{repeated[0]}' occurs more than once; give it one weight")
+    yield from _check_features(
+        _mapping(values, "method").get("advantage_diversity"), [name for _, name in named], foreign
+    )
     evaluated = _mapping(values, "evaluate").get("rewards")
     if isinstance(evaluated, list):
         named += [(("evaluate", "rewards", i), name) for i, name in enumerate(evaluated)]
     for path, name in named:
         if isinstance(name, str) and (foreign or not is_foreign(name)):
             yield from _check_reward(path, name, method, values)
+
+
+def _check_features(name: Any, rewards: list[str], foreign: bool) -> Iterator[ConfigIssue]:
+    """Find out whether the reward whose features a method uses is there and has any."""
+    from rewards import RewardError, TwoTowerReward, reward_class
+
+    path = ("method", "advantage_diversity")
+    if not isinstance(name, str) or (is_foreign(name) and not foreign):
+        return
+    if name not in rewards:
+        yield ConfigIssue(
+            path, f"'{name}' is not among `rewards`; add {{name: {name}, weight: 0}} for its features alone"
+        )
+        return
+    with suppress(RewardError):  # an unknown reward is an issue of `rewards`
+        if not issubclass(reward_class(name), TwoTowerReward):
+            yield ConfigIssue(
+                path, f"'{name}' embeds no images; choose one that does, such as clip, pickscore, shapes-clip"
+            )
 
 
 def _check_reward(path: KeyPath, name: str, method: Any, values: dict[str, Any]) -> Iterator[ConfigIssue]:

@@ -9,6 +9,7 @@ NumPy's. The functions differ in the set of rewards that the mean is taken over:
 * `each_group_advantages`: the same, but each of several rewards by itself (GDPO, arXiv 2601.05242).
 
 `win_rates` makes rewards of comparisons (Pref-GRPO, arXiv 2508.20751), which do not tell how large a difference is.
+`novelty` and `favour_novelty` raise the advantages of good images that differ from the others of their group (GARDO).
 
 `Spread` says what the difference is divided by: the spread of that set, that of the whole batch (arXiv 2503.20783
 shows how the former favours prompts whose rewards hardly differ), or nothing. Where all rewards of the set are equal,
@@ -209,6 +210,46 @@ def win_rates(margins: Float[Tensor, "groups size size"], *, tie_margin: float =
     won = 0.5 + 0.5 * (margins > tie_margin).to(margins.dtype) - 0.5 * (margins < -tie_margin).to(margins.dtype)
     own = torch.diagonal(won, dim1=1, dim2=2)
     return (won.sum(2) - own) / (size - 1)
+
+
+def novelty(features: Float[Tensor, "groups size features"]) -> Float[Tensor, "groups size"]:
+    """Return how far each image is from the nearest other of its group, in units of the group's mean of that.
+
+    The distance is 1 - cosine of features of any length but 0, as in the authors' code (GARDO, tinnerhrhe/GARDO:
+    features of DINOv3). The mean of a group is 1; all are 1 where no image differs from its nearest, and in a group of
+    two. In the features' precision.
+
+    >>> angles = torch.tensor([0.0, 60.0, 180.0]).deg2rad()  # 0.5 apart, 1.5 apart
+    >>> novelty(torch.stack([angles.cos(), angles.sin()], dim=1).unsqueeze(0))
+    tensor([[0.6000, 0.6000, 1.8000]])
+
+    Raises:
+        ValueError: there are not two images in a group.
+    """
+    size = features.shape[1]
+    if size < 2:
+        raise ValueError("a group of one image has no other to be compared with")
+    units = torch.nn.functional.normalize(features, dim=2)
+    distances = 1 - (units @ units.mT).clamp(-1, 1)
+    nearest = distances.masked_fill(torch.eye(size, dtype=torch.bool, device=features.device), torch.inf).amin(2)
+    mean = nearest.mean(1, keepdim=True)
+    same = mean < 16 * torch.finfo(nearest.dtype).eps  # rounding alone
+    return torch.where(same, torch.ones_like(nearest), nearest / mean.clamp(min=torch.finfo(nearest.dtype).tiny))
+
+
+def favour_novelty(
+    advantages: Float[Tensor, " batch"], novelty: Float[Tensor, " batch"], *, clip: float | None = None
+) -> Float[Tensor, " batch"]:
+    """Return GARDO's advantages: those above 0 are multiplied by the `novelty` of the image, the others stay.
+
+    So a good image counts for more if it differs from the others, while a bad one never gains by that. Clipped as in
+    `PromptStatistics`.
+
+    >>> favour_novelty(torch.tensor([1.0, 1.0, -2.0]), torch.tensor([0.5, 2.0, 2.0]))
+    tensor([ 0.5000,  2.0000, -2.0000])
+    """
+    _check_clip(clip)
+    return _finish(torch.where(advantages > 0, advantages * novelty.to(advantages), advantages), advantages, clip)
 
 
 def _rows_by_prompt(prompts: Sequence[str]) -> dict[str, list[int]]:

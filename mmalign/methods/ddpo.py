@@ -44,8 +44,9 @@ class DDPOConfig(TrajectoryConfig, AdvantageConfig):
             raise ValueError(f"min_count {self.min_count} must not be larger than buffer_size {self.buffer_size}")
         if self.advantage == "group" and self.images_per_prompt < 2:
             raise ValueError("advantage: group compares the images of a prompt; set images_per_prompt to at least 2")
-        if self.advantage_of != "total" and self.advantage != "group":
-            raise ValueError(f"advantage_of: {self.advantage_of} is for advantage: group; set it")
+        if self.advantage != "group" and (self.advantage_of != "total" or self.advantage_diversity is not None):
+            key = "advantage_diversity" if self.advantage_of == "total" else f"advantage_of: {self.advantage_of}"
+            raise ValueError(f"{key} is for advantage: group; set it")
         return self
 
 

@@ -115,6 +115,7 @@ class ScoredSamples:
     """The levels that the sampler went through, on the CPU."""
     drawn_at: int
     advantages: Float[Tensor, " batch"]
+    novelty: Float[Tensor, " batch"] | None = None
     share: float = 1.0
     """Weight of the loss; the micro-batches of a mini-batch add up to its mean."""
     first_pass: bool = False
@@ -129,6 +130,7 @@ class ScoredSamples:
             rewards=self.rewards[rows],
             parts={name: scores[rows] for name, scores in self.parts.items()},
             advantages=self.advantages[rows],
+            novelty=None,  # it is in the advantages
             share=share,
             first_pass=first_pass,
         )
@@ -284,9 +286,15 @@ class ForwardProcessMethod(Method[ConfigT]):
         images = run.decode(trajectory.latents)
         run.show(images, samples.prompts)
         scores = score_groups(run, c, images, samples.prompts, c.images_per_prompt)
-        none = torch.zeros_like(scores.total)
         return ScoredSamples(
-            samples, trajectory.latents, scores.total, scores.parts, trajectory.timesteps, run.step, none
+            samples,
+            trajectory.latents,
+            scores.total,
+            scores.parts,
+            trajectory.timesteps,
+            run.step,
+            torch.zeros_like(scores.total),
+            scores.novelty,
         )
 
     def _noised(self, run: Run, batch: ScoredSamples, level: int) -> NoisedSamples:

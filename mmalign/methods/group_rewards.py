@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmalign.data.batches import PromptBatch
-from mmalign.losses.advantages import Spread, each_group_advantages, group_advantages
+from mmalign.losses.advantages import Spread, each_group_advantages, favour_novelty, group_advantages
 from mmalign.methods.base import MethodConfig
 from mmalign.methods.mini_batches import round_advantages
 from mmalign.methods.run import Run
@@ -31,6 +31,9 @@ class GroupRewardConfig(MethodConfig):
     """an advantage is in units of the spread of: group, the rewards its mean is of; batch, the round's; none: of 1"""
     advantage_epsilon: float = Field(1e-4, ge=0, allow_inf_nan=False)
     """added to the spread"""
+    advantage_diversity: str | None = None
+    """one of `rewards` that embeds images, with weight 0 for this alone; advantages above 0 are multiplied by the
+    distance to the nearest other image of the group, over the mean of these (GARDO); null: not"""
     advantage_floor: float = Field(1e-5, ge=0, allow_inf_nan=False)
     """least spread, in units of the largest absolute reward: smaller differences are rounding"""
 
@@ -60,6 +63,10 @@ class Scored(Protocol):
         """What advantages of one sum are taken of."""
 
     @property
+    def novelty(self) -> Float[Tensor, " batch"] | None:
+        """How much each differs from the others of its group, where that is used."""
+
+    @property
     def parts(self) -> Mapping[str, Float[Tensor, " batch"]]:
         """The scores of each reward, by its label."""
 
@@ -67,8 +74,12 @@ class Scored(Protocol):
 def score_groups(run: Run, config: GroupRewardConfig, images: Tensor, prompts: Sequence[str], size: int) -> Scores:
     """Score images, each `size` in a row of one prompt: their rewards, or how many comparisons they win."""
     if config.tie_margin is None:
-        return run.score(images, prompts)
-    return run.score.win_rates(images, prompts, size, config.tie_margin)
+        scores = run.score(images, prompts)
+    else:
+        scores = run.score.win_rates(images, prompts, size, config.tie_margin)
+    if config.advantage_diversity is not None:
+        scores.novelty = run.score.novelty(config.advantage_diversity, images, size)
+    return scores
 
 
 def reward_metrics(
@@ -83,6 +94,18 @@ def advantages_of_round(
     run: Run, config: GroupRewardConfig, scored: Sequence[Scored], clip: float | None = None
 ) -> list[Float[Tensor, " batch"]]:
     """Return the advantages of each micro-batch's samples among those of their prompts, over all processes."""
+    if config.advantage_diversity is None:
+        return _advantages(run, config, scored, clip)
+    favoured = []
+    for found, one in zip(_advantages(run, config, scored, None), scored, strict=True):
+        assert one.novelty is not None
+        favoured.append(favour_novelty(found, one.novelty, clip=clip))
+    return favoured
+
+
+def _advantages(
+    run: Run, config: GroupRewardConfig, scored: Sequence[Scored], clip: float | None
+) -> list[Float[Tensor, " batch"]]:
     spread = config.spread()
     if config.advantage_of != "each":
         compute = partial(group_advantages, spread=spread, clip=clip)

@@ -92,6 +92,7 @@ class Rollout:
     reference_means: Float[Tensor, "steps batch *latent"] | None = None
     reference_outputs: Float[Tensor, "steps batch *latent"] | None = None
     """The reference's guided predictions, where `distance_weight` needs them."""
+    novelty: Float[Tensor, " batch"] | None = None
     advantages: Float[Tensor, " batch"] | None = None
     wanted: Bool[Tensor, "steps batch"] | None = None
     """The log-probs that the present update uses; all if not set."""
@@ -125,6 +126,7 @@ class Rollout:
             reference_log_probs=of_steps(self.reference_log_probs),
             reference_means=of_steps(self.reference_means),
             reference_outputs=of_steps(self.reference_outputs),
+            novelty=None,  # it is in the advantages
             advantages=None if self.advantages is None else self.advantages[rows],
             wanted=of_steps(self.wanted),
             share=share,
@@ -221,6 +223,7 @@ class RolloutMethod(RoundMethod[RolloutT]):
             trajectory=trajectory,
             rewards=scores.total,
             parts=scores.parts,
+            novelty=scores.novelty,
             old_means=trajectory.means,
             old_log_probs=trajectory.log_probs,
             log_probs=trajectory.log_probs,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmalign.core.cost import Cost
 from mmalign.core.errors import UserError
-from mmalign.losses.advantages import win_rates
+from mmalign.losses.advantages import novelty, win_rates
 from mmalign.scoring.choice import WeightedReward, weighted_total
 
 REMEMBERED = 65_536
@@ -25,6 +25,8 @@ class Scores:
 
     total: Float[Tensor, " batch"]
     parts: dict[str, Float[Tensor, " batch"]]
+    novelty: Float[Tensor, " batch"] | None = None
+    """How much each image differs from the others of its group, where that was asked for."""
 
 
 class LiveRewards:
@@ -75,6 +77,11 @@ class LiveRewards:
             parts.setdefault(entry.name, rates)
             total = total + entry.weight * rates
         return Scores(total, parts)
+
+    def novelty(self, name: str, images: Float[Tensor, "batch 3 height width"], size: int) -> Float[Tensor, " batch"]:
+        """Return the novelty of images in [0, 1] among their group, each `size` in a row, by a reward's embeddings."""
+        entry = next(entry for entry in self.rewards if entry.name == name)
+        return novelty(entry.reward.embeddings(images).unflatten(0, (-1, size))).flatten()
 
     def _judge(self, entry: WeightedReward, images: Tensor, prompts: Sequence[str], size: int) -> Tensor:
         first, second = torch.triu_indices(size, size, offset=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -91,6 +91,45 @@ class _Course(NamedTuple):
     start: float = math.nan
     now: float = math.nan
     noise: float = math.nan
+
+
+class _Watched(NamedTuple):
+    """When a statistic of images raises its alarm: the threshold's key, how far beyond it is, and the words."""
+
+    threshold: str
+    excess: Callable[[float, float, float], float]
+    """Of the value at the start, now, and the threshold; the alarm is raised from 1 on."""
+    seen: str
+
+
+def _fallen(start: float, now: float, drop: float) -> float:
+    return (start - now) / max(drop * start, 1e-12)
+
+
+def _risen(start: float, now: float, rise: float) -> float:
+    return (now - start) / rise
+
+
+_WATCHED = {
+    "diversity": _Watched(
+        "diversity_drop", _fallen, "the images of one prompt differ by {now:.3g}, at the start by {start:.3g}"
+    ),
+    "motion": _Watched("motion_drop", _fallen, "neighbouring frames differ by {now:.3g}, at the start by {start:.3g}"),
+    "saturation": _Watched(
+        "saturation_rise", _risen, "{now:.1%} of the channel values are black or white, at the start {start:.1%}"
+    ),
+    "high_frequency": _Watched(
+        "high_frequency_growth",
+        lambda start, now, growth: (now - start) / max(start * (growth - 1), LEAST_HIGH_FREQUENCY),
+        "{now:.1%} of the energy is above half the Nyquist frequency, at the start {start:.1%}",
+    ),
+    "dark": _Watched("dark_rise", _risen, "{now:.1%} of the pixels are dark, at the start {start:.1%}"),
+    "grid": _Watched(
+        "grid_rise",
+        _risen,
+        "edges are {now:.0%} stronger on the lines of a grid than between them, at the start {start:.0%}",
+    ),
+}
 
 
 @dataclass
@@ -215,33 +254,13 @@ class Monitors:
         self._state = _State(**{**state, "pending": [Alarm(**alarm) for alarm in state["pending"]]})
 
     def _watch_images(self, step: int, numbers: Mapping[str, float]) -> None:
-        c = self.config
         courses = {name: self._follow(name, value) for name, value in numbers.items()}
-        start, now, _ = courses["diversity"]
-        if c.diversity_drop is not None:
-            seen = f"the images of one prompt differ by {now:.3g}, at the start by {start:.3g}"
-            self._judge(step, "diversity", (start - now) / max(c.diversity_drop * start, 1e-12), seen)
-        if "motion" in courses and c.motion_drop is not None:
-            start, now, _ = courses["motion"]
-            seen = f"neighbouring frames differ by {now:.3g}, at the start by {start:.3g}"
-            self._judge(step, "motion", (start - now) / max(c.motion_drop * start, 1e-12), seen)
-        start, now, _ = courses["saturation"]
-        if c.saturation_rise is not None:
-            seen = f"{now:.1%} of the channel values are black or white, at the start {start:.1%}"
-            self._judge(step, "saturation", (now - start) / c.saturation_rise, seen)
-        start, now, _ = courses["high_frequency"]
-        if c.high_frequency_growth is not None:
-            seen = f"{now:.1%} of the energy is above half the Nyquist frequency, at the start {start:.1%}"
-            rise = max(start * (c.high_frequency_growth - 1), LEAST_HIGH_FREQUENCY)
-            self._judge(step, "high_frequency", (now - start) / rise, seen)
-        start, now, _ = courses["dark"]
-        if c.dark_rise is not None:
-            seen = f"{now:.1%} of the pixels are dark, at the start {start:.1%}"
-            self._judge(step, "dark", (now - start) / c.dark_rise, seen)
-        start, now, _ = courses["grid"]
-        if c.grid_rise is not None:
-            seen = f"edges are {now:.0%} stronger on the lines of a grid than between them, at the start {start:.0%}"
-            self._judge(step, "grid", (now - start) / c.grid_rise, seen)
+        for name, (start, now, _) in courses.items():
+            watch = _WATCHED[name]
+            threshold = getattr(self.config, watch.threshold)
+            if threshold is not None:
+                seen = watch.seen.format(start=start, now=now)
+                self._judge(step, name, watch.excess(start, now, threshold), seen)
 
     def _watch_kinds(self, step: int) -> dict[str, float]:
         """Count the images since the last line by their kind, once they are enough, and return the entropies."""

@@ -10,12 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmalign.config.run import dump_config
+from mmalign.core.files import write_atomically
 from mmalign.core.progress import note, track
 from mmalign.core.resources import resolve_model
 from mmalign.core.seeds import derive_seed
 from mmalign.training.chain import check_chain, train_once
 from mmalign.training.family import check_family, flow_options
 from mmalign.training.models import whole_model
+from mmalign.training.output import CONFIG_FILE
 from mmalign.training.recipe import build_method, set_aside
 
 if TYPE_CHECKING:
@@ -42,7 +45,8 @@ def describe_rounds(rounds: RoundsConfig) -> str:
 def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
     """Train `config.rounds.count` times and return the folder of the last model, `config.output`.
 
-    Earlier rounds, and the samples and pairs of all, lie in `rounds/N` within it. `resume` is "auto" or "never".
+    Earlier rounds, and the samples and pairs of all, lie in `rounds/N` within it; `rounds/config.yaml`, written last,
+    is the whole recipe. `resume` is "auto" or "never".
 
     Raises:
         UserError: the configuration cannot work; and the errors of `mmalign.training.train.train`.
@@ -68,6 +72,7 @@ def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
         trained = train_once(one, resume if last else "auto")
         if not last:
             model = str(whole_model(config, trained, folder / "merged"))
+    write_atomically(output / FOLDER / CONFIG_FILE, dump_config(config))
     return output
 
 

@@ -9,8 +9,10 @@ import pytest
 
 from mmalign.cli.compare import add_arguments, read_arguments
 from mmalign.compare.config import CompareConfig, load_compare_config, make_compare_config
+from mmalign.compare.run import _check_category
 from mmalign.config.run import dump_config
 from mmalign.core.errors import UserError
+from mmalign.data.prompts import Prompt
 
 YAML = """
 systems:
@@ -120,3 +122,12 @@ def test_a_control_reward_must_be_compared() -> None:
         make_compare_config(
             systems=[{"name": "a", "model": "a"}], prompts="p", rewards=["clip"], output="o", guidance_control=control
         )
+
+
+def test_a_category_that_no_prompt_has_cannot_stand_apart(config_file: Path) -> None:
+    config = load_compare_config(config_file, ["category_apart=Conflict"])
+    prompts = [Prompt("a star", "Conflicting"), Prompt("a ring", "Colors")]
+    with pytest.raises(UserError, match="no category 'Conflict'; it has Conflicting, Colors.*Conflicting"):
+        _check_category(config, prompts)
+    with pytest.raises(UserError, match="it has none"):
+        _check_category(config, [Prompt("a star")])

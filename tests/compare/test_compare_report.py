@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmalign.compare.report.charts import Axis, bar_mark, line_chart, thin_out
 from mmalign.compare.report.console import print_summary
-from mmalign.compare.report.costs import cost_curves
+from mmalign.compare.report.costs import cost_curves, own_curves
 from mmalign.compare.report.page import safe_json, write_report
 from mmalign.compare.report.tables import as_latex, as_markdown, config_differences, summary
 from mmalign.compare.report.thumbnails import choose_prompts, embed
@@ -181,6 +181,21 @@ def test_sections_without_content_are_left_out(tmp_path: Path) -> None:
     assert 'id="training"' not in page and 'id="categories"' not in page
 
 
+def test_all_but_a_category_are_shown_beside_it(tmp_path: Path) -> None:
+    made = comparison(tmp_path)
+    made.prompts = [Prompt(prompt.text, "abc"[index % 3]) for index, prompt in enumerate(made.prompts)]
+    made.category_apart = "b"
+    document = build_results(made)
+    assert document["categories"] == {"a": 3, "b": 3, "c": 2, "all but b": 5}
+    rows = [0, 2, 3, 5, 6]
+    gap = made.scores["held_out"]["dpo"][rows] - made.scores["held_out"]["base"][rows]
+    found = document["systems"]["dpo"]["versus_baseline"]["held_out"]["by_category"]["all but b"]
+    assert found["delta"] == pytest.approx(gap.mean()) and found["delta_ci95"][0] < gap.mean() < found["delta_ci95"][1]
+    page = render(made, tmp_path)
+    assert "all but b <small>5 prompts</small>" in page and "<option>b</option>" in page
+    assert "<option>all but b</option>" not in page and "3 categories" in page
+
+
 def test_large_images_become_thumbnails_and_the_page_says_so(tmp_path: Path) -> None:
     Image.new("RGB", (512, 256)).save(tmp_path / "large.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
@@ -224,7 +239,10 @@ def trained(name: str, calls: int, evaluations: int = 3, limit: int = 8, **more:
     ]
     seen = [{**cost, "evaluation/seen": 0.5 + 0.1 * i} for i, cost in enumerate(costs)]
     config = {"method.name": name, "evaluate.limit": limit}
-    return SystemFacts(name, f"runs/{name}", 4.0, "3" * 32, ["seen"], config, {}, seen, costs[-1], **more)
+    steps = list(range(evaluations))
+    return SystemFacts(
+        name, f"runs/{name}", 4.0, "3" * 32, ["seen"], config, {}, seen, costs[-1], evaluation_steps=steps, **more
+    )
 
 
 def test_held_out_rewards_are_drawn_against_each_cost(tmp_path: Path) -> None:
@@ -248,6 +266,37 @@ def test_held_out_rewards_are_drawn_against_each_cost(tmp_path: Path) -> None:
     ]
     made.systems["sft"] = trained("sft", 0, limit=16)
     assert cost_curves(made)["notes"][-1].startswith("The evaluations differ in evaluate.limit, so")
+
+
+def online(name: str, drawn: int, *rewards: str) -> SystemFacts:
+    """A training with lines at steps 4, 8 and 12 of `drawn` images each, whose rewards rise by 0.1 a line."""
+    lines = {"images_sampled": drawn, "images_seen": 3 * drawn, "seconds": 2.0}
+    curves = {metric: [(4 * i, each * i) for i in (1, 2, 3)] for metric, each in lines.items()}
+    curves |= {f"reward/{reward}": [(4 * i, 0.4 + 0.1 * i) for i in (1, 2, 3)] for reward in rewards}
+    return SystemFacts(name, f"runs/{name}", 4.0, "4" * 32, ["seen"], {"method.name": name}, curves)
+
+
+def test_rewards_of_own_samples_are_drawn_against_images_and_seconds(tmp_path: Path) -> None:
+    made = comparison(tmp_path)
+    assert own_curves(made) is None and 'id="own-rewards"' not in render(made, tmp_path)
+    made.systems |= {"nft": online("nft", 128, "seen", "held_out"), "align": online("align", 64, "seen")}
+    made.systems["uncounted"] = SystemFacts(
+        "uncounted", "runs/u", 4.0, "5" * 32, curves={"reward/seen": [(1, 0.0)] * 2}
+    )
+    found = own_curves(made)
+    assert [panel["title"] for panel in found["panels"]] == ["images drawn", "seconds", "images seen"]
+    assert found["systems"] == ["nft", "align"]
+    seen, held_out = found["panels"][0]["charts"]
+    assert (seen["label"], seen["trained_on"], held_out["without"]) == ("seen", ["nft", "align"], ["align"])
+    nft, align = (line["points"] for line in seen["chart"]["lines"])
+    # The same rewards at half the images: points 2 of `align` lie above points 1 of `nft`, at 128 images.
+    assert nft[0][0] == align[1][0] and [y for _, y in nft] == [y for _, y in align]
+    shown = comparison(tmp_path)
+    shown.systems["dpo"] = online("dpo", 64, "seen")
+    page = render(shown, tmp_path)
+    parse(page)
+    assert 'data-switch="own-panel"' in page and page.count('<div class="own-panel"') == 3
+    assert "reward/seen by training step" not in page  # where the costs of the methods would not compare
 
 
 def test_cost_and_adapter_scale_are_shown_and_kept(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tiny_runs import BRIGHTNESS, write_pairs
 from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
 from mmalign.compare.report.console import print_summary
-from mmalign.compare.report.costs import cost_curves
+from mmalign.compare.report.costs import cost_curves, own_curves
 from mmalign.compare.report.page import write_report
 from mmalign.compare.report.seed_tables import more_tables
 from mmalign.compare.report.tables import as_latex, as_markdown, summary
@@ -313,6 +313,22 @@ def test_evaluations_of_several_seeds_are_a_line_within_a_band(tmp_path: Path) -
     assert [(bottom - y) / height for _, y in high] == pytest.approx([0.0, 0.5, 1.0], abs=0.01)
     assert [(bottom - y) / height for _, y in line["points"]] == pytest.approx([0.0, 0.4, 0.5], abs=0.01)
     assert '<polygon class="band"' in rendered(made, tmp_path)[1]
+
+
+def test_rewards_of_own_samples_have_the_band_of_their_seeds() -> None:
+    def replica(seed: int, values: list[float]) -> SystemFacts:
+        curves = {"images_seen": [(step, 30.0 * step) for step in (1, 2, 3)]}
+        return replace(facts(f"tuned{seed}"), curves=curves | {"reward/r": [*enumerate(values, start=1)]})
+
+    made = synthetic({"base": BASE, "tuned": np.tile(BASE, 2)}, {"tuned": [0, 1]})
+    made.replicas["tuned"] = {0: replica(0, [0.0, 0.5, 1.0]), 1: replica(1, [0.0, 0.3])}  # stopped earlier
+    made.systems["tuned"] = merge_facts(made.replicas["tuned"])
+    (line,) = own_curves(made)["panels"][0]["charts"][0]["chart"]["lines"]
+    corners = [tuple(map(float, corner.split(","))) for corner in line["band"].split()]
+    assert len(line["points"]) == 2 and len(corners) == 4
+    height = corners[0][1] - corners[2][1]  # from 0 to the highest, 0.5
+    assert [(corners[0][1] - y) / height for _, y in corners] == pytest.approx([0.0, 0.6, 1.0, 0.0], abs=0.01)
+    assert (corners[0][1] - line["points"][1][1]) / height == pytest.approx(0.8, abs=0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/self/clear_refs").exists(), reason="Linux, no GPU")

@@ -43,7 +43,7 @@ def test_lower_is_better_turns_wins_but_not_the_difference() -> None:
 
 
 def test_every_prompt_weighs_the_same_in_the_mean() -> None:
-    summary = summarise(SYSTEM, ["a", "b", "a"])
+    summary = summarise(SYSTEM, {"a": [0, 2], "b": [1]})
     assert summary.mean == pytest.approx((0.4 + 0.5 + 0.65) / 3)
     assert summary.by_category == {"a": pytest.approx(0.525), "b": pytest.approx(0.5)}
     assert category_rows(["a", "b", "a"]) == {"a": [0, 2], "b": [1]}

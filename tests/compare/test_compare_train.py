@@ -16,10 +16,12 @@ from tiny_runs import BRIGHTNESS, losses, write_pairs
 from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
 from mmalign.compare.images.store import ImageStore, Sampling
+from mmalign.compare.systems.facts import read_cost, read_system
 from mmalign.compare.systems.training import plan_trainings, train_systems
 from mmalign.config.run import load_config
 from mmalign.core.errors import UserError
 from mmalign.training import train as engine
+from mmalign.training.tracking import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -289,3 +291,26 @@ def test_systems_that_cannot_be(
 ) -> None:
     with pytest.raises(UserError, match=message):
         comparison(shared, *systems, **changes)
+
+
+def test_a_training_in_rounds_is_one_training(shared: Path, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both rounds count in its cost; it is found again, gone on with, and told apart by its whole recipe."""
+    rounds = f"{{count: 2, prompts: {shared / 'prompts.txt'}, reward: '{BRIGHTNESS}', images_per_prompt: 2, steps: 1}}"
+    own = dpo(shared, "data={}", "trainer.batch_size=1", "rounds=" + rounds)
+    config = comparison(shared, own)
+    assert [one.state for one in plan_trainings(config)] == ["absent"]
+    assert train_systems(config)["dpo"] == "runs/dpo"
+    assert [one.state for one in plan_trainings(config)] == ["finished"]
+    facts = read_system("dpo", "runs/dpo", 2.0)
+    parts = [read_cost(read_metrics(room / "runs/dpo" / part))["images_seen"] for part in ("rounds/1/model", "")]
+    assert parts[0] > 0 and facts.cost["images_seen"] == sum(parts)
+    assert [step for step, _ in facts.curves["loss"]] == [1, 2, 3, 4] and facts.trained_on == [BRIGHTNESS]
+    longer = comparison(shared, {**own, "overrides": [*own["overrides"], "rounds.count=3"]})
+    (training,) = plan_trainings(longer)
+    assert (training.state, training.differences) == ("different", ["rounds.count was 2, now 3"])
+    (room / "runs/dpo/rounds/config.yaml").unlink()  # as if it had been stopped before the end
+    assert [one.state for one in plan_trainings(config)] == ["unfinished"]
+    capsys.readouterr()
+    train_systems(config)
+    assert capsys.readouterr().err.count("trained already") == 2
+    assert [one.state for one in plan_trainings(config)] == ["finished"]

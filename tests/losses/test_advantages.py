@@ -14,7 +14,9 @@ from mmalign.losses.advantages import (
     PromptStatistics,
     Spread,
     each_group_advantages,
+    favour_novelty,
     group_advantages,
+    novelty,
     win_rates,
 )
 
@@ -280,3 +282,40 @@ def test_gaps_of_a_millionth_are_a_preference_for_scores_and_a_tie_for_win_rates
     assert told.tolist() == pytest.approx([-1.0, 1.0])  # without a margin they still decide
     ties = group_advantages(prompts, win_rates(margins, tie_margin=1e-3).flatten(), spread=exact)
     assert ties.tolist() == [0.0, 0.0]
+
+
+def at_angles(*degrees: float) -> Tensor:
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def test_novelty_by_hand() -> None:
+    """1 - cosine: 0.5 between 0 and 60 degrees, 1.5 between 60 and 180, 2 between 0 and 180."""
+    lengths = torch.tensor([[1.0], [3.0], [0.01]], dtype=torch.float64)
+    found = novelty(torch.stack([at_angles(0, 60, 180) * lengths, at_angles(0, 0, 90)]))
+    torch.testing.assert_close(found, torch.tensor([[0.6, 0.6, 1.8], [0.0, 0.0, 3.0]], dtype=torch.float64))
+
+
+def test_images_that_do_not_differ_and_pairs_have_novelty_one() -> None:
+    same = torch.tensor([[0.3, -0.7, 0.2]]).repeat(4, 1) * torch.tensor([1.0, 2.0, 0.5, 3.0])[:, None]
+    assert novelty(same.unsqueeze(0)).tolist() == [[1.0] * 4]
+    torch.testing.assert_close(novelty(at_angles(10, 70).unsqueeze(0)), torch.ones(1, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="one image has no other"):
+        novelty(torch.ones(2, 1, 3))
+
+
+def test_novelty_favours_good_images_and_never_a_bad_one() -> None:
+    """A bad image far from all others keeps its advantage; a reward added for distance would raise it."""
+    features, rewards = at_angles(0, 10, 20, 180).unsqueeze(0), rewards_of(1.0, 1.0, 0.5, 0.0)
+    plain = group_advantages(["a"] * 4, rewards, spread=Spread("none"))
+    found = favour_novelty(plain, novelty(features).flatten())
+    near, far = 1 - math.cos(math.radians(10)), 1 - math.cos(math.radians(160))
+    alike = 0.375 * near / ((3 * near + far) / 4)
+    torch.testing.assert_close(found, rewards_of(alike, alike, -0.125, -0.625))
+    summed = group_advantages(["a"] * 4, rewards + 0.2 * novelty(features).flatten(), spread=Spread("none"))
+    assert summed[3] > plain[3] == found[3]
+
+
+def test_novelty_is_clipped_after_the_product() -> None:
+    found = favour_novelty(rewards_of(1.0, 1.0, -2.0, 0.0), rewards_of(0.5, 3.0, 0.1, 9.0), clip=1.5)
+    assert found.tolist() == [0.5, 1.5, -1.5, 0.0]

@@ -10,29 +10,18 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_models import build_tiny_sd
 from tiny_rounds import collect, gradient, move, weights
-from tiny_runs import Brightness, exact_run, losses, online_config
+from tiny_runs import losses, online_config
 
 from mmalign.core.errors import UserError
 from mmalign.losses import awm_log_prob
 from mmalign.methods.awm import AWM, AWMConfig
 from mmalign.methods.run import Run
-from mmalign.scoring.choice import WeightedReward
 from mmalign.training.checkpoint import list_checkpoints, load_checkpoint
 from mmalign.training.train import train
 from pipelines.noise import NoiseProcess
 
 SMALL: dict[str, Any] = {"sampling_steps": 4, "images_per_prompt": 3, "levels": 2, "sampler_steps": [1, 4]}
 AWM_RUN: dict[str, Any] = {"name": "awm", **SMALL, "updates_per_round": 2, "old_decay": [0, 0.1, 0.3], "power": 0.5}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_tiny_sd(tmp_path_factory.mktemp("awm") / "sd", "v_prediction", vae="tiny")
-
-
-@pytest.fixture
-def run(model: str) -> Run:
-    return exact_run(model, rewards=[WeightedReward("brightness", 1.0, Brightness())])
 
 
 def make(run: Run | None = None, **options: Any) -> AWM:

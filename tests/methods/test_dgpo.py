@@ -10,12 +10,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_models import build_tiny_sd
 from tiny_rounds import collect, gradient, move, prompts, weights
-from tiny_runs import Brightness, exact_run, losses, online_config
+from tiny_runs import losses, online_config
 
 from mmalign.core.errors import UserError
 from mmalign.methods.dgpo import DGPO, DGPOConfig
 from mmalign.methods.run import Run
-from mmalign.scoring.choice import WeightedReward
 from mmalign.training.checkpoint import list_checkpoints, load_checkpoint
 from mmalign.training.train import train
 from pipelines import sample
@@ -30,16 +29,6 @@ DGPO_RUN: dict[str, Any] = {
     "old_samples_after": 2,
     "reference_guidance": 2.0,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_tiny_sd(tmp_path_factory.mktemp("dgpo") / "sd", "v_prediction", vae="tiny")
-
-
-@pytest.fixture
-def run(model: str) -> Run:
-    return exact_run(model, rewards=[WeightedReward("brightness", 1.0, Brightness())])
 
 
 def make(run: Run | None = None, **options: Any) -> DGPO:

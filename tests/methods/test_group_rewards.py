@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_tiny_sd
 from tiny_rounds import Redness, collect, prompts
-from tiny_runs import Brightness, exact_run, losses, online_config
+from tiny_runs import BRIGHTNESS, Brightness, exact_run, losses, online_config
 
+from mmalign.config.run import load_config
 from mmalign.core.cost import Cost
 from mmalign.core.errors import UserError
 from mmalign.losses.advantages import Spread, each_group_advantages, group_advantages
@@ -19,10 +20,11 @@ from mmalign.methods.run import Run
 from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.live import LiveRewards
 from mmalign.training.train import train
-from rewards import Reward
+from rewards import Reward, TwoTowerReward
 
 NFT: dict[str, Any] = {"sampling_steps": 3, "images_per_prompt": 4, "levels": 1}
 DDPO: dict[str, Any] = {"sampling_steps": 3, "images_per_prompt": 4, "advantage": "group", "guidance": 1.0}
+FLOW_GRPO: dict[str, Any] = {"sampling_steps": 3, "images_per_prompt": 4, "window": {"size": 1, "range": [0, 2]}}
 
 
 class Nothing(Reward):
@@ -50,9 +52,19 @@ class Judge(Reward):
         return torch.where(gap.abs() < 0.05, torch.nan, gap.sign())
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_tiny_sd(tmp_path_factory.mktemp("groups") / "sd", "v_prediction", vae="tiny")
+class Colour(TwoTowerReward):
+    """A function of the mean colour that sets small images apart is the embedding."""
+
+    name = "colour"
+
+    def encode_media(self, media: Any) -> Any:
+        return torch.sin(1000 * media.mean((2, 3)))
+
+    def encode_prompts(self, prompts: Any) -> Any:
+        return torch.ones(len(prompts), 3)
+
+    def compare(self, cosine: Any) -> Any:
+        return cosine
 
 
 @pytest.fixture
@@ -127,11 +139,51 @@ def test_a_score_that_is_no_number_is_refused_and_not_a_tie() -> None:
         ("nft", {**NFT, "advantage_of": "win_rate"}, "go together"),
         ("nft", {**NFT, "tie_margin": 0.1}, "go together"),
         ("ddpo", {**DDPO, "advantage": "running", "advantage_of": "each"}, "is for advantage: group"),
+        ("ddpo", {**DDPO, "advantage": "running", "advantage_diversity": "clip"}, "diversity is for advantage: group"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         methods.get(name).Config(**options)
+
+
+@pytest.mark.parametrize(("name", "options"), [("nft", NFT), ("ddpo", DDPO), ("flow_grpo", FLOW_GRPO)])
+def test_good_images_count_by_their_distance_to_the_nearest(model: str, name: str, options: dict[str, Any]) -> None:
+    rewards = [WeightedReward("brightness", 1.0, Brightness()), WeightedReward("colour", 0.0, Colour())]
+    plain = collect(exact_run(model, rewards=rewards), make(name, exact_run(model, rewards=rewards), **options))
+    run = exact_run(model, rewards=rewards)
+    seen: list[torch.Tensor] = []
+    run.viewers.append(lambda images, prompts: seen.append(images))
+    drawn = collect(run, make(name, run, **options, advantage_diversity="colour"))
+    for before, after, images in zip(plain, drawn, seen, strict=True):
+        units = torch.nn.functional.normalize(torch.sin(1000 * images.double().mean((2, 3))))
+        for first in (0, 4):
+            rows = range(first, first + 4)
+            nearest = [min(1 - float(units[i] @ units[j]) for j in rows if j != i) for i in rows]
+            for i, distance in zip(rows, nearest, strict=True):
+                advantage = float(before.advantages[i])
+                factor = distance / (sum(nearest) / 4) if advantage > 0 else 1.0
+                assert float(after.advantages[i]) == pytest.approx(advantage * factor, rel=1e-2, abs=1e-3)
+    assert any(not torch.allclose(a.advantages, b.advantages) for a, b in zip(plain, drawn, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        (
+            [BRIGHTNESS],
+            "advantage_diversity: 'shapes-clip' is not among `rewards`; add {name: shapes-clip, weight: 0}",
+        ),
+        ([BRIGHTNESS, "shapes-quality"], "advantage_diversity: 'shapes-quality' embeds no images"),
+    ],
+)
+def test_features_are_those_of_a_reward_that_embeds(
+    model: str, tmp_path: Path, rewards: list[str], message: str
+) -> None:
+    method = {"name": "nft", **NFT, "advantage_diversity": "shapes-clip" if len(rewards) == 1 else rewards[1]}
+    given = {"model": model, "method": method, "data": {"prompts": "shapes-train"}, "rewards": rewards}
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config({**given, "output": str(tmp_path)})
 
 
 def test_a_run_with_each_reward_by_itself(model: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mmalign.compare.report.costs import cost_curves, describe_cost
+from mmalign.compare.report.costs import cost_curves, describe_cost, own_curves
 from mmalign.compare.report.plots import categories, curves, forest, sweep
 from mmalign.compare.report.seed_tables import more_tables
 from mmalign.compare.report.tables import (
@@ -97,6 +97,7 @@ def page_context(comparison: Comparison, document: dict[str, Any], gallery: dict
         "sweep": sweep(comparison),
         "curves": curves(comparison),
         "costs": cost_curves(comparison),
+        "own": own_curves(comparison),
         "scaled": any(facts.adapter_scale != 1 for facts in comparison.systems.values()),
         "counted": any(facts.cost for facts in comparison.systems.values()),
         "configs": config_differences(comparison),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from mmalign.compare.report.charts import Axis, bar_mark, interval_mark, line_chart
-from mmalign.compare.report.costs import has_cost_curve
+from mmalign.compare.report.costs import has_cost_curve, has_own_curve
 from mmalign.compare.results.comparison import Comparison
 from mmalign.compare.results.numbers import describe_delta, signed
-from mmalign.compare.systems.facts import COSTS, EVALUATION
+from mmalign.compare.systems.facts import COSTS, EVALUATION, OWN_REWARD
 
 _UNINTERESTING = {"learning_rate", "epoch", "images_per_second", "memory_gb", *COSTS}
 _FIRST = ("loss", "accuracy", "evaluation", "margin", "reward")
@@ -113,7 +113,9 @@ def curves(comparison: Comparison) -> list[dict[str, Any]]:
             continue
         for metric, points in facts.curves.items():
             # Metrics plotted against cost are not plotted against steps, whose cost differs between methods.
-            elsewhere = metric.startswith(EVALUATION) and has_cost_curve(facts)
+            elsewhere = (metric.startswith(EVALUATION) and has_cost_curve(facts)) or (
+                metric.startswith(OWN_REWARD) and has_own_curve(facts)
+            )
             if len(points) > 1 and metric not in _UNINTERESTING and not elsewhere:
                 by_metric.setdefault(metric, {})[name] = [(float(step), value) for step, value in points]
 

@@ -11,7 +11,7 @@ import numpy as np
 from mmalign.compare.images.open_attributes import OpenCounts
 from mmalign.compare.results.training_seeds import Replicas
 from mmalign.compare.scores import RewardFacts, Scores
-from mmalign.compare.stats import RESAMPLES
+from mmalign.compare.stats import RESAMPLES, category_rows
 from mmalign.compare.systems.facts import SystemFacts
 from mmalign.data.prompts import Prompt
 
@@ -25,8 +25,9 @@ class Comparison:
     scores: reward label -> system name -> `[prompts, seeds]`; `[prompts, replicas * seeds]` in the order of the
     `replicas` of a system that has them. `image_paths`: system name -> path of each (prompt, seed) of its first
     replica, row by row. `open_counts`: attribute that prompts leave open -> what the systems showed. `sweep` is the
-    guidance control's record, `settings` and `command` go into the report as they are. `units`: for each prompt the
-    name of what is resampled with it as one, called `over`; None: prompts are. `item` is what a prompt is called.
+    guidance control's record, `settings` and `command` go into the report as they are. `category_apart`: a category
+    beside which all others are shown together. `units`: for each prompt the name of what is resampled with it as one,
+    called `over`; None: prompts are. `item` is what a prompt is called.
     """
 
     prompts: list[Prompt]
@@ -43,6 +44,7 @@ class Comparison:
     resamples: int = RESAMPLES
     replicas: Replicas = field(default_factory=dict)
     open_counts: dict[str, OpenCounts] = field(default_factory=dict)
+    category_apart: str | None = None
     units: list[str] | None = None
     item: str = "prompt"
     over: str = "prompts"
@@ -86,6 +88,17 @@ class Comparison:
         if not any(prompt.category for prompt in self.prompts):
             return [""] * len(self.prompts)
         return [prompt.category or CATEGORY_MISSING for prompt in self.prompts]
+
+    @property
+    def category_groups(self) -> dict[str, list[int]]:
+        """The rows of each category, and then of all but `category_apart`; none if the set has no categories."""
+        if not any(self.categories):
+            return {}
+        groups = category_rows(self.categories)
+        if self.category_apart is not None:
+            apart = self.category_apart
+            groups[f"all but {apart}"] = [row for row, name in enumerate(self.categories) if name != apart]
+        return groups
 
     @property
     def control(self) -> str | None:

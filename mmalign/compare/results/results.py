@@ -22,7 +22,7 @@ from mmalign.compare.results.numbers import reward_digits
 from mmalign.compare.results.open_attributes import entropy_results
 from mmalign.compare.results.training_seeds import tile_pair
 from mmalign.compare.results.verdicts import add_verdicts
-from mmalign.compare.stats import Paired, category_rows, compare_paired, direction, spread_of_deltas, summarise
+from mmalign.compare.stats import Paired, compare_paired, direction, spread_of_deltas, summarise
 from mmalign.compare.systems.facts import SystemFacts
 from mmalign.core.files import write_atomically
 from mmalign.core.io.spreadsheet import write_csv
@@ -40,7 +40,7 @@ def build_results(comparison: Comparison) -> dict[str, Any]:
         "scope": comparison.scope,
         "baseline": comparison.baseline,
         "control": comparison.control,
-        "categories": {name: len(rows) for name, rows in category_rows(comparison.categories).items() if name},
+        "categories": {name: len(rows) for name, rows in comparison.category_groups.items()},
         "systems": {name: _system(comparison, name) for name in comparison.systems},
         "rewards": {label: facts.as_dict() for label, facts in comparison.rewards.items()},
         "guidance_control": comparison.sweep,
@@ -109,12 +109,11 @@ def write_summary(document: dict[str, Any], path: Path) -> None:
 
 def _system(comparison: Comparison, name: str) -> dict[str, Any]:
     facts = comparison.systems[name]
-    categories = comparison.categories if any(comparison.categories) else None
     rewards = {}
     for reward, scores in comparison.scores.items():
         summary = summarise(
             scores[name],
-            categories,
+            comparison.category_groups,
             replicas=comparison.replicas_in(scores[name]),
             units=comparison.units,
             resamples=comparison.resamples,
@@ -163,13 +162,12 @@ def _replica(comparison: Comparison, name: str, seed: int, facts: SystemFacts) -
 
 
 def _versus(comparison: Comparison, name: str, other: str) -> dict[str, Any]:
-    categories = category_rows(comparison.categories) if any(comparison.categories) else {}
     versus = {}
     for reward, scores in comparison.scores.items():
         versus[reward] = _pair(comparison, reward, scores[name], scores[other])
         versus[reward]["by_category"] = {
             category: _pair(comparison, reward, scores[name][rows], scores[other][rows], rows)
-            for category, rows in categories.items()
+            for category, rows in comparison.category_groups.items()
         }
         tiled = tile_pair(scores[name], scores[other])
         if (replicas := comparison.replicas_in(tiled[0])) > 1:

@@ -13,14 +13,16 @@ from mmalign.config.yaml import flatten
 from mmalign.core.errors import UserError
 from mmalign.core.io.parquet import read_metadata
 from mmalign.core.resources import find, resolve_model
+from mmalign.training import rounds, stages
 from mmalign.training.models import require_adapter
-from mmalign.training.stages import FOLDER
 from mmalign.training.tracking import read_metrics
 from pipelines import fingerprint_model
 
 _MAX_LINEAGE = 8
 EVALUATION = "evaluation/"
 """Prefix of the metrics of an evaluation on fixed prompts, before the reward's name."""
+OWN_REWARD = "reward/"
+"""Prefix of the metrics of what a method's own samples score while training, before the reward's name."""
 COSTS = ("images_seen", "images_sampled", "reward_calls", "seconds")
 """What a run counts: images through the network, images sampled, images scored, and seconds without evaluations."""
 MEMORY = "memory_gb"
@@ -146,9 +148,12 @@ def read_evaluations(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _whole_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return a training's lines of metrics after those of earlier stages, with steps and costs continued."""
-    method = _run_config(folder / FOLDER).get("method") or {}
-    parts = [*(folder / FOLDER / str(stage) / "model" for stage in method.get("stages", [])[:-1]), folder]
+    """Return a training's lines of metrics after those of earlier stages or rounds, with steps and costs continued."""
+    method = _run_config(folder / stages.FOLDER).get("method") or {}
+    count = (_run_config(folder / rounds.FOLDER).get("rounds") or {}).get("count", 1)
+    earlier = [folder / stages.FOLDER / str(stage) for stage in method.get("stages", [])[:-1]]
+    earlier += [folder / rounds.FOLDER / str(number) for number in range(1, count)]
+    parts = [*(part / "model" for part in earlier), folder]
     whole: list[dict[str, Any]] = []
     for part in parts:
         done = {name: max((line[name] for line in whole if name in line), default=0) for name in ("step", *COSTS)}

@@ -20,9 +20,9 @@ from mmalign.config.yaml import ConfigIssues, flatten
 from mmalign.core.errors import UserError
 from mmalign.core.progress import note, reset_peak_memory
 from mmalign.core.resources import resolve_model
+from mmalign.training import rounds, stages
 from mmalign.training.output import CONFIG_FILE, has_export, is_finished
 from mmalign.training.recipe import build_method, set_aside
-from mmalign.training.stages import FOLDER
 from mmalign.training.tracking import read_metrics
 
 State = Literal["absent", "unfinished", "finished", "different"]
@@ -159,9 +159,10 @@ def _inspect(run: RunConfig) -> tuple[State, list[str]]:
     """Return the state of a training's folder and, if it holds another training, the differences."""
     output = Path(run.output)
     kept = output / CONFIG_FILE
-    if len(build_method(run).stages) > 1:  # the model's folder holds the config of the last stage alone
-        kept = output / FOLDER / CONFIG_FILE
-        if not kept.is_file() and (output / FOLDER).is_dir():
+    chain = rounds.FOLDER if run.rounds else stages.FOLDER if len(build_method(run).stages) > 1 else None
+    if chain is not None:  # the model's folder holds the config of the last round or stage alone
+        kept = output / chain / CONFIG_FILE
+        if not kept.is_file() and (output / chain).is_dir():
             return "unfinished", []
     if not kept.is_file():
         return ("different", [f"{CONFIG_FILE} is missing beside its model"]) if has_export(output) else ("absent", [])
@@ -216,8 +217,8 @@ def _try_out(trainings: list[Training]) -> None:
 
     made_here = {training.folder for training in trainings}
     for training in trainings:
-        if Path(training.config.model).resolve() in made_here:
-            continue
+        if Path(training.config.model).resolve() in made_here or training.config.rounds is not None:
+            continue  # the inputs of a training in rounds do not exist yet either
         try:
             plan(training.config)
         except UserError as error:
