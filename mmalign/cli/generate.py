@@ -43,16 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=_integers, default=[0], metavar="0,1", help="seeds to sample for every prompt (default: 0)"
     )
-    videos = parser.add_argument_group("video models", "sizes that a family does not take name the nearest one")
-    videos.add_argument("--frames", type=positive, metavar="N", help="frames of a video, most often 4k + 1")
-    videos.add_argument("--fps", type=_rate, metavar="N", help="frames a second (default for all: the model's own)")
-    for side in ("height", "width"):
-        videos.add_argument(f"--{side}", type=positive, metavar="N", help=f"{side} of a frame in pixels")
+    videos = add_geometry_arguments(parser)
     second = "guidance of the expert for low noise, in a model of two (Wan 2.2 A14B; default: as --guidance)"
     videos.add_argument("--low-noise-guidance", type=float, metavar="S", help=second)
     parser.add_argument(
         "--grid", action="store_true", help="also write grid.png with a row for each prompt and a column for each seed"
     )
+
+
+def add_geometry_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Declare the arguments of the geometry of videos, and return their group."""
+    videos = parser.add_argument_group("video models", "sizes that a family does not take name the nearest one")
+    videos.add_argument("--frames", type=positive, metavar="N", help="frames of a video, most often 4k + 1")
+    videos.add_argument("--fps", type=_rate, metavar="N", help="frames a second (default for all: the model's own)")
+    for side in ("height", "width"):
+        videos.add_argument(f"--{side}", type=positive, metavar="N", help=f"{side} of a frame in pixels")
+    return videos
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

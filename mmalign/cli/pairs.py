@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmalign.cli.generate import (
+    add_geometry_arguments,
     add_sampling_arguments,
     not_negative,
     positive,
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign pairs sample`, `label` and `perturb`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="sample|label|perturb")
-    sample = actions.add_parser("sample", help="generate several images for each prompt, in DIR/images.parquet")
+    sample = actions.add_parser("sample", help="generate several images or videos a prompt, in DIR/images.parquet")
     add_sampling_arguments(sample)
+    add_geometry_arguments(sample)
     sample.add_argument(
         "--images-per-prompt",
         type=positive,
@@ -142,9 +144,6 @@ def _sample(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
     prompts = read_prompts(args.prompts, args.limit)
     model, fingerprint = sampling.identity()
-    if sampling.makes_videos():
-        raise UserError(f"{args.model} makes videos, and pairs are sampled of images; choose an image model")
-
     from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
 
     settings = SampleSettings(
@@ -157,6 +156,7 @@ def _sample(args: argparse.Namespace) -> int:
         precision=sampling.precision,
         adapter_scale=sampling.adapter_scale,
         image_size=sampling.image_size,
+        video=None if sampling.video is None else sampling.video.sampling,
         seed=args.seed,
     )
     counts = sample_images(
@@ -168,7 +168,8 @@ def _sample(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
     )
     repeated = f" ({counts.repeated_prompts} repeated ones left out)" if counts.repeated_prompts else ""
-    print(f"{counts.images} images ({counts.new} new) of {counts.prompts} prompts{repeated}: {args.out / IMAGES_FILE}")
+    made = "videos" if sampling.makes_videos() else "images"
+    print(f"{counts.images} {made} ({counts.new} new) of {counts.prompts} prompts{repeated}: {args.out / IMAGES_FILE}")
     return 0
 
 

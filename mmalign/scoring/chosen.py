@@ -120,12 +120,18 @@ def check_weight(name: str, weight: float | None) -> None:
 def load_weighted_rewards(
     weights: Mapping[str, float], prompts: Sequence[str], device: str | None = None
 ) -> list[WeightedReward]:
-    """Load the rewards that decide, after checking that all of them can score images of these prompts.
+    """Load the rewards that decide, after checking that all of them can score media of these prompts.
+
+    The first one decides whether these are images or videos.
 
     Raises:
         UserError, RewardError: see `mmalign.scoring.checks.check_reward`.
     """
-    return load_choices([Choice(name, name, weight) for name, weight in weights.items()], prompts, device=device)
+    from rewards import reward_class
+
+    choices = [Choice(name, name, weight) for name, weight in weights.items()]
+    modality = reward_class(choices[0].name).modality
+    return load_choices(choices, prompts, modality=modality, device=device)
 
 
 def load_choices(

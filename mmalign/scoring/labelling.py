@@ -196,7 +196,10 @@ def label_pictures(
         **(metadata or {}),
     }
     with atomic_parquet(out, PAIR_SCHEMA, described) as writer:
-        stream = score_items((picture.item() for picture in pictures), rewards, batch_size=batch_size)
+        modality = rewards[0].reward.modality
+        stream = score_items(
+            (picture.item() for picture in pictures), rewards, batch_size=batch_size, modality=modality
+        )
         for _, group in groupby(stream, key=lambda scored: scored.item.extra.group):
             members = list(group)
             parts = [_weighted(scored, rewards, counts) for scored in members]

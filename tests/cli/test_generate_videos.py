@@ -13,8 +13,11 @@ from tiny_models import build_tiny_sd
 from tiny_videos import build_tiny_wan
 
 from mmalign.cli import main
+from mmalign.config.sections import DataConfig
 from mmalign.core.io import video_files
 from mmalign.core.io.video_files import write_video
+from mmalign.data.encoded.cache import build_pair_cache
+from mmalign.data.pairs import read_pairs
 from pipelines import VideoOptions, load_generator, sample
 
 PROMPT = "two blue stars"
@@ -79,13 +82,27 @@ def test_a_geometry_that_does_not_fit_is_one_line(
     assert code == 2 and said in capsys.readouterr().err
 
 
-def test_video_options_and_image_pairs_stay_apart(
-    wan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_video_options_are_not_for_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(build_tiny_sd(tmp_path / "sd"), tmp_path / "a", "--frames", "5") == 2
     assert "makes images and has no video options" in capsys.readouterr().err
-    assert main(["pairs", "sample", wan, "--prompts", PROMPT, "--out", str(tmp_path / "b")]) == 2
-    assert "makes videos, and pairs are sampled of images" in capsys.readouterr().err
+
+
+def test_pairs_are_sampled_labelled_by_a_video_reward_and_encoded(
+    wan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, pairs = tmp_path / "samples", tmp_path / "pairs.parquet"
+    drawn = ("--out", str(out), "--steps", "2", "--guidance", "1", "--images-per-prompt", "3", "--batch-size", "1")
+    assert main(["pairs", "sample", wan, "--prompts", PROMPT, *drawn, *SIZE, "--fps", "12"]) == 0
+    assert "3 videos (3 new) of 1 prompts" in capsys.readouterr().out
+    assert main(["pairs", "sample", wan, "--prompts", PROMPT, *drawn, *SIZE, "--fps", "8"]) == 2
+    assert "was made with other settings (video " in capsys.readouterr().err
+    assert main(["pairs", "label", str(out), "--reward", "tiny_runs:Motion", "--out", str(pairs)]) == 0
+    assert "1 pairs from 1 of 1 prompts" in capsys.readouterr().out
+    data = DataConfig(pairs=str(pairs), cache=str(tmp_path / "cache"))
+    table, options = read_pairs(str(pairs), data), VideoOptions(32, 16, 5, 12.0)
+    cached = build_pair_cache(table, load_generator(wan, device="cpu", video=options), data)
+    assert cached.batch([0], 0, 0).chosen.shape[2:] == (2, 4, 2) and table.margins()[0] > 0
+    assert cached.rates is not None and cached.rates.tolist() == [12.0]
 
 
 def test_without_h264_an_mp4_still_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import UInt8
+import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mmalign.core.errors import UserError, did_you_mean
@@ -30,19 +32,32 @@ def write_video(path: Path, video: UInt8[Tensor, "frames 3 height width"], fps: 
     kind = path.suffix.lower().removeprefix(".")
     if kind not in CODECS:
         raise UserError(f"{path}: videos are written as {' or '.join(CODECS)}{did_you_mean(kind, CODECS)}")
+    with replacing(path) as aside:
+        _write(str(aside), kind, str(path), video, fps)
+
+
+def encode_video(media: Float[Tensor, "frames 3 height width"], fps: float) -> bytes:
+    """Return a video in [0, 1] as the bytes of an MP4, or of a lossless MKV where a side is odd."""
+    kind = "mkv" if media.shape[-2] % 2 or media.shape[-1] % 2 else "mp4"
+    buffer = io.BytesIO()
+    _write(buffer, kind, "a video", media.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8), fps)
+    return buffer.getvalue()
+
+
+def _write(target: str | io.BytesIO, kind: str, name: str, video: Tensor, fps: float) -> None:
     try:
         import av
     except ImportError:
         raise UserError('writing video files needs PyAV: pip install "mmalign[video]"') from None
     height, width = video.shape[-2:]
     if kind == "mp4" and (height % 2 or width % 2):
-        raise UserError(f"{path}: an MP4 needs even sides, not {width}x{height}; write an .mkv")
+        raise UserError(f"{name}: an MP4 needs even sides, not {width}x{height}; write an .mkv")
     container_name, codec, pixels, options = CODECS[kind]
     if kind == "mp4" and codec not in av.codecs_available:
         container_name, codec, pixels, options = FALLBACK
     # Without the flag a file holds a random identifier, and the same frames never give the same bytes.
     exact = {"fflags": "+bitexact"}
-    with replacing(path) as aside, av.open(str(aside), "w", format=container_name, options=exact) as container:
+    with av.open(target, "w", format=container_name, options=exact) as container:
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=dict(options))
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         for frame in video.permute(0, 2, 3, 1).contiguous().cpu().numpy():

@@ -1,4 +1,4 @@
-"""Sample several images for each prompt into one parquet file, which an interrupted run completes."""
+"""Sample several images or videos for each prompt into one parquet file, which an interrupted run completes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mmalign.core.errors import UserError
 from mmalign.core.hashing import content_key
 from mmalign.core.io.images import encode_png
 from mmalign.core.io.parquet import ForwardReader, atomic_parquet, iterate_columns, read_metadata
+from mmalign.core.io.video_files import encode_video
 from mmalign.core.lock import locked_output
 from mmalign.core.progress import track
 from mmalign.core.seeds import derive_seed
@@ -47,7 +48,8 @@ class SampleSettings:
 
     `fingerprint` identifies the model's content (and an extra adapter's), so that a retrained model of the same name
     is told from the old one; `model` is its name, for readers. `flow` names what was chosen for a flow model;
-    `image_size` is the side of the images in pixels where it is not the model's own.
+    `image_size` is the side of the images in pixels where it is not the model's own; `video` is the geometry of videos
+    where it is not.
     """
 
     model: str
@@ -61,6 +63,7 @@ class SampleSettings:
     seed: int = 0
     flow: str | None = None
     image_size: int | None = None
+    video: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def sample_images(
 ) -> SampleCounts:
     """Complete `out/images.parquet`: `images_per_prompt` images for each distinct prompt, grouped by prompt.
 
-    Columns: prompt, category, prompt_id, seed, image (PNG), model; the settings are in the file's metadata. Finished
+    Columns: prompt, category, prompt_id, seed, image (PNG; of a video model MP4), model;
+    the settings are in the file's metadata. Finished
     parts are kept in `out/parts` until all are there, so an interrupted call can be resumed, and a call with more
     prompts or images adds to the finished ones. `open_generator` is called only if an image is missing.
 
@@ -187,7 +191,7 @@ def _generate_parts(
     written = time.monotonic()
     try:
         for item in images:
-            rows.append(_row(todo[item.prompt_index][0], item, settings.model))
+            rows.append(_row(todo[item.prompt_index][0], item, settings.model, getattr(generator, "fps", None)))
             if len(rows) >= PART_ROWS or time.monotonic() - written > PART_SECONDS:
                 _write_part(folder, rows, settings)
                 rows, written = [], time.monotonic()
@@ -196,13 +200,14 @@ def _generate_parts(
             _write_part(folder, rows, settings)
 
 
-def _row(prompt: Prompt, item: GeneratedImage, model: str) -> dict[str, Any]:
+def _row(prompt: Prompt, item: GeneratedImage, model: str, fps: float | None) -> dict[str, Any]:
+    made = item.image
     return {
         "prompt": prompt.text,
         "category": prompt.category,
         "prompt_id": prompt_id(prompt.text),
         "seed": item.seed,
-        "image": encode_png(item.image),
+        "image": encode_png(made) if fps is None else encode_video(made, fps),
         "model": model,
     }
 
