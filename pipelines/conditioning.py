@@ -25,12 +25,15 @@ class Conditioning:
         width; SDXL only. Always kept in float32, because bf16 cannot hold most pixel counts.
     mask
         Which positions hold text, ``[batch, length]``; Z-Image and Qwen-Image only, whose other positions hold zeros.
+    first_frame
+        What an image-to-video model sees of the first frame, ``[batch, channels, frames, rows, columns]``.
     """
 
     prompt_embeds: Float[Tensor, "batch length width"]
     pooled: Float[Tensor, "batch pooled_width"] | None = None
     time_ids: Float[Tensor, "batch 6"] | None = None
     mask: Bool[Tensor, "batch length"] | None = None
+    first_frame: Float[Tensor, "batch channels frames rows columns"] | None = None
 
     def __post_init__(self) -> None:
         """Check that all tensors have one batch size."""

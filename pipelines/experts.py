@@ -21,8 +21,8 @@ class Experts(nn.Module):
         self.transformer, self.transformer_2, self.boundary = noisy, clean, boundary
 
     def forward(
-        self, hidden_states: Float[Tensor, "batch *latent"], timestep: Shaped[Tensor, " batch"], **inputs: Any
-    ) -> tuple[Float[Tensor, "batch *latent"]]:
+        self, hidden_states: Float[Tensor, "batch inputs *latent"], timestep: Shaped[Tensor, " batch"], **inputs: Any
+    ) -> tuple[Float[Tensor, "batch channels *latent"]]:
         """Return the prediction of each sample's own expert; tensors among `inputs` are batches too."""
         noisy = timestep >= self.boundary
         rows = [group.nonzero().flatten() for group in (noisy, ~noisy)]

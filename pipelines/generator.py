@@ -55,6 +55,8 @@ class Generator(ABC):
     vae_names: ClassVar[tuple[str, ...]] = ("vae",)
     text_names: tuple[str, ...]
     lora_targets: ClassVar[tuple[str, ...]] = adapters.DEFAULT_TARGETS
+    needs_first_frame: ClassVar[bool] = False
+    """Whether the videos start from an image each."""
     is_flow: ClassVar[bool] = False
     """Whether the models are flow-matching transformers, which take `pipelines.flow.FlowOptions`."""
     guidance_inside: ClassVar[bool] = False

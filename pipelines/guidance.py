@@ -86,6 +86,8 @@ def _guided(
         negative = negative.repeat_interleave(len(cond))
     if default:
         negative.time_ids = cond.time_ids
+    if negative.first_frame is None:
+        negative.first_frame = cond.first_frame
     if guidance == 0.0 and not varies:
         return lambda x_t, t: generator.predict(x_t, t, negative)
     both = Conditioning.cat([negative, cond])

@@ -47,6 +47,7 @@ FAMILIES = {
     "QwenImagePipeline": "pipelines.families.qwen_image:QwenImage",
     "Flux2KleinPipeline": "pipelines.families.flux2:Flux2Klein",
     "WanPipeline": "pipelines.families.wan:Wan",
+    "WanImageToVideoPipeline": "pipelines.families.wan_image:WanFromImage",
     "LTXPipeline": "pipelines.families.ltx:LTX",
 }
 

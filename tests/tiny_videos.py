@@ -64,13 +64,25 @@ def tiny_umt5(folder: Path, width: int) -> tuple[Any, Any]:
 
 
 def build_tiny_wan(
-    path: str | Path, *, unipc: bool = False, experts: bool = False, per_token: bool = False, seed: int = 0
+    path: str | Path,
+    *,
+    unipc: bool = False,
+    experts: bool = False,
+    per_token: bool = False,
+    from_image: bool = False,
+    seed: int = 0,
 ) -> str:
     """Write a ``WanPipeline`` shaped like Wan 2.1 and return its path; shift 3, by Euler's scheduler or by UniPC.
 
-    `experts` gives it the two of Wan 2.2 A14B, `per_token` the times and the autoencoder (sides / 16) of TI2V 5B.
+    `experts` gives it the two of Wan 2.2 A14B, `per_token` the times and the autoencoder (sides / 16) of TI2V 5B;
+    `from_image` makes it a ``WanImageToVideoPipeline``.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        UniPCMultistepScheduler,
+        WanImageToVideoPipeline,
+        WanPipeline,
+    )
 
     path = Path(path)
     with torch.random.fork_rng(devices=[]):
@@ -84,13 +96,14 @@ def build_tiny_wan(
             "scale_factor_spatial": 16,
             "is_residual": True,
         }
-        pipe = WanPipeline(
+        inputs = 4 + 4 + 4 if from_image else None  # noisy latents, mask, latents of the first frame
+        pipe = (WanImageToVideoPipeline if from_image else WanPipeline)(
             tokenizer=tokenizer,
             text_encoder=encoder,
             vae=tiny_wan_vae(**small) if per_token else tiny_wan_vae(),
             scheduler=UniPCMultistepScheduler(**flow) if unipc else FlowMatchEulerDiscreteScheduler(shift=3.0),
-            transformer=tiny_wan_transformer(),
-            transformer_2=tiny_wan_transformer() if experts else None,
+            transformer=tiny_wan_transformer(inputs=inputs),
+            transformer_2=tiny_wan_transformer(inputs=inputs) if experts else None,
             boundary_ratio=0.875 if experts else None,
             expand_timesteps=per_token,
         )

@@ -2,8 +2,8 @@
 
 A video model writes INDEX-SEED.mp4 instead, and frames.png, a contact sheet with a row of frames for each video:
 
-  mmalign generate Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat runs" --out out --guidance 5 --steps 50 \
-    --frames 33 --height 240 --width 416 --batch-size 1 --precision bf16
+  mmalign generate Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat runs" --out out --guidance 5 --steps 50 \\
+    --frames 33 --height 240 --width 416 --precision bf16
 
 Run the same command again to generate only what is missing.
 """
@@ -40,6 +40,7 @@ MOST_FPS = 1000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign generate`."""
     add_sampling_arguments(parser)
+    parser.set_defaults(batch_size=None)
     parser.add_argument(
         "--seeds", type=_integers, default=[0], metavar="0,1", help="seeds to sample for every prompt (default: 0)"
     )
@@ -87,7 +88,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the weights (default %(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=8, metavar="N", help="images per batch (default %(default)s)"
+        "--batch-size", type=positive, default=8, metavar="N", help="images per batch (default: 8; 1 video)"
     )
     parser.add_argument(
         "--image-size", type=positive, metavar="N", help="side of the images in pixels (default: the model's own)"
@@ -171,7 +172,7 @@ def _complete(args: argparse.Namespace, sampling: Sampling, prompts: list[Prompt
     missing = folder.missing()
     total, new = len(prompts) * len(args.seeds), sum(map(len, missing.values()))
     if new:
-        _draw(sampling, args.batch_size, folder, missing, total)
+        _draw(sampling, args.batch_size or (1 if videos else 8), folder, missing, total)
     folder.write_metadata()
     print(f"{total} {'videos' if videos else 'images'} ({new} new) of {len(prompts)} prompts: {args.out}")
     if args.grid or videos:
@@ -190,7 +191,8 @@ def _settings(sampling: Sampling) -> dict[str, Any]:
 
 
 def _draw(sampling: Sampling, batch_size: int, folder: _Folder, missing: dict[int, list[int]], total: int) -> None:
-    with track(total, "generate", initial=total - sum(map(len, missing.values()))) as job:
+    made = total - sum(map(len, missing.values()))
+    with track(total, "generate", unit=folder.unit, initial=made) as job:
         generator = sampling.open()
         folder.rate = getattr(generator, "fps", None)
         indices = list(missing)
@@ -204,7 +206,7 @@ def _draw(sampling: Sampling, batch_size: int, folder: _Folder, missing: dict[in
 class _Folder:
     """The output folder: its images, the settings they were made with, and the prompt of each image."""
 
-    suffix = "png"
+    suffix, unit = "png", "images"
     rate: float | None = None
     """Frames a second of the videos that are put here."""
 
@@ -288,7 +290,7 @@ class _Folder:
 class _VideoFolder(_Folder):
     """The same of videos, as MP4 files."""
 
-    suffix = "mp4"
+    suffix, unit = "mp4", "videos"
 
     def _write(self, path: Path, video: Any) -> None:
         from mmalign.core.io.video_files import write_video

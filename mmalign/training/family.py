@@ -60,6 +60,11 @@ def check_family(config: RunConfig) -> None:
 
 
 def _check_modality(config: RunConfig, family: type[Generator]) -> None:
+    if family.needs_first_frame:
+        raise UserError(
+            f"model {config.model} makes videos of a first frame, which training does not give it; choose a"
+            " text-to-video model"
+        )
     if family.modality == "video" and config.video is None:
         raise UserError(
             f"model {config.model} makes videos ('{family.family}'); give a section video, such as video:"

@@ -86,12 +86,16 @@ class Wan(FlowTransformer, LatentVideo):
         """Run the transformer once, without guidance; the output, ``noise - x0``, is float32 (or float64)."""
         dtype = self.dtype
         output = self.network(
-            hidden_states=x_t.to(dtype),
+            hidden_states=self._inputs(x_t.to(dtype), cond),
             timestep=self._times(t, x_t),
             encoder_hidden_states=cond.prompt_embeds.to(dtype),
             return_dict=False,
         )[0]
         return single(output)
+
+    def _inputs(self, x_t: Tensor, cond: Conditioning) -> Tensor:
+        """Return the channels that the network takes."""
+        return x_t
 
     def _times(self, t: Tensor, x_t: Tensor) -> Tensor:
         """Return the time that the network takes for a batch."""
