@@ -246,8 +246,8 @@ def save_adapter(network: Any, path: str | Path, record: dict[str, Any]) -> None
         (scratch / RECORD_NAME).write_text(json.dumps({**record, "rank": rank}, indent=2) + "\n")
 
 
-def check_round_trip(network: Any, save: Callable[[Path], None], folder: Path) -> None:
-    """Save the adapter with made-up weights into a folder inside `folder`, read its files, and compare.
+def check_round_trip(network: Any, save: Callable[[Path], None], folder: Path, place: str = "") -> None:
+    """Save the adapter with made-up weights into a folder inside `folder`, read its files at `place`, and compare.
 
     Every file must give every layer's change; the weights are put back, and the folder is removed.
 
@@ -265,7 +265,7 @@ def check_round_trip(network: Any, save: Callable[[Path], None], folder: Path) -
                 parameter.copy_(torch.randn(parameter.shape, generator=random))
         save(scratch)
         wanted = adapter_layers(network)
-        for file in sorted(scratch.glob("*.safetensors")):
+        for file in sorted((scratch / place).glob("*.safetensors")):
             found = read_lora(file, network)
             wrong = [name for name, layer in wanted.items() if name not in found or not _equal(layer, found[name])]
             if wrong:

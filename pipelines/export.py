@@ -14,20 +14,21 @@ from pipelines.saving import replacing_parts
 UNSAFE = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx", ".onnx_data")
 
 
-def save_pipeline(path: str | Path, root: Path, index: dict[str, Any], network_name: str, network: Any) -> None:
-    """Write `network` and, unchanged, every other component of `root` into the directory `path`.
+def save_pipeline(path: str | Path, root: Path, index: dict[str, Any], networks: dict[str, Any]) -> None:
+    """Write networks, by the names of their components, and every other component of `root` into the directory `path`.
 
-    The encoders are copied as files, so they need not be in memory. Each part is written beside its place and then
-    moved there; ``model_index.json`` comes last, so that a directory that has one is complete.
+    The others are unchanged; encoders are copied as files, so they need not be in memory. Each part is written beside
+    its place and then moved there; ``model_index.json`` comes last, so that a directory that has one is complete.
     """
     path = Path(path)
     if path.resolve() == root.resolve():
         raise PipelineError(f"refusing to save over the base model {root}; choose another directory.")
     with replacing_parts(path, "model_index.json") as scratch:
         for name in index:
-            if name != network_name and has_component(index, name):
+            if name not in networks and has_component(index, name):
                 _copy_component(root / name, scratch / name)
-        network.save_pretrained(scratch / network_name, safe_serialization=True)
+        for name, network in networks.items():
+            network.save_pretrained(scratch / name, safe_serialization=True)
         (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

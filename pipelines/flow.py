@@ -91,16 +91,20 @@ class FlowOptions:
         The scale that a guidance-distilled network takes as an input, the same in every call of it.
     density
         Of the training levels.
+    low_noise_guidance
+        The scale of classifier-free guidance below the boundary of a model of two experts (diffusers'
+        ``guidance_scale_2``); None: the same as above it.
     """
 
     image_size: int | None = None
     text_length: int | None = None
     embedded_guidance: float | None = None
     density: Density = Density()
+    low_noise_guidance: float | None = None
 
     @property
     def sampling(self) -> str:
         """What of it decides how samples look, as text; "default" where nothing was chosen."""
-        names = ("image_size", "text_length", "embedded_guidance")
+        names = ("image_size", "text_length", "embedded_guidance", "low_noise_guidance")
         chosen = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None]
         return ", ".join(chosen) or "default"

@@ -24,7 +24,7 @@ from pipelines.components import fingerprint, load_component, model_fingerprint
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.export import save_pipeline
-from pipelines.lora_files import AdapterPath, with_weight
+from pipelines.lora_files import WEIGHTS_NAME, AdapterPath, with_weight
 from pipelines.noise import NoiseProcess, Schedule
 
 
@@ -88,6 +88,11 @@ class Generator(ABC):
         return load_component(self.root, self.index, self.network_name, dtype)
 
     @property
+    def networks(self) -> dict[str, Any]:
+        """The diffusers models inside `network` by the names of their components: one, or one for each expert."""
+        return {self.network_name: self.bare_network}
+
+    @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of one sample's latents at the model's own size, channels first.
@@ -130,8 +135,20 @@ class Generator(ABC):
         """Return the class for a model's ``model_index.json``, where a family has several."""
         return cls
 
+    @property
+    def guidance_varies(self) -> bool:
+        """Whether the scale of guidance depends on the noise level."""
+        return False
+
+    def guidance_at(self, guidance: float, t: Shaped[Tensor, " batch"]) -> float | Shaped[Tensor, "batch *ones"]:
+        """Return the scale of classifier-free guidance at the levels of a batch; by default that given."""
+        return guidance
+
     def guide(
-        self, with_prompt: Float[Tensor, "batch *latent"], without: Float[Tensor, "batch *latent"], guidance: float
+        self,
+        with_prompt: Float[Tensor, "batch *latent"],
+        without: Float[Tensor, "batch *latent"],
+        guidance: float | Shaped[Tensor, "batch *ones"],
     ) -> Float[Tensor, "batch *latent"]:
         """Return classifier-free guidance's combination of two predictions, the family's own; differentiable."""
         return without + guidance * (with_prompt - without)
@@ -253,7 +270,7 @@ class Generator(ABC):
     @property
     def has_adapter(self) -> bool:
         """Whether the network carries a LoRA."""
-        return adapters.has_adapter(self.bare_network)
+        return any(adapters.has_adapter(network) for network in self.networks.values())
 
     @property
     def target_groups(self) -> dict[str, list[str]]:
@@ -274,13 +291,26 @@ class Generator(ABC):
         """
         groups = self.target_groups
         targets = [layer for one in target_modules or self.lora_targets for layer in groups.get(one, [one])]
-        adapters.add_adapter(self.bare_network, rank, alpha, targets, seed, init)
+        for place, network in enumerate(self.networks.values()):
+            adapters.add_adapter(network, rank, alpha, targets, seed + place, init)
         self._lora_layers = adapters.lora_layers(self.bare_network)
 
     def load_adapter(self, *given: AdapterPath) -> None:
         """Load LoRA files or directories, each alone or with its weight, as one adapter and freeze everything else."""
-        adapters.load_adapters(self.bare_network, [with_weight(one) for one in given])
+        for name, network in self.networks.items():
+            adapters.load_adapters(network, [self._own_adapter(name, *with_weight(one)) for one in given])
         self._lora_layers = adapters.lora_layers(self.bare_network)
+
+    def _own_adapter(self, name: str, path: Path, weight: float) -> tuple[Path, float]:
+        """Return where the adapter of one of the `networks` lies: a second expert's in a folder of its name."""
+        if name == self.network_name:
+            return path, weight
+        if not (path / name).is_dir():
+            raise PipelineError(
+                f"{self.name_or_path} has two experts, and {path} holds an adapter for one; give a directory with"
+                f" {WEIGHTS_NAME} and {name}/{WEIGHTS_NAME}."
+            )
+        return path / name, weight
 
     def adapter_disabled(self) -> AbstractContextManager[None]:
         """Context in which `predict` is, to the bit, that of the base model."""
@@ -294,7 +324,8 @@ class Generator(ABC):
             raise PipelineError(
                 f"{self.name_or_path} carries no LoRA adapter to scale; give one, or leave the scale out."
             )
-        adapters.set_adapter_scale(self.bare_network, scale)
+        for network in self.networks.values():
+            adapters.set_adapter_scale(network, scale)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """Return the trainable parameters: the adapter's weights if there is one, else the whole network's."""
@@ -318,10 +349,27 @@ class Generator(ABC):
 
     def save(self, path: str | Path) -> None:
         """Write a diffusers directory (safetensors); an adapter is merged into a copy of the weights first."""
-        network = adapters.merged_copy(self.bare_network) if self.has_adapter else self.bare_network
-        save_pipeline(path, self.root, self.saved_index, self.network_name, network)
+        merged = {
+            name: adapters.merged_copy(network) if self.has_adapter else network
+            for name, network in self.networks.items()
+        }
+        save_pipeline(path, self.root, self.saved_index, merged)
 
     def save_lora(self, path: str | Path, *, base_model: str | None = None) -> None:
-        """Write the adapter for diffusers and for ComfyUI and kohya, and ``mmalign.json`` naming the base model."""
+        """Write the adapter for diffusers and for ComfyUI and kohya, and ``mmalign.json`` naming the base model.
+
+        That of a second expert lies in a folder of its component's name: ``pipe.load_lora_weights(
+        "path/transformer_2", load_into_transformer_2=True)``.
+        """
         record = {"base_model": base_model or self.name_or_path, "family": self.family}
-        adapters.save_adapter(self.bare_network, path, record)
+        for name, network in reversed(self.networks.items()):  # a directory that has the first's is complete
+            adapters.save_adapter(network, Path(path) if name == self.network_name else Path(path) / name, record)
+
+    def check_lora_export(self, folder: Path) -> None:
+        """Write the adapter with made-up weights into a folder inside `folder`, read it again and compare.
+
+        Raises `PipelineError` where a file would give another model, or cannot be read.
+        """
+        for name, network in self.networks.items():
+            place = "" if name == self.network_name else name
+            adapters.check_round_trip(network, self.save_lora, folder, place)

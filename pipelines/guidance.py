@@ -71,7 +71,8 @@ def _guided(
     if not 0.0 <= guidance < math.inf:
         raise PipelineError(f"guidance must be a number of at least 0 (1 is none), got {guidance}.")
     cond = cond.to(generator.device, generator.dtype)
-    if guidance == 1.0:
+    varies = generator.guidance_varies
+    if guidance == 1.0 and not varies:
         return lambda x_t, t: generator.predict(x_t, t, cond)
     default = negative is None
     if default:
@@ -85,13 +86,13 @@ def _guided(
         negative = negative.repeat_interleave(len(cond))
     if default:
         negative.time_ids = cond.time_ids
-    if guidance == 0.0:
+    if guidance == 0.0 and not varies:
         return lambda x_t, t: generator.predict(x_t, t, negative)
     both = Conditioning.cat([negative, cond])
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         without, with_prompt = generator.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         without = without.detach() if constant else without
-        return generator.guide(with_prompt, without, guidance)
+        return generator.guide(with_prompt, without, generator.guidance_at(guidance, t))
 
     return predict

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ FAMILIES = {
     "AnimateDiffPipeline": "pipelines.families.animatediff:AnimateDiff",
     "CogVideoXPipeline": "pipelines.families.cogvideox:CogVideoX",
     "WanPipeline": "pipelines.families.wan:Wan",
+    "LTXPipeline": "pipelines.families.ltx:LTX",
 }
 
 FEW_STEPS = ("turbo", "lightning", "schnell", "lcm", "dmd", "distilled")
@@ -96,14 +98,15 @@ def load_drawer(
     resolve: Callable[[str], str] = str,
     image_size: int | None = None,
     video: VideoOptions | None = None,
+    flow: FlowOptions | None = None,
 ) -> Generator | DiffusersPipeline:
     """Load what can draw: a generator as `load_generator` does, or any text-to-image pipeline of diffusers.
 
-    `image_size` is the side of images (or frames) in pixels, by default the model's own; `video` is that of
-    `load_generator`, and comes before it. Raises `PipelineError` as
+    `image_size` is the side of images (or frames) in pixels, by default the model's own, and comes before that
+    of `flow`; `video`, which comes before it, and `flow` are those of `load_generator`. Raises `PipelineError` as
     `load_generator` does, for an adapter on a model outside our families, and for a size that the model cannot draw.
     """
-    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, None, video, image_size)
+    return _load(name_or_path, dtype, device, adapter, "sdpa", resolve, _kind, flow, video, image_size)
 
 
 @explain_loading
@@ -215,14 +218,15 @@ def _load(
     if found.modality == "video":
         options["video"] = (video or VideoOptions()).filled(VideoOptions(image_size, image_size))
     elif image_size is not None:
-        options |= {"flow": FlowOptions(image_size)} if found.is_flow else {"image_size": image_size}
+        sized = replace(flow or FlowOptions(), image_size=image_size)
+        options |= {"flow": sized} if found.is_flow else {"image_size": image_size}
     if flow is not None:
         if not found.is_flow:
             raise PipelineError(
                 f"{name} is a {index['_class_name']}, which has no flow options (size, text length, embedded guidance,"
                 " density of training levels); remove them."
             )
-        options["flow"] = flow
+        options.setdefault("flow", flow)
     generator: Generator = found(root, index, **options, attention=attention)
     if adapters:
         generator.load_adapter(*adapters)

@@ -63,8 +63,13 @@ def tiny_umt5(folder: Path, width: int) -> tuple[Any, Any]:
     return tokenizer, UMT5EncoderModel(config).eval()
 
 
-def build_tiny_wan(path: str | Path, *, unipc: bool = False, seed: int = 0) -> str:
-    """Write a ``WanPipeline`` shaped like Wan 2.1 and return its path; shift 3, by Euler's scheduler or by UniPC."""
+def build_tiny_wan(
+    path: str | Path, *, unipc: bool = False, experts: bool = False, per_token: bool = False, seed: int = 0
+) -> str:
+    """Write a ``WanPipeline`` shaped like Wan 2.1 and return its path; shift 3, by Euler's scheduler or by UniPC.
+
+    `experts` gives it the two of Wan 2.2 A14B, `per_token` the times and the autoencoder (sides / 16) of TI2V 5B.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
     path = Path(path)
@@ -72,12 +77,75 @@ def build_tiny_wan(path: str | Path, *, unipc: bool = False, seed: int = 0) -> s
         torch.manual_seed(seed)
         tokenizer, encoder = tiny_umt5(path / "tokenizer", 24)
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+        small = {
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "scale_factor_spatial": 16,
+            "is_residual": True,
+        }
         pipe = WanPipeline(
             tokenizer=tokenizer,
             text_encoder=encoder,
-            vae=tiny_wan_vae(),
+            vae=tiny_wan_vae(**small) if per_token else tiny_wan_vae(),
             scheduler=UniPCMultistepScheduler(**flow) if unipc else FlowMatchEulerDiscreteScheduler(shift=3.0),
             transformer=tiny_wan_transformer(),
+            transformer_2=tiny_wan_transformer() if experts else None,
+            boundary_ratio=0.875 if experts else None,
+            expand_timesteps=per_token,
+        )
+        pipe.save_pretrained(path, safe_serialization=True)
+    return str(path)
+
+
+def build_tiny_ltx(path: str | Path, *, conditioned: bool = False, seed: int = 0) -> str:
+    """Write an ``LTXPipeline`` (sides / 4, frames / 4) with the levels of LTX-Video and return its path.
+
+    `conditioned` gives the autoencoder's decoder a noise level of its own.
+    """
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+
+    path, channels, width = Path(path), 8, 24
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer, encoder = tiny_t5(path / "tokenizer", width)
+        vae = AutoencoderKLLTXVideo(
+            latent_channels=channels,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 5,
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            decoder_inject_noise=(False,) * 5,
+            upsample_residual=(False,) * 4,
+            upsample_factor=(1,) * 4,
+            timestep_conditioning=conditioned,
+            patch_size=1,
+        )
+        vae.latents_mean.copy_(torch.linspace(-0.3, 0.3, channels))
+        vae.latents_std.copy_(torch.linspace(0.5, 1.5, channels))
+        transformer = LTXVideoTransformer3DModel(
+            in_channels=channels,
+            out_channels=channels,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=width,
+        )
+        shifts = {"base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024, "max_image_seq_len": 4096}
+        pipe = LTXPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, **shifts),
+            vae=vae.eval(),
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
         )
         pipe.save_pretrained(path, safe_serialization=True)
     return str(path)

@@ -47,6 +47,8 @@ class Sampling:
     """side of the images in pixels; None: the model's own"""
     video: Any = None
     """a `pipelines.VideoOptions` for a video model; None: the model's own geometry"""
+    low_noise_guidance: float | None = None
+    """guidance of the expert for low noise, where a model has two; None: as `guidance`"""
 
     @property
     def adapters(self) -> list[tuple[Path, float]]:
@@ -82,6 +84,8 @@ class Sampling:
             raise UserError(
                 f"{key('guidance')} {self.guidance}: must be a number of at least 0 (1: none, 0: without the prompt)"
             )
+        if self.low_noise_guidance is not None and not 0 <= self.low_noise_guidance < math.inf:
+            raise UserError(f"{key('low_noise_guidance')} {self.low_noise_guidance}: must be a number of at least 0")
         if not 0 <= self.eta <= 1:
             raise UserError(f"{key('eta')} {self.eta}: must lie between 0 and 1")
         if self.eta and self.solver != "ddim":
@@ -103,7 +107,7 @@ class Sampling:
         Raises:
             UserError, PipelineError: there is no such model or adapter.
         """
-        from pipelines import load_drawer
+        from pipelines import FlowOptions, load_drawer
 
         adapters = self.adapters
         model = resolve_model(self.model)
@@ -115,6 +119,7 @@ class Sampling:
             resolve=resolve_model,
             image_size=self.image_size,
             video=self.video,
+            flow=None if self.low_noise_guidance is None else FlowOptions(low_noise_guidance=self.low_noise_guidance),
         )
         if self.adapter_scale != 1:
             generator.set_adapter_scale(self.adapter_scale)

@@ -2,8 +2,8 @@
 
 A video model writes INDEX-SEED.mp4 instead, and frames.png, a contact sheet with a row of frames for each video:
 
-  mmalign generate Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat runs" --out out --guidance 5 --steps 50 \
-    --frames 33 --height 240 --width 416 --batch-size 1 --precision bf16
+  mmalign generate Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat runs" --out out --guidance 5 --steps 50 \\
+    --frames 33 --height 240 --width 416 --precision bf16
 
 Run the same command again to generate only what is missing.
 """
@@ -40,6 +40,7 @@ MOST_FPS = 1000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign generate`."""
     add_sampling_arguments(parser)
+    parser.set_defaults(batch_size=None)
     parser.add_argument(
         "--seeds", type=_integers, default=[0], metavar="0,1", help="seeds to sample for every prompt (default: 0)"
     )
@@ -48,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     videos.add_argument("--fps", type=_rate, metavar="N", help="frames a second (default for all: the model's own)")
     for side in ("height", "width"):
         videos.add_argument(f"--{side}", type=positive, metavar="N", help=f"{side} of a frame in pixels")
+    second = "guidance of the expert for low noise, in a model of two (Wan 2.2 A14B; default: as --guidance)"
+    videos.add_argument("--low-noise-guidance", type=float, metavar="S", help=second)
     parser.add_argument(
         "--grid", action="store_true", help="also write grid.png with a row for each prompt and a column for each seed"
     )
@@ -79,7 +82,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the weights (default %(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=8, metavar="N", help="images per batch (default %(default)s)"
+        "--batch-size", type=positive, default=8, metavar="N", help="images per batch (default: 8; 1 video)"
     )
     parser.add_argument(
         "--image-size", type=positive, metavar="N", help="side of the images in pixels (default: the model's own)"
@@ -131,7 +134,7 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
     """
     from mmalign.api.generate import Sampling
 
-    given = {field.name: getattr(args, field.name) for field in fields(Sampling) if field.name != "video"}
+    given = {field.name: getattr(args, field.name) for field in fields(Sampling) if hasattr(args, field.name)}
     sampling = Sampling(**given, video=_video_options(args))
     sampling.check(lambda name: f"--{name.replace('_', '-')}")
     check_output(args.out)
@@ -163,7 +166,7 @@ def _complete(args: argparse.Namespace, sampling: Sampling, prompts: list[Prompt
     missing = folder.missing()
     total, new = len(prompts) * len(args.seeds), sum(map(len, missing.values()))
     if new:
-        _draw(sampling, args.batch_size, folder, missing, total)
+        _draw(sampling, args.batch_size or (1 if videos else 8), folder, missing, total)
     folder.write_metadata()
     print(f"{total} {'videos' if videos else 'images'} ({new} new) of {len(prompts)} prompts: {args.out}")
     if args.grid or videos:
@@ -173,12 +176,17 @@ def _complete(args: argparse.Namespace, sampling: Sampling, prompts: list[Prompt
 def _settings(sampling: Sampling) -> dict[str, Any]:
     names = ("steps", "guidance", "eta", "solver", "precision", "adapter_scale", "image_size")
     model, identity = sampling.identity()
-    video = {} if sampling.video is None else {"video": sampling.video.sampling}
-    return {"model": model, "fingerprint": identity, **{name: getattr(sampling, name) for name in names}, **video}
+    chosen = {name: getattr(sampling, name) for name in names}
+    if sampling.video is not None:
+        chosen["video"] = sampling.video.sampling
+    if sampling.low_noise_guidance is not None:
+        chosen["low_noise_guidance"] = sampling.low_noise_guidance
+    return {"model": model, "fingerprint": identity, **chosen}
 
 
 def _draw(sampling: Sampling, batch_size: int, folder: _Folder, missing: dict[int, list[int]], total: int) -> None:
-    with track(total, "generate", initial=total - sum(map(len, missing.values()))) as job:
+    made = total - sum(map(len, missing.values()))
+    with track(total, "generate", unit=folder.unit, initial=made) as job:
         generator = sampling.open()
         folder.rate = getattr(generator, "fps", None)
         indices = list(missing)
@@ -192,7 +200,7 @@ def _draw(sampling: Sampling, batch_size: int, folder: _Folder, missing: dict[in
 class _Folder:
     """The output folder: its images, the settings they were made with, and the prompt of each image."""
 
-    suffix = "png"
+    suffix, unit = "png", "images"
     rate: float | None = None
     """Frames a second of the videos that are put here."""
 
@@ -276,7 +284,7 @@ class _Folder:
 class _VideoFolder(_Folder):
     """The same of videos, as MP4 files."""
 
-    suffix = "mp4"
+    suffix, unit = "mp4", "videos"
 
     def _write(self, path: Path, video: Any) -> None:
         from mmalign.core.io.video_files import write_video

@@ -35,10 +35,13 @@ from mmalign.compare.results.training_seeds import gather_scores, merge_systems,
 from mmalign.compare.shared import Outcome, check_config, described, train_and_read, write_outcome
 from mmalign.compare.systems.config import Replica, SystemConfig
 from mmalign.compare.systems.facts import SystemFacts, read_system
+from mmalign.core.errors import UserError
 from mmalign.core.lock import locked_output
 from mmalign.core.progress import note
+from mmalign.core.resources import resolve_model
 from mmalign.data.prompts import Prompt, load_prompts
 from mmalign.scoring.checks import check_reward
+from pipelines.load import makes_videos
 
 __all__ = [
     "CompareConfig",
@@ -119,6 +122,8 @@ def _read(config: CompareConfig, made: Mapping[str, MadeImages], replica: Replic
     system, name = replica.system, replica.name
     if name in made:
         return made[name].facts(name, model, system.trained_on)
+    if makes_videos(resolve_model(model), resolve_model):
+        raise UserError(f"system '{name}': {model} makes videos, and a comparison draws images; choose image models")
     guidance = config.guidance if system.guidance is None else system.guidance
     facts = read_system(name, model, guidance, system.trained_on, system.adapter_scale)
     if facts.remark and name == system.name:

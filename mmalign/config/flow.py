@@ -30,9 +30,13 @@ class FlowConfig(StrictModel):
     embedded_guidance: Guidance | None = None
     """guidance scale that FLUX.1-dev takes as an input, the same in sampling and training; null: 3.5"""
 
+    low_noise_guidance: Guidance | None = None
+    """for a model of two experts (Wan 2.2 A14B): classifier-free guidance scale of the one for low noise levels
+    (diffusers' guidance_scale_2); null: that of the other"""
+
     def options(self, image_size: int | None) -> FlowOptions:
         """Return the choices as the generator takes them."""
         from pipelines.flow import Density, FlowOptions
 
         density = Density(self.density, self.density_mean, self.density_std, self.mode_scale)
-        return FlowOptions(image_size, self.text_length, self.embedded_guidance, density)
+        return FlowOptions(image_size, self.text_length, self.embedded_guidance, density, self.low_noise_guidance)

@@ -134,7 +134,8 @@ class Run(BaseRun[Generator]):
 
     def show(self, images: Float[Tensor, "batch *media"], prompts: Sequence[str]) -> None:
         """Hand images or videos in [0, 1] that the method sampled to the monitors, and count them."""
-        self.shown = (images.detach(), list(prompts))
+        held = images.detach()
+        self.shown = (held if held.ndim == 4 else held.cpu(), list(prompts))  # videos are too large to wait on a GPU
         for viewer in self.viewers:
             viewer(*self.shown)
         self.cost.add(images_sampled=len(images))

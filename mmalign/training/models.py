@@ -68,10 +68,8 @@ def check_export(model: Any, config: RunConfig) -> None:
     Raises:
         PipelineError: the file would give another model, or cannot be read.
     """
-    from pipelines.adapters import check_round_trip
-
     if config.adapter.kind == "lora":
-        check_round_trip(model.network, model.save_lora, Path(config.output))
+        model.check_lora_export(Path(config.output))
 
 
 def base_model_name(config: RunConfig) -> str:

@@ -36,6 +36,8 @@ class FlowTransformer(Latent):
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     even_sigmas: ClassVar[bool | None] = False
     """Whether the family's own pipeline starts from ``linspace(1, 1 / steps, steps)``; None: as the scheduler does."""
+    has_experts: ClassVar[bool] = False
+    """Whether the network is two of them, one for noisy levels and one for the others."""
     process: FlowProcess
 
     def __init__(
@@ -51,6 +53,10 @@ class FlowTransformer(Latent):
         if not 1 <= self.text_length <= self.longest_text:
             raise PipelineError(f"text_length must lie in 1..{self.longest_text} tokens, got {self.text_length}.")
         self.embedded_guidance = self._choose_guidance(self.flow.embedded_guidance)
+        if self.flow.low_noise_guidance is not None and not self.has_experts:
+            raise PipelineError(
+                f"low_noise_guidance is for models of two experts, and {name_or_path} has one network; remove it."
+            )
         self._choose_size()
         super().__init__(root, index, name_or_path=name_or_path, **options)
         if not isinstance(self.process, FlowProcess):

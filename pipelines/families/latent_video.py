@@ -129,8 +129,11 @@ class LatentVideo(Latent):
 
     def _media(self, latents: Tensor) -> Tensor:
         """Return the videos of latents in the autoencoder's own scale, a video at a time."""
-        videos = [super(LatentVideo, self)._media(one) for one in latents.split(1)]
-        return torch.cat(videos).transpose(1, 2)
+        return torch.cat([self._decode_one(one) for one in latents.split(1)]).transpose(1, 2)
+
+    def _decode_one(self, latents: Tensor) -> Tensor:
+        """Return the video ``[1, 3, frames, height, width]`` in [-1, 1] of the latents of one."""
+        return super()._media(latents)
 
     def decode_checkpointed(
         self, latents: Float[Tensor, "batch channels frames h w"], batch_size: int | None = 1
@@ -144,8 +147,8 @@ class LatentVideo(Latent):
         """Return one picture a chosen latent frame, the last that it stands for, without decoding the whole video.
 
         For the gradient of a reward on a few frames (VADER, arXiv 2407.08737). Each costs `decode_context` + 1 latent
-        frames; activations are computed again in the backward pass. Latent frames up to `decode_context` are exact;
-        for later ones the autoencoder does not see what comes before its context.
+        frames; activations are computed again in the backward pass. With a causal decoder (Wan's) latent frames up to
+        `decode_context` are exact; for the others the decoder does not see the rest of the video.
         """
         self._check_chosen(latents, frames)
         windows = [latents[:, :, max(0, frame - self.decode_context) : frame + 1] for frame in frames]

@@ -77,7 +77,7 @@ class QwenImage(TransformerImage):
         self,
         with_prompt: Float[Tensor, "batch channels height width"],
         without: Float[Tensor, "batch channels height width"],
-        guidance: float,
+        guidance: float | Shaped[Tensor, "batch *ones"],
     ) -> Float[Tensor, "batch channels height width"]:
         """Return guidance's combination, each token of it scaled to the norm of the prediction with the prompt."""
         guided, height, width = super().guide(with_prompt, without, guidance), *with_prompt.shape[-2:]

@@ -1,29 +1,36 @@
-"""Wan 2.1 (arXiv 2503.20314): a flow transformer over the latents of a causal video autoencoder, conditioned by umT5.
+"""Wan 2.1 (arXiv 2503.20314) and 2.2: flow transformers over latents of a causal video autoencoder, with umT5.
 
 The conventions are those of diffusers' ``WanPipeline``: the text is cleaned, cut to `text_length` tokens, and its
 embeddings end in zeros in the place of padding, to which the network attends. Classifier-free guidance against "".
+Wan 2.2 A14B has two experts, one for the noisy levels; Wan 2.2 TI2V 5B takes a time for each token.
 """
 
 from __future__ import annotations
 
 import html
 import importlib.util
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pipelines import adapters
+from pipelines.components import INDEX, has_component, load_component
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
+from pipelines.experts import Experts
 from pipelines.families.flow_transformer import FlowTransformer
 from pipelines.families.latent import single
 from pipelines.families.latent_video import LatentVideo
+from pipelines.generator import Generator
 from pipelines.video import VideoOptions
+
+EXPERTS = ("transformer", "transformer_2")
 
 
 class Wan(FlowTransformer, LatentVideo):
-    """Wan 2.1, text to video."""
+    """Wan 2.1 and 2.2, text to video."""
 
     family = "wan"
     text_names = ("text_encoder", "tokenizer")
@@ -32,10 +39,17 @@ class Wan(FlowTransformer, LatentVideo):
     default_video = VideoOptions(480, 832, 81, 16.0)
     even_sigmas = None  # diffusers' pipeline takes the scheduler's own grid
 
+    @classmethod
+    def variant(cls, index: dict[str, Any]) -> type[Generator]:
+        """Return the class of a model of two experts, of one that takes a time for each token, or of the others."""
+        if index.get("expand_timesteps"):
+            return WanPerToken
+        return WanExperts if has_component(index, "transformer_2") else cls
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the network's large weights; diffusers keeps norms and tables of a half one in float32."""
-        found: torch.dtype = self.bare_network.patch_embedding.weight.dtype
+        found: torch.dtype = self.networks[self.network_name].patch_embedding.weight.dtype
         return found
 
     @property
@@ -73,11 +87,15 @@ class Wan(FlowTransformer, LatentVideo):
         dtype = self.dtype
         output = self.network(
             hidden_states=x_t.to(dtype),
-            timestep=t,
+            timestep=self._times(t, x_t),
             encoder_hidden_states=cond.prompt_embeds.to(dtype),
             return_dict=False,
         )[0]
         return single(output)
+
+    def _times(self, t: Tensor, x_t: Tensor) -> Tensor:
+        """Return the time that the network takes for a batch."""
+        return t
 
     def _encode_batch(self, prompts: list[str]) -> Conditioning:
         texts = [clean_prompt(prompt) for prompt in prompts]
@@ -90,6 +108,60 @@ class Wan(FlowTransformer, LatentVideo):
         # The autoencoder is kept in float32, as the model's card asks.
         half = self._load_dtype in (torch.float16, torch.bfloat16)
         return torch.float32 if name == "vae" and half else self._load_dtype
+
+
+class WanExperts(Wan):
+    """Wan 2.2 A14B: an expert for levels from ``boundary_ratio`` up, one for those below, and a LoRA for each."""
+
+    has_experts = True
+
+    def _check_channels(self) -> None:
+        super()._check_channels()
+        ratio = self.index.get("boundary_ratio")
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+            raise PipelineError(
+                f"{self.root / INDEX}: boundary_ratio is {ratio!r}; two experts need a number between 0 and 1."
+            )
+
+    def _load_network(self, dtype: torch.dtype) -> Any:
+        noisy, clean = (load_component(self.root, self.index, name, dtype) for name in EXPERTS)
+        return Experts(noisy, clean, self.boundary)
+
+    @property
+    def boundary(self) -> float:
+        """The lowest level of the expert for noisy ones."""
+        return float(self.index["boundary_ratio"]) * self.process.num_train_timesteps
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The two experts by the names of their components."""
+        return {name: getattr(self.bare_network, name) for name in EXPERTS}
+
+    @property
+    def guidance_varies(self) -> bool:
+        """Whether the expert for low noise has a scale of guidance of its own."""
+        return self.flow.low_noise_guidance is not None
+
+    def guidance_at(self, guidance: float, t: Shaped[Tensor, " batch"]) -> float | Shaped[Tensor, "batch *ones"]:
+        """Return the scale of guidance at the levels of a batch."""
+        low = self.flow.low_noise_guidance
+        if low is None:
+            return guidance
+        return torch.where(t >= self.boundary, guidance, low).float().reshape(-1, 1, 1, 1, 1)
+
+    def describe(self) -> str:
+        """Return the conventions in one line, with the boundary."""
+        low = "" if self.flow.low_noise_guidance is None else f", guidance {self.flow.low_noise_guidance:g} below"
+        return f"{super().describe()}; experts meet at level {self.boundary:g}{low}"
+
+
+class WanPerToken(Wan):
+    """Wan 2.2 TI2V 5B: a time for each token, here the same for all, and an autoencoder that divides sides by 16."""
+
+    default_video = VideoOptions(704, 1280, 121, 24)
+
+    def _times(self, t: Tensor, x_t: Tensor) -> Tensor:
+        return t.unsqueeze(1).expand(-1, self.tokens(x_t.shape[1:]))
 
 
 def clean_prompt(prompt: str) -> str:

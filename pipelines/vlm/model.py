@@ -402,3 +402,7 @@ class VisionLanguageModel:
         """Write the adapter in peft's layout, and ``mmalign.json`` naming the base model."""
         record = {"base_model": base_model or self.name_or_path, "family": self.network.config.model_type}
         vlm_adapters.save_adapter(self.network, path, record)
+
+    def check_lora_export(self, folder: Path) -> None:
+        """Write the adapter with made-up weights into a folder inside `folder`, read it again and compare."""
+        adapters.check_round_trip(self.network, self.save_lora, folder)

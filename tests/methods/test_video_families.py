@@ -49,8 +49,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "spo": {"sampling_steps": 2, "guidance": 1.0, "candidates": 2, "threshold": [0.0, 0.0]},
     "dense_dpo": {**DRAWN, "clip": 1.0, "updates_per_round": 2},
     "nft": FORWARD,
-    "awm": FORWARD,
-    "dgpo": FORWARD,
+    "awm": {**FORWARD, "sampler_steps": [0, 2]},
+    "dgpo": {**FORWARD, "sampler_steps": [0, 2]},
 }
 VELOCITY = ("nft", "awm", "dgpo")
 QUICK = {

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_models import build_tiny_sd
 from tiny_motion import build_tiny_animatediff, build_tiny_cogvideox
 from tiny_runs import BRIGHTNESS, losses, online_config
-from tiny_videos import GEOMETRY, build_tiny_wan
+from tiny_videos import GEOMETRY, build_tiny_ltx, build_tiny_wan
 
 from mmalign.config import load_config
 from mmalign.core.errors import UserError
@@ -61,6 +61,25 @@ def test_an_image_reward_is_the_mean_over_frames_and_their_gradient_needs_no_who
     rewards = [{"name": BRIGHTNESS, "frames": 2}]
     train(config(wan, tmp_path / "run", "align_prop", rewards=rewards, method={"decode_frames": 2}))
     assert all(0 < value < 1 for value in losses(tmp_path / "run", "reward").values())
+
+
+def test_both_experts_learn_and_are_exported(tmp_path: Path) -> None:
+    model = build_tiny_wan(tmp_path / "experts", experts=True)
+    flow = {**FLOW, "low_noise_guidance": 2.0}
+    given: dict[str, Any] = {"flow": flow, "method": {"guidance": 3.0, "sampling_steps": 4}, "batch_size": 4}
+    whole = train(config(model, tmp_path / "run", "nft", **given))
+    trained = load_generator(str(whole), device="cpu", video=VideoOptions(**GEOMETRY))
+    for network in trained.networks.values():
+        assert any(bool(one.abs().max() > 0) for name, one in network.named_parameters() if ".lora_B." in name)
+    assert 'load_lora_weights("' in (whole / "README.md").read_text()
+    assert "load_into_transformer_2=True" in (whole / "README.md").read_text()
+    assert set(losses(whole)) == {1, 2}
+
+
+def test_ltx_learns_from_videos(tmp_path: Path) -> None:
+    model, size = build_tiny_ltx(tmp_path / "ltx"), {"height": 32, "width": 32, "frames": 9}
+    output = train(config(model, tmp_path / "run", "nft", video=size))
+    assert all(0 < value < 1 for value in losses(output, "reward").values())
 
 
 def said(values: dict[str, Any], changed: dict[str, Any]) -> str:

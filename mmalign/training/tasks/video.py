@@ -23,7 +23,10 @@ class VideoTask(ImageTask):
     def usage(self, base: str, output: Path, *, lora: bool) -> Sequence[str]:
         """Load by diffusers alone."""
         *loading, _ = super().usage(base, output, lora=lora)
+        second = output / "transformer_2"
+        experts = f'pipe.load_lora_weights("{second}", load_into_transformer_2=True)'
         return [
             *loading,
+            *([experts] if lora and second.is_dir() else []),
             'frames = pipe("a prompt").frames[0]  # give height, width and num_frames as in the section video below',
         ]
