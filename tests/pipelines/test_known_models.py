@@ -37,7 +37,6 @@ def edit(path: Path, **changes: object) -> None:
         "UnCLIPScheduler",
         "DDPMWuerstchenScheduler",
         "RePaintScheduler",
-        "CogVideoXDDIMScheduler",
     ],
 )
 def test_schedulers_of_other_noise_processes_are_refused(name: str) -> None:
