@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign pairs sample`, `label` and `perturb`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="sample|label|perturb")
-    sample = actions.add_parser(
-        "sample", help="generate several images or videos for each prompt, in DIR/images.parquet"
-    )
+    sample = actions.add_parser("sample", help="generate several images or videos a prompt, in DIR/images.parquet")
     add_sampling_arguments(sample)
     add_geometry_arguments(sample)
     sample.add_argument(

@@ -209,6 +209,8 @@ def _check_modality(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue
         if _mapping(values, "rounds"):
             yield ConfigIssue(("rounds",), "rounds sample images, and the section video trains a video model")
     evaluate = _mapping(values, "evaluate")
+    if evaluate.get("frames") is not None and values.get("video") is None and not is_vlm:
+        yield ConfigIssue(("evaluate", "frames"), "is for image rewards on video models (section video); remove it")
     if evaluate and is_vlm and evaluate.get("questions") is None:
         yield ConfigIssue(("evaluate", "questions"), "missing; give a folder of videos with questions")
     if evaluate and not is_vlm:

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StrictInt,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor
 
 from mmalign.core.errors import UserError
@@ -70,6 +78,10 @@ class TwoPassConfig(MethodConfig):
     two_pass: bool | None = None
     """the exact gradient sample by sample, with the activations of one sample in memory and one more forward pass for
     each (see `mmalign.methods.two_pass`); null: on for videos, off for images"""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "two_pass" or value is not None}
 
 
 class PairLossConfig(MethodConfig):

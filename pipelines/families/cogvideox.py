@@ -131,6 +131,10 @@ class CogVideoX(LatentVideo):
         """Latent frames before those of a video; videos have odd numbers of them, so that 1.5 always has one."""
         return self._filled(1)
 
+    def describe(self) -> str:
+        """Return the geometry and the text length in one line."""
+        return f"{self.family}: {self.describe_size()}, {self.text_length} text tokens"
+
     def predict(
         self, x_t: Float[Tensor, "batch channels frames h w"], t: Shaped[Tensor, " batch"], cond: Conditioning
     ) -> Float[Tensor, "batch channels frames h w"]:

@@ -85,9 +85,8 @@ def test_latents_are_normalised_by_the_statistics_in_the_autoencoder(ltx: str) -
     media = torch.rand(2, 9, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         mean = pipe.vae.encode(2 * media.transpose(1, 2) - 1).latent_dist.mean
-        expected = (mean - pipe.vae.latents_mean.reshape(1, -1, 1, 1, 1)) / pipe.vae.latents_std.reshape(
-            1, -1, 1, 1, 1
-        )
+        shift, std = (one.reshape(1, -1, 1, 1, 1) for one in (pipe.vae.latents_mean, pipe.vae.latents_std))
+        expected = (mean - shift) / std
         torch.testing.assert_close(generator.encode(media), expected, rtol=1e-4, atol=1e-5)
     assert float(shift.abs().max()) > 0.2 and expected.shape[1:] == generator.latent_shape
 

@@ -227,6 +227,7 @@ def test_the_geometry_is_the_pipelines_own_unless_chosen(models: Models) -> None
     assert own.media_shape == (9, 3, 16, 16) and own.fps == 8 and own.modality == "video"
     newer = load(models["cogvideox 1.5"], video=None)
     assert newer.latent_shape == (4, 4, 2, 2) and newer.fps == 16
+    assert newer.describe() == "cogvideox: 9 frames of 16 x 16 pixels at 16 a second, 16 text tokens"
     wide = load(models["cogvideox 5b"], video=VideoOptions(height=32, width=48, frames=17))
     pipe, x = load_pipe(models["cogvideox 5b"]), noise(2, *wide.latent_shape)
     assert wide.latent_shape == (4, 5, 4, 6)

@@ -109,6 +109,8 @@ def test_what_does_not_fit_videos_is_refused_before_a_model_is_read(tmp_path: Pa
     assert "data.resolution" in said(values, {**fitting, "data": {"prompts": "shapes-train", "resolution": 64}})
     evaluate = {"prompts": "shapes-test", "every": 1, "rewards": ["jpeg-compressibility"]}
     assert "give evaluate.frames" in said(values, {**fitting, "evaluate": evaluate})
+    of_images = {"video": None, "evaluate": {**evaluate, "frames": 2}}
+    assert "evaluate.frames: is for image rewards on video models" in said(values, of_images)
 
 
 def test_the_section_and_the_model_must_agree(wan: str, tmp_path: Path) -> None:
