@@ -11,6 +11,8 @@ HELD_TO = {
         "test_reward_jpeg",
         "the negative of jpeg-incompressibility, which has a published score",
     ),
+    "block-motion": ("test_reward_block_motion", "squares moved by known distances, flicker and noise"),
+    "frame-consistency": ("test_reward_block_motion", "the formula by loops over the embeddings of a tiny CLIP"),
     "latent": ("test_reward_latent", "the full UNet on tiny models of each family"),
     "motion-smoothness": ("test_reward_video_motion", "interpolators whose frames are known"),
     "mps": ("test_reward_mps", "a second implementation by explicit loops, on a tiny model in its layout"),

@@ -24,10 +24,12 @@ ENTRY_POINT_GROUP = "mmalign.rewards"
 
 BUILTIN = {
     "aesthetic": "rewards.aesthetic:Aesthetic",
+    "block-motion": "rewards.block_motion:BlockMotion",
     "clip": "rewards.clip:ClipReward",
     "clip-i": "rewards.clip_i:ClipI",
     "combine": "rewards.combine:Combine",
     "dino-i": "rewards.dino_i:DinoI",
+    "frame-consistency": "rewards.frame_consistency:FrameConsistency",
     "geneval": "rewards.geneval:GenEval",
     "group-diversity": "rewards.group_diversity:GroupDiversity",
     "hps": "rewards.hps:Hps",

@@ -1,12 +1,15 @@
-"""Compare models on the same prompts and seeds, by several rewards with paired intervals, in one report.
+"""Compare generators of images or videos on the same prompts and seeds, by several rewards with paired intervals.
 
 Give a YAML config, or the models themselves; the first one is the baseline. Options and `key.path=value` override the
-config. A folder of images made elsewhere is a system too. A system of the config names its `model`, its `images`, or
-the training config that makes it (`train`, `overrides`). `budget` limits the cost of each training: {images: N} seen,
-{seconds: S} or {reward_calls: R}. `training_seeds: [0, 1]` trains each system once from every seed.
-`diversity: REWARD` measures how much the images of a prompt differ.
+config. A folder of images or videos made elsewhere is a system too. A system of the config names its `model`, its
+`images` or `videos`, or the training config that makes it (`train`, `overrides`). `budget` limits the cost of each
+training: {images: N} seen, {seconds: S} or {reward_calls: R}. `training_seeds: [0, 1]` trains each system once from
+every seed. `diversity: REWARD` measures how much the images of a prompt differ.
+Video models are sampled at their own geometry unless --frames, --fps, --height and --width say otherwise; an image
+reward scores --reward-frames of each video.
 Vision-language models are compared by `questions` (a folder of videos with questions) instead of `prompts` and
-`rewards`. Run the same command again to train, sample and score only what is missing.
+`rewards`; --frames or --fps then say which frames they see. Run the same command again to train, sample and score
+only what is missing.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from mmalign.cli.generate import add_geometry_arguments, positive
 from mmalign.cli.train import end_training_well
 from mmalign.core.errors import UserError
 
@@ -25,7 +29,6 @@ if TYPE_CHECKING:
 
 _CONFIG_KEYS = {
     "questions": "questions",
-    "frames": "frames",
     "prompts": "prompts",
     "rewards": "rewards",
     "out": "output",
@@ -39,6 +42,7 @@ _CONFIG_KEYS = {
     "limit": "limit",
     "batch_size": "batch_size",
 }
+_VIDEO_KEYS = ("frames", "fps", "height", "width")
 _CONTROL_KEYS = {
     "guidance_control": "guidances",
     "control_prompts": "prompts",
@@ -53,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="+",
         metavar="CONFIG | MODEL",
-        help="one YAML config, or two or more models or folders of images",
+        help="one YAML config, or two or more models or folders of images or videos",
     )
     parser.add_argument("--prompts", metavar="NAME|FILE", help="test prompts: a built-in set or a file")
     parser.add_argument(
@@ -61,11 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="videos with questions, for vision-language models; replaces --prompts and --rewards",
     )
+    parser.add_argument("--rewards", type=_words, metavar="A,B", help="rewards that score what is made")
     parser.add_argument(
-        "--frames", type=int, metavar="N", help="frames of each video that the models see (default: all)"
+        "--reward-frames",
+        type=positive,
+        metavar="K",
+        help="of videos, image rewards score K frames, and the mean counts",
     )
-    parser.add_argument("--rewards", type=_words, metavar="A,B", help="rewards that score the images")
-    parser.add_argument("--out", metavar="DIR", help="folder for report.html, results.json and the images")
+    parser.add_argument("--out", metavar="DIR", help="folder for report.html, results.json and what is made")
     parser.add_argument("--names", type=_words, metavar="A,B", help="names of the models (default: folder names)")
     parser.add_argument(
         "--baseline", metavar="NAME", help="the system to compare the others with (default: the first)"
@@ -81,7 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: fp32)")
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first N prompts, or questions")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images per batch (default: 8)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images or questions per batch (default: 8; 1 video)"
+    )
+    add_geometry_arguments(parser)
     training = parser.add_argument_group("systems that the config trains").add_mutually_exclusive_group()
     training.add_argument("--no-train", action="store_true", help="do not train; all systems must be trained already")
     training.add_argument(
@@ -129,15 +139,19 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
     from mmalign.compare.config import is_comparison, make_compare_config, name_models
     from mmalign.compare.images.made import as_system
     from mmalign.compare.systems.config import check_values
-    from mmalign.compare.vlm.config import QuestionConfig, load_comparison
+    from mmalign.compare.vlm.config import QuestionConfig, asks_questions, load_comparison
 
-    options = _given(args, _CONFIG_KEYS)
+    options, video = _given(args, _CONFIG_KEYS), _given(args, {key: key for key in _VIDEO_KEYS})
     control = _given(args, _CONTROL_KEYS)
     if is_comparison(args.inputs[0]):
         if args.names:
             raise UserError(
                 "--names applies to models given one by one; a config names its systems itself; remove --names"
             )
+        if args.reward_frames:
+            raise UserError("--reward-frames applies to models given one by one; set `frames` of a config's rewards")
+        asks = args.questions or asks_questions(args.inputs[0], args.inputs[1:])
+        options |= {key if asks else f"video.{key}": value for key, value in video.items()}
         options |= {f"guidance_control.{key}": value for key, value in control.items()}
         overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()]
         return load_comparison(args.inputs[0], [*args.inputs[1:], *overrides])
@@ -145,7 +159,14 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
         if getattr(args, key) is None:
             raise UserError(f"--{key} is missing: it is needed when models are given instead of a config")
     if args.questions:
-        _refuse_drawing([*options, *(key for key in _CONTROL_KEYS if getattr(args, key) is not None)])
+        options |= video
+        _refuse_drawing(
+            [
+                *options,
+                *("reward_frames",) * bool(args.reward_frames),
+                *(key for key in _CONTROL_KEYS if getattr(args, key) is not None),
+            ]
+        )
     if control:
         if args.guidance_control is None or args.control_prompts is None:
             raise UserError(
@@ -162,7 +183,18 @@ def read_arguments(args: argparse.Namespace) -> CompareConfig | QuestionConfig:
         systems = [{"name": name, "model": model} for name, model in zip(names, args.inputs, strict=True)]
         return check_values(QuestionConfig, {"systems": systems, **options})
     given = [as_system(name, model) for name, model in zip(names, args.inputs, strict=True)]
+    options |= {"video": video} if video else {}
+    options["rewards"] = [_on_frames(reward, args.reward_frames) for reward in options["rewards"]]
     return make_compare_config(systems=given, **options)
+
+
+def _on_frames(reward: str, frames: int | None) -> str | dict[str, Any]:
+    """Return a reward of the command line as the config names it; image rewards alone score frames."""
+    from rewards import reward_class
+
+    if frames is None or reward_class(reward).modality != "image":
+        return reward
+    return {"name": reward, "frames": frames}
 
 
 def _refuse_drawing(options: Iterable[str]) -> None:

@@ -18,7 +18,12 @@ them under one budget:
       - {name: dpo, train: shapes/diffusion_dpo, overrides: [output=runs/versus/dpo]}
     budget: {images: 20000}
 
-A system may also be a folder of images made elsewhere, `{name: other, images: pictures/other}`.
+A system may also be a folder of images made elsewhere, `{name: other, images: pictures/other}`, or of `videos`.
+
+Of video models, `video` gives the geometry, and an image reward scores `frames` of each video:
+
+    video: {frames: 33, height: 240, width: 416}
+    rewards: [vbench-temporal-flickering, {name: pickscore, frames: 4}]
 
 With `training_seeds: [0, 1, 2]` each of them is trained once from each seed, and counts as the mean of its replicas.
 `diversity: shapes-clip` adds how much the images of one prompt differ, measured by that reward's image embeddings.
@@ -38,6 +43,7 @@ from pydantic import Field, field_validator, model_validator
 from mmalign.compare.systems.config import SystemsConfig, check_values, different_seeds, no_duplicates
 from mmalign.config.run import load_schema
 from mmalign.config.sections import Guidance, StrictModel
+from mmalign.config.video import VideoConfig
 from mmalign.config.yaml import list_configs
 from mmalign.core.errors import UserError, did_you_mean
 
@@ -51,6 +57,8 @@ class RewardEntry(StrictModel):
     """its label in the report; empty: its name (needed where one reward is used twice with other options)"""
     options: dict[str, Any] = Field(default_factory=dict)
     """options of the reward, such as weights"""
+    frames: int | None = Field(None, ge=1)
+    """for an image reward on videos: the mean over so many frames, spread evenly; it does not see motion"""
 
     @property
     def title(self) -> str:
@@ -83,14 +91,14 @@ class GuidanceControl(StrictModel):
 
 
 class CompareConfig(SystemsConfig):
-    """One comparison of image generators."""
+    """One comparison of generators of images, or of videos."""
 
     prompts: str
     """test prompts: a built-in name of `mmalign list prompts` or a file"""
     rewards: list[RewardEntry] = Field(min_length=1)
-    """rewards that score the images"""
+    """rewards that score what is made"""
     seeds: list[int] = Field([0, 1], min_length=1)
-    """every system generates one image for each prompt and seed"""
+    """every system generates one image or video for each prompt and seed"""
     steps: int = Field(50, ge=1)
     """sampling steps"""
     guidance: Guidance = 7.5
@@ -99,10 +107,12 @@ class CompareConfig(SystemsConfig):
     """sampler"""
     image_size: int | None = Field(None, ge=1)
     """side of the images in pixels, for every system; null: each model's own"""
+    video: VideoConfig | None = None
+    """frames, rate and size of the videos of video models; null: each model's own"""
     guidance_control: GuidanceControl | None = None
     """adds the baseline at its best guidance as a system; null: no control"""
     diversity: RewardEntry | None = None
-    """a reward whose image embeddings measure how much the images of a prompt differ; null: not measured"""
+    """a reward whose embeddings measure how much what is made of a prompt differs; null: not measured"""
     category_apart: str | None = None
     """a category that the report also shows all others together against, such as held-out combinations; null: none"""
     open_attributes: bool = True
@@ -120,9 +130,9 @@ class CompareConfig(SystemsConfig):
         titles = [reward.title for reward in self.rewards]
         no_duplicates("rewards", "label", titles)
         self._check_diversity(titles)
-        if self.guidance_control and next(one for one in self.systems if one.name == self.baseline_name).images:
+        if self.guidance_control and next(one for one in self.systems if one.name == self.baseline_name).made:
             raise ValueError(
-                f"guidance_control: the baseline '{self.baseline_name}' is images, which cannot be redrawn"
+                f"guidance_control: the baseline '{self.baseline_name}' is a folder, which cannot be redrawn"
             )
         if len(names) == 1 and self.guidance_control is None:
             raise ValueError(f"systems: only '{names[0]}'; give a second one, or guidance_control to compare it with")

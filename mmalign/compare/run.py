@@ -2,6 +2,7 @@
 
     <output>/report.html, results.json, summary.csv, scores.csv, images/<system>/<prompt>-<seed>.png
     <output>/images/<system>-seed<k>/   those of the further training seeds, if there are several
+    <output>/videos/        instead of images, of video models: <system>/<prompt>-<seed>.mkv, lossless
     <output>/config.yaml    this comparison, to run it again
     <output>/control/       the guidance sweep on the validation prompts, if there is a guidance control
     <output>/cache/         scores by image content
@@ -26,6 +27,7 @@ from mmalign.compare.images.diversity import check_diversity, measure_diversity
 from mmalign.compare.images.draw import ModelHolder, draw_system
 from mmalign.compare.images.guidance_control import control_prompts, run_control
 from mmalign.compare.images.made import MadeImages, match_images
+from mmalign.compare.images.media import IMAGES, ImageMedia, check_entry, find_media
 from mmalign.compare.images.open_attributes import count_open_attributes
 from mmalign.compare.images.scoring import score_all
 from mmalign.compare.images.store import Images, ImageStore
@@ -38,10 +40,7 @@ from mmalign.compare.systems.facts import SystemFacts, read_system
 from mmalign.core.errors import UserError, did_you_mean
 from mmalign.core.lock import locked_output
 from mmalign.core.progress import note
-from mmalign.core.resources import resolve_model
 from mmalign.data.prompts import Prompt, load_prompts
-from mmalign.scoring.checks import check_reward
-from pipelines.load import makes_videos
 
 __all__ = [
     "CompareConfig",
@@ -56,8 +55,8 @@ __all__ = [
 
 
 def compare(config: CompareConfig, *, train: bool = True, retrain: bool = False) -> Outcome:
-    """Generate, score and compare the images of all systems of `config`, and write report, results and scores into its
-    output.
+    """Generate, score and compare the images, or videos, of all systems of `config`, and write report, results and
+    scores into its output.
 
     Systems that the config trains are trained first, unless they are there already; for `train` and `retrain` see
     `mmalign.compare.systems.training.train_systems`.
@@ -76,28 +75,29 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     check_config(config)
     prompts = load_prompts(config.prompts, config.limit)
     _check_category(config, prompts)
+    media, texts = find_media(config), [prompt.text for prompt in prompts]
     for reward in config.rewards:
-        check_reward(reward.name, reward.options, [prompt.text for prompt in prompts])
+        check_entry(reward, texts, media)
     if config.diversity is not None:
-        check_diversity(config.diversity)
-    validation = control_prompts(config)
-    texts = [prompt.text for prompt in prompts]
+        check_diversity(config.diversity, media)
+    validation = control_prompts(config, media)
     made = {
-        one.name: match_images(one.images, texts, config.seeds) for one in config.systems if one.images is not None
+        one.name: match_images(one.made, texts, config.seeds, media) for one in config.systems if one.made is not None
     }
     facts = train_and_read(config, partial(_read, config, made), train=train, retrain=retrain)
     systems, replicas = merge_systems(config, facts)
-    models = ModelHolder(config.precision, config.image_size)
+    models = ModelHolder(config)
     sweep = None
     if config.guidance_control is not None:
         baseline = facts[config.baseline_name]
-        control, sweep = run_control(config, config.guidance_control, baseline, validation, prompts, models)
+        control, sweep = run_control(config, config.guidance_control, baseline, validation, prompts, models, media)
         systems = _insert_after(systems, baseline.name, control)
         facts[control.name] = control
-    stores = _draw(config, facts, prompts, models, made)
+    stores = _draw(config, facts, prompts, models, media, made)
     models.close()
     names, cache = replica_names([*systems], replicas), Path(config.output) / "cache"
     ordered = {name: stores[name] for held in names.values() for name in held}
+    sizes = ("image_size",) if media is IMAGES else ("image_size", "video")
     scores, rewards = score_all(config.rewards, ordered, cache)
     if config.diversity is not None:
         entry = config.diversity.named("diversity")
@@ -115,8 +115,9 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
         },
         sweep=sweep,
         category_apart=config.category_apart,
-        open_counts=count_open_attributes(ordered, names) if config.open_attributes else {},
-        **described(config, "prompts", "limit", "steps", "guidance", "solver", "image_size"),
+        open_counts=count_open_attributes(ordered, names) if config.open_attributes and media is IMAGES else {},
+        modality=media.modality,
+        **described(config, "prompts", "limit", "steps", "guidance", "solver", *sizes),
     )
 
 
@@ -132,8 +133,6 @@ def _read(config: CompareConfig, made: Mapping[str, MadeImages], replica: Replic
     system, name = replica.system, replica.name
     if name in made:
         return made[name].facts(name, model, system.trained_on)
-    if makes_videos(resolve_model(model), resolve_model):
-        raise UserError(f"system '{name}': {model} makes videos, and a comparison draws images; choose image models")
     guidance = config.guidance if system.guidance is None else system.guidance
     facts = read_system(name, model, guidance, system.trained_on, system.adapter_scale)
     if facts.remark and name == system.name:
@@ -146,15 +145,17 @@ def _draw(
     facts: dict[str, SystemFacts],
     prompts: list[Prompt],
     models: ModelHolder,
+    media: ImageMedia,
     made: Mapping[str, MadeImages],
 ) -> dict[str, Images]:
-    """Complete the images of all systems."""
+    """Complete the images, or videos, of all systems."""
     drawn: dict[str, ImageStore] = {}
     for name in sorted(facts, key=lambda name: name != config.baseline_name):  # the control copies from the baseline
         if name in made:
             continue
         source = drawn.get(config.baseline_name) if facts[name].control else None
-        drawn[name] = draw_system(config, facts[name], prompts, Path(config.output) / "images", models, source)
+        folder = Path(config.output) / f"{media.modality}s"
+        drawn[name] = draw_system(config, facts[name], prompts, folder, models, media, source)
     return {**made, **drawn}
 
 

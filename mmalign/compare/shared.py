@@ -58,7 +58,8 @@ def described(config: SystemsConfig, *settings: str) -> dict[str, Any]:
     `settings` are the keys that the numbers of this kind of comparison depend on, besides those of every kind; the
     report and results.json show them.
     """
-    shown = {key: getattr(config, key) for key in (*settings, "precision", "resamples")}
+    dumped = config.model_dump(exclude_none=True)
+    shown = {key: dumped.get(key) for key in (*settings, "precision", "resamples")}
     budget = config.budget.model_dump(exclude_none=True) if config.budget else None
     return {
         "baseline": config.baseline_name,

@@ -17,6 +17,7 @@ from tiny_models import build_tiny_sd
 
 from mmalign.compare.config import CompareConfig, RewardEntry, load_compare_config, make_compare_config
 from mmalign.compare.images.diversity import check_diversity, mean_distances, measure_diversity
+from mmalign.compare.images.media import IMAGES
 from mmalign.compare.images.store import ImageStore, Sampling
 from mmalign.compare.run import compare
 from mmalign.core.errors import UserError
@@ -197,7 +198,7 @@ def test_what_embeds_no_image_is_refused_before_anything_is_drawn(room: Path, tm
         compare(config_of(room, tmp_path / "out", diversity={"name": COLOUR, "options": {"gian": 2}}))
     assert not (tmp_path / "out").exists()
     for name in ("clip", "pickscore", "shapes-clip"):
-        check_diversity(RewardEntry(name=name))
+        check_diversity(RewardEntry(name=name), IMAGES)
     stores = {"a": store_of(tmp_path / "a", [[(9, 9, 9), (5, 5, 5)]])}
     with pytest.raises(UserError, match="embeds an image as nan or zero"):
         measure_diversity(RewardEntry(name="tiny_diversity_rewards:Blind", label="d"), stores, tmp_path / "cache")

@@ -94,7 +94,7 @@ def test_what_a_folder_of_images_cannot_have():
         with pytest.raises(UserError, match=message):
             make_compare_config(systems=[system, {"name": "c", "images": "y"}], **values)
     control = {"guidances": [1.0, 2.0], "prompts": "p", "rewards": ["clip"]}
-    with pytest.raises(UserError, match="guidance_control: the baseline 'b' is images"):
+    with pytest.raises(UserError, match="guidance_control: the baseline 'b' is a folder"):
         make_compare_config(systems=[base, {"name": "c", "model": "y"}], guidance_control=control, **values)
 
 

@@ -16,6 +16,7 @@ from tiny_vlms import build_llava_onevision
 from mmalign.cli import main
 from mmalign.compare.report.console import print_summary
 from mmalign.compare.report.page import write_report
+from mmalign.compare.report.thumbnails import frame_strip
 from mmalign.compare.results.comparison import Comparison
 from mmalign.compare.results.results import build_results
 from mmalign.compare.stats import compare_paired, mean_interval, summarise
@@ -23,7 +24,7 @@ from mmalign.compare.systems.config import check_values
 from mmalign.compare.systems.facts import SystemFacts
 from mmalign.compare.vlm.answers import Sheet, choose_questions, write_answers
 from mmalign.compare.vlm.config import QuestionConfig, load_comparison
-from mmalign.compare.vlm.gallery import question_gallery, strip
+from mmalign.compare.vlm.gallery import FRAME_SIDE, MOST_FRAMES, question_gallery
 from mmalign.compare.vlm.results import families, question_numbers
 from mmalign.compare.vlm.run import assemble, compare_questions
 from mmalign.core.errors import UserError
@@ -199,9 +200,9 @@ def test_the_report_shows_frames_and_marked_answers_and_no_data_becomes_markup(
 def test_a_strip_holds_eight_frames_side_by_side() -> None:
     import torch
 
-    small = strip(torch.zeros(20, 3, 16, 12, dtype=torch.uint8))
+    small = frame_strip(torch.zeros(20, 3, 16, 12, dtype=torch.uint8), MOST_FRAMES, FRAME_SIDE)
     assert (small.width, small.height, small.shrunk, small.pixelated) == (8 * 12 + 7 * 2, 16, False, True)
-    large = strip(torch.zeros(3, 3, 256, 512, dtype=torch.uint8))
+    large = frame_strip(torch.zeros(3, 3, 256, 512, dtype=torch.uint8), MOST_FRAMES, FRAME_SIDE)
     assert (large.width, large.height, large.shrunk, large.pixelated) == (3 * 128 + 2 * 2, 64, True, False)
 
 

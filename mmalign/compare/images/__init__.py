@@ -1,1 +1,1 @@
-"""Images of a comparison: generated once, stored, scored once; the guidance control and diversity."""
+"""Images or videos of a comparison: generated once, stored, scored once; the guidance control and diversity."""

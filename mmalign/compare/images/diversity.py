@@ -1,8 +1,8 @@
-"""How much a system's images of one prompt differ: the mean cosine distance of their embeddings.
+"""How much a system's images or videos of one prompt differ: the mean cosine distance of their embeddings.
 
 For prompt p and seed s it is the mean of 1 - cos(e(p, s), e(p, s')) over the other seeds s', in 0 .. 2, with the image
-embeddings e of a reward such as clip. More is not better in itself, since noise is diverse too. The report shows it
-like a reward, with paired intervals, and it decides nothing.
+embeddings e of a reward such as clip; that of a video is the mean of those of some frames. More is not better in
+itself, since noise is diverse too. The report shows it like a reward, with paired intervals, and it decides nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from mmalign.compare.config import RewardEntry
+from mmalign.compare.images.media import ImageMedia, check_entry
 from mmalign.compare.images.scoring import SCORE_CHUNK, ScoreCache, describe_reward
 from mmalign.compare.images.store import Images
 from mmalign.compare.scores import RewardFacts, Scores
@@ -27,21 +30,22 @@ Group = tuple[Path, ...]
 """The images of one prompt, one for each seed."""
 
 
-def check_diversity(entry: RewardEntry) -> None:
-    """Check that a reward exists, takes these options and embeds single images.
+def check_diversity(entry: RewardEntry, media: ImageMedia) -> None:
+    """Check that a reward exists, takes these options and embeds single images, or videos.
 
     Raises:
-        UserError: it embeds no images.
+        UserError: it embeds none, or an image reward is not told how many frames of a video to take.
         RewardError: it does not exist, cannot be imported, or has no such option.
     """
     from rewards import TwoTowerReward, check_options
 
     found = check_options(entry.name, entry.options)
-    if not issubclass(found, TwoTowerReward) or found.modality != "image":
+    if not issubclass(found, TwoTowerReward):
         raise UserError(
-            f"diversity: reward '{entry.name}' embeds no images; choose one that does, such as clip, pickscore or "
-            "shapes-clip"
+            f"diversity: reward '{entry.name}' embeds no {media.modality}s; choose one that does, such as clip, "
+            "pickscore or shapes-clip"
         )
+    check_entry(entry, [], media)
 
 
 def measure_diversity(entry: RewardEntry, stores: Mapping[str, Images], cache: Path) -> tuple[Scores, RewardFacts]:
@@ -54,14 +58,15 @@ def measure_diversity(entry: RewardEntry, stores: Mapping[str, Images], cache: P
     """
     from rewards import load_reward
 
-    check_diversity(entry)
+    media = next(iter(stores.values())).media
+    check_diversity(entry, media)
     reward = load_reward(entry.name, **entry.options)
     facts = replace(
         describe_reward(entry, reward),
         label=entry.title,
         name="diversity",
         requested="diversity",
-        summary=f"Mean of 1 − cosine of {entry.name}'s image embeddings over the seeds of a prompt.",
+        summary=f"Mean of 1 − cosine of {entry.name}'s {media.modality} embeddings over the seeds of a prompt.",
         higher_is_better=True,
         neutral=True,
         derived_from=(),
@@ -76,7 +81,7 @@ def measure_diversity(entry: RewardEntry, stores: Mapping[str, Images], cache: P
         if any(key not in kept.values for key in own)
     ]
     if todo:
-        _measure(reward, todo, kept, entry.name)
+        _measure(reward, todo, kept, entry, media)
     scores = {name: np.array([[kept.values[key] for key in own] for own in held]) for name, held in keys.items()}
     return scores, facts
 
@@ -89,21 +94,31 @@ def mean_distances(embeddings: Float[np.ndarray, "seeds features"]) -> Float[np.
     return distances.sum(axis=1) / (len(units) - 1)
 
 
-def _measure(reward: Any, todo: list[tuple[Group, list[str]]], kept: ScoreCache, name: str) -> None:
+def _measure(
+    reward: Any, todo: list[tuple[Group, list[str]]], kept: ScoreCache, entry: RewardEntry, media: ImageMedia
+) -> None:
     size = max(1, SCORE_CHUNK // len(todo[0][0]))
     try:
         with track(sum(len(group) for group, _ in todo), "measure diversity") as job:
             for start in range(0, len(todo), size):
                 chunk = todo[start : start + size]
                 paths = [path for group, _ in chunk for path in group]
-                embedded = reward.embeddings(paths).double().numpy(force=True)
+                embedded = _embed(reward, paths, media, entry.frames).double().numpy(force=True)
                 if not (np.linalg.norm(embedded, axis=1) > 0).all():
-                    raise UserError(f"diversity: '{name}' embeds an image as nan or zero; choose another reward")
+                    raise UserError(f"diversity: '{entry.name}' embeds an image as nan or zero; choose another reward")
                 for (_, keys), rows in zip(chunk, np.split(embedded, len(chunk)), strict=True):
                     kept.values |= dict(zip(keys, mean_distances(rows).tolist(), strict=True))
                 job.advance(len(paths))
     finally:
         kept.save()
+
+
+def _embed(reward: Any, paths: list[Path], media: ImageMedia, frames: int | None) -> Tensor:
+    if media.modality == "image":
+        embedded: Tensor = reward.embeddings(paths)
+        return embedded
+    one = (media.read(path, frames) for path in paths)  # videos are large: one at a time
+    return torch.stack([reward.embeddings(video if frames else video[None]).mean(0) for video in one])  # type: ignore
 
 
 def _group(store: Images, index: int) -> Group:

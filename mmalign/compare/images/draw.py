@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.compare.config import CompareConfig
+from mmalign.compare.images.media import ImageMedia
 from mmalign.compare.images.store import ImageStore, Sampling, draw_missing
 from mmalign.compare.systems.facts import SystemFacts
 from mmalign.core.resources import resolve_model
@@ -16,9 +17,10 @@ from mmalign.data.prompts import Prompt
 class ModelHolder:
     """Holds the model used last, and drops it before another is loaded."""
 
-    def __init__(self, precision: str, image_size: int | None = None) -> None:
-        """Remember the precision, and the side of the images where it is not the model's own; nothing is loaded."""
-        self._dtype, self._image_size = precision, image_size
+    def __init__(self, config: CompareConfig) -> None:
+        """Remember the precision, and the sizes that are not the model's own; nothing is loaded."""
+        self._options: dict[str, Any] = {"dtype": config.precision, "image_size": config.image_size}
+        self._options["video"] = config.video.options() if config.video else None
         self._model: str | None = None
         self._generator: Any = None
 
@@ -32,9 +34,7 @@ class ModelHolder:
 
         if model != self._model:
             self.close()
-            self._generator = load_drawer(
-                resolve_model(model), dtype=self._dtype, resolve=resolve_model, image_size=self._image_size
-            )
+            self._generator = load_drawer(resolve_model(model), resolve=resolve_model, **self._options)
             self._model = model
         if self._generator.has_adapter or adapter_scale != 1:
             self._generator.set_adapter_scale(adapter_scale)
@@ -53,20 +53,27 @@ def draw_system(
     prompts: list[Prompt],
     folder: Path,
     models: ModelHolder,
+    media: ImageMedia,
     source: ImageStore | None = None,
 ) -> ImageStore:
-    """Complete the images of one system under `folder/<name>`; images are copied from `source` where it holds them."""
+    """Complete the media of one system under `folder/<name>`; they are copied from `source` where it holds them."""
     sampling = Sampling(
-        config.steps, system.guidance, config.solver, config.precision, system.adapter_scale, config.image_size
+        config.steps,
+        system.guidance,
+        config.solver,
+        config.precision,
+        system.adapter_scale,
+        config.image_size,
+        config.video.options().given() if config.video else None,
     )
     texts = [prompt.text for prompt in prompts]
-    store = ImageStore(folder / system.name, system.fingerprint, sampling, texts, config.seeds)
+    store = ImageStore(folder / system.name, system.fingerprint, sampling, texts, config.seeds, media)
     if source is not None:
         store.adopt(source)
     draw_missing(
         store,
         lambda: models.open(system.model, system.adapter_scale),
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or media.at_once,
         label=f"draw {system.name}",
     )
     return store

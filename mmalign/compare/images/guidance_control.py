@@ -15,6 +15,7 @@ import numpy as np
 
 from mmalign.compare.config import CompareConfig, GuidanceControl
 from mmalign.compare.images.draw import ModelHolder, draw_system
+from mmalign.compare.images.media import ImageMedia, check_entry
 from mmalign.compare.images.scoring import score_all
 from mmalign.compare.images.store import ImageStore
 from mmalign.compare.scores import RewardFacts, Scores
@@ -22,10 +23,9 @@ from mmalign.compare.stats import summarise
 from mmalign.compare.systems.facts import SystemFacts
 from mmalign.core.progress import note
 from mmalign.data.prompts import Prompt, load_prompts
-from mmalign.scoring.checks import check_reward
 
 
-def control_prompts(config: CompareConfig) -> list[Prompt]:
+def control_prompts(config: CompareConfig, media: ImageMedia) -> list[Prompt]:
     """Return the validation prompts of the guidance control; none without a control.
 
     Raises:
@@ -37,7 +37,7 @@ def control_prompts(config: CompareConfig) -> list[Prompt]:
     prompts = load_prompts(control.prompts, control.limit)
     for entry in config.rewards:
         if entry.title in control.rewards:
-            check_reward(entry.name, entry.options, [prompt.text for prompt in prompts])
+            check_entry(entry, [prompt.text for prompt in prompts], media)
     return prompts
 
 
@@ -48,6 +48,7 @@ def run_control(
     prompts: list[Prompt],
     test: list[Prompt],
     models: ModelHolder,
+    media: ImageMedia,
 ) -> tuple[SystemFacts, dict[str, Any]]:
     """Sweep the baseline's guidance over the validation prompts (`control_prompts`); `test` are the test prompts.
 
@@ -61,7 +62,7 @@ def run_control(
     stores: dict[str, ImageStore] = {}
     for guidance in control.guidances:
         candidate = _at_guidance(baseline, guidance)
-        stores[candidate.name] = draw_system(config, candidate, prompts, folder, models)
+        stores[candidate.name] = draw_system(config, candidate, prompts, folder, models, media)
     scores, facts = score_all(entries, stores, Path(config.output) / "cache")
     ranks = mean_ranks(scores, facts)
     best = control.guidances[int(np.argmin(ranks))]

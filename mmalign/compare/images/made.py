@@ -1,4 +1,4 @@
-"""Images that were made elsewhere as a system: the files of a folder, matched with the prompts and seeds compared.
+"""Images or videos made elsewhere as a system: the files of a folder, matched with the prompts and seeds compared.
 
 A folder whose images have prompts (metadata.jsonl or metadata.csv, or NAME.txt and NAME.caption beside them) is
 matched by the prompts. Otherwise names say the number of the prompt, from 0 or from 1: `0007-1.png` (prompt, seed),
@@ -13,9 +13,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mmalign.compare.images.media import IMAGES, ImageMedia
 from mmalign.compare.systems.facts import SystemFacts
 from mmalign.core.errors import UserError, shorten
-from mmalign.core.files import expand, is_dir
+from mmalign.core.files import expand, is_dir, visible
+from mmalign.core.io.decode import CONTAINER_SUFFIXES
 from mmalign.core.progress import note
 from mmalign.core.resources import find
 from mmalign.scoring.inputs import find_items
@@ -28,11 +30,17 @@ _Found = dict[int, dict[int, Path]]
 
 
 class MadeImages:
-    """The images of one system over prompts and seeds, each a file that is there already."""
+    """The images, or videos, of one system over prompts and seeds, each a file that is there already."""
 
-    def __init__(self, prompts: Sequence[str], seeds: Sequence[int], files: Mapping[tuple[int, int], Path]) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        files: Mapping[tuple[int, int], Path],
+        media: ImageMedia = IMAGES,
+    ) -> None:
         """Take the file of each prompt's number and seed."""
-        self.prompts, self.seeds, self._files = list(prompts), list(seeds), dict(files)
+        self.prompts, self.seeds, self._files, self.media = list(prompts), list(seeds), dict(files), media
 
     def path(self, index: int, seed: int) -> Path:
         """Return the path of the image of a prompt and a seed."""
@@ -51,38 +59,45 @@ class MadeImages:
 
 
 def as_system(name: str, given: str) -> dict[str, str]:
-    """Return the entry of a system for a model, or for a folder that holds images and no model."""
+    """Return the entry of a system for a model, or for a folder that holds images or videos and no model."""
     folder = expand(given)
-    is_model = is_dir(folder) and any(next(folder.glob(pattern), None) for pattern in _MODEL_FILES)
-    return {"name": name, "images" if is_dir(folder) and not is_model and holds_pictures(folder) else "model": given}
+    if is_dir(folder) and not any(next(folder.glob(pattern), None) for pattern in _MODEL_FILES):
+        if any(path.suffix.lower() in CONTAINER_SUFFIXES for path in visible(folder, "**/*")):
+            return {"name": name, "videos": given}  # `mmalign generate` writes a picture beside them
+        if holds_pictures(folder):
+            return {"name": name, "images": given}
+    return {"name": name, "model": given}
 
 
-def match_images(given: str, prompts: Sequence[str], seeds: Sequence[int]) -> MadeImages:
-    """Return the images of a folder for every prompt and seed.
+def match_images(given: str, prompts: Sequence[str], seeds: Sequence[int], media: ImageMedia = IMAGES) -> MadeImages:
+    """Return the images, or videos, of a folder for every prompt and seed.
 
     Raises:
         UserError: there is no such folder, an image cannot be matched, or one is missing (it is named).
     """
     folder = find(given)
     if not folder.is_dir():
-        raise UserError(f"{given}: is a file; give the folder of the images")
-    items = find_items([str(folder)], "image").items
+        raise UserError(f"{given}: is a file; give the folder of the {media.modality}s")
+    items = find_items([str(folder)], media.modality).items
     named = {Path(str(item.media)): item.prompt for item in items if item.prompt is not None}
     if named and len(named) < len(items):
         bare = next(item.name for item in items if item.prompt is None)
-        raise UserError(f"{bare}: has no prompt, and {len(named)} images beside it have one; give all or none")
+        raise UserError(
+            f"{bare}: has no prompt, and {len(named)} {media.modality}s beside it have one; give all or none"
+        )
     paths = sorted((Path(str(item.media)) for item in items), key=_in_order)
     found = _by_prompt(paths, named, prompts, len(seeds)) if named else _by_name(folder, paths, len(prompts))
     files: dict[tuple[int, int], Path] = {}
     for index, held in found.items():
         own = list(seeds) if set(seeds) <= held.keys() else sorted(held)[: len(seeds)]
         files |= {(index, seed): held[place] for seed, place in zip(seeds, own, strict=False)}
-    _refuse_missing(given, prompts, seeds, files, found)
+    _refuse_missing(given, prompts, seeds, files, found, media)
     if len(files) < len(paths):
         note(
-            f"{given}: {len(paths) - len(files)} of {len(paths)} images belong to no prompt and seed, and are not used"
+            f"{given}: {len(paths) - len(files)} of {len(paths)} {media.modality}s belong to no prompt and seed, and "
+            "are not used"
         )
-    return MadeImages(prompts, seeds, files)
+    return MadeImages(prompts, seeds, files, media)
 
 
 def _by_prompt(paths: Sequence[Path], named: Mapping[Path, str | None], prompts: Sequence[str], count: int) -> _Found:
@@ -122,7 +137,7 @@ def _by_name(folder: Path, paths: Sequence[Path], count: int) -> _Found:
     first = 1 if 0 not in numbered and max(numbered, default=0) == count else 0
     if 0 not in numbered and max(numbered, default=0) > count:
         raise UserError(
-            f"{folder}: no image is of the number 0, and there are more than the {count} prompts, so that it is not"
+            f"{folder}: no file is of the number 0, and there are more than the {count} prompts, so that it is not"
             " clear whether they are counted from 0 or from 1; give prompts by metadata.jsonl or NAME.txt"
         )
     return {index - first: _placed(held) for index, held in numbered.items() if first <= index < first + count}
@@ -147,6 +162,7 @@ def _refuse_missing(
     seeds: Sequence[int],
     files: Mapping[tuple[int, int], Path],
     found: _Found,
+    media: ImageMedia,
 ) -> None:
     missing = [(index, seed) for index in range(len(prompts)) for seed in seeds if (index, seed) not in files]
     if not missing:
@@ -156,6 +172,6 @@ def _refuse_missing(
     few = len(counts) == 1 and len(found) == len(prompts) and max(counts) < len(seeds)
     fix = f"; it has {max(counts)} for each prompt: compare fewer seeds" if few and max(counts) else ""
     raise UserError(
-        f"{given}: {len(missing)} of {len(prompts) * len(seeds)} images are missing, the first for prompt {index} "
-        f"('{shorten(prompts[index])}') and seed {seed}{fix}"
+        f"{given}: {len(missing)} of {len(prompts) * len(seeds)} {media.modality}s are missing, the first for prompt "
+        f"{index} ('{shorten(prompts[index])}') and seed {seed}{fix}"
     )

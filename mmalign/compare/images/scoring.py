@@ -1,4 +1,4 @@
-"""Score every image of a comparison once per reward, from the stored PNG, and remember the score by its content."""
+"""Score every image or video of a comparison once per reward, as it is stored; remember the score by its content."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mmalign.compare.config import RewardEntry
+from mmalign.compare.images.media import ImageMedia
 from mmalign.compare.images.store import Images
 from mmalign.compare.scores import RewardFacts, Scores
 from mmalign.core.errors import UserError
@@ -20,13 +22,19 @@ from mmalign.core.files import write_atomically
 from mmalign.core.progress import track
 from mmalign.scoring.checks import check_usable
 from mmalign.scoring.chosen import fingerprint_reward
+from rewards.combining.on_frames import OnFrames
 
 SCORE_CHUNK = 64
 """Images decoded and given to a reward at once; the reward splits them further as its memory requires."""
+VIDEO_VALUES = 1 << 26
+"""Values of decoded videos after which no other is given to a reward with them."""
+
+_Todo = tuple[str, tuple[Path, str]]
+"""The key of a score, and the file and the prompt that it is for."""
 
 
 def describe_reward(entry: RewardEntry, reward: Any) -> RewardFacts:
-    """Return the facts of a loaded reward, checked to score single images.
+    """Return the facts of a loaded reward, checked to score single images or videos.
 
     Raises:
         UserError: see `check_usable`.
@@ -34,13 +42,14 @@ def describe_reward(entry: RewardEntry, reward: Any) -> RewardFacts:
     from rewards import Facts
 
     facts = Facts.of(reward)
-    check_usable(facts, entry.name)
+    check_usable(facts, entry.name, facts.modality)
+    on_frames = f" Mean over {entry.frames} frames of each video." if entry.frames else ""
     return RewardFacts(
         label=entry.title,
         name=facts.name,
         requested=entry.name,
         version=facts.version,
-        summary=facts.summary,
+        summary=facts.summary + on_frames,
         higher_is_better=facts.higher_is_better,
         differentiable=facts.differentiable,
         licence=facts.licence,
@@ -56,7 +65,8 @@ class ScoreCache:
     def __init__(self, entry: RewardEntry, facts: RewardFacts, reward: Any, cache: Path) -> None:
         """Read the file; a damaged one counts as empty."""
         fingerprint = fingerprint_reward(reward, neighbours=True)
-        identity = [entry.name, entry.options, facts.version, facts.source, *fingerprint]
+        identity: list[Any] = [entry.name, entry.options, facts.version, facts.source, *fingerprint]
+        identity += [] if entry.frames is None else [entry.frames]
         digest = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=8).hexdigest()
         safe = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in entry.title)
         self.path = cache / f"{safe}-{digest}.json"
@@ -78,13 +88,15 @@ class RewardScorer:
         """
         from rewards import load_reward
 
-        self._reward = load_reward(entry.name, **entry.options)
-        self.facts = describe_reward(entry, self._reward)
-        self._kept = ScoreCache(entry, self.facts, self._reward, cache)
+        reward = load_reward(entry.name, **entry.options)
+        self._reward = reward if entry.frames is None else OnFrames(reward, entry.frames)
+        self._frames = entry.frames
+        self.facts = describe_reward(entry, reward)
+        self._kept = ScoreCache(entry, self.facts, reward, cache)
         self._cache = self._kept.values
 
     def score(self, stores: Mapping[str, Images]) -> Scores:
-        """Return the score of every image of every store; only images without a cached score are scored.
+        """Return the score of every image of every store of one kind; only those without a cached score are scored.
 
         Raises:
             UserError: a score is not a finite number.
@@ -93,7 +105,7 @@ class RewardScorer:
                  for name, store in stores.items()}  # fmt: skip
         todo = {key: (path, text) for items in keyed.values() for path, text, key in items if key not in self._cache}
         if todo:
-            self._score_new(list(todo.items()))
+            self._score_new(list(todo.items()), next(iter(stores.values())).media)
         return {
             name: np.array([self._cache[key] for *_, key in items], dtype=np.float64).reshape(
                 len(stores[name].prompts), len(stores[name].seeds)
@@ -106,18 +118,29 @@ class RewardScorer:
         del self._reward
         gc.collect()
 
-    def _score_new(self, todo: list[tuple[str, tuple[Path, str]]]) -> None:
+    def _score_new(self, todo: list[_Todo], media: ImageMedia) -> None:
         try:
-            with track(len(todo), f"score {self.facts.label}") as job:
-                for start in range(0, len(todo), SCORE_CHUNK):
-                    chunk = todo[start : start + SCORE_CHUNK]
-                    self._score_chunk(chunk)
+            with track(len(todo), f"score {self.facts.label}", unit=f"{media.modality}s") as job:
+                for chunk, read in self._chunks(todo, media):
+                    self._score_chunk(chunk, read)
                     job.advance(len(chunk))
         finally:
             self._kept.save()
 
-    def _score_chunk(self, chunk: list[tuple[str, tuple[Path, str]]]) -> None:
-        media = [path for _, (path, _) in chunk]
+    def _chunks(self, todo: list[_Todo], media: ImageMedia) -> Iterator[tuple[list[_Todo], list[Path | Tensor]]]:
+        chunk: list[_Todo] = []
+        read: list[Path | Tensor] = []
+        for one in todo:
+            chunk.append(one)
+            read.append(media.read(one[1][0], self._frames))
+            held = sum(item.numel() for item in read if isinstance(item, Tensor))
+            if len(chunk) == SCORE_CHUNK or held >= VIDEO_VALUES:
+                yield chunk, read
+                chunk, read = [], []
+        if chunk:
+            yield chunk, read
+
+    def _score_chunk(self, chunk: list[_Todo], media: list[Path | Tensor]) -> None:
         values = self._reward(media, prompts=[text for _, (_, text) in chunk]).tolist()
         for (key, (path, text)), value in zip(chunk, values, strict=True):
             if not math.isfinite(value):

@@ -1,6 +1,6 @@
-"""The images of one system: stored as PNG with a manifest, generated only where the manifest does not list them.
+"""The images or videos of one system: files with a manifest, generated only where the manifest does not list them.
 
-    <folder>/0007-1.png         prompt 7 (counted from 0), seed 1
+    <folder>/0007-1.png         prompt 7 (counted from 0), seed 1; .mkv of a video
     <folder>/manifest.json      the key of each image
 
 An image is used again if and only if its key is unchanged: a hash of the model's fingerprint, the sampling settings,
@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmalign.compare.images.media import IMAGES, ImageMedia
 from mmalign.core.files import write_atomically
-from mmalign.core.io.images import encode_png
 from mmalign.core.progress import track
 from mmalign.core.seeds import derive_seed
 
@@ -36,22 +36,27 @@ class Sampling:
     precision: str = "fp32"
     adapter_scale: float = 1.0
     image_size: int | None = None
+    video: dict[str, int | float] | None = None
+    """the geometry of videos, as far as it was chosen"""
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings for manifests and keys; an adapter scale and a size without effect are left out."""
+        """Return the settings for manifests and keys; an adapter scale and sizes without effect are left out."""
         values = asdict(self)
         if self.adapter_scale == 1:
             del values["adapter_scale"]
         if self.image_size is None:
             del values["image_size"]
+        if not self.video:
+            del values["video"]
         return values
 
 
 class Images(Protocol):
-    """The images of one system over prompts and seeds, wherever they come from."""
+    """The images, or videos, of one system over prompts and seeds, wherever they come from."""
 
     prompts: list[str]
     seeds: list[int]
+    media: ImageMedia
 
     def path(self, index: int, seed: int) -> Path:
         """Return the path of the image of a prompt and a seed."""
@@ -59,20 +64,26 @@ class Images(Protocol):
 
 
 class ImageStore:
-    """The images of one system over prompts and seeds."""
+    """The images, or videos, of one system over prompts and seeds."""
 
     def __init__(
-        self, folder: Path, fingerprint: str, sampling: Sampling, prompts: Sequence[str], seeds: Sequence[int]
+        self,
+        folder: Path,
+        fingerprint: str,
+        sampling: Sampling,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        media: ImageMedia = IMAGES,
     ) -> None:
         """Open the store; nothing is written before the first image."""
         self.folder, self.fingerprint, self.sampling = folder, fingerprint, sampling
-        self.prompts, self.seeds = list(prompts), list(seeds)
+        self.prompts, self.seeds, self.media = list(prompts), list(seeds), media
         self._known: dict[str, str] = _read_manifest(folder / "manifest.json")
         self._unsaved = 0
 
     def path(self, index: int, seed: int) -> Path:
         """Return the path of the image of a prompt and a seed."""
-        return self.folder / f"{index:04d}-{seed}.png"
+        return self.folder / f"{index:04d}-{seed}.{self.media.suffix}"
 
     def key(self, index: int, seed: int) -> str:
         """Return the hash of everything that determines the image."""
@@ -84,9 +95,9 @@ class ImageStore:
         rows = {i: [seed for seed in self.seeds if not self._has(i, seed)] for i in range(len(self.prompts))}
         return {index: seeds for index, seeds in rows.items() if seeds}
 
-    def put(self, index: int, seed: int, png: bytes) -> None:
+    def put(self, index: int, seed: int, data: bytes) -> None:
         """Write one image; the manifest follows every few images and with `save`."""
-        write_atomically(self.path(index, seed), png)
+        write_atomically(self.path(index, seed), data)
         self._known[self.path(index, seed).name] = self.key(index, seed)
         self._unsaved += 1
         if self._unsaved >= _SAVE_EVERY:
@@ -143,9 +154,10 @@ def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_
     store.disown(missing)
     cells = [(index, seed) for index, seeds in missing.items() for seed in seeds]
     total = len(store.prompts) * len(store.seeds)
-    with track(total, label, initial=total - wanted) as job:
+    with track(total, label, unit=f"{store.media.modality}s", initial=total - wanted) as job:
+        generator = open_generator()
         images = generate_images(
-            open_generator(),
+            generator,
             [store.prompts[index] for index in missing],
             seeds=[[noise_seed(seed, store.prompts[index]) for seed in seeds] for index, seeds in missing.items()],
             steps=store.sampling.steps,
@@ -156,7 +168,7 @@ def draw_missing(store: ImageStore, open_generator: Callable[[], Any], *, batch_
         )
         try:
             for (index, seed), drawn in zip(cells, images, strict=True):
-                store.put(index, seed, encode_png(drawn.image))
+                store.put(index, seed, store.media.encode(drawn.image, getattr(generator, "fps", None)))
         finally:
             store.save()
     return wanted

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmalign.compare.report.costs import cost_curves, describe_cost, own_curves
+from mmalign.compare.report.gallery import media_gallery
 from mmalign.compare.report.plots import categories, curves, forest, sweep
 from mmalign.compare.report.seed_tables import more_tables
 from mmalign.compare.report.tables import (
@@ -26,7 +27,6 @@ from mmalign.compare.report.tables import (
     has_spread,
     summary,
 )
-from mmalign.compare.report.thumbnails import MAX_SIDE, choose_prompts, embed
 from mmalign.compare.results.comparison import Comparison
 from mmalign.compare.results.numbers import describe_delta
 from mmalign.core.files import write_atomically
@@ -55,9 +55,9 @@ def write_report(
         document: the content of results.json (`build_results`).
         config_text: the YAML that repeats the comparison, shown at the end.
         path: the page; written whole or not at all.
-        gallery: cards other than images, with the `template` that shows them; None: the images of the comparison.
+        gallery: cards other than images or videos, with the `template` that shows them; None: those of the comparison.
     """
-    gallery = gallery or _gallery(comparison)
+    gallery = gallery or media_gallery(comparison)
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -68,11 +68,12 @@ def write_report(
     environment.globals["zip"] = zip
     environment.filters["unbroken"] = unbroken
     environment.filters["describe_cost"] = describe_cost
+    scripts = ["report.js", *(["clips.js"] if gallery.get("clips") else [])]
     page = environment.get_template(gallery.get("template", "report.html.j2")).render(
         **page_context(comparison, document, gallery),
         config_text=config_text,
         css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup((_HERE / "report.js").read_text(encoding="utf-8")),
+        script=Markup("".join((_HERE / name).read_text(encoding="utf-8") for name in scripts)),
     )
     write_atomically(path, page)
 
@@ -157,33 +158,6 @@ def _verdict(comparison: Comparison, document: dict[str, Any], name: str) -> dic
         ],
         "remark": document["systems"][name].get("remark", ""),
     }
-
-
-def _gallery(comparison: Comparison) -> dict[str, Any]:
-    """Return the cards of the prompts, each with its images by seed and system."""
-    systems = list(comparison.systems)
-    shown = choose_prompts(len(comparison.prompts), len(systems) * len(comparison.seeds))
-    cards = []
-    shrunk = False
-    for position, index in enumerate(shown):
-        rows = []
-        for column, seed in enumerate(comparison.seeds):
-            images = {name: embed(comparison.image_paths[name][index][column]) for name in systems}
-            shrunk = shrunk or any(image.shrunk for image in images.values())
-            rows.append({"seed": seed, "column": column, "images": images})
-        prompt, category = comparison.prompts[index], comparison.categories[index]
-        cards.append(
-            {"position": position, "number": index + 1, "prompt": prompt.text, "category": category, "rows": rows}
-        )
-    notes = []
-    if len(shown) < len(comparison.prompts):
-        notes.append(
-            f"Shown: {len(shown)} of {len(comparison.prompts)} prompts, evenly spaced over the set and not picked by "
-            "score, to keep the page light; all images are in the folder images beside this page."
-        )
-    if shrunk:
-        notes.append(f"Images larger than {MAX_SIDE} px are shown as thumbnails; scores are those of the originals.")
-    return {"cards": cards, "shown": shown, "notes": notes}
 
 
 def _script_data(comparison: Comparison, document: dict[str, Any], gallery: dict[str, Any]) -> dict[str, Any]:

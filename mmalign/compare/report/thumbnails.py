@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, features
+from torch import Tensor
+
+from rewards.combining.on_frames import evenly
 
 MAX_SIDE = 256
 """Images up to this many pixels are embedded unchanged; larger ones are shrunk to this size."""
@@ -16,6 +20,7 @@ MAX_IMAGES = 2400
 """Above this number of images, only some of the prompts are shown, evenly spaced and never chosen by score."""
 PIXEL_ART_SIDE = 128
 """Images up to this size are magnified without smoothing."""
+_GAP = 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,24 @@ def embed(path: Path) -> Thumbnail:
     uri = f"data:{mime};base64,{base64.b64encode(data).decode()}"
     large = max(width, height)
     return Thumbnail(uri, width, height, shrunk=large > MAX_SIDE, pixelated=large <= PIXEL_ART_SIDE)
+
+
+def frame_strip(video: UInt8[Tensor, "frames 3 height width"], frames: int, side: int) -> Thumbnail:
+    """Return up to `frames` frames of a video, evenly spaced, side by side; those larger than `side` shrunk to it."""
+    images = []
+    for index in evenly(len(video), frames):
+        image = Image.fromarray(video[index].permute(1, 2, 0).numpy())
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        images.append(image)
+    width, height = images[0].size
+    whole = Image.new("RGB", (len(images) * (width + _GAP) - _GAP, height), "white")
+    for number, image in enumerate(images):
+        whole.paste(image, (number * (width + _GAP), 0))
+    small = max(video.shape[-2:]) <= PIXEL_ART_SIDE
+    buffer, kind = io.BytesIO(), "png" if small else "jpeg"
+    whole.save(buffer, format=kind, **({} if small else {"quality": 82}))
+    uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Thumbnail(uri, *whole.size, shrunk=(width, height) != (video.shape[-1], video.shape[-2]), pixelated=small)
 
 
 def choose_prompts(prompts: int, images_per_prompt: int, most: int = MAX_IMAGES) -> list[int]:

@@ -27,7 +27,7 @@ class Comparison:
     replica, row by row. `open_counts`: attribute that prompts leave open -> what the systems showed. `sweep` is the
     guidance control's record, `settings` and `command` go into the report as they are. `category_apart`: a category
     beside which all others are shown together. `units`: for each prompt the name of what is resampled with it as one,
-    called `over`; None: prompts are. `item` is what a prompt is called.
+    called `over`; None: prompts are. `item` is what a prompt is called, `modality` what systems make: image or video.
     """
 
     prompts: list[Prompt]
@@ -47,6 +47,7 @@ class Comparison:
     category_apart: str | None = None
     units: list[str] | None = None
     item: str = "prompt"
+    modality: str = "image"
     over: str = "prompts"
 
     @property

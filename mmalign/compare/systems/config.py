@@ -28,6 +28,8 @@ class SystemConfig(StrictModel):
     """a model directory (full or LoRA), or a hub id 'organisation/name'; null: the output of `train`"""
     images: str | None = None
     """a folder of images made elsewhere, matched by prompt or name; nothing is generated"""
+    videos: str | None = None
+    """the same of videos: a folder that `mmalign generate` wrote, or any that is matched by prompt or name"""
     train: str | None = None
     """a training config, file or shipped name, whose output is the system; trained unless it is finished"""
     overrides: list[str] = []
@@ -50,17 +52,23 @@ class SystemConfig(StrictModel):
 
     @model_validator(mode="after")
     def _one_origin(self) -> SystemConfig:
-        given = [key for key in ("model", "images", "train") if getattr(self, key) is not None]
+        given = [key for key in ("model", "images", "videos", "train") if getattr(self, key) is not None]
         if len(given) != 1:
             which = f"both {' and '.join(given)}" if given else "neither model nor train"
             raise ValueError(
-                f"'{self.name}' has {which}; give an existing model, images of one, or a config that trains one"
+                f"'{self.name}' has {which}; give an existing model, images or videos of one, or a config that "
+                "trains one"
             )
-        if self.images is not None and (self.guidance is not None or self.adapter_scale != 1):
-            raise ValueError(f"'{self.name}' has images, and guidance and adapter_scale change none; remove them")
+        if self.made is not None and (self.guidance is not None or self.adapter_scale != 1):
+            raise ValueError(f"'{self.name}' has {given[0]}, and guidance and adapter_scale change none; remove them")
         if self.overrides and self.train is None:
             raise ValueError(f"'{self.name}' has overrides but no train; remove them, or give train")
         return self
+
+    @property
+    def made(self) -> str | None:
+        """The folder of what was made elsewhere, where the system is one."""
+        return self.images or self.videos
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,8 @@ class SystemsConfig(StrictModel):
     """name of the system to compare the others with; null: the first"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """type of the weights"""
-    batch_size: int = Field(8, ge=1)
-    """images generated, or questions answered, at once"""
+    batch_size: int | None = Field(None, ge=1)
+    """images or videos generated, or questions answered, at once; null: 8 images or questions, 1 video"""
     limit: int | None = Field(None, ge=1)
     """use only this many prompts or questions, from the first"""
     budget: BudgetConfig | None = None

@@ -66,7 +66,7 @@ def train_systems(config: SystemsConfig, *, train: bool = True, retrain: bool = 
     _try_out([one for one in trainings if one.state != "finished"])
     for number, training in enumerate(trainings, start=1):
         _complete(training, f"{number}/{len(trainings)} {', '.join(training.systems)} ({training.source})")
-    given = {system.name: system.model or system.images for system in config.systems}
+    given = {system.name: system.model or system.made for system in config.systems}
     models = {name: model for name, model in given.items() if model is not None}
     return models | {name: training.config.output for training in trainings for name in training.systems}
 
@@ -82,7 +82,7 @@ def plan_trainings(config: SystemsConfig) -> list[Training]:
     for replica in config.replicas:
         system = replica.system
         try:
-            if system.images is not None:
+            if system.made is not None:
                 continue
             if system.train is not None:
                 _add(trainings, replica, _read_run(replica, config.budget))

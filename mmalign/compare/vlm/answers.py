@@ -67,7 +67,7 @@ def answer_questions(config: QuestionConfig, name: str, model: str, items: Seque
     left in their order.
     """
     decoding = Decoding(config.max_new_tokens, precision=config.precision)
-    answerer = Answerer(model, decoding, Path(config.output) / "answers", batch_size=config.batch_size)
+    answerer = Answerer(model, decoding, Path(config.output) / "answers", batch_size=config.batch_size or 8)
     reader = video_reader(config)
     answers = _answer(reader, answerer, items, f"ask {name}", None)
     shuffled = None

@@ -55,13 +55,22 @@ class QuestionConfig(SystemsConfig):
         if self.frames is not None and self.fps is not None:
             raise ValueError("frames and fps: both say which frames are shown; give one")
         for system in self.systems:
-            if system.images is not None:
-                raise ValueError(f"systems: '{system.name}' has images, and a folder of images answers no questions")
+            if system.made is not None:
+                raise ValueError(f"systems: '{system.name}' is a folder of media, which answers no questions")
             if system.guidance is not None or system.adapter_scale != 1:
                 raise ValueError(
                     f"systems: '{system.name}' has guidance or adapter_scale, which only image models use"
                 )
         return self
+
+
+def asks_questions(source: Source, overrides: Sequence[str] = ()) -> bool:
+    """Tell whether a comparison is one of vision-language models.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return "questions" in read_tree(source, overrides, expand_short_forms, None).values
 
 
 def load_comparison(
