@@ -158,8 +158,11 @@ def test_a_reward_of_another_autoencoder_is_refused(models: dict[str, tuple[str,
         nothing.check(run.process)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+QUICK = (("sd15", "lora"), ("sd15", "full"), ("sdxl", "lora"))
+SLOW = (("sd21", "lora"), ("sd21", "full"), ("sdxl", "full"))
+
+
+@pytest.mark.parametrize(("kind", "adapter"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)])
 def test_trains_every_family_and_goes_on(
     models: dict[str, tuple[str, Path]], tmp_path: Path, kind: str, adapter: str
 ) -> None:
