@@ -56,11 +56,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_every_family_has_recipes() -> None:
+def test_every_family_has_recipes_and_the_guide_lists_them() -> None:
     assert {name.split("/")[0] for name in NAMES} == set(BUILDERS)
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "video.md").read_text(encoding="utf-8")
+    assert [name for name in NAMES if f"| `{name}` |" not in guide] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (not name.endswith("/diffusion_dpo"))) for name in NAMES],
+)
 def test_a_recipe_fits_its_model(models: dict[str, str], folder: Path, tmp_path: Path, name: str) -> None:
     config, family = load_config(name), name.split("/")[0]
     assert config.video is not None and config.video.frames and config.video.height and config.video.width
