@@ -120,19 +120,27 @@ def grade(action: Action, track: Track) -> float:
 
 
 def _moved(action: Action, track: Track) -> float:
-    """Progress along the direction, not across it, at the right speed."""
+    """Progress along the direction in most steps, not across it, at the right speed."""
     direction = np.array(DIRECTIONS[action.motion])
     velocity = np.array(track.velocity)
     pace = float(velocity @ direction)
+    if pace <= 0.15:
+        return 0.0
     across = float(np.abs(velocity - pace * direction).max())
-    way = _ramp(pace, 0.15, 0.65) * _ramp(across, pace, 0.4 * pace) if pace > 0.15 else 0.0
+    way = _ramp(pace, 0.15, 0.65) * _ramp(across, pace, 0.4 * pace) * _steadily(track, (*direction, 0.0))
     if action.speed is None:
         return way
     return way * (0.5 + 0.5 * (_ramp(pace, 1.9, 2.5) if action.speed == "fast" else _ramp(pace, 2.6, 2.0)))
 
 
 def _grown(action: Action, track: Track) -> float:
-    return _ramp(track.growth if action.motion == "grow" else -track.growth, 0.06, 0.3)
+    sign = 1.0 if action.motion == "grow" else -1.0
+    return _ramp(sign * track.growth, 0.06, 0.3) * _steadily(track, (0.0, 0.0, sign))
+
+
+def _steadily(track: Track, direction: tuple[float, float, float]) -> float:
+    """Whether most steps go forward: two of eight may not."""
+    return _ramp(track.forward(direction), 0.4, 0.75)
 
 
 def _recoloured(action: Action, track: Track) -> float:

@@ -39,8 +39,9 @@ SEED = 14
 SNAPSHOT_SECONDS = 600
 DROPOUT = 0.1
 """Share of captions that are left out, for guidance."""
-LEVEL_SHIFT = 0.5
-"""Mean of the logit of the noise level: above 0, since nine frames of a thing betray it at more noise than one."""
+LEVEL_MEAN, LEVEL_STD = 1.0, 1.2
+"""Mean and deviation of the logit of the noise level. What a picture shows is settled at less noise than how nine of
+them go together, and the model knows pictures already."""
 WATCHED, STEPS = 24, 8
 
 
@@ -202,7 +203,7 @@ def flow_loss(
     model: VideoModel, x0: Float[Tensor, "batch 4 frames 16 16"], tokens: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Squared error of the flow at logit-normal levels, in the mean over all dimensions."""
-    level = (torch.randn(len(x0), generator=generator) + LEVEL_SHIFT).sigmoid()
+    level = (LEVEL_MEAN + LEVEL_STD * torch.randn(len(x0), generator=generator)).sigmoid()
     share, noise = level.reshape(-1, 1, 1, 1, 1), torch.randn(x0.shape, generator=generator)
     return F.mse_loss(model.predict((1 - share) * x0 + share * noise, 1000 * level, tokens), noise - x0)
 
