@@ -1,14 +1,13 @@
-"""A reference that moves: every so many steps it becomes the moving average of the policy's weights (RealDPO).
+"""A reference that moves: every so many steps it follows the policy's weights by a part of the way (RealDPO).
 
 Source: Cheng et al., "RealDPO: Real or Not Real, that is the Preference" (arXiv 2510.14955) and the authors' code
-(Vchitect/RealDPO): decay 0.999, every 100 steps.
+(Vchitect/RealDPO, ``update_ref``): every 100 steps, reference = 0.999 reference + 0.001 policy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -19,16 +18,14 @@ from mmalign.methods.forward_process import predict_by
 from mmalign.methods.noising import Noised
 from mmalign.methods.run import Run
 
-_AVERAGE, _REFERENCE = "average.", "reference."
-
 
 class RefreshedReferenceConfig(MethodConfig):
     """Base of configurations whose reference may follow the policy."""
 
     reference_every: int | None = Field(None, ge=1)
-    """steps after which the reference becomes the average of the policy's weights, 100 in RealDPO; null: frozen"""
+    """steps after which the reference moves towards the policy, 100 in RealDPO; null: frozen"""
     reference_decay: float = Field(0.999, ge=0, lt=1)
-    """decay of that average, a step"""
+    """what is left of the reference then, the rest is the policy; 0: a copy of the policy"""
 
     @model_validator(mode="after")
     def _decay_is_of_a_refreshed_reference(self) -> RefreshedReferenceConfig:
@@ -38,31 +35,26 @@ class RefreshedReferenceConfig(MethodConfig):
 
 
 class RefreshedReference:
-    """Two copies of the trainable weights: the reference, and the average that it becomes next."""
+    """A copy of the trainable weights that follows them every `every` steps: decay * copy + (1 - decay) * weights."""
 
     def __init__(self, network: nn.Module, *, every: int, decay: float) -> None:
-        """Start both at the policy."""
-        parameters = {name: one for name, one in network.named_parameters() if one.requires_grad}
-        self._average, self._weights = Shadow(parameters), Shadow(parameters)
+        """Start at the policy."""
+        self._weights = Shadow({name: one for name, one in network.named_parameters() if one.requires_grad})
         self._every, self._decay = every, decay
 
     def predict(self, run: Run, noised: Noised) -> Float[Tensor, "batch *latent"]:
         """Return the reference's output, without a graph."""
         return predict_by(run, self._weights, noised)
 
-    @torch.no_grad()
     def after_update(self, step: int) -> None:
-        """Let the average follow update number `step` (0-based), and the reference the average when it is time."""
-        self._average.follow(self._decay)
+        """Let the reference follow after update number `step` (0-based), when it is time."""
         if (step + 1) % self._every == 0:
-            self._weights.restore(self._average.shadow)
+            self._weights.follow(self._decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return both copies for a checkpoint."""
-        both = ((_AVERAGE, self._average), (_REFERENCE, self._weights))
-        return {prefix + name: value for prefix, held in both for name, value in held.shadow.items()}
+        """Return the copy for a checkpoint."""
+        return self._weights.shadow
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` returned."""
-        for prefix, held in ((_AVERAGE, self._average), (_REFERENCE, self._weights)):
-            held.restore({name: tensors[prefix + name] for name in held.shadow})
+        self._weights.restore(dict(tensors))
