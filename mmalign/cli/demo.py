@@ -52,11 +52,12 @@ def run(args: argparse.Namespace) -> int:
 def steps_online(out: Path, quick: bool) -> list[tuple[str, list[str]]]:
     """(title, arguments) of every step of learning from the model's own samples."""
     base, test, control = "assets/shapes-flow", *(("8", "4") if quick else ("200", "50"))
-    tiny = ["trainer.steps=2", "trainer.batch_size=2", "trainer.gradient_accumulation=1"] if quick else []
+    short = ["trainer.steps=24"]  # the config's first minutes, so that all takes five
+    tiny = ["trainer.steps=2", "trainer.batch_size=2", "trainer.gradient_accumulation=1"]
     return [
         (
             "1/2  Fine-tune by DiffusionNFT: the model samples, the oracle scores, the model learns from that",
-            ["train", "shapes_flow/nft", f"output={out / 'nft'}", *tiny],
+            ["train", "shapes_flow/nft", f"output={out / 'nft'}", *(tiny if quick else short)],
         ),
         (
             "2/2  Compare base and tuned model on held-out prompts, with the base at its best guidance as control",
