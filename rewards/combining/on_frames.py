@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rewards.base import Reward
 from rewards.bases.derived import inherit_facts
+from rewards.bases.two_tower import TwoTowerReward
 from rewards.errors import RewardError
 
 
@@ -43,6 +44,18 @@ class OnFrames(Reward):
         asked = None if prompts is None else [prompt for prompt in prompts for _ in chosen]
         scores: Tensor = self.reward(media[:, chosen].flatten(0, 1), prompts=asked)
         return scores.view(len(media), len(chosen)).mean(1)
+
+    def embeddings(self, media: Float[Tensor, "batch times 3 height width"]) -> Float[Tensor, "batch features"]:
+        """Return the frames' embeddings side by side, as unit vectors: 1 - cosine is the mean of the frames' own.
+
+        Raises:
+            RewardError: the reward embeds no images.
+        """
+        if not isinstance(self.reward, TwoTowerReward):
+            raise RewardError(f"{self.reward.name} embeds no images; take one that does, such as clip")
+        chosen = evenly(media.shape[1], self.frames)
+        found = self.reward.embeddings(media[:, chosen].flatten(0, 1))
+        return found.unflatten(0, (len(media), len(chosen))).flatten(1) / len(chosen) ** 0.5
 
 
 def evenly(total: int, count: int) -> list[int]:

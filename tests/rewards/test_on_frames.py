@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_runs import Brightness, BrightnessOfRed, Motion
 
+from rewards import load_reward
 from rewards.combining.on_frames import OnFrames, evenly
 from rewards.errors import RewardError
 
@@ -42,3 +43,17 @@ def test_every_frame_is_asked_with_the_prompt_of_its_video() -> None:
 def test_a_video_reward_has_no_frames_to_score() -> None:
     with pytest.raises(RewardError, match="motion does not score single images"):
         OnFrames(Motion(device="cpu"), 2)
+
+
+def test_the_distance_of_videos_is_the_mean_of_that_of_their_frames() -> None:
+    inner = load_reward("shapes-clip", device="cpu")
+    media = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = OnFrames(inner, 3).embeddings(media)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
+    one, other = (inner.embeddings(video[[0, 2, 4]]) for video in media)
+    torch.testing.assert_close(1 - found[0] @ found[1], (1 - (one * other).sum(1)).mean())
+
+
+def test_a_reward_that_embeds_nothing_has_no_embeddings_of_frames() -> None:
+    with pytest.raises(RewardError, match="embeds no images"):
+        OnFrames(Brightness(device="cpu"), 2).embeddings(video())
