@@ -21,8 +21,11 @@ from tiny_videos import GEOMETRY, build_tiny_wan
 from mmalign.cli import main
 from mmalign.compare.config import CompareConfig, make_compare_config
 from mmalign.compare.images.made import as_system
+from mmalign.compare.images.media import IMAGES, VIDEOS, ImageMedia
+from mmalign.compare.images.store import ImageStore, Sampling
 from mmalign.compare.report import clips as page_clips
 from mmalign.compare.report.clips import QUALITIES, Clip, embed_clip, fit_clips
+from mmalign.compare.report.gallery import _geometry
 from mmalign.compare.report.thumbnails import Thumbnail
 from mmalign.compare.run import compare
 from mmalign.core.errors import UserError
@@ -154,6 +157,23 @@ def test_a_second_run_draws_and_scores_nothing(room: Path, finished: Path, monke
     before = (finished / "scores.csv").read_bytes()
     compare(config_of(room, finished))
     assert len((finished / "scores.csv").read_bytes()) < len(before)  # without control and diversity
+
+
+def test_a_killed_run_keeps_every_video(tmp_path: Path) -> None:
+    def store(media: ImageMedia) -> ImageStore:
+        return ImageStore(tmp_path / media.modality, "model", Sampling(2, 1.0), ["a", "b"], [0, 1], media)
+
+    for media in (VIDEOS, IMAGES):
+        store(media).put(0, 1, b"made in minutes")  # nothing is saved at the end
+    assert store(VIDEOS).missing() == {0: [0], 1: [0, 1]}
+    assert store(IMAGES).missing() == {0: [0, 1], 1: [0, 1]}  # images are made in seconds
+
+
+def test_the_note_on_geometry_stays_short() -> None:
+    still = Thumbnail("", 1, 1, shrunk=False, pixelated=True)
+    clips = [Clip("", still, frames, 8.0, 16, 16, shrunk=False) for frames in range(1, 101)]
+    (note,) = _geometry(clips)
+    assert "4 frames of 16 × 16 px at 8 a second; 96 other kinds." in note and len(note) < 400
 
 
 def test_the_report_holds_a_playable_copy_and_a_strip_of_every_video(room: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from mmalign.core.io.video_files import write_video
 from mmalign.data.encoded import encoders
 from mmalign.data.encoded.cache import CachedPairs, build_pair_cache
 from mmalign.data.encoded.segments import latent_times
+from mmalign.data.encoded.store import TensorStore
 from mmalign.data.encoded.transforms import Decision, VideoTransform, cover
 from mmalign.data.pairs import read_pairs
 from pipelines import Generator, load_generator
@@ -99,6 +100,8 @@ def test_each_file_is_decoded_once_and_again_only_for_another_geometry(
     assert sorted(decoded) == ["a.mp4", "b.mp4", "c.mp4"] and len(first.latent_keys) == 3
     again = encode(model, source)
     assert len(decoded) == 3 and again.latent_keys == first.latent_keys
+    store, key = TensorStore(next((tmp_path / "cache").glob("latents-*"))), first.latent_keys[0]
+    assert store.value(key, "source").tolist() == [9, 8, 16, 16]  # without the latents beside it
     other = load_generator(model.name_or_path, device="cpu", video=VideoOptions(16, 16, 9, 8.0))
     longer = encode(other, source)
     assert len(decoded) == 6 and not set(longer.latent_keys) & set(first.latent_keys)

@@ -130,6 +130,33 @@ def test_realdpo_prefers_real_clips_over_each_sample(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_realdpo_lines_keep_their_places(tmp_path: Path) -> None:
+    for name in ("x.mp4", "y.mp4", "z.mp4", "0.mp4", "1.mp4"):
+        write_clip(tmp_path / name)
+    (tmp_path / "prompt.txt").write_text("\na bird \u2028 on a roof\na car\n\n")
+    (tmp_path / "video.txt").write_text("x.mp4\ny.mp4\nz.mp4")
+    (tmp_path / "rejected.txt").write_text("0.mp4\n1.mp4\n \n")
+    with pytest.raises(UserError, match="rejected.txt has 2 lines"):  # an empty last line is no line
+        read(tmp_path)
+    (tmp_path / "rejected.txt").write_text("0.mp4\n\n1.mp4\n")
+    table = read(tmp_path)
+    assert told(table) == [("a car", "z.mp4", "1.mp4")]
+    assert table.counts.faults == {"without a rejected video": 1, "without a prompt or a video": 1}
+
+
+@pytest.mark.parametrize("bad", [-1, math.inf, "heavy"])
+def test_weights_are_finite_and_at_least_0(tmp_path: Path, bad: Any) -> None:
+    write_clip(tmp_path / "a.mp4")
+    pair = {"prompt": "p", "chosen": "a.mp4", "rejected": "a.mp4"}
+    source = tmp_path / "pairs.jsonl"
+    source.write_text(json.dumps(pair | {"weight": bad}))
+    with pytest.raises(UserError, match="record 1: weight is .*0 or more; a column that means something else"):
+        read(source)
+    source.write_text(json.dumps(pair | {"weight": math.nan, "segments": math.nan}))  # an empty cell of pandas
+    table = read(source)
+    assert math.isnan(table.weights()[0]) and table.clip(0).segments == () and not table.weighed
+
+
 def test_jsonl_states_rates_weights_and_segments(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4")
     write_clip(tmp_path / "b.mp4")

@@ -25,8 +25,9 @@ from mmalign.scoring.checks import check_reward
 class ImageMedia:
     """Images, as PNG files; rewards read the files themselves."""
 
-    modality, suffix, at_once = "image", "png", 8
-    """`at_once`: how many are generated together where the config does not say."""
+    modality, suffix, at_once, noted_after = "image", "png", 8, 32
+    """`at_once`: how many are generated together where the config does not say. `noted_after`: after how many new
+    files the manifest is written; those of a killed run that it does not list are made again."""
 
     def encode(self, drawn: Float[Tensor, "*media"], rate: float | None) -> bytes:
         """Return the bytes of a file that holds `drawn`, in [0, 1]; `rate`: frames a second of a video."""
@@ -40,7 +41,7 @@ class ImageMedia:
 class VideoMedia(ImageMedia):
     """Videos `[F, 3, H, W]`, as lossless MKV files."""
 
-    modality, suffix, at_once = "video", "mkv", 1
+    modality, suffix, at_once, noted_after = "video", "mkv", 1, 1
 
     def encode(self, drawn: Float[Tensor, "*media"], rate: float | None) -> bytes:
         """See `ImageMedia`."""

@@ -23,7 +23,6 @@ from mmalign.core.progress import track
 from mmalign.core.seeds import derive_seed
 
 FORMAT = 2
-_SAVE_EVERY = 32
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,11 @@ class ImageStore:
         return {index: seeds for index, seeds in rows.items() if seeds}
 
     def put(self, index: int, seed: int, data: bytes) -> None:
-        """Write one image; the manifest follows every few images and with `save`."""
+        """Write one image; the manifest follows every few images, or every video, and with `save`."""
         write_atomically(self.path(index, seed), data)
         self._known[self.path(index, seed).name] = self.key(index, seed)
         self._unsaved += 1
-        if self._unsaved >= _SAVE_EVERY:
+        if self._unsaved >= self.media.noted_after:
             self.save()
 
     def disown(self, missing: dict[int, list[int]]) -> None:

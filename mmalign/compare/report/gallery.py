@@ -9,6 +9,9 @@ from mmalign.compare.report.clips import Clip, embed_clip, fit_clips
 from mmalign.compare.report.thumbnails import MAX_SIDE, Thumbnail, choose_prompts, embed
 from mmalign.compare.results.comparison import Comparison
 
+MOST_KINDS = 4
+"""Sizes, lengths and rates of videos that a note lists; folders of videos made elsewhere may hold many."""
+
 
 def media_gallery(comparison: Comparison) -> dict[str, Any]:
     """Return the cards of the prompts, each with its media by seed and system."""
@@ -33,7 +36,7 @@ def _videos(comparison: Comparison) -> dict[str, Any]:
         lambda index, quality: [embed_clip(paths[name][index][column], quality) for name, column in cells],
     )
     shown, clips = list(held), [clip for row in held.values() for clip in row]
-    notes = [*_geometry(clips), *_left_out(comparison, shown)]
+    notes = [*(_geometry(clips) if clips else []), *_left_out(comparison, shown)]
     if clips and not clips[0].uri:
         notes.append("This PyAV writes neither H.264 nor VP9, so that the page has frames alone.")
     return {"cards": _cards(comparison, held), "shown": shown, "notes": notes, "clips": True}
@@ -44,6 +47,8 @@ def _geometry(clips: Sequence[Clip]) -> list[str]:
     kinds = dict.fromkeys(
         f"{clip.frames} frames of {clip.width} × {clip.height} px at {clip.rate:g} a second" for clip in clips
     )
+    if len(kinds) > MOST_KINDS:
+        kinds = dict.fromkeys([*list(kinds)[:MOST_KINDS], f"{len(kinds) - MOST_KINDS} other kinds"])
     shrunk = " smaller" if any(clip.shrunk for clip in clips) else ""
     return [f"Videos: {'; '.join(kinds)}. Shown are{shrunk} compressed copies; scores are those of the originals."]
 

@@ -188,7 +188,7 @@ class VideoEncoder(MediaEncoder):
                 found.source = self._sources[keys[0]]
                 return found
             if all(key in self._store for key in keys):
-                found.source = self._store.row(keys[0])["source"]
+                found.source = self._store.value(keys[0], "source")
                 return found
             levels, source = read_clip(media, self.rule, given)
         except Exception as error:  # PIL and PyAV raise anything from OSError to their own types

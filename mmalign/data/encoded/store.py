@@ -74,13 +74,14 @@ class TensorStore:
         self._pending, self._pending_bytes = {}, 0
         self._where.update({key: (path, row) for row, key in enumerate(keys)})
 
-    def row(self, key: str) -> dict[str, Tensor]:
-        """Return one row, added or stored; KeyError if it is neither."""
+    def value(self, key: str, name: str) -> Tensor:
+        """Return one tensor of a row, added or stored, and read no other; KeyError if the row is neither."""
         if key in self._pending:
-            return self._pending[key]
+            return self._pending[key][name]
         path, number = self._where[key]
         with safe_open(path, framework="pt") as shard:
-            return {name: shard.get_slice(name)[number] for name in shard.keys()}  # noqa: SIM118 (no mapping)
+            found: Tensor = shard.get_slice(name)[number]
+        return found
 
     def rows(self, keys: Sequence[str], memory_limit: int = MEMORY_LIMIT) -> Rows:
         """Return the rows of these keys, in their order; copied into memory if they take at most `memory_limit` bytes.

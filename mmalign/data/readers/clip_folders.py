@@ -13,12 +13,13 @@ from mmalign.core.io.decode import CONTAINER_SUFFIXES
 from mmalign.core.io.tables import read_text
 from mmalign.data.readers.listed import ListedPairs
 from mmalign.data.readers.rows import locate
-from mmalign.data.readers.source import number_of
+from mmalign.data.readers.source import number_of, weight_of
 
 VIDEODPO = ("metadata.json", "pair.json")
 REALDPO = ("prompt.txt", "video.txt")
 REJECTED = "rejected.txt"
 NO_SAMPLE = "without a rejected video"
+NO_LINE = "without a prompt or a video"
 
 
 def read_clip_folder(folder: Path) -> ListedPairs | None:
@@ -54,7 +55,7 @@ def read_videodpo(folder: Path) -> ListedPairs:
                 f"(of {len(videos)}) that have basic.clip_path and misc.frame_caption"
             ) from None
         scores = [number_of(side["basic"].get("score"), f"{where}: score") for side in sides]
-        weight = number_of(pair.get("weight"), f"{where}: weight")
+        weight = weight_of(pair.get("weight"), f"{where}: weight")
         found.add(str(prompt), str(number), (paths[0], paths[1]), (scores[0], scores[1]), weight)
     return found
 
@@ -63,7 +64,8 @@ def read_realdpo(folder: Path) -> ListedPairs:
     """Return RealDPO's pairs: line n of prompt.txt belongs to line n of video.txt, a real clip, which is preferred.
 
     The rejected videos are line n of rejected.txt, or the files 0.mp4, 1.mp4, ... in FOLDER/NAME, NAME being that of
-    the real clip without its suffix; each of them makes a pair. A clip without any is counted.
+    the real clip without its suffix; each of them makes a pair. A clip without any, and a line that is empty in one
+    file, is counted.
 
     Raises:
         UserError: the files differ in length.
@@ -77,8 +79,12 @@ def read_realdpo(folder: Path) -> ListedPairs:
         raise UserError(f"{folder}: {listed}; each line of one belongs to the same line of the others")
     found = ListedPairs(str(folder))
     for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
+        if not prompt or not video:
+            found.leave_out(NO_LINE)
+            continue
         real = folder / video
-        samples = _samples(folder, real.stem) if rejected is None else [folder / rejected[number]]
+        told = None if rejected is None else [folder / rejected[number]] * bool(rejected[number])
+        samples = _samples(folder, real.stem) if told is None else told
         for place, sample in enumerate(samples):
             found.add(prompt, f"{number}" if len(samples) == 1 else f"{number}-{place}", (real, sample))
         if not samples:
@@ -100,7 +106,8 @@ def _place(value: Any, count: int) -> int:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    """Return the lines without those at the end that are empty; one between others keeps its place."""
+    return [line.strip() for line in read_text(path).rstrip().split("\n")]
 
 
 def _json_list(path: Path) -> Sequence[Mapping[str, Any]]:

@@ -95,6 +95,24 @@ def number_of(value: object, where: str) -> float:
     raise UserError(f"{where} is {shorten(repr(value))}; give a number, not a {type(value).__name__}")
 
 
+def weight_of(value: object, where: str) -> float:
+    """Return the weight of a pair in the loss, NaN where there is none.
+
+    Raises:
+        UserError: it is no finite number of at least 0; `where` names the cell.
+    """
+    try:
+        number = number_of(value, where)
+    except UserError:
+        number = math.inf
+    if math.isnan(number) or 0 <= number < math.inf:
+        return number
+    raise UserError(
+        f"{where} is {shorten(repr(value))}; give a weight in the loss, 0 or more; a column that means something else "
+        "needs another name"
+    )
+
+
 def flag_of(value: object, where: str) -> bool | None:
     """Return a yes or no in a table, written as true, false, 1 or 0 in any type; None where there is none.
 
@@ -120,7 +138,7 @@ def segments_of(value: object, where: str) -> tuple[Segment, ...]:
     Raises:
         UserError: it is none; `where` names the cell.
     """
-    if value is None or value == "":
+    if value is None or value == "" or value != value:
         return ()
     words = {"chosen": 1.0, "same": 0.0, "tie": 0.0, "rejected": -1.0}
     try:
@@ -135,7 +153,7 @@ def segments_of(value: object, where: str) -> tuple[Segment, ...]:
         return found
     raise UserError(
         f"{where} is {shorten(repr(value))}; give a list of {{start, end, label}}, in seconds, label chosen, tie or "
-        "rejected"
+        "rejected; a column that means something else needs another name"
     )
 
 

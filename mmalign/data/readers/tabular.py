@@ -22,6 +22,7 @@ from mmalign.data.readers.source import (
     id_of,
     number_of,
     segments_of,
+    weight_of,
 )
 
 __all__ = ["ID_COLUMNS", "TablePairs", "as_media"]
@@ -183,7 +184,7 @@ def _clip(layout: Sides, row: Mapping[str, Any], where: str) -> ClipFacts:
     first, second = (
         (number_of(row.get(name), f"{where}: {name}") for name in layout.fps) if layout.fps else NO_FACTS.fps
     )
-    weight = number_of(row.get(layout.weight), f"{where}: {layout.weight}") if layout.weight else math.nan
+    weight = weight_of(row.get(layout.weight), f"{where}: {layout.weight}") if layout.weight else math.nan
     segments = segments_of(row.get(layout.segments), f"{where}: {layout.segments}") if layout.segments else ()
     return ClipFacts((first, second), weight, segments)
 

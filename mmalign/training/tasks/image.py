@@ -87,8 +87,9 @@ class ImageTask(Task[Generator]):
             return labels
         pairs = read_pairs(str(config.data.pairs), config.data)
         note(f"{config.data.pairs}: {pairs.counts}")
-        if pairs.weighed and not method.weighs_pairs:
-            note(f"{config.data.pairs}: method '{method.name}' takes no weights or segments; all pairs count alike")
+        if pairs.weighed:
+            taken = "takes the" if method.weighs_pairs else "all pairs count alike: it takes no"
+            note(f"{config.data.pairs}: method '{method.name}': {taken} weights or segments of the pairs")
         return pairs
 
     def load_model(self, config: RunConfig, path: str, device: Any) -> Generator:
