@@ -83,7 +83,7 @@ class ImageEvaluation:
                 guidance=self.config.guidance,
                 seeds=self.seeds,
                 negative=self.negative,
-                batch_size=8,
+                batch_size=1 if run.generator.modality == "video" else 8,
             )
         run.generator.network.train()
         media = torch.cat([run.generator.decode(part).float() for part in trajectory.latents.split(8)])

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ from mmalign.core.io.clips import ClipRule, ClipSource, read_clip
 from mmalign.core.io.video_files import write_video
 from mmalign.data.encoded import encoders
 from mmalign.data.encoded.cache import CachedPairs, build_pair_cache
-from mmalign.data.encoded.segments import latent_times
+from mmalign.data.encoded.segments import cut_segments, latent_times
 from mmalign.data.encoded.store import TensorStore
 from mmalign.data.encoded.transforms import Decision, VideoTransform, cover
 from mmalign.data.pairs import read_pairs
+from mmalign.data.readers.source import Segment
 from pipelines import Generator, load_generator
 from pipelines.video import VideoOptions
 
@@ -208,3 +210,13 @@ def test_a_rate_that_nobody_knows_is_the_models(model: Generator, tmp_path: Path
     cached = encode(model, write_table(tmp_path, [{"chosen": "a", "rejected": "a"}]))
     assert cached.rates is not None and cached.rates.tolist() == [8.0]
     assert math.isnan(cached.latents[torch.tensor([0])]["source"][0, 1])
+
+
+def test_a_copy_of_the_first_latent_frame_is_of_its_time() -> None:
+    """CogVideoX 1.5 puts one in front: 9 frames at 8 a second are latent frames at 0, 0, 0.3125 and 0.8125 s."""
+    told = (Segment(0.0, 0.3, 1), Segment(0.3, 1.2, -1))
+    table: Any = SimpleNamespace(clip=lambda index: SimpleNamespace(segments=told), ids=["a"], name="pairs")
+    generator = SimpleNamespace(latent_shape=(16, 4, 2, 2), media_shape=(9, 3, 16, 16), frame_step=4)
+    found = cut_segments(table, generator, torch.tensor([0]), torch.tensor([8.0]))
+    assert found is not None and found.labels.tolist() == [[1.0, -1.0]]
+    assert found.shares.tolist() == [[[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]]

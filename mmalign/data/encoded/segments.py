@@ -41,10 +41,12 @@ def cut_segments(
         return None
     if rates is None:
         raise UserError(f"{table.name}: has segments, which are parts of videos, and the model makes images")
-    frames = generator.latent_shape[1]
+    frames, step = generator.latent_shape[1], generator.frame_step
+    front = frames - (generator.media_shape[0] - 1) // step - 1  # copies of the first latent frame (CogVideoX 1.5)
     labels, shares = torch.zeros(len(told), most), torch.zeros(len(told), most, frames)
     for pair, segments in enumerate(told):
-        times = latent_times(frames, generator.frame_step, float(rates[pair]))
+        times = latent_times(frames - front, step, float(rates[pair]))
+        times = torch.cat([times[:1].expand(front), times])
         if not segments:  # labelled as a whole
             labels[pair, 0], shares[pair, 0] = 1.0, 1.0 / frames
         for place, one in enumerate(segments):
