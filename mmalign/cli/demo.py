@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def steps_online(out: Path, quick: bool) -> list[tuple[str, list[str]]]:
     """(title, arguments) of every step of learning from the model's own samples."""
     base, test, control = "assets/shapes-flow", *(("8", "4") if quick else ("200", "50"))
-    short = ["trainer.steps=24"]  # the config's first minutes, so that all takes five
+    short = ["trainer.steps=24"]  # the first four minutes of the config
     tiny = ["trainer.steps=2", "trainer.batch_size=2", "trainer.gradient_accumulation=1"]
     return [
         (

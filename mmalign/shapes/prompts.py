@@ -143,10 +143,27 @@ def save_prompts(path: Path, rows: list[tuple[str, str]]) -> None:
 
 def write_prompt_sets(folder: Path) -> None:
     """Make `shapes-drawbench`, `shapes-validation` and `shapes-train` again (byte for byte) in `folder`."""
-    half = {k: v // 2 for k, v in TEST_COUNTS.items()}
-    train = {k: 24 * v for k, v in TEST_COUNTS.items() if k != "Conflicting"}
-    save_prompts(folder / "shapes-drawbench.csv", make_prompts(TEST_COUNTS, "test", 101))
-    save_prompts(folder / "shapes-validation.csv", make_prompts(half, "validation", 102))
-    rows = make_prompts(train, "train", 103)
-    order = np.random.default_rng(104).permutation(len(rows))
-    save_prompts(folder / "shapes-train.csv", [rows[i] for i in order])
+    names = ("shapes-drawbench", "shapes-validation", "shapes-train")
+    write_sets(folder, names, TEST_COUNTS, make_prompts, train=24, seed=101)
+
+
+def write_sets(
+    folder: Path,
+    names: tuple[str, str, str],
+    counts: dict[str, int],
+    make: Callable[[dict[str, int], str, int], list[tuple[str, str]]],
+    *,
+    train: int,
+    seed: int,
+) -> None:
+    """Write a test set of `counts`, a validation set of half of them, and a shuffled training set.
+
+    The last has `train` times as many of each category but `Conflicting`; seeds are `seed` and the three after it.
+    """
+    half = {k: v // 2 for k, v in counts.items()}
+    many = {k: train * v for k, v in counts.items() if k != "Conflicting"}
+    save_prompts(folder / f"{names[0]}.csv", make(counts, "test", seed))
+    save_prompts(folder / f"{names[1]}.csv", make(half, "validation", seed + 1))
+    rows = make(many, "train", seed + 2)
+    order = np.random.default_rng(seed + 3).permutation(len(rows))
+    save_prompts(folder / f"{names[2]}.csv", [rows[i] for i in order])

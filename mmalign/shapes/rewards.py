@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,18 @@ from mmalign.shapes.world import SIZE
 from rewards import Reward
 from rewards.clip import ClipReward
 from rewards.errors import RewardError
+
+
+def check_grammar(reward: type[Reward], prompts: Sequence[str], parse: Callable[[str], object]) -> None:
+    """Raise `RewardError` for prompts outside the grammar that `parse` reads, with their number and the first."""
+    faults = []
+    for prompt in prompts:
+        try:
+            parse(prompt)
+        except PromptError as error:
+            faults.append(error)
+    if faults:
+        raise RewardError(f"{reward.name} cannot score {len(faults)} of {len(prompts)} prompts: {faults[0]}")
 
 
 class OracleReward(Reward):
@@ -45,14 +57,7 @@ class ShapesCorrectness(OracleReward):
     @classmethod
     def check_prompts(cls, prompts: Sequence[str]) -> None:
         """Refuse prompts outside the grammar."""
-        faults = []
-        for prompt in prompts:
-            try:
-                parse(prompt)
-            except PromptError as error:
-                faults.append(error)
-        if faults:
-            raise RewardError(f"{cls.name} cannot score {len(faults)} of {len(prompts)} prompts: {faults[0]}")
+        check_grammar(cls, prompts, parse)
 
     def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
         """Grade each image against its prompt, in [0, 1]."""

@@ -16,7 +16,7 @@ from mmalign.data.prompts import load_prompts
 from mmalign.scoring.checks import check_reward
 from mmalign.training.evaluation import Evaluated
 from rewards import load_reward
-from rewards.combining.on_frames import OnFrames
+from rewards.combining.on_frames import on_frames
 from rewards.registry import reward_class
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ class ImageEvaluation:
 
     def _load(self, name: str, generator: Any) -> Any:
         reward = load_reward(name, device=generator.device)
-        if reward.modality == generator.modality or self.config.frames is None:
-            return reward
-        return OnFrames(reward, self.config.frames)
+        return on_frames(reward, None if reward.modality == generator.modality else self.config.frames)
 
     def higher_is_better(self, name: str) -> bool:
         """Tell whether more of a reward is better."""

@@ -143,10 +143,9 @@ def in_two_passes(method: Method[Any], model: Any) -> bool:
 def load_rewards(config: RunConfig, device: Any) -> list[WeightedReward]:
     """Load the rewards that the method learns from."""
     from rewards import load_reward
-    from rewards.combining.on_frames import OnFrames
+    from rewards.combining.on_frames import on_frames
 
     def load(one: RewardConfig) -> Any:
-        reward = load_reward(one.name, **{"device": device, **one.options})
-        return reward if one.frames is None else OnFrames(reward, one.frames)
+        return on_frames(load_reward(one.name, **{"device": device, **one.options}), one.frames)
 
     return [WeightedReward(one.name, one.weight, load(one)) for one in config.rewards]

@@ -58,6 +58,11 @@ class OnFrames(Reward):
         return found.unflatten(0, (len(media), len(chosen))).flatten(1) / len(chosen) ** 0.5
 
 
+def on_frames(reward: Reward, frames: int | None) -> Reward:
+    """Return the reward on so many frames of videos, or as it is where none are given."""
+    return reward if frames is None else OnFrames(reward, frames)
+
+
 def evenly(total: int, count: int) -> list[int]:
     """Return `count` indices spread evenly over `total`, both ends included; the middle for one, all if fewer.
 

@@ -22,7 +22,7 @@ from mmalign.core.files import write_atomically
 from mmalign.core.progress import track
 from mmalign.scoring.checks import check_usable
 from mmalign.scoring.chosen import fingerprint_reward
-from rewards.combining.on_frames import OnFrames
+from rewards.combining.on_frames import on_frames
 
 SCORE_CHUNK = 64
 """Images decoded and given to a reward at once; the reward splits them further as its memory requires."""
@@ -43,13 +43,13 @@ def describe_reward(entry: RewardEntry, reward: Any) -> RewardFacts:
 
     facts = Facts.of(reward)
     check_usable(facts, entry.name, facts.modality)
-    on_frames = f" Mean over {entry.frames} frames of each video." if entry.frames else ""
+    over = f" Mean over {entry.frames} frames of each video." if entry.frames else ""
     return RewardFacts(
         label=entry.title,
         name=facts.name,
         requested=entry.name,
         version=facts.version,
-        summary=facts.summary + on_frames,
+        summary=facts.summary + over,
         higher_is_better=facts.higher_is_better,
         differentiable=facts.differentiable,
         licence=facts.licence,
@@ -89,7 +89,7 @@ class RewardScorer:
         from rewards import load_reward
 
         reward = load_reward(entry.name, **entry.options)
-        self._reward = reward if entry.frames is None else OnFrames(reward, entry.frames)
+        self._reward = on_frames(reward, entry.frames)
         self._frames = entry.frames
         self.facts = describe_reward(entry, reward)
         self._kept = ScoreCache(entry, self.facts, reward, cache)

@@ -10,7 +10,7 @@ import numpy as np
 from mmalign.shapes.language import Group, split_of
 from mmalign.shapes.motion.language import Action, MotionQuery, parse, write
 from mmalign.shapes.motion.world import EVENTS, HELD_OUT_MOTIONS, MOTIONS, SPEEDS
-from mmalign.shapes.prompts import save_prompts
+from mmalign.shapes.prompts import write_sets
 from mmalign.shapes.video import DIRECTIONS
 from mmalign.shapes.world import BACKGROUNDS, COLOURS, HELD_OUT_OBJECTS, RADII, SHAPES
 
@@ -93,10 +93,5 @@ def make_prompts(counts: dict[str, int], split: str, seed: int) -> list[tuple[st
 
 def write_motion_prompt_sets(folder: Path) -> None:
     """Make `shapes-motion-test`, `shapes-motion-validation` and `shapes-motion-train` again in `folder`."""
-    half = {k: v // 2 for k, v in TEST_COUNTS.items()}
-    train = {k: 12 * v for k, v in TEST_COUNTS.items() if k != "Conflicting"}
-    save_prompts(folder / "shapes-motion-test.csv", make_prompts(TEST_COUNTS, "test", 201))
-    save_prompts(folder / "shapes-motion-validation.csv", make_prompts(half, "validation", 202))
-    rows = make_prompts(train, "train", 203)
-    order = np.random.default_rng(204).permutation(len(rows))
-    save_prompts(folder / "shapes-motion-train.csv", [rows[i] for i in order])
+    names = ("shapes-motion-test", "shapes-motion-validation", "shapes-motion-train")
+    write_sets(folder, names, TEST_COUNTS, make_prompts, train=12, seed=201)

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.shapes.language import PromptError
 from mmalign.shapes.motion import judge
 from mmalign.shapes.motion.language import MotionQuery, parse
 from mmalign.shapes.motion.oracle import ClipReading, read_cached
 from mmalign.shapes.motion.tracks import LASTING
+from mmalign.shapes.rewards import check_grammar
 from mmalign.shapes.world import SIZE
 from rewards import Reward
 from rewards.errors import RewardError
@@ -28,20 +28,14 @@ class ClipReward(Reward):
     source = "none: computed by mmalign.shapes.motion.oracle"
     fixed_size = SIZE
     needs = frozenset({"prompts"})
+    grade: ClassVar[staticmethod[[MotionQuery, ClipReading], float]]
+    """Grades one clip against its prompt."""
 
     @classmethod
     def check_prompts(cls, prompts: Sequence[str]) -> None:
         """Refuse prompts outside the grammar."""
-        if "prompts" not in cls.needs:
-            return
-        faults = []
-        for prompt in prompts:
-            try:
-                parse(prompt)
-            except PromptError as error:
-                faults.append(error)
-        if faults:
-            raise RewardError(f"{cls.name} cannot score {len(faults)} of {len(prompts)} prompts: {faults[0]}")
+        if "prompts" in cls.needs:
+            check_grammar(cls, prompts, parse)
 
     def readings(self, media: Float[Tensor, "batch frames 3 height width"]) -> list[ClipReading]:
         """Read each clip once."""
@@ -57,31 +51,21 @@ class ClipReward(Reward):
     def score(self, media: Tensor, prompts: Sequence[str] | None, references: Sequence[Tensor] | None) -> Tensor:
         """Grade each clip against its prompt."""
         readings = self.readings(media)
-        return torch.tensor([self.grade(parse(p), r) for p, r in zip(prompts or (), readings, strict=True)])
-
-    def grade(self, query: MotionQuery, clip: ClipReading) -> float:
-        """Grade one clip."""
-        raise NotImplementedError
+        return torch.tensor([float(self.grade(parse(p), r)) for p, r in zip(prompts or (), readings, strict=True)])
 
 
 class ShapesVideoCorrectness(ClipReward):
     """How well the frames show the things of the prompt, whatever they do: the mean grade of a frame."""
 
     name: ClassVar[str] = "shapes-video-correctness"
-
-    def grade(self, query: MotionQuery, clip: ClipReading) -> float:
-        """See `mmalign.shapes.motion.judge.correctness`."""
-        return judge.correctness(query, clip)
+    grade = staticmethod(judge.correctness)
 
 
 class ShapesVideoMotion(ClipReward):
     """How well the things do what the prompt says: direction, speed, event, order, and nothing else."""
 
     name: ClassVar[str] = "shapes-video-motion"
-
-    def grade(self, query: MotionQuery, clip: ClipReading) -> float:
-        """See `mmalign.shapes.motion.judge.motion`."""
-        return judge.motion(query, clip)
+    grade = staticmethod(judge.motion)
 
 
 class ShapesVideoStrict(ClipReward):
@@ -89,20 +73,14 @@ class ShapesVideoStrict(ClipReward):
 
     name: ClassVar[str] = "shapes-video-strict"
     derived_from = frozenset({"shapes-video-correctness", "shapes-video-motion"})
-
-    def grade(self, query: MotionQuery, clip: ClipReading) -> float:
-        """See `mmalign.shapes.motion.judge.is_strict`."""
-        return float(judge.is_strict(query, clip))
+    grade = staticmethod(judge.is_strict)
 
 
 class ShapesVideoSmoothness(ClipReward):
     """Whether nothing jumps between frames but what the prompt asks for: shape, colour, place, size, presence."""
 
     name: ClassVar[str] = "shapes-video-smoothness"
-
-    def grade(self, query: MotionQuery, clip: ClipReading) -> float:
-        """See `mmalign.shapes.motion.judge.smoothness`."""
-        return judge.smoothness(query, clip)
+    grade = staticmethod(judge.smoothness)
 
 
 class ShapesVideoDynamic(ClipReward):
