@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.compare.stats import RESAMPLES, TIE_TOLERANCE, Ci, category_rows, mean_interval
+from mmalign.compare.stats import RESAMPLES, Ci, category_rows, mean_interval
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output, write_atomically
 from mmalign.core.io.items import Item
 from mmalign.core.io.spreadsheet import write_csv
 from mmalign.core.progress import note
 from mmalign.data.pairs import PairRecord
+from mmalign.scoring.agreement import pair_outcome
 from mmalign.scoring.choice import WeightedReward
 from mmalign.scoring.engine import Scored, score_items
 
@@ -90,7 +91,7 @@ def measure_agreement(
         for entry in rewards:
             sign = 1.0 if entry.reward.higher_is_better else -1.0
             scores = [sign * one.scores.get(entry.name, math.nan) for one in (chosen, rejected)]
-            won[entry.name].append(_outcome(*scores))
+            won[entry.name].append(pair_outcome(*scores))
         if progress is not None:
             progress(2)
     versions = {entry.name: str(getattr(entry.reward, "version", "")) for entry in rewards}
@@ -116,15 +117,6 @@ def _report(chosen: Scored, rejected: Scored, faults: int) -> int:
                 note(f"{one.item.name}: {one.error}; the pair is left out")
             faults += 1
     return faults
-
-
-def _outcome(chosen: float, rejected: float) -> float:
-    """Return 1 where the chosen image scores higher, 0 where lower, 1/2 for a tie, NaN without both scores."""
-    if not (math.isfinite(chosen) and math.isfinite(rejected)):
-        return math.nan
-    if np.isclose(chosen, rejected, rtol=TIE_TOLERANCE, atol=TIE_TOLERANCE):
-        return 0.5
-    return float(chosen > rejected)
 
 
 def _summarise(

@@ -28,10 +28,9 @@ import numpy as np
 from jaxtyping import Float
 
 from mmalign.compare.crossed import CrossedMean, crossed_mean, unit_values
+from mmalign.scoring.choice import TIE_TOLERANCE
 
 RESAMPLES = 10_000
-TIE_TOLERANCE = 1e-6
-"""Scores closer than this (absolute, or relative for large ones) tie: float32 rounding must not decide a win."""
 
 Ci = tuple[float, float] | None
 """A 95 % interval (low, high); None for a single prompt, which cannot be resampled."""

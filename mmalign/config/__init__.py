@@ -1,5 +1,6 @@
 """The configuration of a training run: a strict schema, read from YAML with `extends` and overrides."""
 
+from mmalign.config.rounds import RoundsConfig
 from mmalign.config.run import RunConfig, dump_config, expand_short_forms, load_config, load_schema, load_with_tree
 from mmalign.config.sections import (
     AdapterConfig,
@@ -10,7 +11,6 @@ from mmalign.config.sections import (
     Guidance,
     MonitorConfig,
     RewardConfig,
-    RoundsConfig,
     StrictModel,
     TrainerConfig,
 )

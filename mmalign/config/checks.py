@@ -6,17 +6,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from mmalign.config.issues import ConfigIssue, mapping
 from mmalign.config.renamed import new_names, schema_at
+from mmalign.config.round_checks import SOURCES, check_rounds
 from mmalign.config.yaml import KeyPath, dotted
 from mmalign.core.errors import UserError, did_you_mean
 from mmalign.core.registry import methods
 
-SOURCES = ("pairs", "labels", "prompts")
 TAKEN = {"pairs": ("pairs",), "labels": ("labels",), "images": ("labels", "pairs"), "prompts": ("prompts",)}
 """What a method learns from -> the sources that hold it."""
 
@@ -35,13 +36,6 @@ _ALLOWED = {
     "model_type": "a mapping of key: value",
     "model_attributes_type": "a mapping of key: value",
 }
-
-
-class ConfigIssue(NamedTuple):
-    """One thing that is wrong with a configuration: its key path, and a message with what is allowed and the fix."""
-
-    path: KeyPath
-    message: str
 
 
 def describe_errors(error: ValidationError, schema: type[BaseModel], values: Any) -> list[ConfigIssue]:
@@ -125,31 +119,23 @@ def check_recipe(values: dict[str, Any], foreign: bool = True) -> list[ConfigIss
     Unless `foreign`, no module of a dotted path is imported, and what only it knows is not checked.
     """
     method, _ = method_class(values.get("method"), foreign)
-    issues = [*_check_source(values, method), *_check_modality(values, method)]
+    source = check_rounds if mapping(values, "rounds") else _check_source
+    issues = [*source(values, method), *_check_modality(values, method)]
     issues += _check_rewards(values, method, foreign)
-    issues += [*_check_adapter(_mapping(values, "adapter")), *_check_warmup(_mapping(values, "trainer"))]
-    again = "rounds" if _mapping(values, "rounds") else "stages" if "stages" in _mapping(values, "method") else ""
-    if again and _mapping(values, "adapter").get("start") is not None:
-        fix = f"would be added again to the model of each of the {again}; merge it first (`mmalign merge`)"
+    issues += [*_check_adapter(mapping(values, "adapter")), *_check_warmup(mapping(values, "trainer"))]
+    if "stages" in mapping(values, "method") and mapping(values, "adapter").get("start") is not None:
+        fix = "would be added again to the model of each of the stages; merge it first (`mmalign merge`)"
         issues.append(ConfigIssue(("adapter", "start"), f"{fix} and start from that as `model`"))
+    if values.get("reference") is not None and method and not method.needs.reference:
+        issues.append(ConfigIssue(("reference",), f"method '{values['method']['name']}' has no reference; remove it"))
     return issues
 
 
 def _check_source(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
-    data = _mapping(values, "data")
+    data = mapping(values, "data")
     given = [source for source in SOURCES if data.get(source) is not None]
     needed = method.needs.source if method else None
     name = values["method"]["name"] if method else ""
-    if _mapping(values, "rounds"):
-        if needed == "prompts":
-            yield ConfigIssue(("rounds",), f"method '{name}' draws its own samples while training; remove rounds")
-        elif needed and needed != "images" and _mapping(values, "rounds").get("real"):
-            yield ConfigIssue(
-                ("rounds", "real"), f"method '{name}' learns from {needed}, not from good images; remove it"
-            )
-        for source in given:
-            yield ConfigIssue(("data", source), "rounds sample the training data themselves; set it to null")
-        return
     taken = TAKEN[needed] if needed else ()
     keys = " or ".join(f"data.{source}" for source in taken)
     if len(given) > 1:
@@ -192,23 +178,18 @@ def _check_modality(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue
         kind, name = "vision-language" if is_vlm else method.needs.modality, values["method"]["name"]
         for section, keys in _IDLE[is_vlm].items():
             for key in keys:
-                if _mapping(values, section).get(key) not in _DEFAULTS:
+                if mapping(values, section).get(key) not in _DEFAULTS:
                     yield ConfigIssue((section, key), f"not supported by {kind} methods such as '{name}'; remove it")
-        for key in ("flow", "allow_distilled", "video"):
+        for key in ("flow", "allow_distilled", "video", "reference"):
             if is_vlm and values.get(key) not in (None, False):
                 yield ConfigIssue((key,), f"not supported by {kind} methods such as '{name}'; remove it")
         if is_vlm and values.get("attention") == "xformers":
             yield ConfigIssue(("attention",), f"method '{name}' trains a vision-language model; allowed: sdpa")
-        if is_vlm and _mapping(values, "rounds"):
-            message = f"method '{name}' trains a vision-language model, and rounds sample images; remove it"
-            yield ConfigIssue(("rounds",), message)
     if values.get("video") is not None and not is_vlm:
-        if _mapping(values, "data").get("resolution") is not None:
+        if mapping(values, "data").get("resolution") is not None:
             fix = "applies to image models; the size of videos is video.height and video.width"
             yield ConfigIssue(("data", "resolution"), fix)
-        if _mapping(values, "rounds"):
-            yield ConfigIssue(("rounds",), "rounds sample images, and the section video trains a video model")
-    evaluate = _mapping(values, "evaluate")
+    evaluate = mapping(values, "evaluate")
     if evaluate.get("frames") is not None and values.get("video") is None and not is_vlm:
         yield ConfigIssue(("evaluate", "frames"), "is for image rewards on video models (section video); remove it")
     if evaluate and is_vlm and evaluate.get("questions") is None:
@@ -242,9 +223,9 @@ def _check_rewards(values: dict[str, Any], method: Any, foreign: bool) -> Iterat
     if repeated:
         yield ConfigIssue(("rewards",), f"'{repeated[0]}' occurs more than once; give it one weight")
     yield from _check_features(
-        _mapping(values, "method").get("advantage_diversity"), [name for _, name in named], foreign
+        mapping(values, "method").get("advantage_diversity"), [name for _, name in named], foreign
     )
-    evaluated = _mapping(values, "evaluate").get("rewards")
+    evaluated = mapping(values, "evaluate").get("rewards")
     if isinstance(evaluated, list):
         named += [(("evaluate", "rewards", i), name) for i, name in enumerate(evaluated)]
     for path, name in named:
@@ -322,11 +303,6 @@ def _check_warmup(trainer: dict[str, Any]) -> Iterator[ConfigIssue]:
         )
     elif isinstance(steps, int) and warmup > steps:
         yield ConfigIssue(("trainer", "warmup"), f"given {warmup} steps of warm-up in a run of {steps}; give fewer")
-
-
-def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
-    value = values.get(key)
-    return value if isinstance(value, dict) else {}
 
 
 def _key_path(details: ErrorDetails, values: Any) -> KeyPath:

@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmalign.config.checks import (
-    ConfigIssue,
     check_numbers,
     check_recipe,
     describe_errors,
@@ -25,7 +24,9 @@ from mmalign.config.checks import (
     takes_text,
 )
 from mmalign.config.flow import FlowConfig
+from mmalign.config.issues import ConfigIssue
 from mmalign.config.renamed import rename_keys
+from mmalign.config.rounds import RoundsConfig
 from mmalign.config.sections import (
     AdapterConfig,
     DataConfig,
@@ -33,7 +34,6 @@ from mmalign.config.sections import (
     MonitorConfig,
     Output,
     RewardConfig,
-    RoundsConfig,
     StrictModel,
     TrainerConfig,
 )
@@ -52,6 +52,8 @@ class RunConfig(StrictModel):
     """a model directory, or a hub id 'organisation/name'"""
     allow_distilled: bool = False
     """train a model that was distilled to few sampling steps on its own samples, which undoes the distillation"""
+    reference: str | None = Field(None, min_length=1)
+    """model that the policy is compared with, of the same family; null: the one that training starts from"""
     method: dict[str, Any]
     """`name`, a name of `mmalign list methods`, and what that method's own configuration declares"""
     data: DataConfig

@@ -419,32 +419,3 @@ class MonitorConfig(StrictModel):
     """largest allowed |log importance ratio|, whatever its earlier values"""
     kl_limit: Positive | None = None
     """largest allowed distance to the reference, in the method's own units"""
-
-
-class RoundsConfig(StrictModel):
-    """Iterated training: sample with the fine-tuned model, label by rewards, train again."""
-
-    count: Count
-    """number of rounds"""
-    prompts: str
-    """a built-in name of `mmalign list prompts`, or a file"""
-    reward: str
-    """rewards that label the images, as for `mmalign pairs label`: NAME or NAME,OTHER:0.5"""
-    limit: Count | None = None
-    """use only this many prompts, from the first on; null: all"""
-    images_per_prompt: int = Field(4, ge=2)
-    """images sampled for each prompt; the best and the worst make a pair"""
-    steps: Count = 50
-    """sampling steps"""
-    guidance: Guidance = 7.5
-    """classifier-free guidance scale; 1: none"""
-    solver: Literal["ddim", "dpm++"] = "ddim"
-    """sampler"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """type of the weights while sampling"""
-    batch_size: Count = 8
-    """images per batch while sampling"""
-    real: str | None = None
-    """good images, in a file as for `data.labels`, mixed into the chosen ones of every round; null: none"""
-    real_share: float = Field(0.5, gt=0, lt=1)
-    """share of a round's images that are real, where `real` is given"""

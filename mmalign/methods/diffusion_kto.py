@@ -28,6 +28,8 @@ class DiffusionKTOConfig(TimestepRange):
     """weight of the good images"""
     undesirable_weight: float = Field(1.0, gt=0)
     """weight of the bad images"""
+    sft_weight: float = Field(0.0, ge=0)
+    """adds this many times the policy's error on the good images, a mean over all images (a bad one counts 0)"""
 
 
 class DiffusionKTO(Method[DiffusionKTOConfig]):
@@ -43,6 +45,7 @@ class DiffusionKTO(Method[DiffusionKTOConfig]):
         return (
             f"diffusion_kto: beta={c.beta:g}, mean-reduced, no half factor, {c.utility}, weights good "
             f"{c.desirable_weight:g}, bad {c.undesirable_weight:g}"
+            + (f", sft_weight={c.sft_weight:g}" if c.sft_weight else "")
         )
 
     def collect(self, run: Run, batches: Iterable[LabelBatch]) -> list[Centred]:
@@ -69,6 +72,8 @@ class DiffusionKTO(Method[DiffusionKTOConfig]):
             desirable_weight=c.desirable_weight,
             undesirable_weight=c.undesirable_weight,
         ).mean()
+        if c.sft_weight:
+            loss = loss + c.sft_weight * (policy * desirable).mean()
         return LossOutput(loss, label_metrics(gain.detach(), desirable, policy.detach(), point))
 
 

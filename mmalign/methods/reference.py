@@ -3,6 +3,7 @@
 With an adapter the reference is the same network with the adapter switched off, which costs no memory; with full
 fine-tuning it is a frozen copy in the compute precision. Both give the same numbers, and at the start of training
 exactly the policy's: dropout is off, no graph is kept, and the copy rounds only what autocast would round anyway.
+Another model's network may take the place of the copy.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Reference:
         generator: Any,
         kind: Literal["adapter", "copy"],
         *,
+        network: nn.Module | None = None,
         precision: Precision = "fp32",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -41,6 +43,7 @@ class Reference:
         Args:
             generator: the generator that is about to be trained.
             kind: "adapter" if only an adapter will change, "copy" if the network's own weights will.
+            network: of another model, which is frozen instead of a copy.
             precision: of the run; a copy keeps its weights in it.
             autocast: makes the context in which the policy is called too.
 
@@ -52,7 +55,12 @@ class Reference:
         self.generator = generator
         self.autocast = autocast
         self.by_sample = False  # whether `predict` takes one sample at a time, as the policy of a run with `two_pass`
-        self.frozen = _frozen_copy(generator.network, precision) if kind == "copy" else None
+        self.frozen: nn.Module | None = None
+        if network is not None:
+            self.frozen = network.eval().requires_grad_(False)
+            round_frozen(self.frozen, precision)
+        elif kind == "copy":
+            self.frozen = _frozen_copy(generator.network, precision)
         # Listed once, because walking over all modules at every step is slow for small models.
         layers = [] if self.frozen is not None else generator.network.modules()
         self._dropouts = [layer for layer in layers if isinstance(layer, nn.Dropout) and layer.p > 0]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Score = TypeVar("Score", float, "Tensor")
 
+TIE_TOLERANCE = 1e-6
+"""Scores closer than this (absolute, or relative for large ones) tie: float32 rounding must not decide a win."""
 TOTAL = "total"
 """The column of the weighted sum."""
 TEXT_COLUMNS = ("id", "path", "prompt", "error", "stamp")

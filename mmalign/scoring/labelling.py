@@ -28,6 +28,7 @@ from mmalign.scoring.calibration import Merits, frontier_pairs, win_rates
 from mmalign.scoring.choice import WeightedReward, weighted_total
 from mmalign.scoring.engine import Scored, score_items
 from mmalign.scoring.pictures import Picture, check_sampled, sampled_pictures
+from mmalign.scoring.votes import score_by_votes
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -56,11 +57,12 @@ class LabelSettings:
     `best-worst` pairs the best image of a prompt with its worst, the second best with the second worst and so on;
     `bradley-terry` draws pairs at random and draws the winner by that probability, as people vary; `calibrated`
     takes win rates for scores, the mean over the rewards, and draws pairs between the best and the worst frontier
-    (win rates are computed from weight times score over `temperature`). Then every label
+    (win rates are computed from weight times score over `temperature`); `votes` is `best-worst` by the share of won
+    comparisons with the other images of the prompt (`mmalign.scoring.votes`). Then every label
     is flipped with probability `label_noise`. Pairs of equal score are left out, and those closer than `min_margin`.
     """
 
-    mode: Literal["best-worst", "bradley-terry", "calibrated"] = "best-worst"
+    mode: Literal["best-worst", "bradley-terry", "calibrated", "votes"] = "best-worst"
     temperature: float = 1.0
     label_noise: float = 0.0
     min_margin: float = 0.0
@@ -197,9 +199,11 @@ def label_pictures(
     }
     with atomic_parquet(out, PAIR_SCHEMA, described) as writer:
         modality = rewards[0].reward.modality
-        stream = score_items(
-            (picture.item() for picture in pictures), rewards, batch_size=batch_size, modality=modality
-        )
+        items = (picture.item() for picture in pictures)
+        if settings.mode == "votes":
+            stream = score_by_votes(items, rewards, modality=modality)
+        else:
+            stream = score_items(items, rewards, batch_size=batch_size, modality=modality)
         for _, group in groupby(stream, key=lambda scored: scored.item.extra.group):
             members = list(group)
             parts = [_weighted(scored, rewards, counts) for scored in members]
@@ -277,7 +281,7 @@ def _fault(parts: Merits) -> str:
 def _choose(scores: Sequence[float], parts: Merits, name: str, settings: LabelSettings) -> list[tuple[int, int]]:
     """Return index pairs (higher score, lower score) of one prompt's images."""
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    if settings.mode == "best-worst":
+    if settings.mode in ("best-worst", "votes"):
         pairs = [(order[rank], order[-1 - rank]) for rank in range(len(order) // 2)]
     else:
         pairs = list(combinations(order, 2))

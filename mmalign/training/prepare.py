@@ -18,7 +18,6 @@ from mmalign.core.precision import autocast, check_precision
 from mmalign.core.resources import find, resolve_model
 from mmalign.data.sampler import BatchSampler
 from mmalign.methods.base import Method
-from mmalign.methods.reference import Reference
 from mmalign.methods.run import BaseRun
 from mmalign.scoring.choice import WeightedReward
 from mmalign.training.evaluation import Evaluator
@@ -26,6 +25,7 @@ from mmalign.training.models import check_export, load_model, make_trainable, st
 from mmalign.training.output import EXPORT_FILES
 from mmalign.training.plan import check_enough, check_files
 from mmalign.training.recipe import build_method
+from mmalign.training.references import check_reference, make_reference, reference_id
 from mmalign.training.tasks import Task, task_of
 from mmalign.training.tasks.base import Source
 
@@ -64,6 +64,7 @@ def check(config: RunConfig, method: Method[Any], device: Any) -> None:
     resolve_model(config.model)
     if config.adapter.start is not None:
         find(config.adapter.start)
+    check_reference(config, method)
     task_of(config).check(config)
     other = EXPORT_FILES[config.modality, "full" if config.adapter.kind == "lora" else "lora"]
     if (output / other).exists():
@@ -89,9 +90,8 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
     """Return the parts of the run; prints counts of the data."""
     task = task_of(config)
     method, source, model = open_inputs(config, accelerator)
-    model_id = task.model_id(model) + start_id(
-        config
-    )  # now, since encoding may take hours in which the files can change
+    # Now, since encoding may take hours in which the files can change.
+    model_id = task.model_id(model) + start_id(config) + reference_id(config)
     samples, content = task.encode(source, model, config, accelerator, model_id)
     evaluator = task.evaluator(config, model)
     kept = task.free_encoders(model, method)
@@ -102,12 +102,7 @@ def prepare(config: RunConfig, accelerator: Any) -> Prepared:
     cast = partial(autocast, config.trainer.precision, accelerator.device)
     reference = None
     if method.keeps_reference:
-        reference = Reference(
-            model,
-            "adapter" if config.adapter.kind == "lora" and config.adapter.start is None else "copy",
-            precision=config.trainer.precision,
-            autocast=cast,
-        )
+        reference = make_reference(config, model, autocast=cast, device=accelerator.device)
     run = task.make_run(
         model,
         seed=config.trainer.seed,

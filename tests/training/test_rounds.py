@@ -99,13 +99,14 @@ def test_rounds_refuse_what_they_cannot_do(model: str, tmp_path: Path, monkeypat
     [
         ("sft", "{pairs: some.parquet}", r"data.pairs: rounds sample the training data themselves; set it to null"),
         ("ddpo", "{}", r"rounds: method 'ddpo' draws its own samples"),
-        ("diffusion_dpo", "{}", r"rounds.real: method 'diffusion_dpo' learns from pairs, not from good images"),
+        ("diffusion_dpo", "{}", r"rounds.real: real samples of method 'diffusion_dpo' .* give method.sft_weight"),
+        ("inpo", "{}", r"rounds.real: method 'inpo' learns from pairs, not from good images"),
     ],
 )
 def test_config_with_rounds_names_no_data(tmp_path: Path, method: str, data: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     rewards = "rewards: [shapes-correctness]\n" if method == "ddpo" else ""
-    real = ", real: some.parquet" if method == "diffusion_dpo" else ""
+    real = ", real: some.parquet" if method in ("diffusion_dpo", "inpo") else ""
     rounds = f"rounds: {{count: 2, prompts: shapes-train, reward: shapes-correctness{real}}}\n"
     path.write_text(f"model: m\nmethod: {method}\ndata: {data}\noutput: o\n{rewards}{rounds}")
     with pytest.raises(ConfigIssues, match=message):
