@@ -57,7 +57,7 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
     if args.dry_run and config.rounds is not None:
         from mmalign.training.rounds import describe_rounds
 
-        print(f"would train, nothing was written:\n  {describe_rounds(config.rounds)}\n  output     {config.output}")
+        print(f"would train, nothing was written:\n  {describe_rounds(config)}\n  output     {config.output}")
         return 0
     if args.dry_run:
         print(f"would train, nothing was written:\n{plan(config)}\n  output     {config.output}")

@@ -78,8 +78,7 @@ class RoundData:
         from mmalign.scoring.pictures import sampled_pictures
 
         pairs, rounds = folder / PAIRS_FILE, self.rounds
-        mode = "votes" if rounds.votes else "best-worst"
-        labelling = LabelSettings(mode=mode, seed=self.config.trainer.seed)
+        labelling = LabelSettings(mode="votes" if rounds.votes else "best-worst", seed=self.config.trainer.seed)
         sampling = read_metadata(samples).get("settings", {})
         told: dict[str, Any] = {"sampling": {key: one for key, one in sampling.items() if one is not None}}
         if rounds.frames is not None:
@@ -143,6 +142,10 @@ class RoundData:
                 raise UserError(
                     f"rounds.{key}: '{choice.name}' scores images, and the section video trains a video model; give "
                     "rounds.frames, the number of frames of each video that it scores, or a video reward"
+                )
+            if on_frames and self.rounds.votes and getattr(reward_class(choice.name), "compares_pairs", False):
+                raise UserError(
+                    f"rounds.votes: '{choice.name}' compares images, not videos; remove votes to score frames"
                 )
             judged = "image" if on_frames else modality
             check_reward(choice.name, choice.options, [one.text for one in self.prompts], judged)

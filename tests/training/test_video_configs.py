@@ -81,6 +81,8 @@ def test_a_recipe_fits_its_model(models: dict[str, str], folder: Path, tmp_path:
     given += [f"video={{frames: {tiny_frames}, height: {tiny_side}, width: {tiny_side}, fps: 8}}"]
     given += ["trainer.precision=fp32"] + (["flow.text_length=32"] if family in ("wan", "ltx") else [])
     given += ["trainer.batch_size=1", "trainer.gradient_accumulation=1"] if offline else []
+    if config.rounds:
+        given = [f"rounds.prompts={prompts}", *(one for one in given if not one.startswith("data.prompts"))]
     if config.rewards:
         sees = [f"{{name: tiny_runs:Brightness, frames: {one.frames}}}" for one in config.rewards if one.frames]
         given += [f"rewards=[{(sees or ['{name: tiny_runs:Motion}'])[0]}]"]

@@ -153,7 +153,8 @@ def _whole_metrics(folder: Path) -> list[dict[str, Any]]:
     count = (_run_config(folder / rounds.FOLDER).get("rounds") or {}).get("count", 1)
     earlier = [folder / stages.FOLDER / str(stage) for stage in method.get("stages", [])[:-1]]
     earlier += [folder / rounds.FOLDER / str(number) for number in range(1, count)]
-    parts = [*(part / "model" for part in earlier), folder]
+    # Rounds that ended early have the model of the last one in their folder too, with its config.
+    parts = [part / "model" for part in earlier if _run_config(part / "model") != _run_config(folder)] + [folder]
     whole: list[dict[str, Any]] = []
     for part in parts:
         done = {name: max((line[name] for line in whole if name in line), default=0) for name in ("step", *COSTS)}
