@@ -55,8 +55,10 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
 
     _check_evaluation_prompts(config)
     if args.dry_run and config.rounds is not None:
-        from mmalign.training.rounds import describe_rounds
+        from mmalign.training.recipe import complete
+        from mmalign.training.rounds import check_rounds, describe_rounds
 
+        check_rounds(complete(config))
         print(f"would train, nothing was written:\n  {describe_rounds(config)}\n  output     {config.output}")
         return 0
     if args.dry_run:

@@ -15,6 +15,8 @@ def check_rounds(values: dict[str, Any], method: Any) -> Iterator[ConfigIssue]:
     rounds, name = mapping(values, "rounds"), values["method"]["name"] if method else ""
     for source in (one for one in SOURCES if mapping(values, "data").get(one) is not None):
         yield ConfigIssue(("data", source), "rounds sample the training data themselves; set it to null")
+    for key in (one for one in ("axis", "columns", "streaming") if mapping(values, "data").get(one)):
+        yield ConfigIssue(("data", key), "is for pairs of your own, and rounds make theirs; remove it")
     if mapping(values, "adapter").get("start") is not None:
         fix = "would be added again to the model of each of the rounds; merge it first (`mmalign merge`)"
         yield ConfigIssue(("adapter", "start"), f"{fix} and start from that as `model`")

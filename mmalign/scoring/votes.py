@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.core.io.items import Item
-from mmalign.scoring.choice import WeightedReward
-from mmalign.scoring.engine import Scored, decode_ahead
+from mmalign.scoring.choice import TIE_TOLERANCE, WeightedReward
+from mmalign.scoring.engine import BATCH_PIXELS, Scored, decode_ahead
 
 
 def vote_shares(votes: Float[Tensor, "size size"]) -> Float[Tensor, " size"]:
@@ -33,8 +35,14 @@ def score_by_votes(
     """Yield every item with its vote shares among those of its group (`item.extra.group`), in order.
 
     A reward whose class says `compares_pairs = True` is asked about each pair, and asks in both orders itself; of
-    another one the higher score wins. A group with an item that cannot be read is not compared: its shares are 1/2.
-    For a reward of which less is better the share is negative, so that the signed sum counts votes.
+    another one the higher score wins, scores within `TIE_TOLERANCE` tie, and one that is not finite leaves the group
+    without shares (NaN).
+    A group with an item that cannot be read is not compared: its shares are 1/2.
+    For a reward of which less is better the share is negative, so that the signed sum counts votes. In memory are the
+    levels of a group, and as floats no more than `BATCH_PIXELS`, or one pair.
+
+    Raises:
+        RewardError: a reward refuses an item, or gives no answer.
     """
     decoded = decode_ahead(items, modality, ahead)
     for _, group in groupby(decoded, key=lambda one: one[0].extra.group):
@@ -48,26 +56,50 @@ def score_by_votes(
 
 
 def _shares(entry: WeightedReward, media: Sequence[Tensor], prompt: str | None) -> Tensor:
-    reward, size = entry.reward, len(media)
-    levels = [one.to(reward.device).float().div(255) for one in media]
-    if getattr(reward, "compares_pairs", False):
-        first, second = torch.triu_indices(size, size, offset=1).tolist()
-        asked = [prompt or ""] * len(first) if "prompts" in reward.needs else None
-        found = (
-            reward.pairwise(_batch(levels, first), _batch(levels, second), prompts=asked).float().cpu().clamp(-1, 1)
-        )
-        votes = torch.zeros(size, size)
-        votes[first, second], votes[second, first] = found, -found
-        shares = vote_shares(votes)
-    else:
-        scores = reward(levels, prompts=[prompt or ""] * size if "prompts" in reward.needs else None).cpu()
-        shares = vote_shares(
-            (scores.unsqueeze(1) - scores.unsqueeze(0)).sign() * (1 if reward.higher_is_better else -1)
-        )
-    return shares if reward.higher_is_better else -shares
+    compares = getattr(entry.reward, "compares_pairs", False)
+    shares = vote_shares(_judged(entry.reward, media, prompt)) if compares else _scored(entry.reward, media, prompt)
+    return shares if entry.reward.higher_is_better else -shares
 
 
-def _batch(media: Sequence[Tensor], rows: Sequence[int]) -> Tensor | list[Tensor]:
-    """Return media of equal shapes as one batch, others as a list."""
+def _judged(reward: Any, media: Sequence[Tensor], prompt: str | None) -> Float[Tensor, "size size"]:
+    size = len(media)
+    first, second = torch.triu_indices(size, size, offset=1).tolist()
+    found = [
+        reward.pairwise(_levels(reward, media, first[rows]), _levels(reward, media, second[rows]), **asked)
+        for rows, asked in _batches(reward, media, len(first), 2, prompt)
+    ]
+    votes = torch.zeros(size, size)
+    votes[first, second] = torch.cat([one.float().cpu() for one in found]).clamp(-1, 1)
+    return votes - votes.T
+
+
+def _scored(reward: Any, media: Sequence[Tensor], prompt: str | None) -> Float[Tensor, " size"]:
+    found = [
+        reward(_levels(reward, media, range(len(media))[rows]), **asked)
+        for rows, asked in _batches(reward, media, len(media), 1, prompt)
+    ]
+    scores = torch.cat([one.double().cpu() for one in found])
+    own, other = scores.unsqueeze(1), scores.unsqueeze(0)
+    wins = (own - other).sign() * (1 if reward.higher_is_better else -1)
+    ties = torch.isclose(own, other, rtol=TIE_TOLERANCE, atol=TIE_TOLERANCE)
+    return vote_shares(wins.masked_fill(ties, 0.0)).where(scores.isfinite().all(), math.nan)
+
+
+def _batches(
+    reward: Any, media: Sequence[Tensor], count: int, sides: int, prompt: str | None
+) -> Iterator[tuple[slice, dict[str, list[str]]]]:
+    """Yield the rows of a call, of `count` in all with so many media in each, and the prompts that it is given."""
+    pixels = sides * max(one.numel() for one in media) // 3
+    most = max(1, min(reward.batch_size, BATCH_PIXELS // pixels))
+    for start in range(0, count, most):
+        stop = min(start + most, count)
+        asked = {"prompts": [prompt or ""] * (stop - start)} if "prompts" in reward.needs else {}
+        yield slice(start, stop), asked
+
+
+def _levels(reward: Any, media: Sequence[Tensor], rows: Sequence[int]) -> Tensor | list[Tensor]:
+    """Return media in [0, 1] on the reward's device: of equal shapes as one batch, others as a list."""
     chosen = [media[row] for row in rows]
-    return torch.stack(chosen) if len({one.shape for one in chosen}) == 1 else chosen
+    if len({one.shape for one in chosen}) == 1:
+        return torch.stack(chosen).to(reward.device).float().div_(255)
+    return [one.to(reward.device).float().div_(255) for one in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ from mmalign.core.errors import UserError
 from mmalign.core.resources import resolve_model
 from mmalign.methods.reference import Reference
 from mmalign.training.tasks import task_of
-from pipelines.load import family_of, fingerprint_model, is_adapter
+from pipelines.components import component_config
+from pipelines.load import family_of, fingerprint_model, is_adapter, process_of
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
@@ -31,14 +33,32 @@ def check_reference(config: RunConfig, method: Method[Any]) -> None:
     path, own = resolve_model(config.reference), resolve_model(config.model)
     if is_adapter(path):
         raise UserError(f"reference {config.reference} is an adapter; merge it first: `mmalign merge`")
-    if not (Path(path).is_dir() and Path(own).is_dir()):
-        return  # those of a hub id are compared when they are fetched
+    if not (Path(path).is_dir() and Path(own).is_dir()) or is_adapter(own):
+        return  # those of a hub id are compared when they are loaded, and to train an adapter is refused there
     other, family = family_of(path, resolve_model), family_of(own, resolve_model)
     if other is not family:
         raise UserError(
             f"reference {config.reference} is of the family '{other.family}', and model {config.model} of"
             f" '{family.family}'; choose a reference of the model's family"
         )
+    different = _different(*(component_config(Path(one), family.network_name) for one in (path, own)))
+    if not family.is_flow and not different:
+        different = _different(
+            *({"prediction": getattr(process_of(one, resolve_model), "prediction", None)} for one in (path, own))
+        )
+    if different:
+        raise UserError(
+            f"reference {config.reference} differs from model {config.model} in {different}; choose a reference of"
+            " the model's shape"
+        )
+
+
+def _different(reference: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Return the first key on which two configurations disagree, with both values; empty where there is none."""
+    for key in (one for one in own if one in reference and one != "sample_size" and not one.startswith("_")):
+        if reference[key] != own[key]:
+            return f"{key} ({reference[key]} and {own[key]})"
+    return ""
 
 
 def reference_id(config: RunConfig) -> str:
@@ -63,9 +83,9 @@ def make_reference(config: RunConfig, model: Any, *, autocast: Any, device: Any)
         switched = adapter.kind == "lora" and (of_base or adapter.start is None)
         return Reference(model, "adapter" if switched else "copy", precision=precision, autocast=autocast)
     other = task_of(config).load_model(config, resolve_model(config.reference), device)
-    if other.latent_shape != model.latent_shape:
+    if type(other) is not type(model) or other.latent_shape != model.latent_shape:
         raise UserError(
-            f"reference {config.reference} has latents {list(other.latent_shape)}, and model {config.model}"
-            f" {list(model.latent_shape)}; choose a reference that was made of the model"
+            f"reference {config.reference} is of '{other.family}' with latents {list(other.latent_shape)}, and model"
+            f" {config.model} of '{model.family}' with {list(model.latent_shape)}; choose one of the model's shape"
         )
     return Reference(model, "copy", network=other.network, precision=precision, autocast=autocast)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,13 @@ class RoundData:
         self.prompts = load_prompts(self.rounds.prompts, self.rounds.limit)
         self.choices = self._check(self.rounds.reward, "reward")
         self.trusted = self._check(self.rounds.trusted, "trusted") if self.rounds.trusted else []
-        self.real = read_labels(self.rounds.real, config.data, good_only=True) if self.rounds.real else None
+        unfiltered = config.data.model_copy(update={"min_margin": None})  # which is of the rounds' own pairs
+        self.real = read_labels(self.rounds.real, unfiltered, good_only=True) if self.rounds.real else None
+        if self.real is not None and not math.isnan(self.real[0].fps[0]):
+            raise UserError(
+                f"rounds.real {self.rounds.real}: states rates of its videos, which do not go with them into a round; "
+                "give files that hold their rates, such as MP4, without the columns of rates"
+            )
 
     def sample(self, model: str, folder: Path, number: int) -> Path:
         """Complete the samples of a round and return their file; `model` is a directory, an adapter's or a Hub id."""
@@ -79,17 +86,20 @@ class RoundData:
 
         pairs, rounds = folder / PAIRS_FILE, self.rounds
         labelling = LabelSettings(mode="votes" if rounds.votes else "best-worst", seed=self.config.trainer.seed)
-        sampling = read_metadata(samples).get("settings", {})
+        sampling, count = read_metadata(samples).get("settings", {}), open_parquet(samples).metadata.num_rows
         told: dict[str, Any] = {"sampling": {key: one for key, one in sampling.items() if one is not None}}
-        if rounds.frames is not None:
-            told["frames"] = rounds.frames
-        if options := {choice.label: dict(choice.options) for choice in self.choices if choice.options}:
-            told["options"] = options
-        weights = [{"name": one.label, "weight": _weight(one)} for one in self.choices]
-        if pairs.is_file() and read_metadata(pairs) == {"rewards": weights, "labelling": asdict(labelling), **told}:
+        told |= {"samples": count, **self._choice_of(self.choices)}
+        # By names, not labels: `compare` finds here what a model was trained on.
+        told["rewards"] = [{"name": one.name, "weight": _weight(one)} for one in self.choices]
+        if pairs.is_file():
+            _check_same(
+                {"samples": count, **read_metadata(pairs)},
+                {"labelling": asdict(labelling), **told},
+                pairs,
+            )
             return pairs
         rewards = self._load(self.choices)
-        with track(open_parquet(samples).metadata.num_rows, "label") as job:
+        with track(count, "label") as job:
             counts = label_pictures(
                 sampled_pictures(samples),
                 rewards,
@@ -119,7 +129,8 @@ class RoundData:
 
         file, rounds = folder / AGREEMENT_FILE, self.rounds
         table = read_pairs(str(pairs), self.config.data)
-        of = {"trusted": rounds.trusted, "frames": rounds.frames, "pairs": len(table), "made": read_metadata(pairs)}
+        of: dict[str, Any] = {"trusted": rounds.trusted, "pairs": len(table), "made": read_metadata(pairs)}
+        of |= self._choice_of(self.trusted)
         if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["of"] == of:
             return Share(found["agreement"], found["scored"])
         with track(2 * len(table), "check") as job:
@@ -143,13 +154,26 @@ class RoundData:
                     f"rounds.{key}: '{choice.name}' scores images, and the section video trains a video model; give "
                     "rounds.frames, the number of frames of each video that it scores, or a video reward"
                 )
-            if on_frames and self.rounds.votes and getattr(reward_class(choice.name), "compares_pairs", False):
+            if (
+                on_frames
+                and self.rounds.votes
+                and key == "reward"
+                and getattr(reward_class(choice.name), "compares_pairs", False)
+            ):
                 raise UserError(
                     f"rounds.votes: '{choice.name}' compares images, not videos; remove votes to score frames"
                 )
             judged = "image" if on_frames else modality
             check_reward(choice.name, choice.options, [one.text for one in self.prompts], judged)
         return choices
+
+    def _choice_of(self, choices: list[Choice]) -> dict[str, Any]:
+        """Return what labels and their names do not say of rewards: frames, classes and options."""
+        chosen = {
+            one.label: {"name": one.name, **one.options} for one in choices if one.options or one.name != one.label
+        }
+        frames = {} if self.rounds.frames is None else {"frames": self.rounds.frames}
+        return frames | ({"choices": json.loads(json.dumps(chosen, default=str))} if chosen else {})
 
     def _load(self, choices: list[Choice]) -> list[WeightedReward]:
         from mmalign.scoring.choice import WeightedReward
@@ -161,6 +185,20 @@ class RoundData:
             return on_frames(reward, None if reward.modality == self.config.modality else self.rounds.frames)
 
         return [WeightedReward(one.label, _weight(one), load(one)) for one in choices]
+
+
+def _check_same(found: dict[str, Any], asked: dict[str, Any], pairs: Path) -> None:
+    """Refuse pairs that were labelled otherwise: models may have been trained on them, and would be kept.
+
+    Raises:
+        UserError: see above.
+    """
+    different = [key for key in sorted({*found, *asked}) if found.get(key) != asked.get(key)]
+    if different:
+        raise UserError(
+            f"{pairs} was made with other settings ({', '.join(different)}); choose another output, start again with "
+            "--resume never, or go back to them"
+        )
 
 
 def _weight(choice: Choice) -> float:

@@ -15,18 +15,21 @@ from mmalign.config.run import dump_config
 from mmalign.config.sections import AdapterConfig
 from mmalign.core.files import write_atomically
 from mmalign.core.progress import note
+from mmalign.training.accelerator import make_accelerator
 from mmalign.training.chain import check_chain, train_once
 from mmalign.training.family import check_family
 from mmalign.training.models import whole_model
 from mmalign.training.output import CHECKPOINTS, CONFIG_FILE
+from mmalign.training.prepare import check
 from mmalign.training.recipe import build_method, set_aside
-from mmalign.training.references import check_reference
 from mmalign.training.round_pairs import RoundData
 
 if TYPE_CHECKING:
     from mmalign.config.run import RunConfig
 
 FOLDER = "rounds"
+ROUNDING = 1e-9
+"""Of a difference of shares: a fall by exactly `trusted_drop` is allowed."""
 
 
 class _Start(NamedTuple):
@@ -50,6 +53,18 @@ def describe_rounds(config: RunConfig) -> str:
     )
 
 
+def check_rounds(config: RunConfig) -> RoundData:
+    """Check what can be checked before anything is sampled or a weight is read, and return what makes the data.
+
+    Raises:
+        UserError, RewardError: the model, the reference, prompts, rewards or real samples cannot be used.
+    """
+    method = build_method(config)
+    check_family(config)
+    check(config, method, make_accelerator(config, watched=False).device)
+    return RoundData(config)
+
+
 def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
     """Train `config.rounds.count` times and return the folder of the last model, `config.output`.
 
@@ -62,9 +77,7 @@ def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
     rounds, output = config.rounds, Path(config.output)
     assert rounds is not None
     check_chain(resume, "rounds", "sample and label")
-    check_family(config)
-    check_reference(config, build_method(config))
-    data = RoundData(config)
+    data = check_rounds(config)
     if resume == "never":
         set_aside(output / FOLDER)
     note(describe_rounds(config))
@@ -80,7 +93,7 @@ def train_in_rounds(config: RunConfig, resume: str = "auto") -> Path:
                 f"{rounds.trusted} orders {100 * share.value:.1f} % (standard error {100 * share.standard_error:.1f}) "
                 f"of {share.pairs} pairs as {rounds.reward}"
             )
-            if share.value < first - rounds.trusted_drop:
+            if first - share.value > rounds.trusted_drop + ROUNDING:
                 note(
                     f"stopped before the training of round {number}: that is {100 * (first - share.value):.1f} points "
                     f"below round 1, and rounds.trusted_drop allows {100 * rounds.trusted_drop:g}; the output is the "

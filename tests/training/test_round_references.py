@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,18 @@ def test_references_that_do_not_fit_are_refused(model: str, tmp_path: Path) -> N
     wan = build_tiny_wan(tmp_path / "wan")
     with pytest.raises(UserError, match=r"of the family 'wan', and model .* of 'sd'"):
         train(config.model_copy(update={"reference": wan}))
+    other = tmp_path / "v-prediction"
+    shutil.copytree(model, other)
+    scheduler = other / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": "v_prediction"}))
+    with pytest.raises(
+        UserError, match=r"in prediction \(v_prediction and epsilon\); choose a reference of the model"
+    ):
+        train(config.model_copy(update={"reference": str(other)}))
+    unet = other / "unet" / "config.json"
+    unet.write_text(json.dumps({**json.loads(unet.read_text()), "cross_attention_dim": 7}))
+    with pytest.raises(UserError, match=r"in cross_attention_dim \(7 and "):
+        train(config.model_copy(update={"reference": str(other)}))
     adapter = train(run_config(model, pairs, tmp_path / "adapter", steps=1))
     with pytest.raises(UserError, match="is an adapter; merge it first"):
         train(config.model_copy(update={"reference": str(adapter)}))
@@ -126,6 +140,7 @@ def test_references_that_do_not_fit_are_refused(model: str, tmp_path: Path) -> N
         ({"reference": "other", "rounds": {}}, "reference: rounds have references of their own"),
         ({"rounds": {"frames": 2}}, "rounds.frames: is for image rewards on video models"),
         ({"rounds": {"trusted_drop": 0.1}}, "rounds: .*trusted_drop is for a trusted reward"),
+        ({"rounds": {}, "data": {"axis": "VQ"}}, "data.axis: is for pairs of your own, and rounds make theirs"),
         ({"rounds": {}, "adapter": {"start": "some"}}, "adapter.start: would be added again to the model of each"),
         (
             {"method": {"name": "diffusion_dpo", "sft_weight": 0.1}, "data": {"rarity": 1.0}, "rounds": {"real": "a"}},

@@ -49,6 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rate = {"fps_A": 8, "num_frames_A": 9, "fps_B": 8, "num_frames_B": 9}
         labels.append({"path_A": better, "path_B": worse, "prompt": f"{index} cats", **votes, **rate})
     (made / "pairs.jsonl").write_text("\n".join(pairs))
+    (made / "real.jsonl").write_text('{"video": "0-w.mp4", "caption": "a cat", "label": "good"}\n')
+    (made / "critic.yaml").write_text("rewards: [{name: tiny_runs:Motion, label: critic, options: {batch_size: 2}}]\n")
     with (made / "videoalign.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, labels[0])
         writer.writeheader()
@@ -64,7 +66,10 @@ def test_every_family_has_recipes_and_the_guide_lists_them() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (not name.endswith("/diffusion_dpo"))) for name in NAMES],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (not name.endswith(("/diffusion_dpo", "_rounds"))))
+        for name in NAMES
+    ],
 )
 def test_a_recipe_fits_its_model(models: dict[str, str], folder: Path, tmp_path: Path, name: str) -> None:
     config, family = load_config(name), name.split("/")[0]
@@ -83,6 +88,9 @@ def test_a_recipe_fits_its_model(models: dict[str, str], folder: Path, tmp_path:
     given += ["trainer.batch_size=1", "trainer.gradient_accumulation=1"] if offline else []
     if config.rounds:
         given = [f"rounds.prompts={prompts}", *(one for one in given if not one.startswith("data.prompts"))]
+        given += [f"rounds.real={folder / 'real.jsonl'}", f"rounds.reward={folder / 'critic.yaml'}"]
+        gone = ["rounds.trusted=tiny_runs:Brightness"]  # scores images, and rounds.frames is not given
+        assert main(["train", name, *given, *gone, "--dry-run"]) == 2
     if config.rewards:
         sees = [f"{{name: tiny_runs:Brightness, frames: {one.frames}}}" for one in config.rewards if one.frames]
         given += [f"rewards=[{(sees or ['{name: tiny_runs:Motion}'])[0]}]"]

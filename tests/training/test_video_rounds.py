@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from tiny_models import build_tiny_sd
 from tiny_runs import BRIGHTNESS, Motion, losses, run_config
 from tiny_videos import GEOMETRY, build_tiny_wan, write_clip
 
-from mmalign.config.run import RunConfig, dump_config
+from mmalign.compare.systems.facts import find_trained_on, read_system
+from mmalign.config.run import RunConfig, dump_config, load_config
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.parquet import read_metadata
@@ -73,9 +73,7 @@ def rounds_config(
     return run_config(wan, prompts, folder / "out", method, steps=2, **sections)
 
 
-def test_two_rounds_of_videos_go_on_where_they_were_broken_off(
-    wan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_rounds_of_videos_go_on_where_they_were_broken_off(wan: str, tmp_path: Path) -> None:
     whole = train(rounds_config(wan, tmp_path / "whole", trusted=MOTION))
     first, second = whole / "rounds" / "1", whole / "rounds" / "2"
     written = yaml.safe_load((whole / "config.yaml").read_text())
@@ -87,23 +85,16 @@ def test_two_rounds_of_videos_go_on_where_they_were_broken_off(
     agreed = json.loads((second / "agreement.json").read_text())
     assert (agreed["agreement"], agreed["scored"]) == (1.0, 2)  # of the labels' own reward
 
-    label, labelled = RoundData.label, []
-
-    def stop_in_the_second(self: RoundData, samples: Path, folder: Path) -> Path:
-        labelled.append(folder)
-        if len(labelled) == 2:
-            raise KeyboardInterrupt
-        return label(self, samples, folder)
-
-    monkeypatch.setattr(RoundData, "label", stop_in_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        train(rounds_config(wan, tmp_path / "broken", trusted=MOTION))
-    monkeypatch.setattr(RoundData, "label", label)
-    sampled = tmp_path / "broken" / "out" / "rounds" / "2" / "samples" / "images.parquet"
-    before = sampled.stat().st_mtime_ns
-    resumed = train(rounds_config(wan, tmp_path / "broken", trusted=MOTION))
-    assert sampled.stat().st_mtime_ns == before
-    assert losses(resumed) == losses(whole) and set(losses(whole)) == {1, 2}
+    # Broken off after the second round had drawn, and called again: it labels, measures and trains the same.
+    expected, sampled = losses(whole), second / "samples" / "images.parquet"
+    before = [path.stat().st_mtime_ns for path in (sampled, first / "model" / "metrics.jsonl")]
+    for path in (second / "pairs.parquet", second / "agreement.json", *whole.iterdir()):
+        if path.name != "rounds":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(rounds_config(wan, tmp_path / "whole", trusted=MOTION))
+    assert [path.stat().st_mtime_ns for path in (sampled, first / "model" / "metrics.jsonl")] == before
+    assert losses(whole) == expected and set(expected) == {1, 2}
+    assert json.loads((second / "agreement.json").read_text()) == agreed
 
 
 @pytest.mark.slow
@@ -132,7 +123,7 @@ def test_rounds_end_where_the_trusted_reward_no_longer_agrees(
 
     shares = iter([agreement.Share(0.9, 100), agreement.Share(0.88, 100), agreement.Share(0.86, 100)])
     monkeypatch.setattr(agreement, "share_in_order", lambda *given, **named: next(shares))
-    config = rounds_config(wan, tmp_path, count=4, trusted=MOTION)
+    config = rounds_config(wan, tmp_path, count=3, trusted=MOTION)
     output = train(config)
     said = capsys.readouterr().err
     assert "orders 90.0 % (standard error 3.0) of 100 pairs" in said
@@ -143,8 +134,15 @@ def test_rounds_end_where_the_trusted_reward_no_longer_agrees(
     assert (output / name).read_bytes() == (kept / name).read_bytes()
     assert not (output / "rounds" / "3" / "model").exists() and not (output / "checkpoints").exists()
     assert load_generator(str(output), device="cpu", video=VideoOptions(**GEOMETRY)).has_adapter
+    assert [step for step, _ in read_system("out", str(output), 1.0).curves["loss"]] == [1, 2, 3, 4]
     assert train(config) == output  # measured already, and so is the end
     assert "the output is the model of round 2" in capsys.readouterr().err
+    # Where more is allowed, the third round is trained in place of the copy, from its first step.
+    assert config.rounds is not None
+    train(config.model_copy(update={"rounds": config.rounds.model_copy(update={"trusted_drop": 0.04})}))
+    assert load_config(output / "config.yaml").model == str(output / "rounds" / "2" / "merged")
+    assert (output / name).read_bytes() != (kept / name).read_bytes()
+    assert set(losses(output)) == {1, 2} and losses(output) != losses(kept)
 
 
 def test_comparisons_and_frames_label_videos(wan: str, tmp_path: Path) -> None:
@@ -169,6 +167,12 @@ def test_comparisons_and_frames_label_videos(wan: str, tmp_path: Path) -> None:
     assert read_metadata(pairs)["frames"] == 2
     before = pairs.stat().st_mtime_ns
     assert framed.label(samples, tmp_path / "3").stat().st_mtime_ns == before
+    for changed, said in (({"frames": 1}, "frames"), ({"images_per_prompt": 2, "frames": 2}, "samples")):
+        other = RoundData(rounds_config(wan, tmp_path, BRIGHTNESS, **{"images_per_prompt": 3, **changed}))
+        if said == "samples":
+            samples = other.sample(wan, tmp_path / "4", 1)
+        with pytest.raises(UserError, match=rf"made with other settings \(.*{said}.*--resume never"):
+            other.label(samples, tmp_path / "3")
     with pytest.raises(UserError, match=r"rounds.reward: '.*Brightness' scores images.* give rounds.frames"):
         RoundData(rounds_config(wan, tmp_path, BRIGHTNESS))
     with pytest.raises(UserError, match=r"judges videos, and there are only images"):
@@ -182,8 +186,13 @@ def test_real_videos_are_mixed_in(wan: str, tmp_path: Path, method: dict[str, An
     clips = [write_clip(folder / f"{number}.mp4", seed=number) for number in range(2)]
     lines = [{"video": clip.name, "caption": "a real star", "label": "good"} for clip in clips]
     (folder / "real.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    config = rounds_config(wan, tmp_path, method=method, count=1, real=str(folder / "real.jsonl"), real_share=0.6)
+    critic = tmp_path / "critic.yaml"
+    critic.write_text(f"rewards: [{{name: '{MOTION}', label: critic, options: {{batch_size: 2}}}}]")
+    config = rounds_config(
+        wan, tmp_path, str(critic), method, count=1, real=str(folder / "real.jsonl"), real_share=0.6
+    )
     output = train(config)
+    assert find_trained_on(str(output)) == ([MOTION], "")
     written = yaml.safe_load((output / "config.yaml").read_text())["data"]
     mixed = output / "rounds" / "1" / "mixed.parquet"
     assert written["pairs" if method["name"] == "diffusion_dpo" else "labels"] == str(mixed)
@@ -194,11 +203,3 @@ def test_real_videos_are_mixed_in(wan: str, tmp_path: Path, method: dict[str, An
         assert all(one.chosen == one.rejected for one in real)
     assert set(losses(output)) == {1, 2}
     shutil.rmtree(output)
-
-
-def test_shares_of_votes_are_means_of_wins() -> None:
-    from mmalign.scoring.votes import vote_shares
-
-    nan = float("nan")
-    votes = torch.tensor([[0.0, 1.0, 0.5], [-1.0, 0.0, nan], [-0.5, nan, 0.0]])
-    assert vote_shares(votes).tolist() == [(1.0 + 0.75) / 2, (0.0 + 0.5) / 2, (0.25 + 0.5) / 2]
