@@ -57,11 +57,14 @@ def add_geometry_arguments(parser: argparse.ArgumentParser) -> Any:
     return videos
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, needs_prompts: bool = True) -> None:
     """Declare the arguments of all commands that sample images from one model."""
     parser.add_argument("model", metavar="MODEL", help="model directory, directory of a training run, or hub id")
     parser.add_argument(
-        "--prompts", required=True, metavar="NAME|FILE|TEXT", help="a built-in set, a file, or the prompt itself"
+        "--prompts",
+        required=needs_prompts,
+        metavar="NAME|FILE|TEXT",
+        help="a built-in set, a file, or the prompt itself",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument("--limit", type=positive, metavar="N", help="use only the first N prompts")

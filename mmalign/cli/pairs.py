@@ -18,11 +18,11 @@ from mmalign.cli.generate import (
     add_sampling_arguments,
     not_negative,
     positive,
-    read_prompts,
     read_sampling,
 )
 from mmalign.cli.pair_source import add_source_arguments, read_source
 from mmalign.cli.perturb_videos import add_video_arguments, perturb_videos, refuse_video_options
+from mmalign.cli.real_media import add_real_arguments, read_prompts_or_media
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
 from mmalign.core.progress import note, track
@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign pairs sample`, `label` and `perturb`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="sample|label|perturb")
     sample = actions.add_parser("sample", help="generate several images or videos a prompt, in DIR/images.parquet")
-    add_sampling_arguments(sample)
+    add_sampling_arguments(sample, needs_prompts=False)
     add_geometry_arguments(sample)
+    add_real_arguments(sample)
     sample.add_argument(
         "--images-per-prompt",
         type=positive,
@@ -142,7 +143,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
-    prompts = read_prompts(args.prompts, args.limit)
+    videos = sampling.makes_videos()
+    prompts, unusable = read_prompts_or_media(args, "video" if videos else "image")
     model, fingerprint = sampling.identity()
     from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
 
@@ -158,6 +160,7 @@ def _sample(args: argparse.Namespace) -> int:
         image_size=sampling.image_size,
         video=None if sampling.video is None else sampling.video.sampling,
         seed=args.seed,
+        strength=args.strength,
     )
     counts = sample_images(
         sampling.open,
@@ -166,10 +169,15 @@ def _sample(args: argparse.Namespace) -> int:
         settings,
         images_per_prompt=args.images_per_prompt,
         batch_size=args.batch_size,
+        unusable=unusable,
     )
     repeated = f" ({counts.repeated_prompts} repeated ones left out)" if counts.repeated_prompts else ""
-    made = "videos" if sampling.makes_videos() else "images"
-    print(f"{counts.images} {made} ({counts.new} new) of {counts.prompts} prompts{repeated}: {args.out / IMAGES_FILE}")
+    made = "videos" if videos else "images"
+    of = "prompts" if args.real is None else f"real {made}"
+    lost = f" ({counts.unusable} that cannot be used left out)" if counts.unusable else ""
+    print(
+        f"{counts.images} {made} ({counts.new} new) of {counts.prompts} {of}{repeated}{lost}: {args.out / IMAGES_FILE}"
+    )
     return 0
 
 
