@@ -11,6 +11,7 @@ Run the same command again to generate only what is missing.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from dataclasses import fields
@@ -235,3 +236,14 @@ def not_negative(text: str) -> int:
     if not _DIGITS.fullmatch(text):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """Read a number of seconds above 0, as an argument type."""
+    try:
+        length = float(text)
+    except ValueError:
+        length = 0.0
+    if not 0 < length < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0")
+    return length

@@ -9,7 +9,9 @@ videos, again to resume it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +21,7 @@ from mmalign.cli.generate import (
     not_negative,
     positive,
     read_sampling,
+    seconds,
 )
 from mmalign.cli.pair_source import add_source_arguments, read_source
 from mmalign.cli.perturb_videos import add_video_arguments, perturb_videos, refuse_video_options
@@ -65,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reward", required=True, metavar="R,R2:0.5", help="rewards, each with an optional weight (default 1)"
     )
     label.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="file to write the pairs to")
+    label.add_argument(
+        "--segments",
+        type=seconds,
+        metavar="SECONDS",
+        help="score and label segments of videos of this length apart, for `diffusion_dpo` (DenseDPO: 1)",
+    )
     modes = ("best-worst", "bradley-terry", "calibrated")
     label.add_argument(
         "--mode",
@@ -86,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="M",
-        help="drop pairs whose scores differ by less than M (default %(default)s)",
+        help="drop pairs whose scores differ by less than M; of segments, make them ties (default %(default)s)",
     )
     label.add_argument(
         "--pairs-per-prompt", type=positive, default=1, metavar="K", help="pairs for each prompt (default %(default)s)"
@@ -204,10 +213,19 @@ def _label(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     weights, source = parse_rewards(args.reward), _to_label(args)
+    pictures = iter(source.pictures)
+    label: Callable[..., Any] = labelling.label_pictures
+    if args.segments is not None:
+        from mmalign.scoring.segments import check_segments, label_segments
+
+        for first in islice(pictures, 1):
+            check_segments(first, settings, list(weights), args.segments)
+            pictures = chain([first], pictures)
+        label = partial(label_segments, seconds=args.segments)
     rewards = load_weighted_rewards(weights, source.prompts)
     with track(source.images, "label") as job:
-        counts = labelling.label_pictures(
-            source.pictures,
+        counts = label(
+            pictures,
             rewards,
             args.out,
             settings,
