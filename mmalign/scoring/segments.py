@@ -85,7 +85,7 @@ def check_segments(first: Picture, settings: LabelSettings, names: Sequence[str]
 
     Raises:
         UserError: the mode is ``calibrated``; a reward judges images, or needs more frames than a segment has; or the
-            video is one segment, or has no rate.
+            video has no rate.
     """
     if settings.mode == "calibrated":
         raise UserError("--mode calibrated compares whole videos; with --segments take best-worst or bradley-terry")
@@ -98,10 +98,7 @@ def check_segments(first: Picture, settings: LabelSettings, names: Sequence[str]
         return
     spans = cut_spans(len(levels), rate, seconds)
     if len(spans) == 1:
-        raise UserError(
-            f"--segments {seconds:g}: the first video lasts {spans[0].end:g} s, one segment; give shorter ones, or "
-            "leave --segments out"
-        )
+        note(f"--segments {seconds:g}: the first video lasts {spans[0].end:g} s, so it is one segment")
     frames = min(span.last - span.first for span in spans)
     for name in names:
         least = reward_class(name).least_frames

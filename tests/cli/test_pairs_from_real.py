@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -91,6 +93,21 @@ def test_strength_0_is_the_clip_through_the_autoencoder_and_1_is_plain_sampling(
     keys = ("prompt", "seed", "image")
     found = [[{key: row[key] for key in keys} for row in rows_of(tmp_path / name)] for name in ("noise", "plain")]
     assert found[0] == found[1]
+
+
+def test_tables_and_tars_of_clips_give_the_same_samples(wan: str, clips: Path, tmp_path: Path) -> None:
+    files = [(clips / f"{name}.mp4").read_bytes() for name in "ab"]
+    table = pa.table({"video": files, "caption": list(CAPTIONS[:2])})
+    pq.write_table(table, tmp_path / "clips.parquet", row_group_size=1)
+    with tarfile.open(tmp_path / "clips.tar.gz", "w:gz") as archive:
+        for path in sorted(clips.glob("[ab].*")):
+            archive.add(path, path.name)
+    found = []
+    for source in (tmp_path / "clips.parquet", tmp_path / "clips.tar.gz"):
+        assert sample(wan, tmp_path / f"from {source.name}", "--from", str(source), *SIZE, "--limit", "2") == 0
+        rows = rows_of(tmp_path / f"from {source.name}")
+        found.append([{name: value for name, value in row.items() if name != "source"} for row in rows])
+    assert [row["prompt"] for row in found[0]] == [CAPTIONS[0]] * 2 + [CAPTIONS[1]] * 2 and found[0] == found[1]
 
 
 def test_an_interrupted_sampling_keeps_what_is_drawn(

@@ -134,13 +134,19 @@ def test_close_segments_are_ties_and_noise_flips_segments(tmp_path: Path, capsys
     assert "no pair is left to write (0 pairs from 0 of 16 prompts; " in " ".join(capsys.readouterr().err.split())
 
 
-def test_existing_pairs_are_labelled_by_segments(tmp_path: Path) -> None:
-    rows = [{"prompt": "p", "chosen": moving([0, 2]), "rejected": moving([4, 0]), "id": "pair-1"}]
+def test_existing_pairs_of_any_length_are_labelled_by_segments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": "short", "chosen": moving([2]), "rejected": moving([0]), "id": "pair-0"},
+        {"prompt": "p", "chosen": moving([0, 2]), "rejected": moving([4, 0]), "id": "pair-1"},
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "given.parquet")
     assert label(tmp_path / "given.parquet", tmp_path / "out.parquet", "--segments", "1") == 0
     table = read_pairs(str(tmp_path / "out.parquet"), DataConfig(pairs="-"))
-    assert table.ids == ["pair-1"] and table[0].chosen == rows[0]["rejected"]
-    assert [one.label for one in table.clip(0).segments] == [1, -1]
+    assert "the first video lasts 1 s, so it is one segment" in " ".join(capsys.readouterr().err.split())
+    assert table.ids == ["pair-0", "pair-1"] and table[1].chosen == rows[1]["rejected"]
+    assert [[one.label for one in table.clip(index).segments] for index in range(2)] == [[1], [1, -1]]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +155,6 @@ def test_existing_pairs_are_labelled_by_segments(tmp_path: Path) -> None:
         (("--segments", "0.25"), "block-motion", "a segment has 1 of 8 frames, and reward 'block-motion' needs at"),
         (("--segments", "0.5"), "motion-smoothness", "a segment has 2 of 8 frames, and reward 'motion-smoothness'"),
         (("--segments", "0.1"), "block-motion", "segments of 0.1 s hold less than a frame at 4 a second"),
-        (("--segments", "2"), "block-motion", "the first video lasts 2 s, one segment; give shorter ones"),
         (("--segments", "1"), "jpeg-compressibility", "reward 'jpeg-compressibility' judges images"),
         (("--segments", "1", "--mode", "calibrated"), "block-motion", "--mode calibrated compares whole videos"),
         (("--segments", "nan"), "block-motion", "'nan' is not a number of seconds above 0"),
