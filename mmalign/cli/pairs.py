@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
 def _sample(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
     videos = sampling.makes_videos()
-    prompts, unusable = read_prompts_or_media(args, "video" if videos else "image")
+    prompts, unusable = read_prompts_or_media(args, sampling)
     model, fingerprint = sampling.identity()
     from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
 

@@ -9,6 +9,7 @@ from mmalign.cli.generate import read_prompts
 from mmalign.core.errors import UserError
 
 if TYPE_CHECKING:
+    from mmalign.api.generate import Sampling
     from mmalign.data.building.real_media import Unusable
     from mmalign.data.prompts import Prompt
 
@@ -35,13 +36,14 @@ def add_real_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_prompts_or_media(args: argparse.Namespace, modality: str) -> tuple[list[Prompt], Unusable]:
+def read_prompts_or_media(args: argparse.Namespace, sampling: Sampling) -> tuple[list[Prompt], Unusable]:
     """Return the prompts, or with `--from` real media with their captions, and counts of those that cannot be used.
 
     Sets `args.strength` to its bounds, None without `--from`.
 
     Raises:
-        UserError: options exclude each other or are out of range, or there are no media.
+        UserError: options exclude each other or are out of range, the model only starts from noise, or there are no
+            media.
     """
     from mmalign.data.building.real_media import Unusable, real_media
 
@@ -57,9 +59,14 @@ def read_prompts_or_media(args: argparse.Namespace, modality: str) -> tuple[list
         raise UserError(f"--strength {low:g} {high:g}: give two numbers with 0 <= LOW <= HIGH <= 1")
     if args.solver != "ddim":
         raise UserError(f"--solver {args.solver} starts from noise only; with --from take ddim")
+    if sampling.only_draws():
+        raise UserError(
+            f"--from: {args.model} is drawn by diffusers' own pipeline, which starts from noise; choose a model of "
+            "the families"
+        )
     args.strength = (low, high)
 
     from mmalign.scoring.inputs import find_items
 
-    items = find_items([args.real], modality).items
-    return list(real_media(items, unusable, args.limit)), unusable
+    items = find_items([args.real], "video" if sampling.makes_videos() else "image").items
+    return [*real_media(items, unusable, args.limit)], unusable

@@ -191,3 +191,12 @@ def test_options_that_do_not_fit_are_one_line(
 ) -> None:
     assert sample(wan, tmp_path / "out", *(option.format(clips=clips) for option in options), *SIZE) == 2
     assert said in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_that_only_draws_is_refused_by_its_index(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sana").mkdir()
+    (tmp_path / "sana" / "model_index.json").write_text(json.dumps({"_class_name": "SanaPipeline"}))
+    assert sample(str(tmp_path / "sana"), tmp_path / "out", "--from", str(clips)) == 2
+    assert "which starts from noise; choose a model of the families" in " ".join(capsys.readouterr().err.split())

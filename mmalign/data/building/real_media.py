@@ -98,18 +98,10 @@ class StartReader:
     """Reads and encodes real media as training does: frames at the model's rate, resized to cover it, cropped."""
 
     def __init__(self, generator: Any, seed: int, bounds: tuple[float, float], unusable: Unusable) -> None:
-        """Take the geometry of the model, and what `drawn_strength` takes.
+        """Take the geometry of a model of the families, and what `drawn_strength` takes.
 
         `unusable` counts media that cannot be read or are too short.
-
-        Raises:
-            UserError: the model is a pipeline outside of the families, which only draws.
         """
-        if not hasattr(generator, "encode"):
-            raise UserError(
-                f"--from: {generator.name_or_path} is drawn by diffusers' own pipeline, which starts from noise; "
-                "choose a model of the families"
-            )
         self._generator, self._seed, self._bounds, self._unusable = generator, seed, bounds, unusable
         self._video = generator.modality == "video"
         shape = generator.media_shape if self._video else (1, 3, *[generator.image_size] * 2)
