@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
+    from pipelines.editing import sdedit, start_step
     from pipelines.errors import PipelineError
     from pipelines.flow import Density, FlowOptions
     from pipelines.generator import Generator
@@ -63,7 +64,9 @@ __all__ = [
     "ode",
     "sample",
     "sample_with_gradient",
+    "sdedit",
     "seeded_noise",
+    "start_step",
     "wan_sde",
 ]
 
@@ -90,6 +93,8 @@ _HOMES = {
     "load_vlm": "vlm.load",
     "media_features": "vlm.features",
     "sample_with_gradient": "gradient_sampling",
+    "sdedit": "editing",
+    "start_step": "editing",
 } | dict.fromkeys(
     ("KERNELS", "Kernel", "cps", "dance", "ddim", "flow_sde", "named_kernel", "ode", "wan_sde"), "kernels"
 )

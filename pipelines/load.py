@@ -129,6 +129,13 @@ def makes_videos(name_or_path: str | Path, resolve: Callable[[str], str] = str) 
 
 
 @explain_loading
+def only_draws(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> bool:
+    """Say whether `load_drawer` would load a pipeline outside of our families, by its index; no weight is read."""
+    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
+    return not issubclass(_kind(_read(name, INDEX), name), Generator)
+
+
+@explain_loading
 def process_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> NoiseProcess | None:
     """Return the noise process of the model that `load_generator` would load, by its scheduler; no weight is read.
 

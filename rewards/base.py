@@ -73,7 +73,8 @@ class Reward(nn.Module, ABC):
     if scores of different versions are not comparable; `derived_from` names rewards that this one is a function of: a
     model trained on those counts as trained on this; `batch_invariant=False` (a score depends on the rest of the
     batch) switches micro-batches off; `grouped`: of that, it depends on the other images of its prompt alone;
-    `fixed_size` is the side in pixels where images of no other size are read. `batch_size` is the micro-batch.
+    `fixed_size` is the side in pixels where images of no other size are read, `least_frames` how many frames a video
+    must have. `batch_size` is the micro-batch.
     `device` defaults to CUDA where there is one.
     """
 
@@ -92,6 +93,7 @@ class Reward(nn.Module, ABC):
     citation: str = ""
     files: tuple[Weights, ...] = ()
     fixed_size: ClassVar[int | None] = None
+    least_frames: ClassVar[int] = 1
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class BlockMotion(Reward):
     modality = "video"
     range = (0.0, UNIT * REACH * math.sqrt(2))
     licence = "Apache-2.0"
+    least_frames = 2
 
     def score(
         self,
@@ -52,7 +53,7 @@ class BlockMotion(Reward):
         references: Sequence[Tensor] | None,
     ) -> Float[Tensor, " batch"]:
         """Average the motion of neighbouring frames."""
-        if media.shape[1] < 2:
+        if media.shape[1] < self.least_frames:
             raise RewardError("block-motion: a video of 1 frame; at least 2 are needed")
         grey = _standardised(_small(media.mean(2)))
         lengths = torch.stack([block_lengths(video[:-1], video[1:]) for video in grey])

@@ -34,6 +34,7 @@ class FrameConsistency(Reward):
     licence = "Apache-2.0; embeddings: their own"
     source = "those of the reward that embeds, `clip` by default"
     citation = CITATION
+    least_frames = 2
 
     def __init__(self, *, by: Any = "clip", batch_size: int = 4, **options: Any) -> None:
         """Load the reward that embeds."""
@@ -51,7 +52,7 @@ class FrameConsistency(Reward):
         references: Sequence[Tensor] | None,
     ) -> Float[Tensor, " batch"]:
         """Compare the embeddings of every frame with those of its predecessor and of the first."""
-        if media.shape[1] < 2:
+        if media.shape[1] < self.least_frames:
             raise RewardError("frame-consistency: a video of 1 frame; at least 2 are needed")
         features = self.inner.media_embeddings(media.flatten(0, 1))
         return consistency(features.unflatten(0, media.shape[:2]))

@@ -52,7 +52,6 @@ class VBenchReward(Reward):
     licence = "Apache-2.0 (VBench)"
     citation = CITATION
     dimension: ClassVar[str] = ""
-    least_frames: ClassVar[int] = 1
 
     def __init__(self, *, normalise: bool = False, batch_size: int = 4, **options: Any) -> None:
         """normalise: rescale as VBench's leaderboard does, by the bounds of the dimension."""

@@ -79,6 +79,7 @@ class VideoAlign(CrossEncoderReward):
     licence = "MIT (code); weights: see their card; Apache-2.0 (Qwen2-VL)"
     source = f"{SOURCE}; {BASE}"
     citation = "Liu et al. 2025, arXiv:2501.13918"
+    least_frames = 2
 
     def __init__(
         self,

@@ -117,6 +117,7 @@ class MotionSmoothness(Reward):
     licence = "none of its own; interpolator: its own"
     source = "its interpolator"
     citation = "Huang et al. 2024, VBench, arXiv:2311.17982"
+    least_frames = 3
 
     def __init__(self, *, interpolator: Any, batch_size: int = 4, **options: Any) -> None:
         """Find the interpolator."""
@@ -138,7 +139,7 @@ class MotionSmoothness(Reward):
         references: Sequence[Tensor] | None,
     ) -> Float[Tensor, " batch"]:
         """Compare odd frames with those interpolated between even ones."""
-        if media.shape[1] < 3:
+        if media.shape[1] < self.least_frames:
             raise RewardError(f"motion-smoothness: a video of {media.shape[1]} frames; at least 3 are needed")
         even = media[:, ::2]
         true = media[:, 1 : 2 * even.shape[1] - 2 : 2]

@@ -158,6 +158,16 @@ class Sampling:
 
         return makes_videos(resolve_model(self.model), resolve_model)
 
+    def only_draws(self) -> bool:
+        """Say whether the model is a pipeline outside of our families, by its index.
+
+        Raises:
+            UserError, PipelineError: there is no such model.
+        """
+        from pipelines.load import only_draws
+
+        return only_draws(resolve_model(self.model), resolve_model)
+
     def identity(self) -> tuple[str, str]:
         """Return the model's name for people and a fingerprint of its weights, an extra adapter's included.
 

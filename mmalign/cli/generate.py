@@ -11,6 +11,7 @@ Run the same command again to generate only what is missing.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from dataclasses import fields
@@ -57,11 +58,14 @@ def add_geometry_arguments(parser: argparse.ArgumentParser) -> Any:
     return videos
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, needs_prompts: bool = True) -> None:
     """Declare the arguments of all commands that sample images from one model."""
     parser.add_argument("model", metavar="MODEL", help="model directory, directory of a training run, or hub id")
     parser.add_argument(
-        "--prompts", required=True, metavar="NAME|FILE|TEXT", help="a built-in set, a file, or the prompt itself"
+        "--prompts",
+        required=needs_prompts,
+        metavar="NAME|FILE|TEXT",
+        help="a built-in set, a file, or the prompt itself",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument("--limit", type=positive, metavar="N", help="use only the first N prompts")
@@ -232,3 +236,14 @@ def not_negative(text: str) -> int:
     if not _DIGITS.fullmatch(text):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """Read a number of seconds above 0, as an argument type."""
+    try:
+        length = float(text)
+    except ValueError:
+        length = 0.0
+    if not 0 < length < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0")
+    return length

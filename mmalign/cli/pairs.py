@@ -9,7 +9,9 @@ videos, again to resume it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,11 +20,12 @@ from mmalign.cli.generate import (
     add_sampling_arguments,
     not_negative,
     positive,
-    read_prompts,
     read_sampling,
+    seconds,
 )
 from mmalign.cli.pair_source import add_source_arguments, read_source
 from mmalign.cli.perturb_videos import add_video_arguments, perturb_videos, refuse_video_options
+from mmalign.cli.real_media import add_real_arguments, read_prompts_or_media
 from mmalign.core.errors import UserError
 from mmalign.core.files import check_output
 from mmalign.core.progress import note, track
@@ -35,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmalign pairs sample`, `label` and `perturb`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="sample|label|perturb")
     sample = actions.add_parser("sample", help="generate several images or videos a prompt, in DIR/images.parquet")
-    add_sampling_arguments(sample)
+    add_sampling_arguments(sample, needs_prompts=False)
     add_geometry_arguments(sample)
+    add_real_arguments(sample)
     sample.add_argument(
         "--images-per-prompt",
         type=positive,
@@ -64,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reward", required=True, metavar="R,R2:0.5", help="rewards, each with an optional weight (default 1)"
     )
     label.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="file to write the pairs to")
+    label.add_argument(
+        "--segments",
+        type=seconds,
+        metavar="SECONDS",
+        help="score and label segments of videos of this length apart, for `diffusion_dpo` (DenseDPO: 1)",
+    )
     modes = ("best-worst", "bradley-terry", "calibrated")
     label.add_argument(
         "--mode",
@@ -85,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="M",
-        help="drop pairs whose scores differ by less than M (default %(default)s)",
+        help="drop pairs whose scores differ by less than M; of segments, make them ties (default %(default)s)",
     )
     label.add_argument(
         "--pairs-per-prompt", type=positive, default=1, metavar="K", help="pairs for each prompt (default %(default)s)"
@@ -142,7 +152,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
-    prompts = read_prompts(args.prompts, args.limit)
+    videos = sampling.makes_videos()
+    prompts, unusable = read_prompts_or_media(args, sampling)
     model, fingerprint = sampling.identity()
     from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
 
@@ -158,6 +169,7 @@ def _sample(args: argparse.Namespace) -> int:
         image_size=sampling.image_size,
         video=None if sampling.video is None else sampling.video.sampling,
         seed=args.seed,
+        strength=args.strength,
     )
     counts = sample_images(
         sampling.open,
@@ -166,10 +178,15 @@ def _sample(args: argparse.Namespace) -> int:
         settings,
         images_per_prompt=args.images_per_prompt,
         batch_size=args.batch_size,
+        unusable=unusable,
     )
     repeated = f" ({counts.repeated_prompts} repeated ones left out)" if counts.repeated_prompts else ""
-    made = "videos" if sampling.makes_videos() else "images"
-    print(f"{counts.images} {made} ({counts.new} new) of {counts.prompts} prompts{repeated}: {args.out / IMAGES_FILE}")
+    made = "videos" if videos else "images"
+    of = "prompts" if args.real is None else f"real {made}"
+    lost = f" ({counts.unusable} that cannot be used left out)" if counts.unusable else ""
+    print(
+        f"{counts.images} {made} ({counts.new} new) of {counts.prompts} {of}{repeated}{lost}: {args.out / IMAGES_FILE}"
+    )
     return 0
 
 
@@ -196,10 +213,19 @@ def _label(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     weights, source = parse_rewards(args.reward), _to_label(args)
+    pictures = iter(source.pictures)
+    label: Callable[..., Any] = labelling.label_pictures
+    if args.segments is not None:
+        from mmalign.scoring.segments import check_segments, label_segments
+
+        for first in islice(pictures, 1):
+            check_segments(first, settings, list(weights), args.segments)
+            pictures = chain([first], pictures)
+        label = partial(label_segments, seconds=args.segments)
     rewards = load_weighted_rewards(weights, source.prompts)
     with track(source.images, "label") as job:
-        counts = labelling.label_pictures(
-            source.pictures,
+        counts = label(
+            pictures,
             rewards,
             args.out,
             settings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -45,23 +45,15 @@ def score_items(
 ) -> Generator[Scored, None, None]:
     """Yield every item with its scores, in order.
 
-    Items are decoded by `workers` threads, two batches ahead of the rewards; or one after the other by this thread,
-    where the rewards compute on a CPU with as many threads as it has cores, which keep all cores busy even while they
-    wait. A batch is `batch_size` media, or fewer where they are large. An item that cannot be decoded, lacks a prompt
+    Items are decoded by `workers` threads, two batches ahead of the rewards, where `decode_beside` uses threads. A
+    batch is `batch_size` media, or fewer where they are large. An item that cannot be decoded, lacks a prompt
     that a reward needs, or is refused by a reward comes with its error; the others of its batch come with their
     scores.
     """
     needs_prompt = next((entry.name for entry in rewards if "prompts" in entry.reward.needs), None)
     batch: list[tuple[Item, Tensor | str]] = []
     pixels = 0
-    on_cpu = all(entry.reward.device.type == "cpu" for entry in rewards)
-    overlap = not on_cpu or torch.get_num_threads() < (os.cpu_count() or 1)
-    decoding = (
-        decode_ahead(items, modality, 2 * batch_size, workers, frames)
-        if overlap
-        else ((item, _decode(*_read(item), modality, frames)) for item in items)
-    )
-    for item, decoded in decoding:
+    for item, decoded in decode_beside(rewards, items, modality, 2 * batch_size, _reader(modality, frames), workers):
         if needs_prompt is not None and item.prompt is None and isinstance(decoded, Tensor):
             decoded = f"has no prompt, and reward '{needs_prompt}' needs one"
         batch.append((item, decoded))
@@ -73,22 +65,46 @@ def score_items(
         yield from _score_batch(batch, rewards)
 
 
+def decode_beside(
+    rewards: Sequence[WeightedReward],
+    items: Iterable[Item],
+    modality: str,
+    ahead: int,
+    reader: Callable[[Any], Any],
+    workers: int | None = None,
+) -> Iterator[tuple[Item, Any]]:
+    """Yield items, in order, with what `reader` makes of their bytes or path, or the error as text.
+
+    They are decoded by `workers` threads, `ahead` of them in advance; or one after the other by this thread, where the
+    rewards compute on a CPU with as many threads as it has cores, which keep all cores busy even while they wait.
+    """
+    on_cpu = all(entry.reward.device.type == "cpu" for entry in rewards)
+    if on_cpu and torch.get_num_threads() >= (os.cpu_count() or 1):
+        return ((item, _decode(*_read(item), modality, reader)) for item in items)
+    return decode_ahead(items, modality, ahead, workers, reader=reader)
+
+
 def decode_ahead(
     items: Iterable[Item],
     modality: str,
     ahead: int,
     workers: int | None = None,
     frames: Frames = ALL_FRAMES,
-) -> Iterator[tuple[Item, Tensor | str]]:
-    """Yield items, in order, with their 8-bit tensor or the error; `ahead` of them are decoded in advance."""
+    reader: Callable[[Any], Any] | None = None,
+) -> Iterator[tuple[Item, Any]]:
+    """Yield items, in order, with their 8-bit tensor, or the error as text; `ahead` of them are decoded in advance.
+
+    `reader` replaces the decoder of 8-bit tensors: it is called with the bytes or the path, in a thread.
+    """
+    reader = reader or _reader(modality, frames)
     coming = iter(items)
     workers = workers or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        pending: deque[tuple[Item, Future[Tensor | str]]] = deque()
+        pending: deque[tuple[Item, Future[Any]]] = deque()
 
         def start(count: int) -> None:
             for item in islice(coming, count):
-                pending.append((item, pool.submit(_decode, *_read(item), modality, frames)))
+                pending.append((item, pool.submit(_decode, *_read(item), modality, reader)))
 
         start(ahead)
         try:
@@ -110,13 +126,17 @@ def _read(item: Item) -> tuple[Any, str]:
         return None, _reason(error)
 
 
-def _decode(media: Any, failed: str, modality: str, frames: Frames) -> Tensor | str:
+def _reader(modality: str, frames: Frames) -> Callable[[Any], Any]:
+    return lambda media: decode(media, modality, frames)
+
+
+def _decode(media: Any, failed: str, modality: str, reader: Callable[[Any], Any]) -> Any:
     if failed:
         return failed
     if isinstance(media, Path) and not exists(media):
         return "no such file"
     try:
-        return decode(media, modality, frames)
+        return reader(media)
     except Exception as error:  # decoders of untrusted bytes raise anything
         return f"unreadable {modality} ({_reason(error)})"
 
@@ -136,12 +156,12 @@ def _score_batch(batch: Sequence[tuple[Item, Tensor | str]], rewards: Sequence[W
             done[index] = Scored(item, {}, decoded)
     for members in groups.values():
         levels = torch.stack([batch[index][1] for index in members])  # type: ignore[misc]
-        scored = _score_group([batch[index][0] for index in members], levels, rewards)
+        scored = score_group([batch[index][0] for index in members], levels, rewards)
         done |= dict(zip(members, scored, strict=True))
     yield from (done[index] for index in range(len(batch)))
 
 
-def _score_group(items: list[Item], levels: Tensor, rewards: Sequence[WeightedReward]) -> list[Scored]:
+def score_group(items: list[Item], levels: Tensor, rewards: Sequence[WeightedReward]) -> list[Scored]:
     """Score media of one size; if a reward refuses them, one by one, so that only the faulty ones have no score."""
     try:
         return _score_media(items, levels, rewards)
@@ -153,7 +173,7 @@ def _score_group(items: list[Item], levels: Tensor, rewards: Sequence[WeightedRe
         reason = f"too large for the memory ({' x '.join(map(str, levels.shape[:0:-1][:2]))} pixels)"
     if len(items) == 1:
         return [Scored(items[0], {}, reason)]
-    return [_score_group([item], levels[index : index + 1], rewards)[0] for index, item in enumerate(items)]
+    return [score_group([item], levels[index : index + 1], rewards)[0] for index, item in enumerate(items)]
 
 
 def _is_memory(error: Exception) -> bool:

@@ -250,16 +250,16 @@ def _label_prompt(
     else:
         scores = [sum(row) for row in parts]
     kept_before, reason = counts.kept, TIE
-    for better, worse in _choose(scores, parts, group[0].group, settings):
+    for better, worse in choose_pairs(scores, parts, group[0].group, settings):
         margin = scores[better] - scores[worse]
         if margin == 0 or margin < settings.min_margin:
             counts.pairs_left_out += 1
             reason = CLOSE if margin else reason
             continue
         name = group[0].pair or content_key(group[better].uid, group[worse].uid)[:16]
-        chosen, rejected = (worse, better) if _is_upset(margin, name, settings) else (better, worse)
+        chosen, rejected = (worse, better) if is_upset(margin, name, settings) else (better, worse)
         sides = (chosen, rejected) if uniform(settings.seed, "side", name) < 0.5 else (rejected, chosen)
-        writer.add(_pair_row([(group[i], scores[i], float(i == chosen)) for i in sides], name))
+        writer.add(pair_row([(group[i], scores[i], float(i == chosen)) for i in sides], name))
         counts.kept += 1
         counts.flipped += group[chosen].chosen is False
         counts.decided += counts.relabelled and group[chosen].chosen is None
@@ -278,7 +278,7 @@ def _fault(parts: Merits) -> str:
     return "" if all(math.isfinite(part) for row in parts for part in row) else NOT_FINITE
 
 
-def _choose(scores: Sequence[float], parts: Merits, name: str, settings: LabelSettings) -> list[tuple[int, int]]:
+def choose_pairs(scores: Sequence[float], parts: Merits, name: str, settings: LabelSettings) -> list[tuple[int, int]]:
     """Return index pairs (higher score, lower score) of one prompt's images."""
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     if settings.mode in ("best-worst", "votes"):
@@ -291,8 +291,8 @@ def _choose(scores: Sequence[float], parts: Merits, name: str, settings: LabelSe
     return pairs[: settings.pairs_per_prompt]
 
 
-def _is_upset(margin: float, name: str, settings: LabelSettings) -> bool:
-    """Tell whether the image of lower score is labelled as preferred."""
+def is_upset(margin: float, name: str, settings: LabelSettings) -> bool:
+    """Tell whether the side of lower score is labelled as preferred."""
     flipped = uniform(settings.seed, "noise", name) < settings.label_noise
     if settings.mode != "bradley-terry":
         return flipped
@@ -300,7 +300,8 @@ def _is_upset(margin: float, name: str, settings: LabelSettings) -> bool:
     return flipped != (uniform(settings.seed, "preference", name) < upset_probability)
 
 
-def _pair_row(sides: Sequence[tuple[Picture, float, float]], name: str) -> dict[str, Any]:
+def pair_row(sides: Sequence[tuple[Picture, float, float]], name: str) -> dict[str, Any]:
+    """Return the row of a pair: for each side in turn its picture, its score, and 1 where it is the better one."""
     row: dict[str, Any] = {"caption": sides[0][0].prompt, "has_label": True, "ranking_id": name}
     for number, (picture, score, label) in enumerate(sides):
         row |= {

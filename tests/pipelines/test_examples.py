@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("module", ["generator", "kernels", "load", "noise", "sampling"])
+@pytest.mark.parametrize("module", ["generator", "editing", "kernels", "load", "noise", "sampling"])
 def test_examples_run(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = doctest.testmod(importlib.import_module(f"pipelines.{module}"))

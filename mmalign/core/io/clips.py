@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,3 +84,17 @@ def read_clip(
     levels, _ = decode_video(media, own, fps)
     (total, rate), (height, width) = own.seen, levels.shape[-2:]
     return levels, ClipSource(total, rate, width, height)
+
+
+def clip_changes(sources: Iterable[ClipSource], rule: ClipRule) -> list[str]:
+    """Return, in words, how many clips lost frames or changed their speed when `rule` took its frames."""
+    found: Counter[str] = Counter()
+    own = rule.fps
+    for source in sources:
+        step = rule.step(source.fps)
+        found[f"thinned to {own:g} frames a second"] += step > 1
+        found["without a rate, taken as the model's"] += source.fps is None
+        slow = source.fps is not None and own is not None and source.fps < own * (1 - SAME_RATE)
+        found[f"of fewer than {own:g} frames a second, which the model plays faster"] += slow
+        found[f"cut to the first {rule.frames / (own or 1):g} s"] += math.ceil(source.frames / step) > rule.frames
+    return [f"{count} {what}" for what, count in found.items() if count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.core.errors import UserError
+from mmalign.data.building.real_media import Start
 from mmalign.data.prompts import Prompt
 from pipelines.conditioning import Conditioning
 
@@ -32,6 +34,7 @@ def generate_images(
     eta: float = 0.0,
     solver: str = "ddim",
     batch_size: int = 8,
+    start: Callable[[int], Start | None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[GeneratedImage]:
     """Yield an image for every prompt and seed: all seeds of the first prompt, then of the second, and so on.
@@ -40,6 +43,8 @@ def generate_images(
     (model, settings, prompt, seed) alone, up to the rounding of kernels that differ between batch sizes; so that these
     differ as little as possible, a short last batch is filled up and the surplus discarded. Each distinct
     prompt is encoded once and forgotten after its last use. `progress` is called with the number of images newly made.
+    `start`, called once with the place of each prompt, tells where its images start in the place of pure noise; those
+    of a prompt for which it is None are left out. A batch then holds images of one prompt.
 
     Raises:
         UserError: the numbers of prompts and of seed sequences differ, or batch_size is not positive.
@@ -49,7 +54,7 @@ def generate_images(
     texts = [prompt.text if isinstance(prompt, Prompt) else prompt for prompt in prompts]
     jobs = [(index, seed) for index, own in enumerate(_per_prompt(seeds, len(texts))) for seed in own]
     return _generate(
-        generator, texts, jobs, batch_size, progress, steps=steps, guidance=guidance, eta=eta, solver=solver
+        generator, texts, jobs, batch_size, start, progress, steps=steps, guidance=guidance, eta=eta, solver=solver
     )
 
 
@@ -67,35 +72,69 @@ def _generate(
     texts: list[str],
     jobs: list[tuple[int, int]],
     batch_size: int,
+    start: Callable[[int], Start | None] | None,
     progress: Callable[[int], None] | None,
     **settings: Any,
 ) -> Iterator[GeneratedImage]:
     draw = _drawing(generator, [texts[index] for index, _ in jobs])
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
-        surplus = batch_size - len(batch) if start else 0
-        filled = batch + [batch[-1]] * surplus
+    before = 0
+    for batch, done, beginning in _batches(jobs, batch_size, start):
+        # A short batch is filled up, except where a batch is the images of one prompt.
+        filled = batch + batch[-1:] * (batch_size - len(batch) if before and beginning is None else 0)
         prompts, seeds = [texts[index] for index, _ in filled], [seed for _, seed in filled]
-        images = draw(prompts, seeds, start + len(batch), settings)[: len(batch)]
+        images: Sequence[Tensor] = list(draw(prompts, seeds, done, settings, beginning))[: len(batch)] if batch else []
         if progress is not None:
-            progress(len(batch))
+            progress(done - before)
+        before = done
         for (index, seed), image in zip(batch, images, strict=True):
             yield GeneratedImage(index, seed, image)
 
 
-def _drawing(
-    generator: Any, texts_of_jobs: list[str]
-) -> Callable[[list[str], list[int], int, dict[str, Any]], Tensor]:
+def _batches(
+    jobs: list[tuple[int, int]], batch_size: int, start: Callable[[int], Start | None] | None
+) -> Iterator[tuple[list[tuple[int, int]], int, Start | None]]:
+    """Yield each batch, how many jobs there are up to its end, and where it starts; an empty one for jobs left out."""
+    if start is None:
+        yield from ((batch, done, None) for batch, done in _cut(jobs, batch_size, 0))
+        return
+    done = 0
+    for index, own in groupby(jobs, key=lambda job: job[0]):
+        members, beginning = list(own), start(index)
+        if beginning is not None:
+            yield from ((batch, end, beginning) for batch, end in _cut(members, batch_size, done))
+        done += len(members)
+        if beginning is None:
+            yield [], done, None
+
+
+def _cut(jobs: list[tuple[int, int]], size: int, before: int) -> Iterator[tuple[list[tuple[int, int]], int]]:
+    for at in range(0, len(jobs), size):
+        yield jobs[at : at + size], before + min(at + size, len(jobs))
+
+
+Draw = Callable[[list[str], list[int], int, dict[str, Any], Start | None], Tensor]
+
+
+def _drawing(generator: Any, texts_of_jobs: list[str]) -> Draw:
     """Return how a batch is drawn: by our sampler, or by the pipeline itself where it is outside our families."""
-    from pipelines import sample
+    from pipelines import sample, sdedit
 
     encoder = _PromptMemory(generator, texts_of_jobs)
 
-    def by_sampler(prompts: list[str], seeds: list[int], jobs_done: int, settings: dict[str, Any]) -> Tensor:
-        latents = sample(generator, encoder.take(prompts, jobs_done), seeds=seeds, **settings).latents
+    def by_sampler(
+        prompts: list[str], seeds: list[int], jobs_done: int, settings: dict[str, Any], start: Start | None
+    ) -> Tensor:
+        cond = encoder.take(prompts, jobs_done)
+        if start is None:
+            latents = sample(generator, cond, seeds=seeds, **settings).latents
+        else:
+            clean = start.latents.expand(len(seeds), *start.latents.shape)
+            latents = sdedit(generator, cond, clean, strength=start.strength, seeds=seeds, **settings).latents
         return generator.decode(latents).float().cpu()
 
-    def by_itself(prompts: list[str], seeds: list[int], jobs_done: int, settings: dict[str, Any]) -> Tensor:
+    def by_itself(
+        prompts: list[str], seeds: list[int], jobs_done: int, settings: dict[str, Any], start: Start | None
+    ) -> Tensor:
         return generator.draw(prompts, seeds, **settings)
 
     return by_itself if hasattr(generator, "draw") else by_sampler

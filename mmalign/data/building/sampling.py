@@ -17,9 +17,16 @@ from mmalign.core.io.images import encode_png
 from mmalign.core.io.parquet import ForwardReader, atomic_parquet, iterate_columns, read_metadata
 from mmalign.core.io.video_files import encode_video
 from mmalign.core.lock import locked_output
-from mmalign.core.progress import track
+from mmalign.core.progress import note, track
 from mmalign.core.seeds import derive_seed
 from mmalign.data.building.generation import GeneratedImage, generate_images
+from mmalign.data.building.real_media import (
+    RealMedium,
+    StartReader,
+    Unusable,
+    drawn_strength,
+    medium_id,
+)
 from mmalign.data.prompts import Prompt
 
 IMAGES_FILE = "images.parquet"
@@ -37,7 +44,8 @@ SCHEMA = pa.schema(
         ("model", pa.string()),
     ]
 )
-COLUMNS = tuple(SCHEMA.names)
+FROM_REAL = (pa.field("source", pa.string()), pa.field("strength", pa.float64()))
+"""Columns of images that started from real media."""
 Key = tuple[str, int]
 """(prompt_id, seed): the key of an image in its file."""
 
@@ -49,7 +57,8 @@ class SampleSettings:
     `fingerprint` identifies the model's content (and an extra adapter's), so that a retrained model of the same name
     is told from the old one; `model` is its name, for readers. `flow` names what was chosen for a flow model;
     `image_size` is the side of the images in pixels where it is not the model's own; `video` is the geometry of videos
-    where it is not.
+    where it is not. `strength` bounds the noise of images that start from real media, a share of the levels drawn for
+    each medium.
     """
 
     model: str
@@ -64,21 +73,30 @@ class SampleSettings:
     flow: str | None = None
     image_size: int | None = None
     video: str | None = None
+    strength: tuple[float, float] | None = None
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the file."""
+        return SCHEMA if self.strength is None else pa.schema([*SCHEMA, *FROM_REAL])
 
 
 @dataclass(frozen=True)
 class SampleCounts:
-    """The number of images in all, and of those made by this call."""
+    """The number of images in all, and of those made by this call; `unusable` real media are left out."""
 
     prompts: int
     repeated_prompts: int
     images: int
     new: int
+    unusable: int = 0
 
 
-def prompt_id(text: str) -> str:
-    """Return 16 hexadecimal digits that identify a prompt, the same in every file."""
-    return content_key(text)[:16]
+def prompt_id(prompt: str | Prompt) -> str:
+    """Return 16 hexadecimal digits that identify a prompt, or one with its real medium, the same in every file."""
+    if isinstance(prompt, RealMedium):
+        return medium_id(prompt)
+    return content_key(prompt.text if isinstance(prompt, Prompt) else prompt)[:16]
 
 
 def sample_images(
@@ -89,6 +107,7 @@ def sample_images(
     *,
     images_per_prompt: int = 4,
     batch_size: int = 8,
+    unusable: Unusable | None = None,
 ) -> SampleCounts:
     """Complete `out/images.parquet`: `images_per_prompt` images for each distinct prompt, grouped by prompt.
 
@@ -97,14 +116,17 @@ def sample_images(
     parts are kept in `out/parts` until all are there, so an interrupted call can be resumed, and a call with more
     prompts or images adds to the finished ones. `open_generator` is called only if an image is missing.
 
+    Where `settings` have a strength, the prompts are `RealMedium`, the images of each start from it, and `source` and
+    the `strength` drawn for it are columns too. A medium that cannot be read is left out and added to `unusable`.
+
     Raises:
-        UserError: `out` holds images made with other settings, another process writes there, or images_per_prompt is
-            not positive.
+        UserError: `out` holds images made with other settings, another process writes there, images_per_prompt is
+            not positive, or no real medium can be used.
     """
     if images_per_prompt < 1:
         raise UserError(f"images_per_prompt {images_per_prompt}: must be at least 1")
     with locked_output(out):
-        return _complete(open_generator, prompts, out, settings, images_per_prompt, batch_size)
+        return _complete(open_generator, prompts, out, settings, images_per_prompt, batch_size, unusable or Unusable())
 
 
 def _complete(
@@ -114,10 +136,11 @@ def _complete(
     settings: SampleSettings,
     images_per_prompt: int,
     batch_size: int,
+    unusable: Unusable,
 ) -> SampleCounts:
     unique: dict[str, Prompt] = {}
     for prompt in prompts:
-        unique.setdefault(prompt_id(prompt.text), prompt)
+        unique.setdefault(prompt_id(prompt), prompt)
     wanted = {
         name: [derive_seed(settings.seed, "image", prompt.text, number) for number in range(images_per_prompt)]
         for name, prompt in unique.items()
@@ -128,12 +151,23 @@ def _complete(
     todo = [(unique[name], seeds) for name, seeds in missing.items() if seeds]
     new = sum(len(seeds) for _, seeds in todo)
     total = images_per_prompt * len(wanted)
+    lacking, known = 0, unusable.count
     if todo:
         with track(total, "sample", initial=total - new) as job:
-            _generate_parts(open_generator(), todo, out / PARTS_FOLDER, settings, batch_size, job.advance)
+            generator = open_generator()
+            bounds = settings.strength
+            reader = None if bounds is None else StartReader(generator, settings.seed, bounds, unusable)
+            lacking = new - _generate_parts(
+                generator, todo, out / PARTS_FOLDER, settings, batch_size, reader, job.advance
+            )
+        if reader is not None and (changes := reader.report()):
+            note(changes)
     if (out / PARTS_FOLDER).is_dir():
         _merge(out, wanted, settings)
-    return SampleCounts(len(wanted), len(prompts) - len(unique), total, new)
+    if lacking and lacking == total:
+        raise UserError(f"{out}: none of {unusable.count} real images or videos can be used")
+    used = len(wanted) - (unusable.count - known)
+    return SampleCounts(used, len(prompts) - len(unique), total - lacking, new - lacking, unusable.count)
 
 
 def _existing_files(out: Path, settings: SampleSettings) -> list[Path]:
@@ -152,7 +186,8 @@ def _existing_files(out: Path, settings: SampleSettings) -> list[Path]:
 
 
 def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "model"}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return {name: value for name, value in plain.items() if name != "model"}
 
 
 def _index(files: Sequence[Path]) -> dict[Key, tuple[Path, int]]:
@@ -173,9 +208,10 @@ def _generate_parts(
     folder: Path,
     settings: SampleSettings,
     batch_size: int,
+    reader: StartReader | None,
     progress: Callable[[int], None],
-) -> None:
-    """Make the missing images and write a part every few hundred of them, or every minute."""
+) -> int:
+    """Make the missing images and write a part every few hundred of them, or every minute; return their number."""
     images = generate_images(
         generator,
         [prompt for prompt, _ in todo],
@@ -185,36 +221,47 @@ def _generate_parts(
         eta=settings.eta,
         solver=settings.solver,
         batch_size=batch_size,
+        start=None if reader is None else lambda index: reader(todo[index][0]),
         progress=progress,
     )
+    made = 0
     rows: list[dict[str, Any]] = []
     written = time.monotonic()
     try:
         for item in images:
-            rows.append(_row(todo[item.prompt_index][0], item, settings.model, getattr(generator, "fps", None)))
+            rows.append(_row(todo[item.prompt_index][0], item, settings, getattr(generator, "fps", None)))
+            made += 1
             if len(rows) >= PART_ROWS or time.monotonic() - written > PART_SECONDS:
                 _write_part(folder, rows, settings)
                 rows, written = [], time.monotonic()
     finally:  # finished images are kept on Ctrl-C too
         if rows:
             _write_part(folder, rows, settings)
+    return made
 
 
-def _row(prompt: Prompt, item: GeneratedImage, model: str, fps: float | None) -> dict[str, Any]:
+def _row(prompt: Prompt, item: GeneratedImage, settings: SampleSettings, fps: float | None) -> dict[str, Any]:
     made = item.image
+    real = {}
+    if isinstance(prompt, RealMedium) and settings.strength is not None:
+        strength = drawn_strength(prompt, settings.seed, settings.strength)
+        real = {"source": prompt.name, "strength": strength}
     return {
         "prompt": prompt.text,
         "category": prompt.category,
-        "prompt_id": prompt_id(prompt.text),
+        "prompt_id": prompt_id(prompt),
         "seed": item.seed,
         "image": encode_png(made) if fps is None else encode_video(made, fps),
-        "model": model,
+        "model": settings.model,
+        **real,
     }
 
 
 def _write_part(folder: Path, rows: Sequence[Mapping[str, Any]], settings: SampleSettings) -> None:
     taken = [int(path.stem) for path in folder.glob("*.parquet") if path.stem.isdigit()]
-    with atomic_parquet(folder / f"{max(taken, default=-1) + 1:06d}.parquet", SCHEMA, _metadata(settings)) as part:
+    with atomic_parquet(
+        folder / f"{max(taken, default=-1) + 1:06d}.parquet", settings.schema, _metadata(settings)
+    ) as part:
         for row in rows:
             part.add(row)
 
@@ -229,11 +276,11 @@ def _merge(out: Path, wanted: Mapping[str, Sequence[int]], settings: SampleSetti
     places = _index(files)
     groups: dict[str, dict[int, None]] = {}
     finished = (key for key, (path, _) in places.items() if path.name == IMAGES_FILE)
-    asked = ((name, seed) for name, seeds in wanted.items() for seed in seeds)
+    asked = ((name, seed) for name, seeds in wanted.items() for seed in seeds if (name, seed) in places)
     for name, seed in (*finished, *asked, *places):
         groups.setdefault(name, {})[seed] = None
-    readers = {path: ForwardReader(path, COLUMNS) for path in files}
-    with atomic_parquet(out / IMAGES_FILE, SCHEMA, _metadata(settings)) as target:
+    readers = {path: ForwardReader(path, settings.schema.names) for path in files}
+    with atomic_parquet(out / IMAGES_FILE, settings.schema, _metadata(settings)) as target:
         for key in _flatten(groups):
             path, row = places[key]
             target.add(readers[path].row(row))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor
 from mmalign.config.sections import DataConfig
 from mmalign.core.errors import LONGEST_PATH, UserError, shorten
 from mmalign.core.hashing import content_key
-from mmalign.core.io.clips import SAME_RATE, ClipRule, ClipSource, read_clip
+from mmalign.core.io.clips import SAME_RATE, ClipRule, ClipSource, clip_changes, read_clip
 from mmalign.core.io.images import Media, image_size, open_image, read_bytes
 from mmalign.data.encoded.store import Rows, TensorStore
 from mmalign.data.encoded.transforms import Decision, PairTransform, VideoTransform
@@ -243,18 +242,7 @@ class VideoEncoder(MediaEncoder):
 
     def report(self, name: str) -> str:
         """Return how many clips lost frames or changed their speed."""
-        found: Counter[str] = Counter()
-        own = self.rule.fps
-        for source in map(_source, self._sources.values()):
-            step = self.rule.step(source.fps)
-            found[f"thinned to {own:g} frames a second"] += step > 1
-            found["without a rate, taken as the model's"] += source.fps is None
-            slow = source.fps is not None and own is not None and source.fps < own * (1 - SAME_RATE)
-            found[f"of fewer than {own:g} frames a second, which the model plays faster"] += slow
-            found[f"cut to the first {self.rule.frames / (own or 1):g} s"] += (
-                math.ceil(source.frames / step) > self.rule.frames
-            )
-        changed = [f"{count} {what}" for what, count in found.items() if count]
+        changed = clip_changes(map(_source, self._sources.values()), self.rule)
         taken = f"{self.rule.frames} frames of {self.transform.height}x{self.transform.width}"
         return f"{name}: {len(self._sources)} clips taken as {taken}: {', '.join(changed)}" if changed else ""
 

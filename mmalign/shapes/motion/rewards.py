@@ -27,6 +27,7 @@ class ClipReward(Reward):
     licence = "Apache-2.0"
     source = "none: computed by mmalign.shapes.motion.oracle"
     fixed_size = SIZE
+    least_frames = LASTING
     needs = frozenset({"prompts"})
     grade: ClassVar[staticmethod[[MotionQuery, ClipReading], float]]
     """Grades one clip against its prompt."""
@@ -39,10 +40,10 @@ class ClipReward(Reward):
 
     def readings(self, media: Float[Tensor, "batch frames 3 height width"]) -> list[ClipReading]:
         """Read each clip once."""
-        if media.shape[-2:] != (SIZE, SIZE) or media.shape[1] < LASTING:
+        if media.shape[-2:] != (SIZE, SIZE) or media.shape[1] < self.least_frames:
             frames, (height, width) = media.shape[1], media.shape[-2:]
             raise RewardError(
-                f"{self.name} reads clips of moving Shapes, {LASTING} or more frames of {SIZE}x{SIZE}; "
+                f"{self.name} reads clips of moving Shapes, {self.least_frames} or more frames of {SIZE}x{SIZE}; "
                 f"got {frames} of {height}x{width}"
             )
         pixels = (media.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8).cpu().numpy()
