@@ -48,6 +48,7 @@ FAMILIES = {
     "Flux2KleinPipeline": "pipelines.families.flux2:Flux2Klein",
     "AnimateDiffPipeline": "pipelines.families.animatediff:AnimateDiff",
     "CogVideoXPipeline": "pipelines.families.cogvideox:CogVideoX",
+    "CogVideoXImageToVideoPipeline": "pipelines.families.cogvideox_image:CogVideoXFromImage",
     "WanPipeline": "pipelines.families.wan:Wan",
     "WanImageToVideoPipeline": "pipelines.families.wan_image:WanFromImage",
     "LTXPipeline": "pipelines.families.ltx:LTX",
