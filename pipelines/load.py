@@ -122,11 +122,15 @@ def family_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> 
 
 
 @explain_loading
+def drawer_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> type[Generator | DiffusersPipeline]:
+    """Return the class of what `load_drawer` would load, by its index; no weight is read."""
+    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
+    return _kind(_read(name, INDEX), name)
+
+
 def makes_videos(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> bool:
     """Say whether what `load_drawer` would load makes videos, by its index; no weight is read."""
-    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
-    found = _kind(_read(name, INDEX), name)
-    return getattr(found, "modality", "image") == "video"
+    return getattr(drawer_of(name_or_path, resolve), "modality", "image") == "video"
 
 
 @explain_loading

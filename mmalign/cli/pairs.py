@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
-    prompts = read_prompts(args.prompts, args.limit)
+    prompts = sampling.texts_alone(read_prompts(args.prompts, args.limit))
     model, fingerprint = sampling.identity()
     from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
 

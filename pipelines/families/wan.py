@@ -170,8 +170,8 @@ class WanPerToken(FromFirstFrame, Wan):
     """Wan 2.2 TI2V 5B: a time for each token, and an autoencoder that divides sides by 16.
 
     With a first frame its latents stand in the place of the first noisy ones at time 0, as in diffusers'
-    ``WanImageToVideoPipeline``. `predict` returns there the velocity that leads to them, whatever the network says: the
-    sampler ends with them, and the loss has no gradient from them (published training cuts them off:
+    ``WanImageToVideoPipeline``. `predict` returns there the velocity that leads to them, whatever the network says:
+    the sampler ends with them, and the loss has no gradient from them (published training cuts them off:
     ``diffsynth/diffusion/loss.py`` of modelscope/DiffSynth-Studio).
     """
 

@@ -1,4 +1,4 @@
-"""Image-to-video models of Wan and CogVideoX against diffusers' own pipelines, on tiny models of their real classes."""
+"""Image-to-video models of Wan and CogVideoX against diffusers' own pipelines, on tiny models of their classes."""
 
 from __future__ import annotations
 
