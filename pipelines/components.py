@@ -52,6 +52,8 @@ CLASSES = {
         *("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel"),
         *("Qwen3Model", "Qwen3ForCausalLM", "Qwen2_5_VLForConditionalGeneration"),
     ),
+    "image_encoder": ("CLIPVisionModel",),
+    "image_processor": ("CLIPImageProcessor", "CLIPImageProcessorFast"),
     "tokenizer": tuple(f"{kind}Tokenizer{fast}" for kind in ("CLIP", "T5", "Qwen2") for fast in ("", "Fast")),
 }
 """The classes of the components of our families, those of a second and third encoder included."""

@@ -26,7 +26,10 @@ class Conditioning:
     mask
         Which positions hold text, ``[batch, length]``; Z-Image and Qwen-Image only, whose other positions hold zeros.
     first_frame
-        What an image-to-video model sees of the first frame, ``[batch, channels, frames, rows, columns]``.
+        Latents that an image-to-video model sees of the first frame, ``[batch, channels, frames, rows, columns]``;
+        float32 as all latents are.
+    image_embeds
+        Hidden states of the first frame, ``[batch, tokens, width]``; Wan 2.1 only.
     """
 
     prompt_embeds: Float[Tensor, "batch length width"]
@@ -34,6 +37,7 @@ class Conditioning:
     time_ids: Float[Tensor, "batch 6"] | None = None
     mask: Bool[Tensor, "batch length"] | None = None
     first_frame: Float[Tensor, "batch channels frames rows columns"] | None = None
+    image_embeds: Float[Tensor, "batch tokens image_width"] | None = None
 
     def __post_init__(self) -> None:
         """Check that all tensors have one batch size."""
@@ -56,8 +60,8 @@ class Conditioning:
         return self._map(lambda name, tensor: tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move to a device and cast the embeddings; `time_ids` keep float32 and `mask` its own type."""
-        types = {"time_ids": torch.float32, "mask": torch.bool}
+        """Move to a device and cast the embeddings; `time_ids` and `first_frame` keep float32, `mask` its own type."""
+        types = {"time_ids": torch.float32, "mask": torch.bool, "first_frame": torch.float32}
         return self._map(lambda name, tensor: tensor.to(device, types.get(name, dtype)))
 
     def repeat_interleave(self, n: int) -> Conditioning:

@@ -55,8 +55,12 @@ class Generator(ABC):
     vae_names: ClassVar[tuple[str, ...]] = ("vae",)
     text_names: tuple[str, ...]
     lora_targets: ClassVar[tuple[str, ...]] = adapters.DEFAULT_TARGETS
+    takes_first_frame: ClassVar[bool] = False
+    """Whether videos may start from an image each: the class is a `pipelines.families.first_frame.FromFirstFrame`."""
     needs_first_frame: ClassVar[bool] = False
-    """Whether the videos start from an image each."""
+    """Whether they must."""
+    keeps_first_frame: ClassVar[bool] = False
+    """Whether the latents of the image are the first of the video's, so that nothing is learned from these."""
     is_flow: ClassVar[bool] = False
     """Whether the models are flow-matching transformers, which take `pipelines.flow.FlowOptions`."""
     guidance_inside: ClassVar[bool] = False
@@ -259,7 +263,7 @@ class Generator(ABC):
     def encoder(self, name: str) -> Any:
         """Return one of the encoders or tokenizers by its name in ``model_index.json``, loading it if need be."""
         if name not in self._encoders:
-            if name.startswith("tokenizer"):
+            if name.startswith(("tokenizer", "image_processor")):
                 self._encoders[name] = load_component(self.root, self.index, name)
             else:
                 module = load_component(self.root, self.index, name, self._encoder_dtype(name))

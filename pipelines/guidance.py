@@ -87,7 +87,7 @@ def _guided(
     if default:
         negative.time_ids = cond.time_ids
     if negative.first_frame is None:
-        negative.first_frame = cond.first_frame
+        negative.first_frame, negative.image_embeds = cond.first_frame, cond.image_embeds
     if guidance == 0.0 and not varies:
         return lambda x_t, t: generator.predict(x_t, t, negative)
     both = Conditioning.cat([negative, cond])

@@ -48,6 +48,7 @@ FAMILIES = {
     "Flux2KleinPipeline": "pipelines.families.flux2:Flux2Klein",
     "AnimateDiffPipeline": "pipelines.families.animatediff:AnimateDiff",
     "CogVideoXPipeline": "pipelines.families.cogvideox:CogVideoX",
+    "CogVideoXImageToVideoPipeline": "pipelines.families.cogvideox_image:CogVideoXFromImage",
     "WanPipeline": "pipelines.families.wan:Wan",
     "WanImageToVideoPipeline": "pipelines.families.wan_image:WanFromImage",
     "LTXPipeline": "pipelines.families.ltx:LTX",
@@ -121,18 +122,15 @@ def family_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> 
 
 
 @explain_loading
+def drawer_of(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> type[Generator | DiffusersPipeline]:
+    """Return the class of what `load_drawer` would load, by its index; no weight is read."""
+    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
+    return _kind(_read(name, INDEX), name)
+
+
 def makes_videos(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> bool:
     """Say whether what `load_drawer` would load makes videos, by its index; no weight is read."""
-    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
-    found = _kind(_read(name, INDEX), name)
-    return getattr(found, "modality", "image") == "video"
-
-
-@explain_loading
-def only_draws(name_or_path: str | Path, resolve: Callable[[str], str] = str) -> bool:
-    """Say whether `load_drawer` would load a pipeline outside of our families, by its index; no weight is read."""
-    name, _ = _base_and_adapters(str(name_or_path), None, resolve)
-    return not issubclass(_kind(_read(name, INDEX), name), Generator)
+    return getattr(drawer_of(name_or_path, resolve), "modality", "image") == "video"
 
 
 @explain_loading

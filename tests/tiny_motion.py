@@ -51,7 +51,7 @@ def build_tiny_animatediff(path: str | Path, prediction_type: str = "epsilon", *
     return str(path)
 
 
-def tiny_cogvideox_vae() -> Any:
+def tiny_cogvideox_vae(**options: Any) -> Any:
     """Return an ``AutoencoderKLCogVideoX`` of 16 channels that halves the sides and keeps one frame of four."""
     from diffusers import AutoencoderKLCogVideoX
 
@@ -63,16 +63,23 @@ def tiny_cogvideox_vae() -> Any:
         layers_per_block=1,
         norm_num_groups=2,
         scaling_factor=0.7,
+        **options,
     ).eval()
 
 
-def build_tiny_cogvideox(path: str | Path, version: str = "5b", *, seed: int = 0) -> str:
+def build_tiny_cogvideox(path: str | Path, version: str = "5b", *, from_image: bool = False, seed: int = 0) -> str:
     """Write a ``CogVideoXPipeline`` for 9 frames of 16x16 pixels (latents ``[4, 3, 2, 2]``) and return its path.
 
     "2b" has sine positions and a signal-to-noise ratio shifted by 3; "5b" rotary positions; "1.5" patches of two
-    frames.
+    frames. `from_image` makes it a ``CogVideoXImageToVideoPipeline``: 5B with learned positions, 1.5 with ``ofs``.
     """
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+    from diffusers import (
+        CogVideoXDDIMScheduler,
+        CogVideoXDPMScheduler,
+        CogVideoXImageToVideoPipeline,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
 
     path = Path(path)
     with torch.random.fork_rng(devices=[]):
@@ -81,7 +88,7 @@ def build_tiny_cogvideox(path: str | Path, version: str = "5b", *, seed: int = 0
         transformer = CogVideoXTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=16,
-            in_channels=4,
+            in_channels=8 if from_image else 4,
             out_channels=4,
             time_embed_dim=8,
             text_embed_dim=24,
@@ -94,12 +101,16 @@ def build_tiny_cogvideox(path: str | Path, version: str = "5b", *, seed: int = 0
             patch_bias=version != "1.5",
             max_text_seq_length=LENGTH,
             use_rotary_positional_embeddings=version != "2b",
+            use_learned_positional_embeddings=from_image and version == "5b",
+            ofs_embed_dim=8 if from_image and version == "1.5" else None,
         )
+        if from_image and version == "5b":
+            transformer.patch_embed.pos_embedding.normal_(std=0.1)
         kind = CogVideoXDDIMScheduler if version == "2b" else CogVideoXDPMScheduler
-        pipe = CogVideoXPipeline(
+        pipe = (CogVideoXImageToVideoPipeline if from_image else CogVideoXPipeline)(
             tokenizer=tokenizer,
             text_encoder=encoder,
-            vae=tiny_cogvideox_vae(),
+            vae=tiny_cogvideox_vae(invert_scale_latents=from_image and version == "1.5"),
             transformer=transformer.eval(),
             scheduler=kind(
                 beta_start=0.00085,

@@ -28,7 +28,7 @@ def tiny_wan_vae(channels: int = 4, **options: Any) -> Any:
     ).eval()
 
 
-def tiny_wan_transformer(channels: int = 4, width: int = 24, inputs: int | None = None) -> Any:
+def tiny_wan_transformer(channels: int = 4, width: int = 24, inputs: int | None = None, **options: Any) -> Any:
     """Return a ``WanTransformer3DModel`` of two layers."""
     from diffusers import WanTransformer3DModel
 
@@ -43,7 +43,17 @@ def tiny_wan_transformer(channels: int = 4, width: int = 24, inputs: int | None 
         ffn_dim=32,
         num_layers=2,
         rope_max_seq_len=32,
+        **options,
     ).eval()
+
+
+def tiny_clip_vision() -> tuple[Any, Any]:
+    """Return a one-layer ``CLIPVisionModel`` of width 16 for images of 16 pixels a side, and its processor."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "projection_dim": 16, "image_size": 16, "patch_size": 8}
+    config = CLIPVisionConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+    return CLIPVisionModel(config).eval(), CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
 
 
 def tiny_umt5(folder: Path, width: int) -> tuple[Any, Any]:
@@ -70,12 +80,13 @@ def build_tiny_wan(
     experts: bool = False,
     per_token: bool = False,
     from_image: bool = False,
+    clip: bool = False,
     seed: int = 0,
 ) -> str:
     """Write a ``WanPipeline`` shaped like Wan 2.1 and return its path; shift 3, by Euler's scheduler or by UniPC.
 
     `experts` gives it the two of Wan 2.2 A14B, `per_token` the times and the autoencoder (sides / 16) of TI2V 5B;
-    `from_image` makes it a ``WanImageToVideoPipeline``.
+    `from_image` makes it a ``WanImageToVideoPipeline``, with `clip` that of Wan 2.1, which sees CLIP's states too.
     """
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
@@ -96,16 +107,20 @@ def build_tiny_wan(
             "scale_factor_spatial": 16,
             "is_residual": True,
         }
-        inputs = 4 + 4 + 4 if from_image else None  # noisy latents, mask, latents of the first frame
+        # Noisy latents, mask, latents of the first frame; per token the latter stand among the noisy ones.
+        inputs = 4 + 4 + 4 if from_image and not per_token else None
+        seen = {"image_dim": 16, "added_kv_proj_dim": 24} if clip else {}
+        encoder_of, processor = tiny_clip_vision() if clip else (None, None)
         pipe = (WanImageToVideoPipeline if from_image else WanPipeline)(
             tokenizer=tokenizer,
             text_encoder=encoder,
             vae=tiny_wan_vae(**small) if per_token else tiny_wan_vae(),
             scheduler=UniPCMultistepScheduler(**flow) if unipc else FlowMatchEulerDiscreteScheduler(shift=3.0),
-            transformer=tiny_wan_transformer(inputs=inputs),
+            transformer=tiny_wan_transformer(inputs=inputs, **seen),
             transformer_2=tiny_wan_transformer(inputs=inputs) if experts else None,
             boundary_ratio=0.875 if experts else None,
             expand_timesteps=per_token,
+            **({"image_encoder": encoder_of, "image_processor": processor} if clip else {}),
         )
         pipe.save_pretrained(path, safe_serialization=True)
     return str(path)

@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmalign.api import html
 from mmalign.core.errors import UserError, did_you_mean
-from mmalign.core.progress import track
+from mmalign.core.progress import note, track
 from mmalign.core.resources import find, resolve_model
 
 if TYPE_CHECKING:
@@ -164,9 +164,44 @@ class Sampling:
         Raises:
             UserError, PipelineError: there is no such model.
         """
-        from pipelines.load import only_draws
+        return not self._drawer_has("encode")
 
-        return only_draws(resolve_model(self.model), resolve_model)
+    def with_first_frames(self, prompts: Sequence[Prompt], image: Path | None = None) -> list[Prompt]:
+        """Return the prompts as the model takes them: each with `image` if given, without an image if it takes none.
+
+        Raises:
+            UserError: they lack the first frame that the model needs, or `image` is for a model of text alone.
+        """
+        from mmalign.data.prompts import check_first_frames
+
+        if self._drawer_has("takes_first_frame"):
+            given = list(prompts) if image is None else [replace(prompt, first_frame=image) for prompt in prompts]
+            fix = "give --image FILE, or prompts in a table with a column first_frame"
+            check_first_frames(given, self.model, self._drawer_has("needs_first_frame"), fix)
+            return given
+        if image is not None:
+            raise UserError(f"--image {image}: {self.model} draws from a text alone; remove it")
+        if any(prompt.first_frame is not None for prompt in prompts):
+            note(f"{self.model} draws from a text alone: it is not given the first frames of the prompts")
+        return [replace(prompt, first_frame=None) for prompt in prompts]
+
+    def texts_alone(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return the prompts without first frames, for a command that tells samples apart by their texts.
+
+        Raises:
+            UserError: the model makes no video without one.
+        """
+        if self._drawer_has("needs_first_frame"):
+            raise UserError(
+                f"{self.model} makes videos of a first frame, which this does not give it; draw them with `mmalign"
+                " generate --image`"
+            )
+        return [replace(prompt, first_frame=None) for prompt in prompts]
+
+    def _drawer_has(self, name: str) -> bool:
+        from pipelines.load import drawer_of
+
+        return bool(getattr(drawer_of(resolve_model(self.model), resolve_model), name, False))
 
     def identity(self) -> tuple[str, str]:
         """Return the model's name for people and a fingerprint of its weights, an extra adapter's included.

@@ -5,6 +5,8 @@ A video model writes INDEX-SEED.mp4 instead, and frames.png, a contact sheet wit
   mmalign generate Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat runs" --out out --guidance 5 --steps 50 \\
     --frames 33 --height 240 --width 416 --precision bf16
 
+An image-to-video model starts from `--image FILE`, or from the image in the column first_frame of the prompts' table.
+
 Run the same command again to generate only what is missing.
 """
 
@@ -43,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     videos = add_geometry_arguments(parser)
     second = "guidance of the expert for low noise, in a model of two (Wan 2.2 A14B; default: as --guidance)"
     videos.add_argument("--low-noise-guidance", type=float, metavar="S", help=second)
+    start = "first frame of the videos (image to video); a column first_frame of the prompts gives each its own"
+    videos.add_argument("--image", type=Path, metavar="FILE", help=start)
     parser.add_argument(
         "--grid", action="store_true", help="also write grid.png with a row for each prompt and a column for each seed"
     )
@@ -158,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     from mmalign.core.lock import locked_output
 
     sampling = read_sampling(args)
-    prompts = read_prompts(args.prompts, args.limit)
+    prompts = sampling.with_first_frames(read_prompts(args.prompts, args.limit), args.image)
     with locked_output(Path(args.out)):
         _complete(args, sampling, prompts)
     return 0

@@ -46,8 +46,12 @@ class ImageFolder:
         for index, prompt in enumerate(self.prompts):
             for seed in self.seeds:
                 row = self._rows.get(self.name(index, seed))
-                if row is not None and row["prompt"] != prompt.text and len(different) < 3:
+                if row is None or len(different) >= 3:
+                    continue
+                if row["prompt"] != prompt.text:
                     different.append(f"prompt {index} '{row['prompt']}' -> '{prompt.text}'")
+                elif row.get("first_frame_id") != _identity(prompt).get("first_frame_id"):
+                    different.append(f"first frame of prompt {index} {row.get('first_frame')} -> {prompt.first_frame}")
         if different:
             raise UserError(
                 f"{self.path} holds images made with other settings ({', '.join(different)}); choose another --out "
@@ -71,7 +75,8 @@ class ImageFolder:
         """Write one image and its metadata, so that an interrupted run can be resumed."""
         prompt, name = self.prompts[index], self.name(index, seed)
         self._write(self.path / name, image)
-        self._rows[name] = {"file": name, "prompt": prompt.text, "category": prompt.category, "seed": seed}
+        row = {"file": name, "prompt": prompt.text, "category": prompt.category, "seed": seed}
+        self._rows[name] = row | _identity(prompt)
         with (self.path / METADATA_FILE).open("a", encoding="utf-8") as lines:
             lines.write(_line(self._rows[name]))
 
@@ -128,6 +133,15 @@ class VideoFolder(ImageFolder):
         labels = [f"{self.prompts[index].text} (seed {seed})" for index, seed in jobs]
         write_atomically(self.path / "frames.png", encode_png(frame_strips(videos, labels, frames=STRIP)))
         return self.path / "frames.png"
+
+
+def _identity(prompt: Prompt) -> dict[str, str]:
+    """Return the file and the content of the image that the videos of a prompt start from, if there is one."""
+    if prompt.first_frame is None:
+        return {}
+    from mmalign.data.vlm_pairs import media_digest
+
+    return {"first_frame": str(prompt.first_frame), "first_frame_id": media_digest(prompt.first_frame)}
 
 
 def _index_and_seed(name: str) -> tuple[int, int]:

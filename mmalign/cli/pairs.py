@@ -154,6 +154,7 @@ def _sample(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
     videos = sampling.makes_videos()
     prompts, unusable = read_prompts_or_media(args, sampling)
+    prompts = sampling.texts_alone(prompts)
     model, fingerprint = sampling.identity()
     from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
 

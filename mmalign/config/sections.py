@@ -153,6 +153,9 @@ class DataConfig(StrictModel):
     """frames taken of each video, spread evenly over it; only for vision-language models; null: all"""
     fps: float | None = Field(None, gt=0)
     """frames taken of each second of a video, instead of `frames`"""
+    first_frame: bool | None = None
+    """give the model the image that each video starts from: that of the column first_frame of a pair, else the first
+    frame of its videos, which must then agree; null: where the model makes no videos without (image to video)"""
     on_bad: Literal["error", "skip"] = "error"
     """rows whose media cannot be read or encoded: error ends the run; skip names, counts and leaves them out (of pairs
     of answers, the next one takes its place)"""
@@ -182,6 +185,7 @@ class DataConfig(StrictModel):
         # The record of a training leaves out keys that it does not use: those of videos, those of unusual sources.
         idle: dict[str, Any] = {"frames": None, "fps": None, "on_bad": "error"}
         idle |= {"columns": None, "default_prompt": None, "streaming": False, "axis": None, "rarity": None}
+        idle |= {"first_frame": None}
         return {key: value for key, value in write(self).items() if key not in idle or value != idle[key]}
 
 

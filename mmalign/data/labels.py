@@ -66,6 +66,10 @@ class _Labels(Protocol):
         """Return the frames a second that the source states of a row's video, NaN where it states none."""
         ...
 
+    def first_frame(self, row: int) -> Media | None:
+        """Return the image that a row's video starts from, None where the source does not give it."""
+        ...
+
 
 class LabelTable:
     """The labelled images of one source: a compact index in memory, the images in place."""
@@ -111,6 +115,10 @@ class LabelTable:
             rejected_prompt=None if rejected < 0 else self.prompts[rejected],
             fps=(self._source.fps(self._row_of[index]),),
         )
+
+    def first_frame(self, index: int) -> Media | None:
+        """Return the image that a video starts from, None where the source does not give it."""
+        return self._source.first_frame(self._row_of[index])
 
     @property
     def counts(self) -> str:
@@ -217,6 +225,9 @@ class _TableLabels:
     def fps(self, row: int) -> float:
         return math.nan
 
+    def first_frame(self, row: int) -> Media | None:
+        return None
+
 
 def _pair_labels(source: str, config: DataConfig, good_only: bool) -> _PairLabels:
     if config.ties == "keep":
@@ -249,3 +260,6 @@ class _PairLabels:
         if self._chosen_only:
             return self._table.clip(row).fps[0]
         return self._table.clip(row // 2).fps[row % 2]
+
+    def first_frame(self, row: int) -> Media | None:
+        return self._table.first_frame(row if self._chosen_only else row // 2)

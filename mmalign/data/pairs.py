@@ -123,6 +123,10 @@ class PairTable:
             fps=self.clip(index).fps,
         )
 
+    def first_frame(self, index: int) -> Media | None:
+        """Return the image that both videos of a pair start from, None where the source does not give it."""
+        return self._source.first_frame(self._rows[index])
+
     def clip(self, index: int) -> ClipFacts:
         """Return what the source states of a pair as videos, the chosen side first."""
         return self._clips.get(index, NO_FACTS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +23,21 @@ from mmalign.core.progress import note
 from mmalign.core.resources import resource_root, shipped
 
 CATEGORY_COLUMNS = ("category", "categories", "tag")
+FIRST_FRAME_COLUMNS = ("first_frame", "image")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".txt")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt and its category in the set ("" where the set has none)."""
+    """One prompt and its category in the set ("" where the set has none).
+
+    `first_frame` is the image that its videos start from, in a column `first_frame` (or `image`) of a table, relative
+    to the table; models of a text alone do not look at it.
+    """
 
     text: str
     category: str = ""
+    first_frame: Path | None = None
 
 
 def builtin_prompt_sets() -> dict[str, Path]:
@@ -60,6 +66,23 @@ def load_prompts(name_or_path: str | Path, limit: int | None = None) -> list[Pro
             raise UserError(f"{path}: prompt {number} is no text in UTF-8 (it holds half a character); mend it")
     _report_duplicates(path, prompts)
     return prompts
+
+
+def check_first_frames(prompts: Sequence[Prompt], model: str, needed: bool, fix: str) -> None:
+    """Refuse prompts that lack the first frame of their videos, or whose file is missing, before a model is read.
+
+    `needed`: the model makes no video without; else all prompts have one, or none.
+
+    Raises:
+        UserError: says how many, and ends with `fix`.
+    """
+    given = [prompt.first_frame for prompt in prompts if prompt.first_frame is not None]
+    if len(given) < len(prompts) and (needed or given):
+        lacking = f"{len(prompts) - len(given)} of {len(prompts)} prompts have none"
+        raise UserError(f"{model} makes videos of a first frame, and {lacking}; {fix}")
+    missing = [path for path in given if not is_file(path)]
+    if missing:
+        raise UserError(f"{len(missing)} of {len(given)} first frames do not exist, such as {missing[0]}; add them")
 
 
 def _locate(name_or_path: str | Path) -> Path:
@@ -129,6 +152,8 @@ def _from_rows(path: Path, rows: list[list[str]]) -> list[Prompt]:
         )
     text_at = header.index(text_column)
     category_at = None if category_column is None else header.index(category_column)
+    frame_column = column(header, FIRST_FRAME_COLUMNS)
+    frame_at = None if frame_column is None else header.index(frame_column)
     prompts = []
     for number, row in enumerate(rows[1:], start=2):
         if len(row) <= text_at or not row[text_at].strip():
@@ -138,8 +163,10 @@ def _from_rows(path: Path, rows: list[list[str]]) -> list[Prompt]:
                 f"{path}: record {number} has {len(row)} fields for {len(header)} columns; "
                 "put a prompt that contains the separator in quotation marks"
             )
-        category = row[category_at].strip() if category_at is not None and len(row) > category_at else ""
-        prompts.append(Prompt(row[text_at].strip(), category))
+        category, frame = (
+            row[at].strip() if at is not None and len(row) > at else "" for at in (category_at, frame_at)
+        )
+        prompts.append(Prompt(row[text_at].strip(), category, _first_frame(path, frame)))
     return prompts
 
 
@@ -174,8 +201,14 @@ def _from_objects(path: Path, objects: list[object]) -> list[Prompt]:
                 f"expected one of {', '.join(PROMPT_COLUMNS)}"
             )
         category = entry[category_at] if category_at is not None else ""
-        prompts.append(Prompt(text.strip(), str(category)))
+        frame_at = column(entry, FIRST_FRAME_COLUMNS)
+        frame = entry[frame_at] if frame_at is not None else None
+        prompts.append(Prompt(text.strip(), str(category), _first_frame(path, frame)))
     return prompts
+
+
+def _first_frame(table: Path, given: object) -> Path | None:
+    return table.parent / given if isinstance(given, str) and given else None
 
 
 def _report_duplicates(path: Path, prompts: list[Prompt]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mmalign.config.flow import FlowConfig
 from mmalign.core.errors import UserError
 from mmalign.core.resources import resolve_model
+from mmalign.data.prompts import check_first_frames, load_prompts
 from mmalign.methods import methods
 from mmalign.training.recipe import build_method
 from pipelines.load import distillation, family_of, process_of
@@ -60,11 +61,7 @@ def check_family(config: RunConfig) -> None:
 
 
 def _check_modality(config: RunConfig, family: type[Generator]) -> None:
-    if family.needs_first_frame:
-        raise UserError(
-            f"model {config.model} makes videos of a first frame, which training does not give it; choose a"
-            " text-to-video model"
-        )
+    _check_first_frame(config, family)
     if family.modality == "video" and config.video is None:
         raise UserError(
             f"model {config.model} makes videos ('{family.family}'); give a section video, such as video:"
@@ -79,6 +76,32 @@ def _check_modality(config: RunConfig, family: type[Generator]) -> None:
         raise UserError(
             f"video: is for video models, and {config.model} makes images ('{family.family}'); remove the section"
         )
+
+
+def _check_first_frame(config: RunConfig, family: type[Generator]) -> None:
+    """Refuse what gives a model of image to video no first frame, and first frames for any other."""
+    asked, model = config.data.first_frame, config.model
+    if asked and not family.takes_first_frame:
+        raise UserError(
+            f"data.first_frame: model {model} ('{family.family}') is not made of an image and a text; remove it"
+        )
+    if not (asked or family.needs_first_frame):
+        return
+    if asked is False:
+        raise UserError(f"data.first_frame false: model {model} makes no videos without one; remove it")
+    if config.rounds is not None:
+        raise UserError(
+            f"rounds: draw videos of prompts alone, and model {model} makes them of a first frame each; learn from"
+            " stored videos (data.pairs, data.labels) or from data.prompts with first frames"
+        )
+    column = "in a table with a column first_frame"
+    if config.data.prompts is not None:
+        prompts = load_prompts(str(config.data.prompts), config.data.limit)
+        check_first_frames(prompts, model, True, f"give data.prompts {column}")
+    if config.evaluate is not None:
+        prompts = load_prompts(str(config.evaluate.prompts), config.evaluate.limit)
+        fix = f"give evaluate.prompts {column}, or set evaluate: null"
+        check_first_frames(prompts, model, family.needs_first_frame, fix)
 
 
 def check_process(method: Method[Any], process: NoiseProcess, model: str) -> None:

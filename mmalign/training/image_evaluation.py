@@ -12,7 +12,8 @@ from mmalign.core.files import write_atomically
 from mmalign.core.io.grid import frame_strips, image_grid
 from mmalign.core.io.images import encode_png
 from mmalign.core.seeds import derive_seed
-from mmalign.data.prompts import load_prompts
+from mmalign.data.building.generation import condition
+from mmalign.data.prompts import Prompt, load_prompts
 from mmalign.scoring.checks import check_reward
 from mmalign.training.evaluation import Evaluated
 from rewards import load_reward
@@ -43,13 +44,17 @@ def check_evaluation(config: EvaluateConfig, modality: str = "image") -> None:
 class ImageEvaluation:
     """Samples the same prompts with the same seeds every time, so that two evaluations differ by the weights alone."""
 
-    def __init__(self, config: EvaluateConfig, generator: Any, seed: int) -> None:
-        """Load the rewards and encode the prompts, which must happen before the encoders are freed."""
+    def __init__(self, config: EvaluateConfig, generator: Any, seed: int, *, first_frames: bool = False) -> None:
+        """Load the rewards and encode the prompts, which must happen before the encoders are freed.
+
+        With `first_frames` videos start from those of the prompts, where these have such.
+        """
         self.config = config
-        self.prompts = [prompt.text for prompt in load_prompts(str(config.prompts), limit=config.limit)]
+        prompts = load_prompts(str(config.prompts), limit=config.limit)
+        self.prompts = [prompt.text for prompt in prompts]
         self.rewards = {name: self._load(name, generator) for name in config.rewards}
         self.seeds = [derive_seed(seed, "evaluate", index) for index in range(len(self.prompts))]
-        self.cond = generator.encode_prompts(self.prompts)
+        self.cond = condition(generator, prompts if first_frames else [Prompt(text) for text in self.prompts])
         self.negative = generator.unconditional()
 
     def _load(self, name: str, generator: Any) -> Any:

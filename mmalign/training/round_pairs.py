@@ -74,8 +74,14 @@ class RoundData:
         def open_generator() -> Any:
             return load_generator(path, dtype=rounds.precision, resolve=resolve_model, flow=flow, video=video)
 
-        counts = {"images_per_prompt": rounds.images_per_prompt, "batch_size": rounds.batch_size}
-        sample_images(open_generator, self.prompts, folder / "samples", settings, **counts)
+        sample_images(
+            open_generator,
+            self.prompts,
+            folder / "samples",
+            settings,
+            images_per_prompt=rounds.images_per_prompt,
+            batch_size=rounds.batch_size,
+        )
         return folder / "samples" / IMAGES_FILE
 
     def label(self, samples: Path, folder: Path) -> Path:

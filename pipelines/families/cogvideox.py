@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from pipelines.components import component_config
+from pipelines.components import INDEX, component_config
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.families.latent import single
@@ -51,17 +51,23 @@ class CogVideoX(LatentVideo):
         super().__init__(root, index, name_or_path=name_or_path, **options)
 
     def _check_network(self) -> None:
-        channels, patch = int(self.config.get("in_channels", 16)), self.config.get("patch_size_t")
-        image = self.config.get("ofs_embed_dim") or self.config.get("use_learned_positional_embeddings")
-        if channels != self.latent_channels or image:
-            raise PipelineError(
-                f"the transformer of {self.name_or_path} takes {channels} channels, its autoencoder gives"
-                f" {self.latent_channels}; models that take an image are not supported, use a text-to-video model."
-            )
+        self._check_inputs()
+        patch = self.config.get("patch_size_t")
         if patch not in FPS:
             raise PipelineError(
                 f"the transformer of {self.name_or_path} makes a token of {patch} latent frames (patch_size_t);"
                 " supported are 1 and 2."
+            )
+
+    def _check_inputs(self) -> None:
+        """Raise `PipelineError` for a network that takes other inputs than noisy latents and text."""
+        channels = int(self.config.get("in_channels", 16))
+        image = self.config.get("ofs_embed_dim") or self.config.get("use_learned_positional_embeddings")
+        if channels != self.latent_channels or image:
+            raise PipelineError(
+                f"the transformer of {self.name_or_path} takes {channels} channels, its autoencoder gives"
+                f" {self.latent_channels}; it takes an image too, and {INDEX} names a text-to-video pipeline: fetch"
+                " the model again, or use a text-to-video model."
             )
 
     @property
@@ -141,13 +147,22 @@ class CogVideoX(LatentVideo):
         """Run the transformer once, without guidance; the output, v, is float32 (or float64)."""
         dtype = self.dtype
         output = self.network(
-            hidden_states=x_t.to(dtype).transpose(1, 2),
+            hidden_states=self._inputs(x_t.to(dtype), cond).transpose(1, 2),
             encoder_hidden_states=cond.prompt_embeds.to(dtype),
             timestep=t,
             image_rotary_emb=self._positions(x_t),
             return_dict=False,
+            **self._beside(x_t),
         )[0]
         return single(output).transpose(1, 2)
+
+    def _inputs(self, x_t: Tensor, cond: Conditioning) -> Tensor:
+        """Return the channels that the network takes, before frames are put first."""
+        return x_t
+
+    def _beside(self, x_t: Tensor) -> dict[str, Tensor]:
+        """Return what the network takes beside latents, time and text."""
+        return {}
 
     def _positions(self, x_t: Tensor) -> Rotary | None:
         """Return cosines and sines of the rotary positions of latents' tokens, None for sine positions."""

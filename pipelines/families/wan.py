@@ -2,7 +2,8 @@
 
 The conventions are those of diffusers' ``WanPipeline``: the text is cleaned, cut to `text_length` tokens, and its
 embeddings end in zeros in the place of padding, to which the network attends. Classifier-free guidance against "".
-Wan 2.2 A14B has two experts, one for the noisy levels; Wan 2.2 TI2V 5B takes a time for each token.
+Wan 2.2 A14B has two experts, one for the noisy levels; Wan 2.2 TI2V 5B takes a time for each token, and a first frame
+in the place of the first latents.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pipelines.components import INDEX, has_component, load_component
 from pipelines.conditioning import Conditioning
 from pipelines.errors import PipelineError
 from pipelines.experts import Experts
+from pipelines.families.first_frame import FromFirstFrame
 from pipelines.families.flow_transformer import FlowTransformer
 from pipelines.families.latent import single
 from pipelines.families.latent_video import LatentVideo
@@ -87,9 +89,10 @@ class Wan(FlowTransformer, LatentVideo):
         dtype = self.dtype
         output = self.network(
             hidden_states=self._inputs(x_t.to(dtype), cond),
-            timestep=self._times(t, x_t),
+            timestep=self._times(t, x_t, cond),
             encoder_hidden_states=cond.prompt_embeds.to(dtype),
             return_dict=False,
+            **self._beside(cond),
         )[0]
         return single(output)
 
@@ -97,9 +100,13 @@ class Wan(FlowTransformer, LatentVideo):
         """Return the channels that the network takes."""
         return x_t
 
-    def _times(self, t: Tensor, x_t: Tensor) -> Tensor:
+    def _times(self, t: Tensor, x_t: Tensor, cond: Conditioning) -> Tensor:
         """Return the time that the network takes for a batch."""
         return t
+
+    def _beside(self, cond: Conditioning) -> dict[str, Tensor]:
+        """Return what the network takes beside latents, time and text."""
+        return {}
 
     def _encode_batch(self, prompts: list[str]) -> Conditioning:
         texts = [clean_prompt(prompt) for prompt in prompts]
@@ -109,9 +116,9 @@ class Wan(FlowTransformer, LatentVideo):
         return Conditioning(torch.where(mask.unsqueeze(-1) > 0, hidden, torch.zeros_like(hidden)))
 
     def _encoder_dtype(self, name: str) -> torch.dtype:
-        # The autoencoder is kept in float32, as the model's card asks.
+        # The autoencoder (and the CLIP of image to video) is kept in float32, as the model's card asks.
         half = self._load_dtype in (torch.float16, torch.bfloat16)
-        return torch.float32 if name == "vae" and half else self._load_dtype
+        return torch.float32 if name in self.vae_names and half else self._load_dtype
 
 
 class WanExperts(Wan):
@@ -159,13 +166,38 @@ class WanExperts(Wan):
         return f"{super().describe()}; experts meet at level {self.boundary:g}{low}"
 
 
-class WanPerToken(Wan):
-    """Wan 2.2 TI2V 5B: a time for each token, here the same for all, and an autoencoder that divides sides by 16."""
+class WanPerToken(FromFirstFrame, Wan):
+    """Wan 2.2 TI2V 5B: a time for each token, and an autoencoder that divides sides by 16.
+
+    With a first frame its latents stand in the place of the first noisy ones at time 0, as in diffusers'
+    ``WanImageToVideoPipeline``. `predict` returns there the velocity that leads to them, whatever the network says:
+    the sampler ends with them, and the loss has no gradient from them (published training cuts them off:
+    ``diffsynth/diffusion/loss.py`` of modelscope/DiffSynth-Studio).
+    """
 
     default_video = VideoOptions(704, 1280, 121, 24)
+    needs_first_frame = False
+    keeps_first_frame = True
 
-    def _times(self, t: Tensor, x_t: Tensor) -> Tensor:
-        return t.unsqueeze(1).expand(-1, self.tokens(x_t.shape[1:]))
+    def predict(
+        self, x_t: Float[Tensor, "batch channels frames h w"], t: Shaped[Tensor, " batch"], cond: Conditioning
+    ) -> Float[Tensor, "batch channels frames h w"]:
+        """Run the transformer once, without guidance, as `Wan.predict` does; with a first frame, see the class."""
+        if cond.first_frame is None and not self.needs_first_frame:
+            return super().predict(x_t, t, cond)
+        given, rest = self._first_frame(cond).to(x_t), x_t[:, :, 1:]
+        output = super().predict(torch.cat([given, rest], dim=2), t, cond)[:, :, 1:]
+        sigma = self.process.sigma(t).reshape(-1, 1, 1, 1, 1)
+        return torch.cat([((x_t[:, :, :1] - given) / sigma).to(output), output], dim=2)
+
+    def _times(self, t: Tensor, x_t: Tensor, cond: Conditioning) -> Tensor:
+        times = t.unsqueeze(1).repeat(1, self.tokens(x_t.shape[1:]))
+        if cond.first_frame is not None:
+            times[:, : self.tokens(cond.first_frame.shape[1:])] = 0
+        return times
+
+    def _encode_first(self, frames: Tensor) -> dict[str, Tensor]:
+        return {"first_frame": self.encode(frames.unsqueeze(1))}
 
 
 def clean_prompt(prompt: str) -> str:

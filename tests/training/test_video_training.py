@@ -119,9 +119,6 @@ def test_the_section_and_the_model_must_agree(wan: str, tmp_path: Path) -> None:
     sd = build_tiny_sd(tmp_path / "sd")
     with pytest.raises(UserError, match=r"video: is for video models, and .* makes images \('sd'\)"):
         train(config(sd, tmp_path / "b", "nft", flow=None))
-    of_images = build_tiny_wan(tmp_path / "i2v", from_image=True)
-    with pytest.raises(UserError, match="makes videos of a first frame, which training does not give it"):
-        train(config(of_images, tmp_path / "c", "nft"))
 
 
 def test_the_monitor_sees_videos_stand_still() -> None:

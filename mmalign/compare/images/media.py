@@ -107,7 +107,7 @@ def check_entry(entry: RewardEntry, prompts: list[str], media: ImageMedia) -> No
 
 def _modalities(config: CompareConfig) -> dict[str, str]:
     """Return what each replica makes; a model that is trained here makes what its config trains."""
-    from pipelines.load import makes_videos
+    from pipelines.load import drawer_of, makes_videos
 
     trainings = plan_trainings(config)
     trained = {name: training.config for training in trainings for name in training.systems}
@@ -117,6 +117,11 @@ def _modalities(config: CompareConfig) -> dict[str, str]:
         run = trained.get(name) or made_here.get(Path(model or "").resolve())
         if run is not None:
             return run.video is not None
+        if model is not None and getattr(drawer_of(resolve_model(model), resolve_model), "needs_first_frame", False):
+            raise UserError(
+                f"system {name}: {model} makes videos of a first frame, which prompts do not give here; draw them with"
+                " `mmalign generate --image` and compare the folders (videos:)"
+            )
         return videos is not None or (model is not None and makes_videos(resolve_model(model), resolve_model))
 
     found: Mapping[str, bool] = {

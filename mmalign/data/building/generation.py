@@ -42,20 +42,29 @@ def generate_images(
     `seeds` holds the seeds used for every prompt alike, or one sequence of them for each prompt. An image depends on
     (model, settings, prompt, seed) alone, up to the rounding of kernels that differ between batch sizes; so that these
     differ as little as possible, a short last batch is filled up and the surplus discarded. Each distinct
-    prompt is encoded once and forgotten after its last use. `progress` is called with the number of images newly made.
-    `start`, called once with the place of each prompt, tells where its images start in the place of pure noise; those
-    of a prompt for which it is None are left out. A batch then holds images of one prompt.
+    prompt is encoded once and forgotten after its last use. A video starts from the first frame of its prompt, if it
+    has one and the model takes it. `progress` is called with the number of images newly made. `start`, called once
+    with the place of each prompt, tells where its images start in the place of pure noise; those of a prompt for which
+    it is None are left out. A batch then holds images of one prompt.
 
     Raises:
         UserError: the numbers of prompts and of seed sequences differ, or batch_size is not positive.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")
-    texts = [prompt.text if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+    takes = getattr(generator, "takes_first_frame", False)
+    texts = [_wanted(prompt, takes) for prompt in prompts]
     jobs = [(index, seed) for index, own in enumerate(_per_prompt(seeds, len(texts))) for seed in own]
     return _generate(
         generator, texts, jobs, batch_size, start, progress, steps=steps, guidance=guidance, eta=eta, solver=solver
     )
+
+
+def _wanted(prompt: str | Prompt, takes_first_frame: bool) -> Prompt:
+    """Return what of a prompt the model is given."""
+    if isinstance(prompt, str):
+        return Prompt(prompt)
+    return Prompt(prompt.text, first_frame=prompt.first_frame if takes_first_frame else None)
 
 
 def _per_prompt(seeds: Sequence[Any], count: int) -> list[list[int]]:
@@ -69,7 +78,7 @@ def _per_prompt(seeds: Sequence[Any], count: int) -> list[list[int]]:
 @torch.no_grad()
 def _generate(
     generator: Any,
-    texts: list[str],
+    texts: list[Prompt],
     jobs: list[tuple[int, int]],
     batch_size: int,
     start: Callable[[int], Start | None] | None,
@@ -112,17 +121,17 @@ def _cut(jobs: list[tuple[int, int]], size: int, before: int) -> Iterator[tuple[
         yield jobs[at : at + size], before + min(at + size, len(jobs))
 
 
-Draw = Callable[[list[str], list[int], int, dict[str, Any], Start | None], Tensor]
+Draw = Callable[[list[Prompt], list[int], int, dict[str, Any], Start | None], Tensor]
 
 
-def _drawing(generator: Any, texts_of_jobs: list[str]) -> Draw:
+def _drawing(generator: Any, texts_of_jobs: list[Prompt]) -> Draw:
     """Return how a batch is drawn: by our sampler, or by the pipeline itself where it is outside our families."""
     from pipelines import sample, sdedit
 
     encoder = _PromptMemory(generator, texts_of_jobs)
 
     def by_sampler(
-        prompts: list[str], seeds: list[int], jobs_done: int, settings: dict[str, Any], start: Start | None
+        prompts: list[Prompt], seeds: list[int], jobs_done: int, settings: dict[str, Any], start: Start | None
     ) -> Tensor:
         cond = encoder.take(prompts, jobs_done)
         if start is None:
@@ -133,9 +142,9 @@ def _drawing(generator: Any, texts_of_jobs: list[str]) -> Draw:
         return generator.decode(latents).float().cpu()
 
     def by_itself(
-        prompts: list[str], seeds: list[int], jobs_done: int, settings: dict[str, Any], start: Start | None
+        prompts: list[Prompt], seeds: list[int], jobs_done: int, settings: dict[str, Any], start: Start | None
     ) -> Tensor:
-        return generator.draw(prompts, seeds, **settings)
+        return generator.draw([prompt.text for prompt in prompts], seeds, **settings)
 
     return by_itself if hasattr(generator, "draw") else by_sampler
 
@@ -143,17 +152,36 @@ def _drawing(generator: Any, texts_of_jobs: list[str]) -> Draw:
 class _PromptMemory:
     """Encodes each distinct prompt at its first use and drops it after its last job."""
 
-    def __init__(self, generator: Any, texts_of_jobs: list[str]) -> None:
+    def __init__(self, generator: Any, texts_of_jobs: list[Prompt]) -> None:
         self._generator = generator
         self._last_use = {text: position for position, text in enumerate(texts_of_jobs)}
-        self._encoded: dict[str, Conditioning] = {}
+        self._encoded: dict[Prompt, Conditioning] = {}
 
-    def take(self, texts: list[str], jobs_done: int) -> Conditioning:
+    def take(self, texts: list[Prompt], jobs_done: int) -> Conditioning:
         """Return the prompts of a batch encoded; `jobs_done` counts the jobs up to the end of this batch."""
         fresh = [text for text in dict.fromkeys(texts) if text not in self._encoded]
         if fresh:
-            encoded = self._generator.encode_prompts(fresh)
+            encoded = condition(self._generator, fresh)
             self._encoded |= {text: encoded[row] for row, text in enumerate(fresh)}
         cond = Conditioning.cat([self._encoded[text] for text in texts])
         self._encoded = {text: row for text, row in self._encoded.items() if self._last_use[text] >= jobs_done}
         return cond
+
+
+def condition(generator: Any, prompts: Sequence[Prompt]) -> Conditioning:
+    """Return prompts encoded, with their first frames if all have one: of a model that takes them.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    encoded: Conditioning = generator.encode_prompts([prompt.text for prompt in prompts])
+    firsts = [prompt.first_frame for prompt in prompts if prompt.first_frame is not None]
+    if not firsts:
+        return encoded
+    from mmalign.data.encoded.first_frames import read_frame
+    from mmalign.data.encoded.transforms import Decision, VideoTransform
+
+    fit = VideoTransform(*generator.media_shape[2:])
+    frames = [read_frame(path, fit, Decision(), "first frame").float() / 255 for path in firsts]
+    started: Conditioning = generator.with_first_frame(encoded, torch.stack(frames))
+    return started

@@ -28,7 +28,8 @@ from mmalign.core.io.images import Media
 from mmalign.core.progress import note
 from mmalign.core.seeds import derive_seed
 from mmalign.data.batches import PairBatch, Segments
-from mmalign.data.encoded.encoders import MediaEncoder, ReadMedia, make_encoder
+from mmalign.data.encoded.encoders import ImageEncoder, MediaEncoder, ReadMedia, VideoEncoder
+from mmalign.data.encoded.first_frames import FirstFrameEncoder, FirstFrames, starts_from_image
 from mmalign.data.encoded.segments import cut_segments
 from mmalign.data.encoded.store import MEMORY_LIMIT, Rows, TensorStore
 from mmalign.data.pairs import PairRecord, PairTable
@@ -94,6 +95,10 @@ class Table(Protocol[RecordT]):
         """Return where the prompt of a record stands in `prompts`."""
         ...
 
+    def first_frame(self, index: int) -> Media | None:
+        """Return the image that the videos of a record start from, None where the source has none."""
+        ...
+
 
 def encode_table(
     table: Table[RecordT],
@@ -137,12 +142,18 @@ def encode_sides(
     memory_limit: int = MEMORY_LIMIT,
 ) -> dict[str, Any]:
     """Encode the images or videos alone, as `encode_table` does, and return the fields of `CachedSides`."""
-    encoder = make_encoder(cache_folder(data), generator, data, batch_size)
-    slots, kept, faults = array("q"), list[int](), list[str]()
+    encoder, starts = _encoders(generator, data, batch_size)
+    if starts is None and generator.modality == "video" and len(table.ids) and table.first_frame(0) is not None:
+        note(f"{table.name}: the model is not given the first frames in it (data.first_frame)")
+    slots, firsts, kept, faults = array("q"), list[list[int]](), list[int](), list[str]()
     for index, reads in _read_ahead(table, sides, encoder):
         try:
             found = [read() for read in reads]
-            encoder.check(f"{table.name}: pair '{table.ids[index]}'", found)
+            where = f"{table.name}: pair '{table.ids[index]}'"
+            encoder.check(where, found)
+            if starts is not None:
+                decision = encoder.decide(table.ids[index])
+                firsts.append(starts.add(where, table.first_frame(index), decision, found))
         except UserError as error:
             if data.on_bad == "error":
                 raise UserError(f"{error}; data.on_bad=skip leaves such records out") from None
@@ -162,8 +173,19 @@ def encode_sides(
         "latent_keys": encoder.keys,
         "slots": torch.tensor(slots, dtype=torch.long).reshape(len(kept), -1, len(encoder.flips)),
         "resolution": data.resolution or generator.image_size,
+        "first_frames": None if starts is None else starts.finish(firsts, memory_limit),
         **encoder.fields(),
     }
+
+
+def _encoders(generator: Any, data: DataConfig, batch_size: int) -> tuple[MediaEncoder, FirstFrameEncoder | None]:
+    """Return what encodes a generator's media, and the first frames if its videos start from an image each."""
+    folder = cache_folder(data)
+    if generator.modality != "video":
+        return ImageEncoder(folder, generator, batch_size, data), None
+    starts = starts_from_image(generator, data)
+    videos = VideoEncoder(folder, generator, data, first_frames=starts)
+    return videos, FirstFrameEncoder(folder, generator, videos) if starts else None
 
 
 def _read_ahead(
@@ -224,6 +246,8 @@ class CachedSides:
     resolution: int
     rates: Float[Tensor, " samples"] | None = None
     """Frames a second at which the videos of a sample are taken; None for images."""
+    first_frames: FirstFrames | None = None
+    """The images that the videos start from; None for a model that is not given them."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -231,15 +255,24 @@ class CachedSides:
 
     def facts(self, index: int) -> tuple[str | float, ...]:
         """Return the facts that identify a sample besides its id and prompt: the content of its images first."""
-        return tuple(self.latent_keys[slot] for slot in self.slots[index, :, 0].tolist())
+        given = self.first_frames
+        first = () if given is None else (given.keys[int(given.slots[index, 0])],)
+        return *(self.latent_keys[slot] for slot in self.slots[index, :, 0].tolist()), *first
 
     def sides(self, indices: Sequence[int], epoch: int, seed: int) -> tuple[list[str], list[Tensor], Tensor]:
         """Return ids, the latents of each side, and the indices as a tensor, on the CPU in float32."""
         rows = torch.as_tensor(indices, dtype=torch.long)
         ids = [self.ids[index] for index in rows.tolist()]
-        flips = torch.tensor([self._flipped(name, epoch, seed) for name in ids], dtype=torch.long)
-        sides = range(self.slots.shape[1])
-        return ids, [self._draw(self.slots[rows, side, flips], epoch, seed) for side in sides], rows
+        flips = self._flips(ids, epoch, seed)
+        latents = [self._draw(self.slots[rows, side, flips], epoch, seed) for side in range(self.slots.shape[1])]
+        if self.first_frames is not None and self.first_frames.kept:
+            first = self.first_frames.take(rows, flips)["first_frame"]
+            for one in latents:
+                one[:, :, : first.shape[2]] = first
+        return ids, latents, rows
+
+    def _flips(self, ids: Sequence[str], epoch: int, seed: int) -> Int[Tensor, " batch"]:
+        return torch.tensor([self._flipped(name, epoch, seed) for name in ids], dtype=torch.long)
 
     def _flipped(self, name: str, epoch: int, seed: int) -> bool:
         return self.slots.shape[2] == 2 and uniform(seed, "flip", name, epoch) < 0.5
@@ -266,13 +299,23 @@ class CachedImages(CachedSides):
     empty_slot: int
     caption_dropout: float = 0.0
 
-    def _condition(self, slots: Int[Tensor, " batch"], ids: list[str], epoch: int, seed: int) -> Conditioning:
+    def _condition(
+        self,
+        slots: Int[Tensor, " batch"],
+        rows: Int[Tensor, " batch"],
+        epoch: int,
+        seed: int,
+    ) -> Conditioning:
+        """Return the conditioning of prompts by their slots, with what else the samples of these rows are given."""
+        ids = [self.ids[row] for row in rows.tolist()]
         dropped = torch.tensor([uniform(seed, "caption", name, epoch) < self.caption_dropout for name in ids])
         tensors = self.prompts[torch.where(dropped, self.empty_slot, slots)]
         if "time_ids" in tensors:
             # SDXL is conditioned on the size of the training images: one row a sample, which holds for all its sides.
             size = float(self.resolution)
             tensors["time_ids"][:] = torch.tensor([size, size, 0.0, 0.0, size, size])
+        if self.first_frames is not None:
+            tensors |= self.first_frames.take(rows, self._flips(ids, epoch, seed))
         return Conditioning.from_tensors(tensors)
 
 
@@ -290,7 +333,7 @@ class CachedPairs(CachedImages):
         return PairBatch(
             chosen=chosen,
             rejected=rejected,
-            cond=self._condition(self.prompt_slots[rows], ids, epoch, seed),
+            cond=self._condition(self.prompt_slots[rows], rows, epoch, seed),
             ids=ids,
             epoch=epoch,
             margins=None if self.margins is None else self.margins[rows],

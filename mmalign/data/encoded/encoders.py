@@ -37,6 +37,13 @@ class ReadMedia:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     source: Tensor | None = None
     """What the file of a video holds, as `ClipSource`."""
+    first: Tensor | None = None
+    """The first frame of a video as 8-bit levels, where it is wanted."""
+
+    def facts(self) -> dict[str, Tensor]:
+        """Return what the store keeps beside the encoding."""
+        found = {"source": self.source, "first": self.first}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 class MediaEncoder(ABC):
@@ -45,12 +52,12 @@ class MediaEncoder(ABC):
     ahead = 0
     """How many records are read ahead of the one that is encoded."""
 
-    def __init__(self, folder: Path, generator: Any, batch_size: int, data: DataConfig) -> None:
-        """Open the store of this generator's autoencoder in the cache."""
+    def __init__(self, folder: Path, generator: Any, batch_size: int, data: DataConfig, *, beside: str = "") -> None:
+        """Open the store of this generator's autoencoder in the cache; `beside` names what else its rows hold."""
         self.keys: list[str] = []
         self.flips = (False, True) if data.flip else (False,)
         self._slots: dict[str, int] = {}
-        self._identity = f"{generator.vae_id}:{generator.dtype}"
+        self._identity = f"{generator.vae_id}:{generator.dtype}{beside}"
         self._store = TensorStore(folder / f"latents-{content_key(self._identity)[:16]}")
         self._generator, self._batch_size = generator, batch_size
         self._batch: dict[str, dict[str, Tensor]] = {}
@@ -76,8 +83,7 @@ class MediaEncoder(ABC):
             if key in self._slots:
                 continue
             if key in media.tensors and key not in self._store:
-                facts = {} if media.source is None else {"source": media.source}
-                self._batch[key] = {"media": media.tensors[key], **facts}
+                self._batch[key] = {"media": media.tensors[key], **media.facts()}
             self._slots[key] = len(self.keys)
             self.keys.append(key)
         media.tensors = {}
@@ -147,9 +153,13 @@ class ImageEncoder(MediaEncoder):
 class VideoEncoder(MediaEncoder):
     """Encodes videos of the model's size, number of frames and rate; worker threads decode each file once."""
 
-    def __init__(self, folder: Path, generator: Any, data: DataConfig) -> None:
-        """See `MediaEncoder`; `data` gives `crop` and `flip`, the generator the geometry."""
-        super().__init__(folder, generator, 1, data)
+    def __init__(self, folder: Path, generator: Any, data: DataConfig, *, first_frames: bool = False) -> None:
+        """See `MediaEncoder`; `data` gives `crop` and `flip`, the generator the geometry.
+
+        With `first_frames` the store keeps the first frame of each video too, for `first_frame`.
+        """
+        super().__init__(folder, generator, 1, data, beside=":first frames" if first_frames else "")
+        self._first_frames = first_frames
         frames, _, height, width = generator.media_shape
         self.transform = VideoTransform(height, width, data.crop)
         self.rule = ClipRule(frames, generator.fps)
@@ -199,6 +209,7 @@ class VideoEncoder(MediaEncoder):
             dtype=torch.float64,
         )
         fitted = self.transform(levels, decision)
+        found.first = fitted[0] if self._first_frames else None
         found.tensors = {key: fitted.flip(-1) if flip else fitted for key, flip in zip(keys, self.flips, strict=True)}
         return found
 
@@ -224,6 +235,10 @@ class VideoEncoder(MediaEncoder):
                 "one shape"
             )
         self._rates.append(rates[0])
+
+    def first_frame(self, media: ReadMedia) -> Tensor:
+        """Return the first frame of a video, of the model's size and not flipped, as 8-bit levels."""
+        return self._store.value(media.keys[0], "first") if media.first is None else media.first
 
     def add(self, media: ReadMedia) -> list[int]:
         """Return the slot of each flip, and remember what the file holds."""
@@ -255,10 +270,3 @@ def _source(facts: Tensor | None) -> ClipSource:
     assert facts is not None, "every video that was read says what its file holds"
     frames, fps, width, height = facts.tolist()
     return ClipSource(int(frames), None if math.isnan(fps) else fps, int(width), int(height))
-
-
-def make_encoder(folder: Path, generator: Any, data: DataConfig, batch_size: int) -> MediaEncoder:
-    """Return the encoder of a generator's media."""
-    if generator.modality == "video":
-        return VideoEncoder(folder, generator, data)
-    return ImageEncoder(folder, generator, batch_size, data)

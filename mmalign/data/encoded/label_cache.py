@@ -33,8 +33,8 @@ class CachedLabels(CachedImages):
         rejected = None
         if self.rejected_slots is not None:
             slots = self.rejected_slots[rows]
-            rejected = self._condition(torch.where(slots < 0, self.prompt_slots[rows], slots), ids, epoch, seed)
-        cond = self._condition(self.prompt_slots[rows], ids, epoch, seed)
+            rejected = self._condition(torch.where(slots < 0, self.prompt_slots[rows], slots), rows, epoch, seed)
+        cond = self._condition(self.prompt_slots[rows], rows, epoch, seed)
         return LabelBatch(images, self.good[rows], cond, ids, epoch, rejected)
 
     def facts(self, index: int) -> tuple[str | float, ...]:

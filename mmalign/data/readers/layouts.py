@@ -81,6 +81,8 @@ class Sides:
     fps: tuple[str, str] | None = None
     weight: str | None = None
     segments: str | None = None
+    first_frame: str | None = None
+    """the image that both videos start from, which is read with them"""
 
     @property
     def small(self) -> list[str]:
@@ -210,7 +212,13 @@ def choose_layout(
         fps=rates or names.both(("fps_chosen", "fps_rejected")),
         weight=names.first("weight"),
         segments=names.first("segments"),
+        first_frame=_first_frame(names, sides[0]),
     )
+
+
+def _first_frame(names: Names, sides: tuple[str, str]) -> str | None:
+    found = names.first("first_frame", "image")
+    return None if found in sides else found
 
 
 def holds_pairs(found: Sequence[str], config: DataConfig) -> bool:

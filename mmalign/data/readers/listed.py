@@ -58,6 +58,10 @@ class ListedPairs:
         first, second = self._images[row]
         return _read(first), _read(second)
 
+    def first_frame(self, row: int) -> Media | None:
+        """Return None: files hold no image beside the sides."""
+        return None
+
 
 def _read(place: Path | Slice | Callable[[], bytes]) -> Media:
     if isinstance(place, Path):

@@ -55,6 +55,10 @@ class JoinedPairs:
         """Return both images of a comparison."""
         return self._parts[self._part_of[row]].images(self._row_of[row])
 
+    def first_frame(self, row: int) -> Media | None:
+        """Return the image that the videos of a comparison start from, if its source gives it."""
+        return self._parts[self._part_of[row]].first_frame(self._row_of[row])
+
 
 def open_source(source: str, config: DataConfig) -> PairSource:
     """Return the reader for a source: a file, a folder, a glob, several with commas; anything else is a hub id.

@@ -78,6 +78,10 @@ class PairSource(Protocol):
         """Return both sides of a row, encoded; rising row numbers are the cheap order."""
         ...
 
+    def first_frame(self, row: int) -> Media | None:
+        """Return the image that both videos of a row start from, None where the source does not give it."""
+        ...
+
 
 def number_of(value: object, where: str) -> float:
     """Return a number in a table, written as a number, a decimal or text; NaN where there is none.

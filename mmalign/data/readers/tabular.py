@@ -75,6 +75,16 @@ class TablePairs:
         first, second = (self._image(self._places[side][row], self._places[2 + side][row], side) for side in (0, 1))
         return first, second
 
+    def first_frame(self, row: int) -> Media | None:
+        """Return the image in the column `first_frame` (or `image`) of a pair, None where there is none."""
+        number = self._places[0][row]
+        layout = self._rows.layout(number, self._choose)
+        if not isinstance(layout, Sides) or layout.first_frame is None:
+            return None
+        value = self._rows.cell(number, layout.first_frame, 2)
+        where = f"{self._rows.where(number)}, {layout.first_frame}"
+        return None if value in (None, "") else as_image(value, self._rows.file(number), where)
+
     def _image(self, row: int, slot: int, side: int) -> Media:
         layout = self._rows.layout(row, self._choose)
         column = layout.images[slot] if isinstance(layout, Sides) else layout.images[0]

@@ -16,11 +16,12 @@ from mmalign.config.run import RunConfig
 from mmalign.core.progress import note, track
 from mmalign.core.resources import resolve_model
 from mmalign.data.encoded.cache import CachedSides, build_pair_cache
+from mmalign.data.encoded.first_frames import starts_from_image
 from mmalign.data.encoded.label_cache import build_label_cache
 from mmalign.data.encoded.prompt_cache import build_prompt_cache
 from mmalign.data.labels import LabelTable, read_labels
 from mmalign.data.pairs import PairTable, read_pairs
-from mmalign.data.prompts import load_prompts
+from mmalign.data.prompts import Prompt, load_prompts
 from mmalign.data.sampler import BatchSampler, Samples
 from mmalign.methods.base import Method
 from mmalign.methods.reference import Reference
@@ -73,11 +74,12 @@ class ImageTask(Task[Generator]):
     def open_source(self, config: RunConfig, method: Method[Any]) -> Source:
         """Return prompts, labelled images or pairs, as the method needs."""
         if method.needs.source == "prompts":
-            prompts = [prompt.text for prompt in load_prompts(str(config.data.prompts), limit=config.data.limit)]
+            prompts = load_prompts(str(config.data.prompts), limit=config.data.limit)
+            texts = [prompt.text for prompt in prompts]
             for reward in config.rewards:
                 judged = "image" if reward.frames else config.modality
                 grouped = method.images_per_sample > 1 and not reward.frames
-                check_reward(reward.name, reward.options, prompts, judged, grouped=grouped)
+                check_reward(reward.name, reward.options, texts, judged, grouped=grouped)
             note(f"{config.data.prompts}: {len(prompts)} prompts")
             return prompts
         if method.needs.source in ("labels", "images"):
@@ -117,7 +119,7 @@ class ImageTask(Task[Generator]):
 
     def encode(
         self,
-        source: PairTable | LabelTable | list[str],
+        source: PairTable | LabelTable | list[Prompt],
         model: Generator,
         config: RunConfig,
         accelerator: Any,
@@ -127,7 +129,7 @@ class ImageTask(Task[Generator]):
         with accelerator.main_process_first():
             if isinstance(source, list):
                 prompts = build_prompt_cache(source, model, config.data)
-                return prompts, hashlib.blake2b(repr(source).encode(), digest_size=16).hexdigest()
+                return prompts, hashlib.blake2b(repr(prompts.facts()).encode(), digest_size=16).hexdigest()
             labels = isinstance(source, LabelTable)
             with track(len(source), "encode", unit="images" if labels else "pairs") as job:
                 build: Any = build_label_cache if labels else build_pair_cache
@@ -136,7 +138,10 @@ class ImageTask(Task[Generator]):
 
     def evaluator(self, config: RunConfig, model: Generator) -> ImageEvaluation | None:
         """Return the evaluator, which samples and scores fixed prompts; it encodes the prompts now."""
-        return ImageEvaluation(config.evaluate, model, config.trainer.seed) if config.evaluate else None
+        if config.evaluate is None:
+            return None
+        starts = starts_from_image(model, config.data)
+        return ImageEvaluation(config.evaluate, model, config.trainer.seed, first_frames=starts)
 
     def free_encoders(self, model: Generator, method: Method[Any]) -> tuple[str, ...]:
         """Drop text encoders and, unless the method decodes its own samples, the autoencoder."""
