@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,8 @@ class RoundData:
 
         assert config.rounds is not None
         self.config, self.rounds = config, config.rounds
-        self.prompts = load_prompts(self.rounds.prompts, self.rounds.limit)
+        prompts = load_prompts(self.rounds.prompts, self.rounds.limit)
+        self.prompts = [replace(prompt, first_frame=None) for prompt in prompts]  # samples are told apart by their texts
         self.choices = self._check(self.rounds.reward, "reward")
         self.trusted = self._check(self.rounds.trusted, "trusted") if self.rounds.trusted else []
         unfiltered = config.data.model_copy(update={"min_margin": None})  # which is of the rounds' own pairs
