@@ -42,7 +42,8 @@ class RoundData:
         assert config.rounds is not None
         self.config, self.rounds = config, config.rounds
         prompts = load_prompts(self.rounds.prompts, self.rounds.limit)
-        self.prompts = [replace(prompt, first_frame=None) for prompt in prompts]  # samples are told apart by their texts
+        # Samples are told apart by their texts.
+        self.prompts = [replace(prompt, first_frame=None) for prompt in prompts]
         self.choices = self._check(self.rounds.reward, "reward")
         self.trusted = self._check(self.rounds.trusted, "trusted") if self.rounds.trusted else []
         unfiltered = config.data.model_copy(update={"min_margin": None})  # which is of the rounds' own pairs
