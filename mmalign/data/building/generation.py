@@ -39,8 +39,8 @@ def generate_images(
     `seeds` holds the seeds used for every prompt alike, or one sequence of them for each prompt. An image depends on
     (model, settings, prompt, seed) alone, up to the rounding of kernels that differ between batch sizes; so that these
     differ as little as possible, a short last batch is filled up and the surplus discarded. Each distinct
-    prompt is encoded once and forgotten after its last use. A video starts from the first frame of its prompt, if it has
-    one and the model takes it. `progress` is called with the number of images newly made.
+    prompt is encoded once and forgotten after its last use. A video starts from the first frame of its prompt if it
+    has one and the model takes it. `progress` is called with the number of images newly made.
 
     Raises:
         UserError: the numbers of prompts and of seed sequences differ, or batch_size is not positive.
