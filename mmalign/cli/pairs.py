@@ -9,12 +9,13 @@ videos, again to resume it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmalign.cli.generate import (
     add_geometry_arguments,
+    add_image_argument,
     add_sampling_arguments,
     not_negative,
     positive,
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="sample|label|perturb")
     sample = actions.add_parser("sample", help="generate several images or videos a prompt, in DIR/images.parquet")
     add_sampling_arguments(sample)
-    add_geometry_arguments(sample)
+    add_image_argument(add_geometry_arguments(sample))
     sample.add_argument(
         "--images-per-prompt",
         type=positive,
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
-    prompts = sampling.texts_alone(read_prompts(args.prompts, args.limit))
+    prompts = sampling.with_first_frames(read_prompts(args.prompts, args.limit), args.image)
     model, fingerprint = sampling.identity()
     from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
 
@@ -158,6 +159,7 @@ def _sample(args: argparse.Namespace) -> int:
         image_size=sampling.image_size,
         video=None if sampling.video is None else sampling.video.sampling,
         seed=args.seed,
+        first_frames=any(prompt.first_frame is not None for prompt in prompts) or None,
     )
     counts = sample_images(
         sampling.open,
@@ -186,6 +188,7 @@ def _label(args: argparse.Namespace) -> int:
 
     from mmalign.scoring import labelling
     from mmalign.scoring.chosen import load_weighted_rewards, parse_rewards
+    from rewards.registry import reward_class
 
     settings = labelling.LabelSettings(
         mode=args.mode,
@@ -195,7 +198,8 @@ def _label(args: argparse.Namespace) -> int:
         pairs_per_prompt=args.pairs_per_prompt,
         seed=args.seed,
     )
-    weights, source = parse_rewards(args.reward), _to_label(args)
+    weights = parse_rewards(args.reward)
+    source = _to_label(args, lambda: reward_class(next(iter(weights))).modality == "video")
     rewards = load_weighted_rewards(weights, source.prompts)
     with track(source.images, "label") as job:
         counts = labelling.label_pictures(
@@ -220,8 +224,11 @@ class _ToLabel(NamedTuple):
     metadata: dict[str, Any]
 
 
-def _to_label(args: argparse.Namespace) -> _ToLabel:
-    """Return the pictures of sampled images, of a folder of one's own, or of existing pairs."""
+def _to_label(args: argparse.Namespace, of_videos: Callable[[], bool]) -> _ToLabel:
+    """Return the pictures of sampled images, of a folder of one's own, or of existing pairs.
+
+    Pairs have their first frames if they are `of_videos`, which is asked when they are read.
+    """
     from mmalign.core.io.images import find_images
     from mmalign.core.io.parquet import open_parquet, read_metadata
     from mmalign.scoring import pictures as of
@@ -243,7 +250,8 @@ def _to_label(args: argparse.Namespace) -> _ToLabel:
 
     table = read_pairs(args.source, read_source(args, ties="keep"))
     note(f"{args.source}: {table.counts}")
-    return _ToLabel(of.pictures_of_pairs(table), 2 * len(table), table.prompts, metadata)
+    both = of.pictures_of_pairs(table, lambda index: table.first_frame(index) if of_videos() else None)
+    return _ToLabel(both, 2 * len(table), table.prompts, metadata)
 
 
 def _lists_pairs(folder: Path) -> bool:

@@ -13,7 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,8 @@ PAIR_SCHEMA = pa.schema(
         ("ranking_id", pa.string()),
     ]
 )
+FIRST_FRAME = pa.field("first_frame", pa.binary())
+"""A further column, where the first pictures name the image that they started from."""
 
 
 @dataclass(frozen=True)
@@ -195,10 +197,13 @@ def label_pictures(
         "labelling": asdict(settings),
         **(metadata or {}),
     }
-    with atomic_parquet(out, PAIR_SCHEMA, described) as writer:
+    pictures = iter(pictures)
+    ahead = list(islice(pictures, 1))
+    schema = PAIR_SCHEMA.append(FIRST_FRAME) if ahead and ahead[0].first_frame is not None else PAIR_SCHEMA
+    with atomic_parquet(out, schema, described) as writer:
         modality = rewards[0].reward.modality
         stream = score_items(
-            (picture.item() for picture in pictures), rewards, batch_size=batch_size, modality=modality
+            (picture.item() for picture in chain(ahead, pictures)), rewards, batch_size=batch_size, modality=modality
         )
         for _, group in groupby(stream, key=lambda scored: scored.item.extra.group):
             members = list(group)
@@ -297,7 +302,9 @@ def _is_upset(margin: float, name: str, settings: LabelSettings) -> bool:
 
 
 def _pair_row(sides: Sequence[tuple[Picture, float, float]], name: str) -> dict[str, Any]:
+    first = sides[0][0].first_frame
     row: dict[str, Any] = {"caption": sides[0][0].prompt, "has_label": True, "ranking_id": name}
+    row["first_frame"] = first.read_bytes() if isinstance(first, Path) else first
     for number, (picture, score, label) in enumerate(sides):
         row |= {
             f"jpg_{number}": picture.read(),

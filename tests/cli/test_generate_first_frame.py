@@ -11,7 +11,11 @@ import torch
 from tiny_videos import build_tiny_wan
 
 from mmalign.cli import main
+from mmalign.config.sections import DataConfig
+from mmalign.core.hashing import content_key
 from mmalign.core.io.images import encode_png
+from mmalign.data.building.sampling import SCHEMA, SampleSettings, prompt_id
+from mmalign.data.pairs import read_pairs
 from pipelines import VideoOptions, load_generator, sample
 
 SIZE = ("--frames", "5", "--height", "16", "--width", "16")
@@ -123,3 +127,27 @@ def test_a_comparison_refuses_a_model_of_first_frames(
     )
     assert main(["compare", text, wan, *options]) == 2
     assert "makes videos of a first frame, which a comparison does not give it" in capsys.readouterr().err
+
+
+def test_own_pairs_keep_the_images_that_they_started_from(
+    wan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [picture(tmp_path / f"{index}.png", level) for index, level in enumerate((0.1, 0.9))]
+    table, out, pairs = tmp_path / "prompts.csv", tmp_path / "samples", tmp_path / "pairs.parquet"
+    table.write_text("prompt,first_frame\na cat,0.png\na cat,1.png\na cat,0.png\n")
+    sample = ["pairs", "sample", wan, "--out", str(out), "--steps", "2", "--guidance", "2", "--batch-size", "1"]
+    sample += ["--images-per-prompt", "2", *SIZE, "--prompts"]
+    assert main([*sample, str(table)]) == 0
+    assert "4 videos (4 new) of 2 prompts (1 repeated ones left out)" in capsys.readouterr().out
+    assert main([*sample, str(table)]) == 0 and "(0 new)" in capsys.readouterr().out
+    assert main([*sample, "text:a cat"]) == 2 and "give --image FILE" in capsys.readouterr().err
+    for source in (out, pairs):  # sampled videos, then the pairs made of them
+        labelled = pairs if source is out else tmp_path / "again.parquet"
+        assert main(["pairs", "label", str(source), "--reward", "tiny_runs:Motion", "--out", str(labelled)]) == 0
+        rows = read_pairs(str(labelled), DataConfig(pairs="p"))
+        assert [rows.first_frame(index) for index in range(len(rows))] == [image.read_bytes() for image in images]
+
+
+def test_without_first_frames_samples_are_as_they_were() -> None:
+    assert SampleSettings("m", "f").schema == SCHEMA
+    assert prompt_id("a cat") == content_key("a cat")[:16]

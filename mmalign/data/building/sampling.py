@@ -21,6 +21,7 @@ from mmalign.core.progress import track
 from mmalign.core.seeds import derive_seed
 from mmalign.data.building.generation import GeneratedImage, generate_images
 from mmalign.data.prompts import Prompt
+from mmalign.data.vlm_pairs import media_digest
 
 IMAGES_FILE = "images.parquet"
 PARTS_FOLDER = "parts"
@@ -37,7 +38,8 @@ SCHEMA = pa.schema(
         ("model", pa.string()),
     ]
 )
-COLUMNS = tuple(SCHEMA.names)
+FIRST_FRAME = pa.field("first_frame", pa.binary())
+"""A further column, of videos that start from an image each."""
 Key = tuple[str, int]
 """(prompt_id, seed): the key of an image in its file."""
 
@@ -49,7 +51,7 @@ class SampleSettings:
     `fingerprint` identifies the model's content (and an extra adapter's), so that a retrained model of the same name
     is told from the old one; `model` is its name, for readers. `flow` names what was chosen for a flow model;
     `image_size` is the side of the images in pixels where it is not the model's own; `video` is the geometry of videos
-    where it is not.
+    where it is not; `first_frames` is True where they start from the images of their prompts.
     """
 
     model: str
@@ -64,6 +66,12 @@ class SampleSettings:
     flow: str | None = None
     image_size: int | None = None
     video: str | None = None
+    first_frames: bool | None = None
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the file."""
+        return SCHEMA.append(FIRST_FRAME) if self.first_frames else SCHEMA
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,9 @@ class SampleCounts:
     new: int
 
 
-def prompt_id(text: str) -> str:
-    """Return 16 hexadecimal digits that identify a prompt, the same in every file."""
-    return content_key(text)[:16]
+def prompt_id(text: str, first_frame: Path | None = None) -> str:
+    """Return 16 hexadecimal digits that identify a prompt and its first frame, if any, the same in every file."""
+    return content_key(text, *([] if first_frame is None else [media_digest(first_frame)]))[:16]
 
 
 def sample_images(
@@ -92,8 +100,8 @@ def sample_images(
 ) -> SampleCounts:
     """Complete `out/images.parquet`: `images_per_prompt` images for each distinct prompt, grouped by prompt.
 
-    Columns: prompt, category, prompt_id, seed, image (PNG; of a video model MP4), model;
-    the settings are in the file's metadata. Finished
+    Columns: prompt, category, prompt_id, seed, image (PNG; of a video model MP4), model, and with
+    `settings.first_frames` first_frame; the settings are in the file's metadata. Finished
     parts are kept in `out/parts` until all are there, so an interrupted call can be resumed, and a call with more
     prompts or images adds to the finished ones. `open_generator` is called only if an image is missing.
 
@@ -117,7 +125,7 @@ def _complete(
 ) -> SampleCounts:
     unique: dict[str, Prompt] = {}
     for prompt in prompts:
-        unique.setdefault(prompt_id(prompt.text), prompt)
+        unique.setdefault(prompt_id(prompt.text, prompt.first_frame), prompt)
     wanted = {
         name: [derive_seed(settings.seed, "image", prompt.text, number) for number in range(images_per_prompt)]
         for name, prompt in unique.items()
@@ -205,16 +213,19 @@ def _row(prompt: Prompt, item: GeneratedImage, model: str, fps: float | None) ->
     return {
         "prompt": prompt.text,
         "category": prompt.category,
-        "prompt_id": prompt_id(prompt.text),
+        "prompt_id": prompt_id(prompt.text, prompt.first_frame),
         "seed": item.seed,
         "image": encode_png(made) if fps is None else encode_video(made, fps),
         "model": model,
+        "first_frame": None if prompt.first_frame is None else prompt.first_frame.read_bytes(),
     }
 
 
 def _write_part(folder: Path, rows: Sequence[Mapping[str, Any]], settings: SampleSettings) -> None:
     taken = [int(path.stem) for path in folder.glob("*.parquet") if path.stem.isdigit()]
-    with atomic_parquet(folder / f"{max(taken, default=-1) + 1:06d}.parquet", SCHEMA, _metadata(settings)) as part:
+    with atomic_parquet(
+        folder / f"{max(taken, default=-1) + 1:06d}.parquet", settings.schema, _metadata(settings)
+    ) as part:
         for row in rows:
             part.add(row)
 
@@ -232,8 +243,8 @@ def _merge(out: Path, wanted: Mapping[str, Sequence[int]], settings: SampleSetti
     asked = ((name, seed) for name, seeds in wanted.items() for seed in seeds)
     for name, seed in (*finished, *asked, *places):
         groups.setdefault(name, {})[seed] = None
-    readers = {path: ForwardReader(path, COLUMNS) for path in files}
-    with atomic_parquet(out / IMAGES_FILE, SCHEMA, _metadata(settings)) as target:
+    readers = {path: ForwardReader(path, settings.schema.names) for path in files}
+    with atomic_parquet(out / IMAGES_FILE, settings.schema, _metadata(settings)) as target:
         for key in _flatten(groups):
             path, row = places[key]
             target.add(readers[path].row(row))
