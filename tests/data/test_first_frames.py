@@ -16,6 +16,8 @@ from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.images import encode_png
 from mmalign.core.io.video_files import write_video
+from mmalign.data.building.generation import generate_images
+from mmalign.data.building.sampling import SCHEMA, SampleSettings, prompt_id, sample_images
 from mmalign.data.encoded import first_frames
 from mmalign.data.encoded.cache import CachedPairs, build_pair_cache
 from mmalign.data.encoded.label_cache import CachedLabels, build_label_cache
@@ -88,7 +90,7 @@ def test_sides_that_start_differently_are_one_bad_pair(
     model: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clip(tmp_path / "w.mkv", 100), clip(tmp_path / "l.mkv", 109, seed=1)
-    rows = [{"chosen": "w.mkv", "rejected": "w.mkv"}, {"chosen": "w.mkv", "rejected": "l.mkv"}]
+    rows = [{"chosen": "w.mkv", "rejected": other} for other in ("w.mkv", "l.mkv", "w.mkv")]
     source = write_table(tmp_path, rows)
     said = (
         r"pair '1': the first frames of its sides differ by 9\.0 levels of 255 on average \(at most 8\).*first_frame"
@@ -98,8 +100,9 @@ def test_sides_that_start_differently_are_one_bad_pair(
             encode(model, source)
     for _ in range(2):
         cached = encode(model, source, on_bad="skip")
-        assert cached.ids == ["0"] and cached.batch([0], 0, 0).cond.first_frame is not None
-        assert "1 of 2 are left out of the training" in " ".join(capsys.readouterr().err.split())
+        assert cached.ids == ["0", "2"] and cached.batch([1], 0, 0).cond.first_frame is not None
+        assert cached.rates is not None and cached.rates.tolist() == [8.0, 8.0]
+        assert "1 of 3 are left out of the training" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_loss_of_mp4_files_is_no_difference(model: Generator, tmp_path: Path) -> None:
@@ -262,6 +265,22 @@ def test_prompts_of_one_text_and_two_images_are_told_apart(
     changed = build_prompt_cache(prompts, model, data).facts()
     assert changed[:3] == facts[:3] and changed[3] != facts[3]
     assert build_prompt_cache(["a cat"], load_text(tmp_path), data).facts() == ["a cat"]
+
+
+def test_some_prompts_without_an_image_are_not_given_that_of_others(ti2v: Any, tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(encode_png(torch.rand(3, 8, 8)))
+    prompts = [Prompt("a cat", first_frame=tmp_path / "1.png"), Prompt("a dog")]
+    with pytest.raises(UserError, match="1 of 2 prompts have a first frame; give one to all, or to none"):
+        list(generate_images(ti2v, prompts, seeds=[0], steps=1, guidance=1.0, batch_size=2))
+
+
+def test_samples_of_texts_do_not_look_at_the_images_of_a_table(tmp_path: Path) -> None:
+    model = load_text(tmp_path)
+    prompts = [Prompt("a cat", first_frame=tmp_path / "lost.png")]
+    settings = SampleSettings("m", "f", steps=1, guidance=1.0)
+    sample_images(lambda: model, prompts, tmp_path / "out", settings, images_per_prompt=1)
+    made = pq.read_table(tmp_path / "out" / "images.parquet")
+    assert made.column_names == SCHEMA.names and made["prompt_id"].to_pylist() == [prompt_id("a cat")]
 
 
 def load_text(folder: Path) -> Generator:

@@ -130,15 +130,17 @@ class _PromptMemory:
 
 
 def condition(generator: Any, prompts: Sequence[Prompt]) -> Conditioning:
-    """Return prompts encoded, with their first frames if all have one: of a model that takes them.
+    """Return prompts encoded, with their first frames if they have such: of a model that takes them.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: an image cannot be read, or some of the prompts have none.
     """
     encoded: Conditioning = generator.encode_prompts([prompt.text for prompt in prompts])
     firsts = [prompt.first_frame for prompt in prompts if prompt.first_frame is not None]
     if not firsts:
         return encoded
+    if len(firsts) < len(prompts):
+        raise UserError(f"{len(firsts)} of {len(prompts)} prompts have a first frame; give one to all, or to none")
     from mmalign.data.encoded.first_frames import read_frame
     from mmalign.data.encoded.transforms import Decision, VideoTransform
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,8 @@ def _complete(
     batch_size: int,
 ) -> SampleCounts:
     unique: dict[str, Prompt] = {}
+    if not settings.first_frames:
+        prompts = [replace(prompt, first_frame=None) for prompt in prompts]
     for prompt in prompts:
         unique.setdefault(prompt_id(prompt.text, prompt.first_frame), prompt)
     wanted = {
