@@ -185,19 +185,6 @@ class Sampling:
             note(f"{self.model} draws from a text alone: it is not given the first frames of the prompts")
         return [replace(prompt, first_frame=None) for prompt in prompts]
 
-    def texts_alone(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Return the prompts without first frames, for a command that tells samples apart by their texts.
-
-        Raises:
-            UserError: the model makes no video without one.
-        """
-        if self._drawer_has("needs_first_frame"):
-            raise UserError(
-                f"{self.model} makes videos of a first frame, which this does not give it; draw them with `mmalign"
-                " generate --image`"
-            )
-        return [replace(prompt, first_frame=None) for prompt in prompts]
-
     def _drawer_has(self, name: str) -> bool:
         from pipelines.load import drawer_of
 

@@ -45,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     videos = add_geometry_arguments(parser)
     second = "guidance of the expert for low noise, in a model of two (Wan 2.2 A14B; default: as --guidance)"
     videos.add_argument("--low-noise-guidance", type=float, metavar="S", help=second)
-    start = "first frame of the videos (image to video); a column first_frame of the prompts gives each its own"
-    videos.add_argument("--image", type=Path, metavar="FILE", help=start)
+    add_image_argument(videos)
     parser.add_argument(
         "--grid", action="store_true", help="also write grid.png with a row for each prompt and a column for each seed"
     )
@@ -60,6 +59,12 @@ def add_geometry_arguments(parser: argparse.ArgumentParser) -> Any:
     for side in ("height", "width"):
         videos.add_argument(f"--{side}", type=positive, metavar="N", help=f"{side} of a frame in pixels")
     return videos
+
+
+def add_image_argument(videos: Any) -> None:
+    """Declare `--image` among the options of videos."""
+    start = "first frame of the videos (image to video); a column first_frame of the prompts gives each its own"
+    videos.add_argument("--image", type=Path, metavar="FILE", help=start)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, needs_prompts: bool = True) -> None:

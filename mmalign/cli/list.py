@@ -183,8 +183,6 @@ def _trained_by(generator: type[Generator]) -> str:
     """Return the methods that train a family of image or video generators."""
     flow, video = generator.is_flow, generator.modality == "video"
     working = _working_methods()
-    if generator.needs_first_frame:
-        return "every image method that learns from stored media"
     refused = [name for name, one in working if flow and not one.needs.flow or video and not one.needs.video]
     return "every image method" + (f" but {', '.join(refused)}" if refused else "")
 

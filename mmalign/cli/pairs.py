@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmalign.cli.generate import (
     add_geometry_arguments,
+    add_image_argument,
     add_sampling_arguments,
     not_negative,
     positive,
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="sample|label|perturb")
     sample = actions.add_parser("sample", help="generate several images or videos a prompt, in DIR/images.parquet")
     add_sampling_arguments(sample, needs_prompts=False)
-    add_geometry_arguments(sample)
+    add_image_argument(add_geometry_arguments(sample))
     add_real_arguments(sample)
     sample.add_argument(
         "--images-per-prompt",
@@ -154,7 +155,7 @@ def _sample(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
     videos = sampling.makes_videos()
     prompts, unusable = read_prompts_or_media(args, sampling)
-    prompts = sampling.texts_alone(prompts)
+    prompts = sampling.with_first_frames(prompts, args.image)
     model, fingerprint = sampling.identity()
     from mmalign.data.building.sampling import IMAGES_FILE, SampleSettings, sample_images
 
@@ -171,6 +172,7 @@ def _sample(args: argparse.Namespace) -> int:
         video=None if sampling.video is None else sampling.video.sampling,
         seed=args.seed,
         strength=args.strength,
+        first_frames=any(prompt.first_frame is not None for prompt in prompts) or None,
     )
     counts = sample_images(
         sampling.open,
@@ -204,6 +206,7 @@ def _label(args: argparse.Namespace) -> int:
 
     from mmalign.scoring import labelling
     from mmalign.scoring.chosen import load_weighted_rewards, parse_rewards
+    from rewards.registry import reward_class
 
     settings = labelling.LabelSettings(
         mode=args.mode,
@@ -213,7 +216,8 @@ def _label(args: argparse.Namespace) -> int:
         pairs_per_prompt=args.pairs_per_prompt,
         seed=args.seed,
     )
-    weights, source = parse_rewards(args.reward), _to_label(args)
+    weights = parse_rewards(args.reward)
+    source = _to_label(args, lambda: reward_class(next(iter(weights))).modality == "video")
     pictures = iter(source.pictures)
     label: Callable[..., Any] = labelling.label_pictures
     if args.segments is not None:
@@ -247,8 +251,11 @@ class _ToLabel(NamedTuple):
     metadata: dict[str, Any]
 
 
-def _to_label(args: argparse.Namespace) -> _ToLabel:
-    """Return the pictures of sampled images, of a folder of one's own, or of existing pairs."""
+def _to_label(args: argparse.Namespace, of_videos: Callable[[], bool]) -> _ToLabel:
+    """Return the pictures of sampled images, of a folder of one's own, or of existing pairs.
+
+    Pairs have their first frames if they are `of_videos`, which is asked when they are read.
+    """
     from mmalign.core.io.images import find_images
     from mmalign.core.io.parquet import open_parquet, read_metadata
     from mmalign.scoring import pictures as of
@@ -270,7 +277,8 @@ def _to_label(args: argparse.Namespace) -> _ToLabel:
 
     table = read_pairs(args.source, read_source(args, ties="keep"))
     note(f"{args.source}: {table.counts}")
-    return _ToLabel(of.pictures_of_pairs(table), 2 * len(table), table.prompts, metadata)
+    both = of.pictures_of_pairs(table, lambda index: table.first_frame(index) if of_videos() else None)
+    return _ToLabel(both, 2 * len(table), table.prompts, metadata)
 
 
 def _lists_pairs(folder: Path) -> bool:

@@ -54,6 +54,8 @@ def read_prompts_or_media(args: argparse.Namespace, sampling: Sampling) -> tuple
         if args.strength is not None:
             raise UserError("--strength applies to --from; give both or neither")
         return read_prompts(args.prompts, args.limit), unusable
+    if args.image is not None:
+        raise UserError("--image applies to --prompts: with --from videos start from real ones; remove it")
     low, high = args.strength or STRENGTH
     if not 0 <= low <= high <= 1:
         raise UserError(f"--strength {low:g} {high:g}: give two numbers with 0 <= LOW <= HIGH <= 1")

@@ -76,6 +76,8 @@ def measure(config: CompareConfig, *, train: bool = True, retrain: bool = False)
     prompts = load_prompts(config.prompts, config.limit)
     _check_category(config, prompts)
     media, texts = find_media(config), [prompt.text for prompt in prompts]
+    if media is not IMAGES and any(prompt.first_frame is not None for prompt in prompts):
+        note(f"{config.prompts}: systems are given the texts alone, not the first frames")
     for reward in config.rewards:
         check_entry(reward, texts, media)
     if config.diversity is not None:

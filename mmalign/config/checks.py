@@ -161,7 +161,7 @@ _IDLE: dict[bool, dict[str, tuple[str, ...]]] = {
     True: {
         "data": (
             *("ties", "resolution", "crop", "flip", "caption_dropout"),
-            *("columns", "default_prompt", "streaming", "axis", "rarity"),
+            *("columns", "default_prompt", "streaming", "axis", "rarity", "first_frame"),
         ),
         "evaluate": ("prompts", "rewards", "steps", "guidance", "frames"),
     },

@@ -212,7 +212,10 @@ def _first_frame(table: Path, given: object) -> Path | None:
 
 
 def _report_duplicates(path: Path, prompts: list[Prompt]) -> None:
-    repeated = {text: n for text, n in Counter(prompt.text for prompt in prompts).items() if n > 1}
+    counted = Counter((prompt.text, prompt.first_frame) for prompt in prompts)
+    repeated = {key: n for key, n in counted.items() if n > 1}
     if repeated:
         extra = sum(repeated.values()) - len(repeated)
-        note(f"{path}: {extra} of {len(prompts)} prompts repeat an earlier one (kept), e.g. '{next(iter(repeated))}'")
+        note(
+            f"{path}: {extra} of {len(prompts)} prompts repeat an earlier one (kept), e.g. '{next(iter(repeated))[0]}'"
+        )

@@ -13,7 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ PAIR_SCHEMA = pa.schema(
         ("ranking_id", pa.string()),
     ]
 )
+FIRST_FRAME = pa.field("first_frame", pa.binary())
+"""A further column, where the first pictures name the image that they started from."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ def label_pictures(
         "labelling": asdict(settings),
         **(metadata or {}),
     }
-    with atomic_parquet(out, PAIR_SCHEMA, described) as writer:
+    schema, pictures = with_first_frames(PAIR_SCHEMA, pictures)
+    with atomic_parquet(out, schema, described) as writer:
         modality = rewards[0].reward.modality
         items = (picture.item() for picture in pictures)
         if settings.mode == "votes":
@@ -213,6 +216,15 @@ def label_pictures(
         if not counts.kept:
             raise UserError(f"{source}: no pair is left to write ({counts})")
     return counts
+
+
+def with_first_frames(schema: pa.Schema, pictures: Iterable[Picture]) -> tuple[pa.Schema, Iterable[Picture]]:
+    """Return the schema, with a column of first frames where the pictures have one, and the pictures."""
+    pictures = iter(pictures)
+    ahead = list(islice(pictures, 1))
+    if ahead and ahead[0].first_frame is not None:
+        schema = schema.append(FIRST_FRAME)
+    return schema, chain(ahead, pictures)
 
 
 def _weighted(scored: Scored, rewards: Sequence[WeightedReward], counts: LabelCounts) -> list[float]:
@@ -302,7 +314,9 @@ def is_upset(margin: float, name: str, settings: LabelSettings) -> bool:
 
 def pair_row(sides: Sequence[tuple[Picture, float, float]], name: str) -> dict[str, Any]:
     """Return the row of a pair: for each side in turn its picture, its score, and 1 where it is the better one."""
+    first = sides[0][0].first_frame
     row: dict[str, Any] = {"caption": sides[0][0].prompt, "has_label": True, "ranking_id": name}
+    row["first_frame"] = first.read_bytes() if isinstance(first, Path) else first
     for number, (picture, score, label) in enumerate(sides):
         row |= {
             f"jpg_{number}": picture.read(),

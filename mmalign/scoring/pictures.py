@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +28,8 @@ class Picture:
     """One picture. Pictures of one `group` follow each other; they have one prompt and make pairs.
 
     `pair` is the id of the existing pair that the group is, and `chosen` whether that pair prefers the picture (None:
-    neither). `uid` is a name of the picture that no other has.
+    neither). `uid` is a name of the picture that no other has. `first_frame` is the image that a video started from,
+    where the source holds it.
     """
 
     group: str
@@ -38,6 +39,7 @@ class Picture:
     model: str = ""
     pair: str | None = None
     chosen: bool | None = None
+    first_frame: bytes | Path | None = None
 
     def read(self) -> bytes:
         """Return the encoded picture.
@@ -106,18 +108,24 @@ def sampled_prompts(images: Path) -> list[str]:
 
 def sampled_pictures(images: Path) -> Iterator[Picture]:
     """Yield sampled images in their order."""
-    reader = ForwardReader(images, SOURCE_COLUMNS)
+    started = [name for name in open_parquet(images).schema_arrow.names if name == "first_frame"]
+    reader = ForwardReader(images, (*SOURCE_COLUMNS, *started))
     for row in (reader.row(index) for index in range(len(reader))):
         uid = f"{row['prompt_id']}-{row['seed']:016x}"
-        yield Picture(row["prompt_id"], uid, row["prompt"], row["image"], row["model"])
+        first = row.get("first_frame")
+        yield Picture(row["prompt_id"], uid, row["prompt"], row["image"], row["model"], first_frame=first)
 
 
-def pictures_of_pairs(pairs: Iterable[Pair]) -> Iterator[Picture]:
-    """Yield both pictures of every pair, the chosen one first."""
-    for pair in pairs:
+def pictures_of_pairs(
+    pairs: Iterable[Pair], first_frame: Callable[[int], bytes | Path | None] = lambda index: None
+) -> Iterator[Picture]:
+    """Yield both pictures of every pair, the chosen one first; `first_frame` gives that of a pair by its number."""
+    for index, pair in enumerate(pairs):
+        first = first_frame(index)
         for side, media in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             preferred = None if pair.tie else side == "chosen"
-            yield Picture(pair.id, f"{pair.id}/{side}", pair.prompt, media, pair=pair.id, chosen=preferred)
+            uid = f"{pair.id}/{side}"
+            yield Picture(pair.id, uid, pair.prompt, media, pair=pair.id, chosen=preferred, first_frame=first)
 
 
 def holds_pictures(folder: Path) -> bool:

@@ -37,6 +37,7 @@ from mmalign.scoring.labelling import (
     choose_pairs,
     is_upset,
     pair_row,
+    with_first_frames,
 )
 from mmalign.scoring.pictures import Picture
 from rewards import reward_class
@@ -177,7 +178,8 @@ def label_segments(
         "segments": seconds,
         **(metadata or {}),
     }
-    with atomic_parquet(out, SEGMENT_SCHEMA, described) as writer:
+    schema, pictures = with_first_frames(SEGMENT_SCHEMA, pictures)
+    with atomic_parquet(out, schema, described) as writer:
         stream = score_segments((picture.item() for picture in pictures), rewards, seconds)
         for _, group in groupby(stream, key=lambda scored: scored.picture.group):
             members = list(group)

@@ -31,15 +31,16 @@ def model_card(config: RunConfig, output: Path, facts: dict[str, Any]) -> str:
     """
     method, lora = config.method_name, config.adapter.kind == "lora"
     task = task_of(config)
+    tag = task.pipeline_tag(config.model)
     data = config.data.pairs or config.data.labels or config.data.prompts
     metadata = ModelCardData(
         base_model=config.model.partition("@")[0] if is_hub_id(config.model) else None,
         datasets=_hub_data(data),
         library_name=task.card.library,
-        pipeline_tag=task.card.pipeline_tag,
+        pipeline_tag=tag,
         license="other",
         license_name="as-base-model",
-        tags=["mmalign", method, task.card.pipeline_tag, *(["lora"] if lora else [])],
+        tags=["mmalign", method, tag, *(["lora"] if lora else [])],
     )
     rows = {
         "base model": f"`{config.model}`",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,7 @@ class RoundData:
 
         assert config.rounds is not None
         self.config, self.rounds = config, config.rounds
-        prompts = load_prompts(self.rounds.prompts, self.rounds.limit)
-        # Samples are told apart by their texts.
-        self.prompts = [replace(prompt, first_frame=None) for prompt in prompts]
+        self.prompts = load_prompts(self.rounds.prompts, self.rounds.limit)
         self.choices = self._check(self.rounds.reward, "reward")
         self.trusted = self._check(self.rounds.trusted, "trusted") if self.rounds.trusted else []
         unfiltered = config.data.model_copy(update={"min_margin": None})  # which is of the rounds' own pairs

@@ -33,11 +33,12 @@ class FromFirstFrame(LatentVideo):
         _, *expected = self.media_shape
         if list(frames.shape[1:]) != expected:
             raise PipelineError(f"first frames of this model are {expected}, got {list(frames.shape[1:])}.")
-        return self._encode_first(frames.to(self.device))
+        encoded = [self._encode_first(one) for one in frames.to(self.device).split(1)]
+        return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
 
     @abstractmethod
     def _encode_first(self, frames: Tensor) -> dict[str, Tensor]:
-        """Encode images of the right size."""
+        """Encode one image of the right size, as a batch; for some families it becomes a whole video."""
 
     def with_first_frame(self, cond: Conditioning, frames: Float[Tensor, "images 3 height width"]) -> Conditioning:
         """Return the conditioning of videos that start with an image in [0, 1] each, or with one for all."""

@@ -188,7 +188,8 @@ class WanPerToken(FromFirstFrame, Wan):
         given, rest = self._first_frame(cond).to(x_t), x_t[:, :, 1:]
         output = super().predict(torch.cat([given, rest], dim=2), t, cond)[:, :, 1:]
         sigma = self.process.sigma(t).reshape(-1, 1, 1, 1, 1)
-        return torch.cat([((x_t[:, :, :1] - given) / sigma).to(output), output], dim=2)
+        distance = x_t[:, :, :1] - given  # 0 without noise, where methods that invert start
+        return torch.cat([(distance / torch.where(sigma > 0, sigma, 1)).to(output), output], dim=2)
 
     def _times(self, t: Tensor, x_t: Tensor, cond: Conditioning) -> Tensor:
         times = t.unsqueeze(1).repeat(1, self.tokens(x_t.shape[1:]))

@@ -162,6 +162,8 @@ def test_the_first_latents_of_ti2v_are_kept_and_have_no_gradient(models: Models)
     x_t, target = generator.process.add_noise(x0, eps, t), generator.process.target(x0, eps, t)
     output = generator.predict(x_t, t, cond)
     torch.testing.assert_close(output[:, :, :1], target[:, :, :1], rtol=1e-4, atol=1e-4)
+    still = generator.predict(x0, torch.zeros(2), cond)  # where methods that invert start
+    assert bool(still.isfinite().all()) and bool((still[:, :, :1] == 0).all())
     # Published training leaves the first latents out of the mean; here they count as 0 in it: 1 of 2 frames is left.
     errors = (output - target).square()
     whole, cut = (

@@ -136,6 +136,9 @@ def test_a_step_is_given_the_first_frames(
     frames = torch.tensor([60, 180]).reshape(2, 1, 1, 1).expand(2, *model.media_shape[1:]) / 255
     expected = model.encode_first_frames(frames)["first_frame"]
     assert {match(row, expected) for row in seen} == {0, 1}
+    needed = name != "ti2v"
+    card = (output / "README.md").read_text()
+    assert ('pipe(image, "a prompt").frames[0]' in card) == ("pipeline_tag: image-to-video" in card) == needed
     trained = load_generator(str(output), device="cpu", video=VideoOptions(**run.video.model_dump()))
     assert any(bool(one.abs().max() > 0) for one in trained.trainable_parameters())
 

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_motion import build_tiny_animatediff, build_tiny_cogvideox
 from tiny_videos import build_tiny_ltx, build_tiny_wan, write_clip
 
 from mmalign.cli import main
 from mmalign.config.run import load_config
 from mmalign.config.yaml import list_configs
+from mmalign.core.io.images import encode_png
 
 BUILDERS: dict[str, Callable[[Path], str]] = {
     "wan": build_tiny_wan,
@@ -21,6 +23,12 @@ BUILDERS: dict[str, Callable[[Path], str]] = {
     "ltx": build_tiny_ltx,
     "animatediff": build_tiny_animatediff,
 }
+VARIANTS: dict[str, Callable[[Path], str]] = {
+    "wan/diffusion_dpo_a14b": lambda path: build_tiny_wan(path, experts=True),
+    "wan/diffusion_dpo_a14b_i2v": lambda path: build_tiny_wan(path, experts=True, from_image=True),
+    "cogvideox/diffusion_dpo_i2v": lambda path: build_tiny_cogvideox(path, from_image=True),
+}
+"""What configs train that is not the family's first model."""
 TINY = {"wan": (5, 16), "cogvideox": (9, 16), "ltx": (9, 32), "animatediff": (5, 16)}
 """Frames and side of the videos of the tiny models."""
 STEPS = {"wan": (4, 16), "cogvideox": (8, 16), "ltx": (8, 32), "animatediff": (1, 8)}
@@ -31,20 +39,22 @@ NAMES = [name for name in list_configs() if name.split("/")[0] in BUILDERS]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
-    return {family: build(folder / family) for family, build in BUILDERS.items()}
+    return {name: build(folder / name) for name, build in (BUILDERS | VARIANTS).items()}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two pairs of clips, as a table with labelled segments and as VideoAlign's CSV."""
     made = tmp_path_factory.mktemp("clips")
+    (made / "first.png").write_bytes(encode_png(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))))
     part = [{"start": 0, "end": 0.5, "label": "chosen"}, {"start": 0.5, "end": 2, "label": "rejected"}]
     pairs, labels = [], []
     for index in range(2):
         better, worse = f"{index}-w.mp4", f"{index}-l.mp4"
         write_clip(made / better, level=150, seed=index)
         write_clip(made / worse, seed=10 + index)
-        pairs.append(json.dumps({"prompt": f"{index} cats", "chosen": better, "rejected": worse, "segments": part}))
+        pair = {"prompt": f"{index} cats", "chosen": better, "rejected": worse, "first_frame": "first.png"}
+        pairs.append(json.dumps({**pair, "segments": part}))
         votes = dict.fromkeys(("VQ", "MQ", "TA", "Overall"), "A")
         rate = {"fps_A": 8, "num_frames_A": 9, "fps_B": 8, "num_frames_B": 9}
         labels.append({"path_A": better, "path_B": worse, "prompt": f"{index} cats", **votes, **rate})
@@ -67,7 +77,10 @@ def test_every_family_has_recipes_and_the_guide_lists_them() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (not name.endswith(("/diffusion_dpo", "_rounds"))))
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow] * (not (name.endswith(("/diffusion_dpo", "_rounds")) or name in VARIANTS)),
+        )
         for name in NAMES
     ],
 )
@@ -81,7 +94,10 @@ def test_a_recipe_fits_its_model(models: dict[str, str], folder: Path, tmp_path:
     prompts.write_text("".join(f"{number} stars\n" for number in range(step)))
     pairs = folder / ("videoalign.csv" if config.data.axis else "pairs.jsonl")
     (tiny_frames, tiny_side), offline = TINY[family], config.data.pairs is not None
-    given = [f"model={models[family]}", f"data.{f'pairs={pairs}' if offline else f'prompts={prompts}'}"]
+    given = [
+        f"model={models[name if name in VARIANTS else family]}",
+        f"data.{f'pairs={pairs}' if offline else f'prompts={prompts}'}",
+    ]
     given += [f"data.cache={tmp_path / 'cache'}", f"output={tmp_path / 'out'}", "evaluate=null"]
     given += [f"video={{frames: {tiny_frames}, height: {tiny_side}, width: {tiny_side}, fps: 8}}"]
     given += ["trainer.precision=fp32"] + (["flow.text_length=32"] if family in ("wan", "ltx") else [])

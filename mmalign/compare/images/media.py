@@ -116,13 +116,19 @@ def _modalities(config: CompareConfig) -> dict[str, str]:
     def is_video(name: str, videos: str | None, model: str | None) -> bool:
         run = trained.get(name) or made_here.get(Path(model or "").resolve())
         if run is not None:
+            if run.video is not None and Path(resolve_model(run.model)).is_dir():
+                refuse_first_frames(name, run.model)
             return run.video is not None
-        if model is not None and getattr(drawer_of(resolve_model(model), resolve_model), "needs_first_frame", False):
-            raise UserError(
-                f"system {name}: {model} makes videos of a first frame, which prompts do not give here; draw them with"
-                " `mmalign generate --image` and compare the folders (videos:)"
-            )
+        if model is not None:
+            refuse_first_frames(name, model)
         return videos is not None or (model is not None and makes_videos(resolve_model(model), resolve_model))
+
+    def refuse_first_frames(name: str, model: str) -> None:
+        if getattr(drawer_of(resolve_model(model), resolve_model), "needs_first_frame", False):
+            raise UserError(
+                f"system {name}: {model} makes videos of a first frame, which a comparison does not give it; draw them"
+                " with `mmalign generate --image` and compare the folders (videos:)"
+            )
 
     found: Mapping[str, bool] = {
         one.name: is_video(one.name, one.system.videos, one.system.model) for one in config.replicas

@@ -42,7 +42,7 @@ def generate_images(
     `seeds` holds the seeds used for every prompt alike, or one sequence of them for each prompt. An image depends on
     (model, settings, prompt, seed) alone, up to the rounding of kernels that differ between batch sizes; so that these
     differ as little as possible, a short last batch is filled up and the surplus discarded. Each distinct
-    prompt is encoded once and forgotten after its last use. A video starts from the first frame of its prompt, if it
+    prompt is encoded once and forgotten after its last use. A video starts from the first frame of its prompt if it
     has one and the model takes it. `progress` is called with the number of images newly made. `start`, called once
     with the place of each prompt, tells where its images start in the place of pure noise; those of a prompt for which
     it is None are left out. A batch then holds images of one prompt.
@@ -169,15 +169,17 @@ class _PromptMemory:
 
 
 def condition(generator: Any, prompts: Sequence[Prompt]) -> Conditioning:
-    """Return prompts encoded, with their first frames if all have one: of a model that takes them.
+    """Return prompts encoded, with their first frames if they have such: of a model that takes them.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: an image cannot be read, or some of the prompts have none.
     """
     encoded: Conditioning = generator.encode_prompts([prompt.text for prompt in prompts])
     firsts = [prompt.first_frame for prompt in prompts if prompt.first_frame is not None]
     if not firsts:
         return encoded
+    if len(firsts) < len(prompts):
+        raise UserError(f"{len(firsts)} of {len(prompts)} prompts have a first frame; give one to all, or to none")
     from mmalign.data.encoded.first_frames import read_frame
     from mmalign.data.encoded.transforms import Decision, VideoTransform
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from mmalign.data.building.real_media import (
     medium_id,
 )
 from mmalign.data.prompts import Prompt
+from mmalign.data.vlm_pairs import media_digest
 
 IMAGES_FILE = "images.parquet"
 PARTS_FOLDER = "parts"
@@ -46,6 +47,8 @@ SCHEMA = pa.schema(
 )
 FROM_REAL = (pa.field("source", pa.string()), pa.field("strength", pa.float64()))
 """Columns of images that started from real media."""
+FIRST_FRAME = pa.field("first_frame", pa.binary())
+"""A further column, of videos that start from an image each."""
 Key = tuple[str, int]
 """(prompt_id, seed): the key of an image in its file."""
 
@@ -58,7 +61,7 @@ class SampleSettings:
     is told from the old one; `model` is its name, for readers. `flow` names what was chosen for a flow model;
     `image_size` is the side of the images in pixels where it is not the model's own; `video` is the geometry of videos
     where it is not. `strength` bounds the noise of images that start from real media, a share of the levels drawn for
-    each medium.
+    each medium; `first_frames` is True where videos start from the images of their prompts.
     """
 
     model: str
@@ -74,11 +77,13 @@ class SampleSettings:
     image_size: int | None = None
     video: str | None = None
     strength: tuple[float, float] | None = None
+    first_frames: bool | None = None
 
     @property
     def schema(self) -> pa.Schema:
         """The columns of the file."""
-        return SCHEMA if self.strength is None else pa.schema([*SCHEMA, *FROM_REAL])
+        fields = (FROM_REAL if self.strength is not None else ()) + ((FIRST_FRAME,) if self.first_frames else ())
+        return pa.schema([*SCHEMA, *fields])
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,12 @@ class SampleCounts:
 
 
 def prompt_id(prompt: str | Prompt) -> str:
-    """Return 16 hexadecimal digits that identify a prompt, or one with its real medium, the same in every file."""
+    """Return 16 hexadecimal digits that identify a prompt, with its real medium or first frame, everywhere."""
     if isinstance(prompt, RealMedium):
         return medium_id(prompt)
-    return content_key(prompt.text if isinstance(prompt, Prompt) else prompt)[:16]
+    if isinstance(prompt, str):
+        return content_key(prompt)[:16]
+    return content_key(prompt.text, *([] if prompt.first_frame is None else [media_digest(prompt.first_frame)]))[:16]
 
 
 def sample_images(
@@ -111,8 +118,8 @@ def sample_images(
 ) -> SampleCounts:
     """Complete `out/images.parquet`: `images_per_prompt` images for each distinct prompt, grouped by prompt.
 
-    Columns: prompt, category, prompt_id, seed, image (PNG; of a video model MP4), model;
-    the settings are in the file's metadata. Finished
+    Columns: prompt, category, prompt_id, seed, image (PNG; of a video model MP4), model, and with
+    `settings.first_frames` first_frame; the settings are in the file's metadata. Finished
     parts are kept in `out/parts` until all are there, so an interrupted call can be resumed, and a call with more
     prompts or images adds to the finished ones. `open_generator` is called only if an image is missing.
 
@@ -139,6 +146,8 @@ def _complete(
     unusable: Unusable,
 ) -> SampleCounts:
     unique: dict[str, Prompt] = {}
+    if not settings.first_frames:
+        prompts = [replace(prompt, first_frame=None) for prompt in prompts]
     for prompt in prompts:
         unique.setdefault(prompt_id(prompt), prompt)
     wanted = {
@@ -253,6 +262,7 @@ def _row(prompt: Prompt, item: GeneratedImage, settings: SampleSettings, fps: fl
         "seed": item.seed,
         "image": encode_png(made) if fps is None else encode_video(made, fps),
         "model": settings.model,
+        "first_frame": None if prompt.first_frame is None else prompt.first_frame.read_bytes(),
         **real,
     }
 

@@ -160,7 +160,7 @@ def encode_sides(
             faults.append(str(error))
         else:
             kept.append(index)
-            slots.extend(slot for media in found for slot in encoder.add(media))
+            slots.extend(encoder.add_sides(found))
         if progress is not None:
             progress(1)
     _report(faults, len(table))

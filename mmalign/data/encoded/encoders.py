@@ -77,6 +77,10 @@ class MediaEncoder(ABC):
     def check(self, name: str, sides: Sequence[ReadMedia]) -> None:  # noqa: B027 (a hook)
         """Raise a UserError for sides that cannot be compared."""
 
+    def add_sides(self, sides: Sequence[ReadMedia]) -> list[int]:
+        """Return the slot of each flip of each side of a record that is kept."""
+        return [slot for media in sides for slot in self.add(media)]
+
     def add(self, media: ReadMedia) -> list[int]:
         """Return the slot of each flip; encodes when a batch is full."""
         for key in media.keys:
@@ -214,7 +218,7 @@ class VideoEncoder(MediaEncoder):
         return found
 
     def check(self, name: str, sides: Sequence[ReadMedia]) -> None:
-        """Refuse sides that play at different speeds or show different parts of the scene; count the others.
+        """Refuse sides that play at different speeds or show different parts of the scene.
 
         Raises:
             UserError: says how they differ.
@@ -234,11 +238,15 @@ class VideoEncoder(MediaEncoder):
                 f"{name}: its sides are {listed}, and would be cropped to different parts of the scene; give clips of "
                 "one shape"
             )
-        self._rates.append(rates[0])
 
     def first_frame(self, media: ReadMedia) -> Tensor:
         """Return the first frame of a video, of the model's size and not flipped, as 8-bit levels."""
         return self._store.value(media.keys[0], "first") if media.first is None else media.first
+
+    def add_sides(self, sides: Sequence[ReadMedia]) -> list[int]:
+        """Return the slot of each flip of each side, and remember the rate at which they are taken."""
+        self._rates.append(self._rate(_source(sides[0].source)))
+        return super().add_sides(sides)
 
     def add(self, media: ReadMedia) -> list[int]:
         """Return the slot of each flip, and remember what the file holds."""

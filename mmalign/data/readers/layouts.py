@@ -102,6 +102,7 @@ class Rated:
     group: str | None
     category: str | None
     gap: float = 0.0
+    first_frame: str | None = None
 
     @property
     def images(self) -> tuple[str]:
@@ -124,6 +125,7 @@ class Listed:
     sign: float
     id: str | None
     category: str | None
+    first_frame: str | None = None
 
     @property
     def images(self) -> tuple[str]:
@@ -182,20 +184,21 @@ def choose_layout(
         raise missing_columns(f"{source}: data.columns", lacking, found)
     prompt = _prompt(names, told, config.caption_column, source)
     category, identifier = told.category or names.first(*CATEGORY_COLUMNS), told.id or names.first(*ID_COLUMNS)
-    rated = _rated(names, told)
+    rated, first = _rated(names, told), names.first("first_frame")
     if rated is not None and (told.image or not _is_list((sample or {}).get(rated[0]))):
         image, rating, sign = rated
-        return Rated(prompt, image, (rating,), sign, told.group or names.first("prompt_id"), category)
+        group = told.group or names.first("prompt_id")
+        return Rated(prompt, image, (rating,), sign, group, category, first_frame=first)
     video = None if told.image or told.chosen or told.image_0 else names.first("video_link")
     if video is not None and (axes := _video_axes(names, config.axis, source)):
-        return Rated(prompt, video, axes, 1.0, told.group, category, VIDEO_GAP)
+        return Rated(prompt, video, axes, 1.0, told.group, category, VIDEO_GAP, first)
     images, preferences = names.first(*_IMAGE_LISTS), names.first("human_preference", "rank")
     sides = _sides(names, told, source)
     if sides is None and images is not None:
         if preferences is None:
             raise missing_columns(source, ["human_preference"], found, f" (or 'rank'){_FIX}")
         sign = -1.0 if preferences == names.first("rank") else 1.0
-        return Listed(prompt, images, preferences, sign, identifier, category)
+        return Listed(prompt, images, preferences, sign, identifier, category, first)
     if sides is None:
         raise missing_columns(source, _nearest(names), found, _FIX)
     scores = (told.score_0, told.score_1) if told.score_0 and told.score_1 else names.both(("score_0", "score_1"))

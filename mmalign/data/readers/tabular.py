@@ -76,14 +76,20 @@ class TablePairs:
         return first, second
 
     def first_frame(self, row: int) -> Media | None:
-        """Return the image in the column `first_frame` (or `image`) of a pair, None where there is none."""
-        number = self._places[0][row]
-        layout = self._rows.layout(number, self._choose)
-        if not isinstance(layout, Sides) or layout.first_frame is None:
+        """Return the image in the column `first_frame` of a pair, None where there is none, or each side has its own.
+
+        A row with both sides may call it `image`.
+        """
+        first, second = self._places[0][row], self._places[1][row]
+        given = self._first_frame(first, 2)
+        return given if first == second or given == self._first_frame(second, 3) else None
+
+    def _first_frame(self, row: int, reader: int) -> Media | None:
+        column = self._rows.layout(row, self._choose).first_frame
+        value = None if column is None else self._rows.cell(row, column, reader)
+        if value in (None, ""):
             return None
-        value = self._rows.cell(number, layout.first_frame, 2)
-        where = f"{self._rows.where(number)}, {layout.first_frame}"
-        return None if value in (None, "") else as_image(value, self._rows.file(number), where)
+        return as_image(value, self._rows.file(row), f"{self._rows.where(row)}, {column}")
 
     def _image(self, row: int, slot: int, side: int) -> Media:
         layout = self._rows.layout(row, self._choose)

@@ -109,6 +109,10 @@ class Task(ABC, Generic[ModelT]):
     def probe(self, run: BaseRun[ModelT], sampler: BatchSampler) -> Probe:
         """Return an input to compare the export with the trained model by."""
 
+    def pipeline_tag(self, base: str) -> str:
+        """Return the Hub's name for what models trained from a base do."""
+        return self.card.pipeline_tag
+
     @abstractmethod
     def usage(self, base: str, output: Path, *, lora: bool) -> Sequence[str]:
         """Return the lines of Python that load the export as a user would."""
