@@ -19,8 +19,12 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         help="with --video: number of training clips that are drawn (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--videos", type=int, default=20_000, metavar="N",
-        help="with --video: number of clips that the model is trained on (default %(default)s)",
+        "--glimpses", type=int, default=30_000, metavar="N",
+        help="with --video: number of clips that the model first sees three frames of (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--videos", type=int, default=6_000, metavar="N",
+        help="with --video: number of clips that the model then sees whole (default %(default)s)",
     )  # fmt: skip
 
 
@@ -75,8 +79,11 @@ def train(args: argparse.Namespace) -> int:
 
     if args.start is None or not (args.start / "unet" / "config.json").is_file():
         raise UserError("--video needs --start, a flow model of pictures such as assets/shapes-flow")
-    if args.clips < 1 or args.videos < 1:
-        raise UserError(f"--clips {args.clips} and --videos {args.videos} must be at least 1")
-    train_video_base(args.out, start=args.start, clips=args.clips, videos=args.videos, log=note)
+    if args.clips < 1 or args.videos < 1 or args.glimpses < 0:
+        fix = "must be at least 1, and --glimpses at least 0"
+        raise UserError(f"--clips {args.clips} and --videos {args.videos} {fix}, not {args.glimpses}")
+    train_video_base(
+        args.out, start=args.start, clips=args.clips, glimpses=args.glimpses, videos=args.videos, log=note
+    )
     print(f"a diffusers AnimateDiffPipeline: {args.out}")
     return 0

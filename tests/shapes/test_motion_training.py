@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -56,12 +57,25 @@ def test_a_perfect_prediction_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> No
     assert loss(Knowing()) == pytest.approx(0.0, abs=1e-6) and loss(Silent()) == pytest.approx(2.0, abs=0.02)
 
 
+def test_three_frames_keep_their_positions_in_time(tmp_path: Path) -> None:
+    """A motion module on frames 1, 3 and 8 of a clip: attention over them alone, at positions 1, 3 and 8."""
+    unet = build_model(FLOW, tmp_path).unet
+    module = unet.mid_block.motion_modules[0].transformer_blocks[0].pos_embed
+    x, before = torch.randn(2, FRAMES, module.pe.shape[2]), module.pe
+    with train_base.at_frames(unet, [1, 3, 8]):
+        some = module(x[:, [1, 3, 8]])
+    assert torch.equal(some, module(x)[:, [1, 3, 8]]) and module.pe is before
+    draws = [train_base.step_frames(np.random.default_rng(seed), whole=False) for seed in range(40)]
+    assert all(a in (0, 1, 2) and b in (3, 4, 5) and c in (6, 7, 8) for a, b, c in draws)
+    assert {frame for draw in draws for frame in draw} == set(range(FRAMES))
+
+
 @pytest.mark.slow
 def test_it_is_written_for_plain_diffusers_and_a_stop_changes_nothing(tmp_path: Path, monkeypatch) -> None:
     from diffusers import AnimateDiffPipeline
 
-    options = {"start": FLOW, "clips": 6, "batch_size": 2, "watched": 2}
-    train_video_base(tmp_path / "whole", videos=8, **options)
+    options = {"start": FLOW, "clips": 6, "glimpses": 12, "videos": 4, "pictures": 18, "watched": 2}
+    train_video_base(tmp_path / "whole", **options)
     monkeypatch.setattr(train_base, "SNAPSHOT_SECONDS", 0.0)  # a snapshot after every step
 
     class Stopped(Exception):
@@ -72,9 +86,9 @@ def test_it_is_written_for_plain_diffusers_and_a_stop_changes_nothing(tmp_path: 
             raise Stopped
 
     with pytest.raises(Stopped):
-        train_video_base(tmp_path / "cut", videos=8, log=stop, **options)
+        train_video_base(tmp_path / "cut", log=stop, **options)
     lines: list[str] = []
-    train_video_base(tmp_path / "cut", videos=8, log=lines.append, **options)
+    train_video_base(tmp_path / "cut", log=lines.append, **options)
     assert lines[0] == "going on at step 1"
     for part in ("unet", "motion_adapter"):
         whole, cut = (
@@ -96,7 +110,7 @@ def test_it_is_written_for_plain_diffusers_and_a_stop_changes_nothing(tmp_path: 
     [
         ([], "--video needs --start"),
         (["--start", "nowhere"], "--video needs --start"),
-        (["--start", str(FLOW), "--clips", "0"], "--clips 0 and --videos 20000 must be at least 1"),
+        (["--start", str(FLOW), "--clips", "0"], "--clips 0 and --videos 6000 must be at least 1"),
     ],
 )
 def test_the_command_tells_what_it_lacks(options: list[str], message: str, tmp_path: Path, capsys) -> None:
