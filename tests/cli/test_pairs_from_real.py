@@ -17,6 +17,7 @@ from tiny_videos import GEOMETRY, build_tiny_wan, write_clip
 
 from mmalign.cli import main
 from mmalign.core.io.clips import ClipRule, read_clip
+from mmalign.core.io.decode import decode_video
 from mmalign.core.io.video_files import encode_video
 from mmalign.data.building import sampling as build
 from pipelines import VideoOptions, load_generator
@@ -56,6 +57,16 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return pq.read_table(out / "images.parquet").to_pylist()
 
 
+def same(some: list[dict[str, Any]], others: list[dict[str, Any]], *keys: str) -> bool:
+    """Whether samples agree in `keys` and, but for a kernel's rounding here and there, in their pictures."""
+    assert len(some) == len(others)
+    for one, other in zip(some, others, strict=True):
+        first, second = (decode_video(row["image"])[0].float() for row in (one, other))
+        if any(one[key] != other[key] for key in keys) or (first - second).abs().mean() > 0.5:
+            return False
+    return True
+
+
 def test_samples_of_a_clip_share_a_strength_and_come_out_the_same_again(
     wan: str, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,7 +84,7 @@ def test_samples_of_a_clip_share_a_strength_and_come_out_the_same_again(
     assert all(0.65 <= strength <= 0.8 for strength in strengths)
     assert len({row["image"] for row in rows}) == 6 and len({row["prompt_id"] for row in rows}) == 3
     assert sample(wan, tmp_path / "b", "--from", str(clips), *SIZE) == 0
-    assert rows_of(tmp_path / "b") == rows
+    assert same(rows_of(tmp_path / "b"), rows, *(key for key in rows[0] if key != "image"))
     assert sample(wan, tmp_path / "c", "--from", str(clips), *SIZE, "--seed", "1") == 0
     assert not {row["image"] for row in rows_of(tmp_path / "c")} & {row["image"] for row in rows}
 
@@ -87,12 +98,10 @@ def test_strength_0_is_the_clip_through_the_autoencoder_and_1_is_plain_sampling(
     levels, _ = read_clip(clips / "a.mp4", ClipRule(5, 8.0))
     with torch.no_grad():
         through = generator.decode(generator.encode(levels[None] / 255))[0]
-    assert [row["image"] for row in rows_of(tmp_path / "real")] == [encode_video(through, 8.0)] * 2
+    assert same(rows_of(tmp_path / "real"), [{"image": encode_video(through, 8.0)}] * 2)
     assert sample(wan, tmp_path / "noise", *one, "--strength", "1", "1") == 0
     assert sample(wan, tmp_path / "plain", "--prompts", CAPTIONS[0], *SIZE) == 0
-    keys = ("prompt", "seed", "image")
-    found = [[{key: row[key] for key in keys} for row in rows_of(tmp_path / name)] for name in ("noise", "plain")]
-    assert found[0] == found[1]
+    assert same(rows_of(tmp_path / "noise"), rows_of(tmp_path / "plain"), "prompt", "seed")
 
 
 def test_tables_and_tars_of_clips_give_the_same_samples(wan: str, clips: Path, tmp_path: Path) -> None:
@@ -105,9 +114,9 @@ def test_tables_and_tars_of_clips_give_the_same_samples(wan: str, clips: Path, t
     found = []
     for source in (tmp_path / "clips.parquet", tmp_path / "clips.tar.gz"):
         assert sample(wan, tmp_path / f"from {source.name}", "--from", str(source), *SIZE, "--limit", "2") == 0
-        rows = rows_of(tmp_path / f"from {source.name}")
-        found.append([{name: value for name, value in row.items() if name != "source"} for row in rows])
-    assert [row["prompt"] for row in found[0]] == [CAPTIONS[0]] * 2 + [CAPTIONS[1]] * 2 and found[0] == found[1]
+        found.append(rows_of(tmp_path / f"from {source.name}"))
+    assert [row["prompt"] for row in found[0]] == [CAPTIONS[0]] * 2 + [CAPTIONS[1]] * 2
+    assert same(*found, *(key for key in found[0][0] if key not in ("image", "source")))
 
 
 def test_an_interrupted_sampling_keeps_what_is_drawn(
@@ -132,8 +141,7 @@ def test_an_interrupted_sampling_keeps_what_is_drawn(
     moved = clips.rename(tmp_path / "moved")  # a clip is known by its content
     assert sample(wan, tmp_path / "parts", "--from", str(moved), *SIZE) == 0
     assert "6 videos (2 new) of 3 real videos" in capsys.readouterr().out
-    images = [[row["image"] for row in rows_of(tmp_path / name)] for name in ("whole", "parts")]
-    assert images[0] == images[1]
+    assert same(rows_of(tmp_path / "whole"), rows_of(tmp_path / "parts"), "seed")
     assert sample(wan, tmp_path / "parts", "--from", str(moved), *SIZE, "--strength", "0.5", "0.6") == 2
     assert "was made with other settings (strength [0.65, 0.8] -> [0.5, 0.6])" in capsys.readouterr().err
 

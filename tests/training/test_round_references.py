@@ -88,6 +88,7 @@ def test_a_fixed_reference_is_the_first_model_and_a_moving_one_the_start(
     assert (fixed / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 @BOTH
 def test_any_model_of_the_family_may_be_the_reference(model: str, tmp_path: Path, kind: str) -> None:
     other = build_tiny_sd(tmp_path / "other", vae="tiny", seed=3)

@@ -116,6 +116,7 @@ def test_a_killed_process_goes_on(wan: str, tmp_path: Path) -> None:
     assert losses(resumed) == losses(expected) and losses(resumed, "logit")[1] != 0
 
 
+@pytest.mark.slow
 def test_rounds_end_where_the_trusted_reward_no_longer_agrees(
     wan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
