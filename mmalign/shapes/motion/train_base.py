@@ -126,12 +126,16 @@ def at_frames(unet: Any, frames: list[int]) -> Iterator[None]:
     """Within: clips given to the U-Net are these frames of theirs, which keep their positions in time."""
     from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 
-    tables = {module: module.pe for module in unet.modules() if isinstance(module, SinusoidalPositionalEmbedding)}
+    tables: dict[Any, Any] = {
+        module: module.pe for module in unet.modules() if isinstance(module, SinusoidalPositionalEmbedding)
+    }
     for module, table in tables.items():
         module.pe = table[:, frames]
-    yield
-    for module, table in tables.items():
-        module.pe = table
+    try:
+        yield
+    finally:
+        for module, table in tables.items():
+            module.pe = table
 
 
 @torch.inference_mode()
