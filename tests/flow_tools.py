@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_models import build_tiny_flux, build_tiny_sd3, build_tiny_z_image
+from tiny_models import BuiltModels, build_tiny_flux, build_tiny_sd3, build_tiny_z_image
 from tiny_qwen import build_tiny_flux2, build_tiny_qwen_image
 
 from pipelines import load_generator
@@ -36,13 +36,12 @@ LENGTH = 64
 OPTIONS = FlowOptions(image_size=16, text_length=LENGTH)
 
 
-class Models(dict[str, str]):
-    """Models of `BUILDERS` by name, each built when it is first asked for; skips a test whose class is missing."""
+class Models(BuiltModels):
+    """Models of `BUILDERS`; skips a test whose class is missing."""
 
     def __init__(self, folder: Path) -> None:
         """Build into `folder`."""
-        super().__init__()
-        self.folder = folder
+        super().__init__(folder, BUILDERS)
 
     def __missing__(self, name: str) -> str:
         """Build the model."""
@@ -51,8 +50,7 @@ class Models(dict[str, str]):
         wanted = CLASSES.get(name.split()[0])
         if wanted is not None and not hasattr(diffusers, wanted):
             pytest.skip(f"diffusers {diffusers.__version__} has no {wanted}")
-        self[name] = BUILDERS[name](self.folder / name.replace(" ", "-"))
-        return self[name]
+        return super().__missing__(name)
 
 
 def load(model: str, **options: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,20 @@ import torch
 IMAGE_SIZE = 16
 CONTEXT_LENGTH = 16
 WORDS = ("red", "blue", "green", "circle", "square", "star", "above", "two", "three", "on", "the")
+
+
+class BuiltModels(dict[str, str]):
+    """Models of `builders` by name, each built in a folder of `folder` when it is first asked for."""
+
+    def __init__(self, folder: Path, builders: Mapping[str, Callable[[Path], str]]) -> None:
+        """Build nothing yet."""
+        super().__init__()
+        self.folder, self.builders = folder, builders
+
+    def __missing__(self, name: str) -> str:
+        """Build the model."""
+        self[name] = self.builders[name](self.folder / name.replace(" ", "-"))
+        return self[name]
 
 
 def tiny_tokenizer(folder: Path, context_length: int = CONTEXT_LENGTH) -> Any:

@@ -12,7 +12,7 @@ from mmalign.core.files import is_dir, is_file, visible
 from mmalign.core.hashing import content_key
 from mmalign.core.io.columns import missing_columns
 from mmalign.core.io.decode import IMAGE_SUFFIXES
-from mmalign.core.io.items import Item, Media, Slice
+from mmalign.core.io.items import Item, Media, bytes_or_file
 from mmalign.core.io.parquet import ForwardReader, iterate_columns, open_parquet
 from mmalign.core.io.sidecars import SIDECAR_SUFFIXES, read_sidecar
 from mmalign.core.progress import note
@@ -47,11 +47,8 @@ class Picture:
         Raises:
             OSError: it cannot be read.
         """
-        if isinstance(self.media, bytes):
-            return self.media
-        if isinstance(self.media, Path):
-            return self.media.read_bytes()
-        return self.media.read() if isinstance(self.media, Slice) else self.media()
+        found = bytes_or_file(self.media)
+        return found.read_bytes() if isinstance(found, Path) else found
 
     def item(self) -> Item:
         """Return the picture as something to score, itself with it."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from mmalign.core.errors import UserError
 from mmalign.core.hashing import content_key, uniform
 from mmalign.core.io.decode import decode_video
-from mmalign.core.io.items import Item, Slice
+from mmalign.core.io.items import Item, Slice, bytes_or_file
 from mmalign.core.io.parquet import RowWriter, atomic_parquet
 from mmalign.core.progress import note
 from mmalign.scoring.choice import WeightedReward, weighted_total
@@ -205,7 +205,7 @@ def score_segments(
 
 
 def _read(seconds: float, media: bytes | Path | Slice) -> tuple[Tensor, list[Span]]:
-    levels, rate = decode_video(media.read() if isinstance(media, Slice) else media)
+    levels, rate = decode_video(bytes_or_file(media))
     return levels, cut_spans(len(levels), rate, seconds)
 
 

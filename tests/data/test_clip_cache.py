@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from clip_tables import encode, write_table
 from tiny_videos import GEOMETRY, build_tiny_wan, write_clip
 
-from mmalign.config.sections import DataConfig
 from mmalign.core.errors import UserError
 from mmalign.core.io.clips import ClipRule, ClipSource, read_clip
 from mmalign.core.io.video_files import write_video
 from mmalign.data.encoded import encoders
-from mmalign.data.encoded.cache import CachedPairs, build_pair_cache
 from mmalign.data.encoded.segments import cut_segments, latent_times
 from mmalign.data.encoded.store import TensorStore
 from mmalign.data.encoded.transforms import Decision, VideoTransform, cover
-from mmalign.data.pairs import read_pairs
 from mmalign.data.readers.source import Segment
 from pipelines import Generator, load_generator
 from pipelines.video import VideoOptions
@@ -32,17 +29,6 @@ from pipelines.video import VideoOptions
 def model(tmp_path_factory: pytest.TempPathFactory) -> Generator:
     path = build_tiny_wan(tmp_path_factory.mktemp("wan"))
     return load_generator(path, device="cpu", video=VideoOptions(**GEOMETRY))  # 5 frames of 16 x 16 at 8 a second
-
-
-def write_table(folder: Path, rows: list[dict[str, Any]]) -> str:
-    source = folder / "pairs.jsonl"
-    source.write_text("\n".join(json.dumps({"prompt": "a cat", "id": str(n), **row}) for n, row in enumerate(rows)))
-    return str(source)
-
-
-def encode(model: Generator, source: str, **options: Any) -> CachedPairs:
-    data = DataConfig(pairs=source, cache=str(Path(source).parent / "cache"), **options)
-    return build_pair_cache(read_pairs(source, data), model, data)
 
 
 def frames_of(path: Path, frames: int, fps: float) -> torch.Tensor:

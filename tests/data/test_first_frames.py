@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from clip_tables import encode, write_table
 from tiny_videos import GEOMETRY, build_tiny_wan
 
 from mmalign.config.sections import DataConfig
@@ -19,7 +20,6 @@ from mmalign.core.io.video_files import write_video
 from mmalign.data.building.generation import generate_images
 from mmalign.data.building.sampling import SCHEMA, SampleSettings, prompt_id, sample_images
 from mmalign.data.encoded import first_frames
-from mmalign.data.encoded.cache import CachedPairs, build_pair_cache
 from mmalign.data.encoded.label_cache import CachedLabels, build_label_cache
 from mmalign.data.encoded.prompt_cache import build_prompt_cache
 from mmalign.data.labels import read_labels
@@ -48,17 +48,6 @@ def clip(path: Path, first: float, seed: int = 0, side: int = 16) -> torch.Tenso
     levels[0] = int(first)
     write_video(path, levels, 8.0)
     return levels
-
-
-def write_table(folder: Path, rows: list[dict[str, Any]]) -> str:
-    source = folder / "pairs.jsonl"
-    source.write_text("\n".join(json.dumps({"prompt": "a cat", "id": str(n), **row}) for n, row in enumerate(rows)))
-    return str(source)
-
-
-def encode(model: Generator, source: str, **options: Any) -> CachedPairs:
-    data = DataConfig(pairs=source, cache=str(Path(source).parent / "cache"), **options)
-    return build_pair_cache(read_pairs(source, data), model, data)
 
 
 def encode_labels(model: Generator, source: str, *, good_only: bool = False) -> CachedLabels:

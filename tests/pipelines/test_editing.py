@@ -18,7 +18,7 @@ from diffusers import (
     WanVideoToVideoPipeline,
 )
 from flow_tools import noise
-from tiny_models import build_tiny_sd, build_tiny_sd3, tiny_scheduler
+from tiny_models import BuiltModels, build_tiny_sd, build_tiny_sd3, tiny_scheduler
 from tiny_motion import LENGTH, build_tiny_animatediff, build_tiny_cogvideox
 from tiny_videos import GEOMETRY, build_tiny_ltx, build_tiny_wan
 
@@ -41,21 +41,9 @@ BUILDERS: dict[str, Callable[[Path], str]] = {
 }
 
 
-class Models(dict[str, str]):
-    """Models of `BUILDERS` by name, each built when it is first asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def __missing__(self, name: str) -> str:
-        self[name] = BUILDERS[name](self.folder / name.replace(" ", "-"))
-        return self[name]
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> BuiltModels:
+    return BuiltModels(tmp_path_factory.mktemp("models"), BUILDERS)
 
 
 def load(path: str) -> Any:
@@ -98,7 +86,7 @@ def test_where_steps_are_even_and_their_share_is_whole_the_start_is_that_of_diff
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_strength_0_keeps_the_latents_1_forgets_them_and_between_depends_on_both(
-    models: Models, name: str, monkeypatch: pytest.MonkeyPatch
+    models: BuiltModels, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = load(models[name])
     cond = generator.encode_prompts(PROMPTS)
@@ -147,7 +135,7 @@ def closed_form(generator: Any, strength: float) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.7, 10), (0.5, 4)])
-def test_an_image_is_that_of_diffusers_image_to_image(models: Models, strength: float, steps: int) -> None:
+def test_an_image_is_that_of_diffusers_image_to_image(models: BuiltModels, strength: float, steps: int) -> None:
     generator = load(models["sd"])
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(models["sd"])
     pipe.set_progress_bar_config(disable=True)
@@ -163,7 +151,7 @@ def test_an_image_is_that_of_diffusers_image_to_image(models: Models, strength: 
         torch.testing.assert_close(generator.decode(drawn.latents), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_real_video_is_that_of_diffusers_video_to_video(models: Models) -> None:
+def test_a_real_video_is_that_of_diffusers_video_to_video(models: BuiltModels) -> None:
     """Wan's grid is shifted by 3: half of its 4 steps run from level 0.6."""
     generator = load(models["wan"])
     pipe = WanVideoToVideoPipeline.from_pretrained(models["wan"])
@@ -184,7 +172,7 @@ def test_a_real_video_is_that_of_diffusers_video_to_video(models: Models) -> Non
     torch.testing.assert_close(drawn.latents, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_latents_of_a_video_lead_where_cogvideox_video_to_video_leads(models: Models) -> None:
+def test_latents_of_a_video_lead_where_cogvideox_video_to_video_leads(models: BuiltModels) -> None:
     generator = load(models["cogvideox 2b"])
     pipe = CogVideoXVideoToVideoPipeline.from_pretrained(models["cogvideox 2b"])
     pipe.set_progress_bar_config(disable=True)
@@ -202,7 +190,7 @@ def test_latents_of_a_video_lead_where_cogvideox_video_to_video_leads(models: Mo
     torch.testing.assert_close(drawn.latents, made.transpose(1, 2), rtol=1e-4, atol=1e-4)
 
 
-def test_a_batch_is_split_and_noise_of_the_steps_is_that_of_the_seed(models: Models) -> None:
+def test_a_batch_is_split_and_noise_of_the_steps_is_that_of_the_seed(models: BuiltModels) -> None:
     generator = load(models["sd"])
     cond, clean = generator.encode_prompts(PROMPTS), noise(2, 4, 8, 8)
     options = {"strength": 0.6, "steps": STEPS, "guidance": 1.0, "eta": 1.0}

@@ -13,6 +13,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, Wan
 from diffusers.pipelines.cogvideo import pipeline_cogvideox_image2video
 from flow_tools import moved, noise
 from PIL import Image
+from tiny_models import BuiltModels
 from tiny_motion import LENGTH as COG_LENGTH
 from tiny_motion import build_tiny_cogvideox
 from tiny_videos import GEOMETRY, build_tiny_wan
@@ -33,24 +34,12 @@ BUILDERS: dict[str, Callable[[Path], str]] = {
 SIDE = {"wan ti2v": 32, "wan ti2v as text": 32}
 
 
-class Models(dict[str, str]):
-    """Models of `BUILDERS` by name, each built when it is first asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def __missing__(self, name: str) -> str:
-        self[name] = BUILDERS[name](self.folder / name.replace(" ", "-"))
-        return self[name]
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("first"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> BuiltModels:
+    return BuiltModels(tmp_path_factory.mktemp("first"), BUILDERS)
 
 
-def load(models: Models, name: str, **options: Any) -> Any:
+def load(models: BuiltModels, name: str, **options: Any) -> Any:
     if name.startswith("cogvideox"):
         return load_generator(models[name], device="cpu", video=VideoOptions(frames=9), **options)
     side = SIDE.get(name, 16)
@@ -95,7 +84,7 @@ def _means(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_sample_from_a_first_frame_is_that_of_the_pipeline(models: Models, name: str) -> None:
+def test_a_sample_from_a_first_frame_is_that_of_the_pipeline(models: BuiltModels, name: str) -> None:
     generator, pipe = load(models, name), load_pipe(models[name])
     image, x = picture(SIDE.get(name, 16)), noise(2, *generator.latent_shape)
     expected, plain = draw(pipe, image, x), generator.encode_prompts(PROMPTS)
@@ -112,7 +101,7 @@ def test_a_sample_from_a_first_frame_is_that_of_the_pipeline(models: Models, nam
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_one_prediction_is_that_of_the_pipelines_network(
-    models: Models, name: str, monkeypatch: pytest.MonkeyPatch
+    models: BuiltModels, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator, pipe = load(models, name), load_pipe(models[name])
     image, x = picture(SIDE.get(name, 16)), noise(2, *generator.latent_shape)
@@ -135,7 +124,7 @@ def test_one_prediction_is_that_of_the_pipelines_network(
     torch.testing.assert_close(found[:, :, first:], expected[:, :, first:], rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_given_is_checked(models: Models) -> None:
+def test_what_is_given_is_checked(models: BuiltModels) -> None:
     generator = load(models, "cogvideox 5b")
     plain, x = generator.encode_prompts(PROMPTS), noise(2, *generator.latent_shape)
     with pytest.raises(PipelineError, match=r"makes videos of a first frame; give it by generator\.with_first_frame"):
@@ -150,7 +139,7 @@ def test_what_is_given_is_checked(models: Models) -> None:
         torch.testing.assert_close(two.first_frame[row], alone.first_frame[0])
 
 
-def test_the_first_latents_of_ti2v_are_kept_and_have_no_gradient(models: Models) -> None:
+def test_the_first_latents_of_ti2v_are_kept_and_have_no_gradient(models: BuiltModels) -> None:
     generator = load(models, "wan ti2v as text")
     generator.add_adapter(2)
     moved(generator)
@@ -176,7 +165,7 @@ def test_the_first_latents_of_ti2v_are_kept_and_have_no_gradient(models: Models)
     torch.testing.assert_close(drawn[:, :, :1], clean.expand(2, -1, -1, -1, -1), rtol=1e-5, atol=1e-5)
 
 
-def test_learned_positions_are_for_one_geometry(models: Models) -> None:
+def test_learned_positions_are_for_one_geometry(models: BuiltModels) -> None:
     for video, said in (
         (VideoOptions(frames=17), "has learned positions for 9 frames alone, not 17"),
         (VideoOptions(32, 16, 9), "has learned positions for frames of 16 x 16 alone, not 32 x 16"),
@@ -185,7 +174,7 @@ def test_learned_positions_are_for_one_geometry(models: Models) -> None:
             load_generator(models["cogvideox 5b"], device="cpu", video=video)
 
 
-def test_networks_with_other_inputs_are_refused(models: Models, tmp_path: Path) -> None:
+def test_networks_with_other_inputs_are_refused(models: BuiltModels, tmp_path: Path) -> None:
     for name, changes, said in (
         ("wan 2.1", {"image_dim": None}, "takes no image embeddings, or those of a last frame too"),
         ("wan 2.1", {"pos_embed_seq_len": 10}, "takes no image embeddings, or those of a last frame too"),
@@ -199,7 +188,7 @@ def test_networks_with_other_inputs_are_refused(models: Models, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["wan 2.1", "cogvideox 5b"])
-def test_a_lora_loads_in_the_plain_pipeline(models: Models, tmp_path: Path, name: str) -> None:
+def test_a_lora_loads_in_the_plain_pipeline(models: BuiltModels, tmp_path: Path, name: str) -> None:
     generator, pipe = load(models, name), load_pipe(models[name])
     image, x = picture(), noise(2, *generator.latent_shape)
     generator.add_adapter(4, alpha=8.0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from flow_tools import moved, noise
-from tiny_models import build_tiny_sd
+from tiny_models import BuiltModels, build_tiny_sd
 from tiny_motion import LENGTH, build_tiny_animatediff, build_tiny_cogvideox
 
 from pipelines import PipelineError, VideoOptions, load_generator, sample
@@ -30,21 +30,9 @@ ONE_EACH = ["animatediff", "cogvideox 5b"]
 SHAPES = {"animatediff": (2, 4, 5, 8, 8), "cogvideox": (2, 4, 3, 2, 2), "cogvideox 1.5": (2, 4, 4, 2, 2)}
 
 
-class Models(dict[str, str]):
-    """Models of `BUILDERS` by name, each built when it is first asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def __missing__(self, name: str) -> str:
-        self[name] = BUILDERS[name](self.folder / name.replace(" ", "-"))
-        return self[name]
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("motion"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> BuiltModels:
+    return BuiltModels(tmp_path_factory.mktemp("motion"), BUILDERS)
 
 
 def noise_for(name: str) -> torch.Tensor:
@@ -93,7 +81,7 @@ def encode(pipe: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_prompts_and_one_prediction_are_those_of_the_pipeline(models: Models, name: str) -> None:
+def test_prompts_and_one_prediction_are_those_of_the_pipeline(models: BuiltModels, name: str) -> None:
     generator, pipe, x, t = load(models[name]), load_pipe(models[name]), noise_for(name), torch.tensor([700, 31])
     cond, embeds = generator.encode_prompts(PROMPTS), encode(pipe)
     torch.testing.assert_close(cond.prompt_embeds, embeds, rtol=1e-5, atol=1e-5)
@@ -107,7 +95,7 @@ def test_prompts_and_one_prediction_are_those_of_the_pipeline(models: Models, na
 
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_whole_sample_is_that_of_the_pipeline(models: Models, name: str, guidance: float) -> None:
+def test_a_whole_sample_is_that_of_the_pipeline(models: BuiltModels, name: str, guidance: float) -> None:
     generator, pipe, x = load(models[name]), load_pipe(models[name]), noise_for(name)
     expected = draw(pipe, x, guidance_scale=guidance)
     drawn = sample(generator, generator.encode_prompts(PROMPTS), steps=4, guidance=guidance, latents=x).latents
@@ -135,7 +123,7 @@ def test_a_flow_of_motion_is_sampled_as_by_euler(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_latents_are_those_of_the_autoencoder_both_ways(models: Models, name: str) -> None:
+def test_latents_are_those_of_the_autoencoder_both_ways(models: BuiltModels, name: str) -> None:
     generator, pipe = load(models[name]), load_pipe(models[name])
     media = torch.rand(2, *generator.media_shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -161,7 +149,7 @@ def test_latents_are_those_of_the_autoencoder_both_ways(models: Models, name: st
         torch.testing.assert_close(generator.decode(mean), (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_frames_are_decoded_in_chunks(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_decoded_in_chunks(models: BuiltModels, monkeypatch: pytest.MonkeyPatch) -> None:
     generator, latents = load(models["animatediff"]), noise(2, 4, 5, 8, 8)
     with torch.no_grad():
         whole, moments = generator.decode(latents), generator.encode_posterior(noise(2, 5, 3, 16, 16).sigmoid())
@@ -172,7 +160,7 @@ def test_frames_are_decoded_in_chunks(models: Models, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["animatediff", "cogvideox 5b", "cogvideox 1.5"])
-def test_frames_can_be_decoded_alone_and_with_a_gradient(models: Models, name: str) -> None:
+def test_frames_can_be_decoded_alone_and_with_a_gradient(models: BuiltModels, name: str) -> None:
     generator, latents = load(models[name]), noise_for(name).requires_grad_()
     whole, cut = generator.decode(latents), int(name == "cogvideox 1.5")
     chosen, pictures = [cut, cut + 1, cut + 2], [0, 1, 2] if name == "animatediff" else [0, 4, 8]
@@ -190,7 +178,7 @@ def test_frames_can_be_decoded_alone_and_with_a_gradient(models: Models, name: s
     )
 
 
-def test_later_frames_of_cogvideox_are_decoded_with_their_pair(models: Models) -> None:
+def test_later_frames_of_cogvideox_are_decoded_with_their_pair(models: BuiltModels) -> None:
     """The autoencoder decodes latent frames 0-2, 3-4, 5-6; a window is one frame before the pair, and the pair."""
     generator, latents = load(models["cogvideox 5b"]), noise(1, 4, 7, 2, 2)
     with torch.no_grad():
@@ -216,12 +204,12 @@ def test_later_frames_of_cogvideox_are_decoded_with_their_pair(models: Models) -
         ),
     ],
 )
-def test_a_geometry_that_does_not_fit_names_the_nearest(models: Models, name: str, video: Any, said: str) -> None:
+def test_a_geometry_that_does_not_fit_names_the_nearest(models: BuiltModels, name: str, video: Any, said: str) -> None:
     with pytest.raises(PipelineError, match=said):
         load(models[name], video=VideoOptions(**video))
 
 
-def test_the_geometry_is_the_pipelines_own_unless_chosen(models: Models) -> None:
+def test_the_geometry_is_the_pipelines_own_unless_chosen(models: BuiltModels) -> None:
     assert load(models["animatediff"], video=None).media_shape == (8, 3, 16, 16)
     own = load(models["cogvideox 5b"], video=None)
     assert own.media_shape == (9, 3, 16, 16) and own.fps == 8 and own.modality == "video"
@@ -247,7 +235,7 @@ def test_the_geometry_is_the_pipelines_own_unless_chosen(models: Models) -> None
     ],
 )
 def test_a_lora_loads_in_the_plain_pipeline(
-    models: Models, tmp_path: Path, name: str, targets: list[str] | None, layers: int | None
+    models: BuiltModels, tmp_path: Path, name: str, targets: list[str] | None, layers: int | None
 ) -> None:
     generator, x = load(models[name]), noise_for(name)
     generator.add_adapter(4, alpha=8.0, target_modules=targets)
@@ -269,7 +257,7 @@ def test_a_lora_loads_in_the_plain_pipeline(
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_a_saved_model_is_a_plain_pipeline(models: Models, tmp_path: Path, name: str) -> None:
+def test_a_saved_model_is_a_plain_pipeline(models: BuiltModels, tmp_path: Path, name: str) -> None:
     generator, x = load(models[name]), noise_for(name)
     generator.add_adapter(4)
     moved(generator).save(tmp_path / name)
@@ -284,7 +272,7 @@ def test_a_saved_model_is_a_plain_pipeline(models: Models, tmp_path: Path, name:
     )
 
 
-def test_a_u_net_and_a_motion_adapter_apart_are_joined_as_diffusers_does(models: Models, tmp_path: Path) -> None:
+def test_a_u_net_and_a_motion_adapter_apart_are_joined_as_diffusers_does(models: BuiltModels, tmp_path: Path) -> None:
     """The whole model of `build_tiny_animatediff` was made of these two."""
     base, folder = build_tiny_sd(tmp_path / "sd"), tmp_path / "animatediff"
     DiffusionPipeline.from_pretrained(base).save_pretrained(folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import BuiltModels
 from tiny_motion import build_tiny_cogvideox
 from tiny_runs import losses, run_config
 from tiny_videos import GEOMETRY, build_tiny_wan
@@ -35,21 +36,9 @@ BUILDERS: dict[str, Callable[[Path], str]] = {
 }
 
 
-class Models(dict[str, str]):
-    """Models of `BUILDERS` by name, each built when it is first asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def __missing__(self, name: str) -> str:
-        self[name] = BUILDERS[name](self.folder / name)
-        return self[name]
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("first"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> BuiltModels:
+    return BuiltModels(tmp_path_factory.mktemp("first"), BUILDERS)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +106,7 @@ def match(row: torch.Tensor, expected: torch.Tensor) -> int:
     ids=lambda one: one["name"] if isinstance(one, dict) else one if isinstance(one, str) else "",
 )
 def test_a_step_is_given_the_first_frames(
-    models: Models,
+    models: BuiltModels,
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -160,7 +149,7 @@ def test_a_step_is_given_the_first_frames(
     ],
 )
 def test_a_model_and_data_that_do_not_agree_are_one_line_before_weights_are_read(
-    models: Models,
+    models: BuiltModels,
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -182,7 +171,7 @@ def test_a_model_and_data_that_do_not_agree_are_one_line_before_weights_are_read
 
 
 def test_what_a_model_of_text_alone_does_not_use_is_said(
-    models: Models, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: BuiltModels, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [json.loads(line) | {"first_frame": "0.png"} for line in (data / "pairs.jsonl").read_text().splitlines()]
     (data / "with.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmalign.core.errors import UserError
 from mmalign.core.files import visible
-from mmalign.core.io.items import Slice
+from mmalign.core.io.items import Slice, bytes_or_file
 from rewards.combining.on_frames import evenly
 from rewards.media import image_levels
 
@@ -79,7 +79,7 @@ def decode(media: bytes | Path | Slice, modality: str, frames: Frames = ALL_FRAM
     Raises:
         UserError, RewardError, OSError: it cannot be read; PIL and PyAV raise errors of their own besides.
     """
-    data: bytes | Path = media.read() if isinstance(media, Slice) else media
+    data = bytes_or_file(media)
     if modality == "video":
         return decode_video(data, frames)[0]
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:

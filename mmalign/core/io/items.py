@@ -39,6 +39,17 @@ Media = bytes | Path | Slice | Callable[[], bytes]
 """The place of an image or video. A callable is called in the order of the items, from one thread."""
 
 
+def bytes_or_file(media: Media) -> bytes | Path:
+    """Return the file of an image or video as it is, and the bytes of one that lies elsewhere.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if isinstance(media, Slice):
+        return media.read()
+    return media if isinstance(media, bytes | Path) else media()
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One image or video.

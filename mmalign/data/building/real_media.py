@@ -18,7 +18,7 @@ from mmalign.core.errors import UserError
 from mmalign.core.hashing import content_key, uniform
 from mmalign.core.io.clips import ClipRule, ClipSource, clip_changes, read_clip
 from mmalign.core.io.images import open_image, read_bytes
-from mmalign.core.io.items import Item, Media, Slice
+from mmalign.core.io.items import Item, Media, bytes_or_file
 from mmalign.core.progress import note
 from mmalign.data.encoded.transforms import Decision, PairTransform, VideoTransform
 from mmalign.data.prompts import Prompt
@@ -72,7 +72,7 @@ def real_media(items: Iterable[Item], unusable: Unusable, limit: int | None = No
             unusable.add(item.name, item.fault or "has no caption: give metadata.jsonl, or NAME.txt beside it")
             continue
         try:
-            digest = media_digest(_fetch(item.media))
+            digest = media_digest(bytes_or_file(item.media))
         except Exception as error:  # a damaged archive or table raises anything
             unusable.add(item.name, error)
             continue
@@ -112,7 +112,7 @@ class StartReader:
         """Return where the samples of a `RealMedium` start; None, counted, for one that cannot be used."""
         assert isinstance(medium, RealMedium), "images with a strength start from real media"
         try:
-            media = (self._read_video if self._video else self._read_image)(_fetch(medium.media), medium.name)
+            media = (self._read_video if self._video else self._read_image)(bytes_or_file(medium.media), medium.name)
         except Exception as error:  # decoders of untrusted bytes raise anything
             self._unusable.add(medium.name, error)
             return None
@@ -140,9 +140,3 @@ class StartReader:
         image = open_image(read_bytes(media, name), name)
         self._sources.append(ClipSource(1, None, *image.size))
         return PairTransform(self._side[0])(image, Decision())
-
-
-def _fetch(media: Media) -> bytes | Path:
-    if isinstance(media, Slice):
-        return media.read()
-    return media if isinstance(media, bytes | Path) else media()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,7 +12,7 @@ from mmalign.core.errors import UserError
 from mmalign.core.files import LeftOut, is_file, visible
 from mmalign.core.io.decode import CONTAINER_SUFFIXES, IMAGE_SUFFIXES
 from mmalign.core.io.images import Media
-from mmalign.core.io.items import Item, Slice
+from mmalign.core.io.items import Item, bytes_or_file
 from mmalign.core.io.sidecars import read_sidecar, sidecars
 from mmalign.core.io.tars import tar_items
 from mmalign.core.progress import note
@@ -56,17 +56,11 @@ class ListedPairs:
     def images(self, row: int) -> tuple[Media, Media]:
         """Return both images of a row."""
         first, second = self._images[row]
-        return _read(first), _read(second)
+        return bytes_or_file(first), bytes_or_file(second)
 
     def first_frame(self, row: int) -> Media | None:
         """Return None: files hold no image beside the sides."""
         return None
-
-
-def _read(place: Path | Slice | Callable[[], bytes]) -> Media:
-    if isinstance(place, Path):
-        return place
-    return place.read() if isinstance(place, Slice) else place()
 
 
 def paired_folders(folder: Path) -> tuple[Path, Path] | None:
